@@ -1,0 +1,137 @@
+"""Every error that diffkiln raises on purpose, and the exit code that the command line gives it.
+
+    DiffkilnError
+    ├── SpecError              2   the spec, the usage or the source is wrong (what the spec alone shows)
+    │   └── SourceError        2   the source model is not there, is incomplete or is not a diffusers pipeline
+    ├── IllegalPlan            3   what only the model's configuration shows: unknown component, wrong order, no effect
+    ├── BuildError             4   the build failed
+    │   ├── PassError          4   a pass raised or broke the plan
+    │   ├── RecordError        4   the pipeline's call cannot be written down as a program
+    │   │   └── DataDependent  4   … because its control flow or its shapes depend on the request's data
+    │   ├── ExportError        4   a backend could not lower a region
+    │   ├── VerifyError        4   a program or an engine does not give the pipeline's result
+    │   └── OutputBusy         4   another process is writing the same output
+    ├── CallError              2   a call of a loaded pipeline with arguments that no variant was compiled for
+    ├── Incompatible           5   the bundle is for another machine, torch, format or feature
+    │   └── MissingDependency  5   a package that the bundle or the command needs is not installed
+    └── IntegrityError         6   the bundle's bytes or their origin are not what they should be
+        ├── ManifestInvalid    6   the manifest is not one
+        ├── DigestMismatch     6   a file is not the one that was hashed
+        ├── Incomplete         6   a file is missing
+        ├── UnexpectedFile     6   a file is there that the manifest does not name
+        ├── PathEscape         6   a path leaves the bundle or is not a plain file
+        └── NativeCodeRefused  6   native code that the user has not allowed
+
+A `Problem` is one thing that is wrong; errors that can collect several carry them in `.problems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where (a JSON path such as `$.passes[1].type`), why, and the mend."""
+
+    where: str
+    reason: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.reason}" if self.where else self.reason
+        return f"{text}. {self.mend}" if self.mend else text
+
+
+class DiffkilnError(Exception):
+    """Root of the tree. `str(error)` is a message for a person; `exit_code` is what the command returns."""
+
+    exit_code: ClassVar[int] = 4
+
+    def __init__(self, message: str = "", *, problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems)
+        if not message:
+            message = "\n".join(str(problem) for problem in self.problems)
+        super().__init__(message)
+
+
+class SpecError(DiffkilnError):
+    exit_code = 2
+
+
+class SourceError(SpecError):
+    pass
+
+
+class IllegalPlan(DiffkilnError):
+    exit_code = 3
+
+
+class BuildError(DiffkilnError):
+    exit_code = 4
+
+
+class PassError(BuildError):
+    pass
+
+
+class RecordError(BuildError):
+    pass
+
+
+class DataDependent(RecordError):
+    pass
+
+
+class ExportError(BuildError):
+    pass
+
+
+class VerifyError(BuildError):
+    pass
+
+
+class OutputBusy(BuildError):
+    pass
+
+
+class CallError(DiffkilnError, ValueError):
+    exit_code = 2
+
+
+class Incompatible(DiffkilnError):
+    exit_code = 5
+
+
+class MissingDependency(Incompatible):
+    pass
+
+
+class IntegrityError(DiffkilnError):
+    exit_code = 6
+
+
+class ManifestInvalid(IntegrityError):
+    pass
+
+
+class DigestMismatch(IntegrityError):
+    pass
+
+
+class Incomplete(IntegrityError):
+    pass
+
+
+class UnexpectedFile(IntegrityError):
+    pass
+
+
+class PathEscape(IntegrityError):
+    pass
+
+
+class NativeCodeRefused(IntegrityError):
+    pass
