@@ -1,0 +1,215 @@
+"""The intermediate representation: straight-line programs in static single assignment form.
+
+One kind of program serves three levels. The *call* of a pipeline calls components; a *component* (text encoder,
+denoiser, VAE) calls regions; a *region* (one repeated block) holds operators only. Values have names with a sigil:
+
+    %12, %latents    the result of an operation, or an input
+    @proj.weight     a weight, by its name in the component (in a region: relative to the block's instance)
+    #1f0c…           a constant, by the key of its content in the bundle's constants
+
+Nothing here imports torch: dtypes are their names ("bfloat16"), operators are their ATen names ("aten.add.Tensor").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+#: Operations that are not ATen operators.
+CALL, REGION, NOISE, STEP = "call", "region", "noise", "step_end"
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The use of a value by its name, sigil included."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A literal torch dtype, by name without the `torch.` prefix."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The one symbolic device: wherever the program runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFormat:
+    """A literal memory format, by name ("contiguous_format")."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A literal layout, by name ("strided")."""
+
+    name: str
+
+
+#: An argument: a value, a literal, or a tuple of arguments.
+Arg = Ref | DType | Device | MemoryFormat | Layout | str | int | float | bool | None | tuple["Arg", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Dtype name and shape of a value."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A value that the caller brings. `source` says where a call's input comes from; it is empty elsewhere.
+
+    Sources: {"kind": "tokens", "text": <index into Program.texts>, "key": "input_ids"}, {"kind": "scalar", "keyword":
+    "guidance_scale"} and {"kind": "tensor", "keyword": "latents"}.
+    """
+
+    name: str
+    type: TensorType
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation. `name` is an ATen operator or one of CALL, REGION, NOISE, STEP; `attrs` belongs to the latter.
+
+    CALL    attrs {"component", "program"}, args = the component program's inputs in order
+    REGION  attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s
+    NOISE   attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it
+    STEP    attrs {"step", "timestep"}, args = (latents,): the end of a denoising step, where a caller may replace them
+    """
+
+    name: str
+    args: tuple[Arg, ...]
+    outputs: tuple[str, ...]
+    kwargs: Mapping[str, Arg] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_aten(self) -> bool:
+        return self.name.startswith("aten.")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A straight line of operations. `types` holds the type of every input, weight, constant and result.
+
+    `texts` are the text templates of a call. `signature` describes how Python calls what was recorded:
+    {"args": […], "kwargs": {…}, "result": …} with `Ref`s for tensors, so that a region can stand in for its module.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[Ref, ...]
+    types: Mapping[str, TensorType]
+    texts: tuple[Mapping[str, Any], ...] = ()
+    signature: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weights, without sigil, in order of first use."""
+        return tuple(name[1:] for name in self.uses() if name.startswith("@"))
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Keys of the constants, without sigil, in order of first use."""
+        return tuple(name[1:] for name in self.uses() if name.startswith("#"))
+
+    def uses(self) -> Iterator[str]:
+        """Every value used, once, in order of first use."""
+        seen: set[str] = set()
+        for group in (*((op.args, *op.kwargs.values()) for op in self.ops), self.outputs):
+            for ref in refs(tuple(group)):
+                if ref.name not in seen:
+                    seen.add(ref.name)
+                    yield ref.name
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A component's programs and the regions that they call, as one unit on disk (`programs/<component>.json`)."""
+
+    component: str
+    programs: Mapping[str, Program]
+    regions: Mapping[str, Program] = field(default_factory=dict)
+
+
+def refs(arg: Any) -> Iterator[Ref]:
+    """The values that an argument (or any nest of tuples, lists and dicts of them) uses, in order."""
+    if isinstance(arg, Ref):
+        yield arg
+    elif isinstance(arg, (tuple, list)):
+        for item in arg:
+            yield from refs(item)
+    elif isinstance(arg, Mapping):
+        for item in arg.values():
+            yield from refs(item)
+
+
+def map_refs(arg: Any, rename: Callable[[Ref], Any]) -> Any:
+    """The argument with every `Ref` replaced by `rename(ref)`."""
+    if isinstance(arg, Ref):
+        return rename(arg)
+    if isinstance(arg, (tuple, list)):
+        return tuple(map_refs(item, rename) for item in arg)
+    if isinstance(arg, Mapping):
+        return {key: map_refs(item, rename) for key, item in arg.items()}
+    return arg
+
+
+def rename_values(program: Program, names: Mapping[str, str]) -> Program:
+    """The program with values renamed, wherever they stand."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    def swap(arg: Any) -> Any:
+        return map_refs(arg, lambda ref: Ref(new(ref.name)))
+
+    return replace(
+        program,
+        inputs=tuple(replace(i, name=new(i.name)) for i in program.inputs),
+        ops=tuple(
+            replace(op, args=swap(op.args), kwargs=swap(op.kwargs), outputs=tuple(map(new, op.outputs)))
+            for op in program.ops
+        ),
+        outputs=swap(program.outputs),
+        types={new(name): type_ for name, type_ in program.types.items()},
+        signature=swap(program.signature),
+    )
+
+
+def drop_dead(program: Program) -> Program:
+    """The program without operations whose results nothing uses.
+
+    Noise and the ends of steps stay: the first moves the generator, the second is seen by the caller.
+    """
+    live = {ref.name for ref in program.outputs}
+    kept: list[Op] = []
+    for op in reversed(program.ops):
+        if op.name in (NOISE, STEP) or not live.isdisjoint(op.outputs):
+            kept.append(op)
+            live.update(ref.name for ref in refs((op.args, op.kwargs)))
+    ops = tuple(reversed(kept))
+    named = live | {name for op in ops for name in op.outputs} | {i.name for i in program.inputs}
+    return replace(program, ops=ops, types={n: t for n, t in program.types.items() if n in named})

@@ -1,0 +1,48 @@
+"""A program as text for a person: one operation a line.
+
+    %4 float32[1,64,128] = aten.linear.default(%hidden_states, @x_embedder.weight, @x_embedder.bias)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffkiln.program.ir import Device, DType, Layout, MemoryFormat, Module, Op, Program, Ref
+
+
+def listing(program: Program) -> str:
+    lines = [f"program {program.name}"]
+    for text in program.texts:
+        lines.append(f"  text {text.get('keyword')} → {text.get('tokenizer')} {text.get('template')!r}")
+    for item in program.inputs:
+        source = " ".join(f"{key}={value}" for key, value in item.source.items())
+        lines.append(f"  input {item.name} {item.type}" + (f"  from {source}" if source else ""))
+    lines += [f"  {op_line(op, program)}" for op in program.ops]
+    lines.append(f"  return {', '.join(ref.name for ref in program.outputs)}")
+    return "\n".join(lines)
+
+
+def module_listing(module: Module) -> str:
+    parts = [*module.programs.values(), *module.regions.values()]
+    return "\n\n".join([f"component {module.component}", *map(listing, parts)])
+
+
+def op_line(op: Op, program: Program) -> str:
+    out = ", ".join(f"{name} {program.types[name]}" for name in op.outputs)
+    words = [argument(arg) for arg in op.args]
+    words += [f"{key}={argument(arg)}" for key, arg in op.kwargs.items()]
+    words += [f"{key}={value}" for key, value in op.attrs.items()]
+    return f"{out} = {op.name}({', '.join(words)})"
+
+
+def argument(arg: Any) -> str:
+    match arg:
+        case Ref(name):
+            return name if len(name) < 40 or not name.startswith("#") else name[:13]
+        case DType(name) | MemoryFormat(name) | Layout(name):
+            return name
+        case Device():
+            return "device"
+        case tuple() | list():
+            return f"[{', '.join(argument(item) for item in arg)}]"
+    return repr(arg)
