@@ -1,6 +1,6 @@
 """A program as text for a person: one operation a line.
 
-    %4 float32[1,64,128] = aten.linear.default(%hidden_states, @x_embedder.weight, @x_embedder.bias)
+%4 float32[1,64,128] = aten.linear.default(%hidden_states, @x_embedder.weight, @x_embedder.bias)
 """
 
 from __future__ import annotations
