@@ -52,9 +52,7 @@ def overload(name: str) -> torch._ops.OpOverload:
     try:
         return getattr(getattr(torch.ops.aten, packet), which)
     except AttributeError:
-        raise Incompatible(
-            f"torch {torch.__version__} has no operator {name}, which the program uses"
-        ) from None
+        raise Incompatible(f"torch {torch.__version__} has no operator {name}, which the program uses") from None
 
 
 def schemas(programs: Sequence[Program]) -> dict[str, str]:

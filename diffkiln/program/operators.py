@@ -46,9 +46,7 @@ _scaled_mm fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_i
 fft_irfftn fft_fftshift fft_ifftshift logaddexp chunk_cat cdist linalg_norm feature_dropout alpha_dropout
 """
 
-OPERATORS: frozenset[str] = frozenset(
-    " ".join((_POINTWISE, _REDUCTIONS, _SHAPES, _CREATION, _LAYERS)).split()
-)
+OPERATORS: frozenset[str] = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _SHAPES, _CREATION, _LAYERS)).split())
 
 #: Views whose legality depends on strides, and strides depend on kernels and devices. `reshape` always holds.
 RESHAPES: frozenset[str] = frozenset(

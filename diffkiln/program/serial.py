@@ -126,12 +126,8 @@ def program_to_json(program: Program) -> dict[str, Any]:
             {"name": i.name, "type": str(i.type)} | ({"source": dict(i.source)} if i.source else {})
             for i in program.inputs
         ],
-        "weights": {
-            n: str(t) for n, t in sorted(program.types.items()) if n.startswith("@") and n not in results
-        },
-        "constants": {
-            n: str(t) for n, t in sorted(program.types.items()) if n.startswith("#") and n not in results
-        },
+        "weights": {n: str(t) for n, t in sorted(program.types.items()) if n.startswith("@") and n not in results},
+        "constants": {n: str(t) for n, t in sorted(program.types.items()) if n.startswith("#") and n not in results},
         "ops": [op_to_json(op, program.types) for op in program.ops],
         "outputs": [ref.name for ref in program.outputs],
     }
@@ -146,9 +142,7 @@ def program_from_json(data: Any) -> Program:
     """Read one program; whatever is malformed is a ManifestInvalid. `verify` checks what it says."""
     try:
         types: dict[str, TensorType] = {}
-        inputs = tuple(
-            Input(i["name"], type_from_json(i["type"]), i.get("source", {})) for i in data["inputs"]
-        )
+        inputs = tuple(Input(i["name"], type_from_json(i["type"]), i.get("source", {})) for i in data["inputs"])
         types.update({i.name: i.type for i in inputs})
         for table in (data["weights"], data["constants"]):
             types.update({name: type_from_json(text) for name, text in table.items()})
@@ -186,12 +180,7 @@ def dumps(data: Any) -> bytes:
 
 def _layout(data: Any, depth: int) -> str:
     flat = json.dumps(data, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    if (
-        depth >= 5
-        or len(flat) <= 100
-        or (isinstance(data, dict) and "op" in data)
-        or not isinstance(data, dict | list)
-    ):
+    if depth >= 5 or len(flat) <= 100 or (isinstance(data, dict) and "op" in data) or not isinstance(data, dict | list):
         return flat
     pad, inner = "  " * depth, "  " * (depth + 1)
     if isinstance(data, dict):

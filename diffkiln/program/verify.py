@@ -36,9 +36,7 @@ def verify(
         VerifyError: names the program, the operation and the rule that it breaks.
     """
     if len(program.ops) > MAX_OPS:
-        raise VerifyError(
-            f"program {program.name!r} has {len(program.ops)} operations; the limit is {MAX_OPS}"
-        )
+        raise VerifyError(f"program {program.name!r} has {len(program.ops)} operations; the limit is {MAX_OPS}")
     defined = {item.name for item in program.inputs}
     if len(defined) != len(program.inputs):
         raise VerifyError(f"program {program.name!r}: two inputs have one name")
@@ -49,9 +47,7 @@ def verify(
             _verify_use(ref.name, program, defined, where)
         for name in op.outputs:
             if not name.startswith("%") or name in defined or name not in program.types:
-                raise VerifyError(
-                    f"{where}: result {name!r} is defined twice, has no type, or is not a value name"
-                )
+                raise VerifyError(f"{where}: result {name!r} is defined twice, has no type, or is not a value name")
             defined.add(name)
     for ref in program.outputs:
         _verify_use(ref.name, program, defined, f"program {program.name!r}, its outputs")
@@ -77,9 +73,7 @@ def _verify_kind(
 ) -> None:
     if op.is_aten:
         if not allowed(op.name):
-            raise VerifyError(
-                f"{where}: this operator is not in the closed list of diffkiln.program.operators"
-            )
+            raise VerifyError(f"{where}: this operator is not in the closed list of diffkiln.program.operators")
         return
     if op.name not in _ATTRS:
         raise VerifyError(f"{where}: there is no such operation")
