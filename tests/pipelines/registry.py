@@ -1,0 +1,64 @@
+"""The table of families and what every one of them goes through: seeded construction and seeded weights."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny pipeline: how to build it, and the call keywords (prompt and generator apart) that suit it."""
+
+    name: str
+    build: Callable[[], Any]
+    call: dict[str, Any]
+    video: bool = False
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(name: str, *, video: bool = False, **call: Any):
+    """Register the decorated function, which returns a pipeline with whatever weights, under `name`."""
+
+    def register(construct: Callable[[], Any]) -> Callable[[], Any]:
+        if name in FAMILIES:
+            raise ValueError(f"the family {name!r} is registered twice")
+
+        def build() -> Any:
+            seed = zlib.crc32(name.encode())
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                pipe = construct()
+            randomise(pipe, seed)
+            pipe.set_progress_bar_config(disable=True)
+            return pipe
+
+        FAMILIES[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
+        return build
+
+    return register
+
+
+@torch.no_grad()
+def randomise(pipe: Any, seed: int) -> None:
+    """Give every parameter of every component a seeded random value, so that none is zero or passes nothing on.
+
+    Matrices, kernels and tables are drawn with a variance of one over their fan-in. Vectors (norms, biases, gates)
+    keep the value that they were constructed with, and are disturbed: AdaLN-zero gates open, norms stay near one.
+    """
+    for name, component in sorted(pipe.components.items()):
+        if not isinstance(component, torch.nn.Module):
+            continue
+        component.eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+        for parameter in component.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim else 1
+            if fan_in > 1:
+                parameter.copy_(noise / fan_in**0.5)
+            else:
+                parameter.add_(noise, alpha=0.1)

@@ -1,0 +1,94 @@
+"""The tiny pipelines are worth testing with: they load offline, and prompt and seed both reach the image."""
+
+import pytest
+import torch
+
+from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in WARNING_FILTERS]
+
+REQUIRED = {"sd", "sdxl", "sd3", "pixart_sigma", "flux"}
+PROMPTS = ("a small cat on a mountain", "two Red foxes near the river at night")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(params=sorted(FAMILIES), scope="module")
+def loaded(request, folders):
+    """A family and its pipeline as it comes from the saved folder, offline."""
+    from diffusers import DiffusionPipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        pipe = DiffusionPipeline.from_pretrained(build_folder(request.param, folders), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return FAMILIES[request.param], pipe
+
+
+def _sample(family, pipe, prompt=PROMPTS[0], seed=7):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    output = pipe(prompt, generator=generator, output_type="pt", **family.call)
+    return output.frames if family.video else output.images
+
+
+def test_has_the_families_that_every_part_is_tested_with():
+    assert set(FAMILIES) >= REQUIRED
+
+
+def test_gives_a_finite_image_of_the_size_asked_for(loaded):
+    family, pipe = loaded
+    sample = _sample(family, pipe)
+    frames = (family.call["num_frames"],) if family.video else ()
+    assert sample.shape == (1, *frames, 3, family.call["height"], family.call["width"])
+    assert sample.isfinite().all()
+    assert sample.std() > 0.05
+
+
+def test_repeats_itself_with_the_same_seed(loaded):
+    assert torch.equal(_sample(*loaded), _sample(*loaded))
+
+
+def test_follows_the_prompt(loaded):
+    difference = _sample(*loaded) - _sample(*loaded, prompt=PROMPTS[1])
+    assert difference.abs().mean() > 1e-3
+
+
+def test_follows_the_seed(loaded):
+    difference = _sample(*loaded) - _sample(*loaded, seed=8)
+    assert difference.abs().mean() > 1e-2
+
+
+def test_tokenises_a_prompt_to_several_known_tokens(loaded):
+    _, pipe = loaded
+    for name, tokenizer in pipe.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        ids = tokenizer(PROMPTS[1], add_special_tokens=False).input_ids
+        assert len(set(ids)) > 5, name
+        assert tokenizer.unk_token_id not in ids, name
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_builds_the_same_small_weights_whatever_the_global_seed(name):
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        pipe = FAMILIES[name].build()
+        modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        weights.append({f"{key}.{k}": v for key, part in modules.items() for k, v in part.state_dict().items()})
+        assert torch.initial_seed() == seed
+    first, second = weights
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert sum(tensor.nbytes for tensor in first.values()) < 5_000_000
+
+
+def test_builds_a_folder_once(folders):
+    folder = build_folder("flux", folders)
+    written = (folder / "model_index.json").stat().st_mtime_ns
+    assert build_folder("flux", folders) == folder
+    assert (folder / "model_index.json").stat().st_mtime_ns == written
+    assert not list(folders.glob(".*"))
