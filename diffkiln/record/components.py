@@ -1,0 +1,225 @@
+"""Components, one level down: the recorder on a module without weights, with its repeated blocks kept as calls."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from diffkiln.aten import type_of
+from diffkiln.errors import RecordError
+from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
+from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
+from diffkiln.record.tape import Constants, Tape
+
+
+@dataclass
+class Callee:
+    """One way in which a call uses a component: which method, with arguments of which types, giving what."""
+
+    component: str
+    method: str
+    module: torch.nn.Module
+    original: Callable[..., Any]
+    leaves: list[Any]
+    structure: Any
+    result: tuple[list[Any], Any]
+    program: str = ""
+    folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
+
+    @property
+    def tensors(self) -> list[int]:
+        """Positions of the tensor leaves."""
+        return [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+
+
+def run_shapes(original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape) -> tuple[list[Any], Any]:
+    """What a component gives for arguments of these shapes: its flattened result with marked tensors, computing nothing."""
+    with _disable_current_modes():
+        inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = unflatten(inputs, structure)
+        with tracing():
+            return flatten(original(*args, **kwargs))
+
+
+def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by name: parameters and persistent buffers; the plain tensors inside of a quantized one.
+
+    Tied weights come once, under their first name.
+    """
+    seen: set[int] = set()
+    kept = module.state_dict(keep_vars=True)
+    for name, tensor in kept.items():
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield from _plain(name, tensor)
+
+
+def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if not is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
+        yield name, tensor
+        return
+    inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for attribute in inner:
+        yield from _plain(f"{name}.{attribute}", getattr(tensor, attribute))
+
+
+def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The instances of the classes that diffusers declares as repeated, outermost only, in order."""
+    classes = set(getattr(module, "_repeated_blocks", None) or ())
+    found: list[tuple[str, torch.nn.Module]] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if name and not inside and type(child).__name__ in classes:
+            found.append((name, child))
+    return found
+
+
+def record_component(
+    callees: Sequence[Callee], fake: FakeTensorMode, constants: Constants, regions: bool = True
+) -> Module:
+    """Record every way in which one component is called.
+
+    Args:
+        callees: of one component; each gets its `program` name set.
+        fake: the mode of the ghost's weights.
+        constants: where folded tensors go.
+        regions: keep the repeated blocks as calls.
+
+    Raises:
+        RecordError: with the line of the model's code where recording stopped.
+    """
+    first = callees[0]
+    table = _Regions(first.component, first.module, fake, constants, regions)
+    programs: dict[str, Program] = {}
+    for callee in callees:
+        base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
+        callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
+        programs[callee.program] = _record_one(callee, table, fake, constants)
+    module = Module(first.component, programs, table.programs)
+    verify_module(module)
+    return module
+
+
+def _record_one(callee: Callee, table: _Regions, fake: FakeTensorMode, constants: Constants) -> Program:
+    what = f"component {callee.component!r} ({type(callee.module).__name__}.{callee.method})"
+    tape = Tape(fake, constants, weights_of(callee.module), what)
+    args, kwargs = unflatten(list(callee.leaves), callee.structure)
+    names = names_of(callee.original, args, kwargs)
+    leaves = list(callee.leaves)
+    for position in callee.tensors:
+        if position in callee.folded:
+            leaves[position] = callee.folded[position]
+        else:
+            leaves[position] = tape.new_input(names[position], type_of(leaves[position]))
+    args, kwargs = unflatten(leaves, callee.structure)
+    with torch.inference_mode(), table.patched(tape), tracing(), tape:
+        result = callee.original(*args, **kwargs)
+    outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+    return tape.finish(callee.program, outputs)
+
+
+class _Regions:
+    """The repeated blocks of one component while it is being recorded, and the distinct programs among them."""
+
+    def __init__(
+        self, component: str, module: torch.nn.Module, fake: FakeTensorMode, constants: Constants, wanted: bool
+    ) -> None:
+        self.component, self.fake, self.constants = component, fake, constants
+        self.blocks = repeated_blocks(module) if wanted else []
+        self.programs: dict[str, Program] = {}
+        self._by_print: dict[str, str] = {}
+        self._results: dict[tuple[str, str], tuple[str, list[Any], Any]] = {}
+
+    @contextlib.contextmanager
+    def patched(self, tape: Tape) -> Iterator[None]:
+        """While it lasts, calling a block writes one REGION operation to the tape."""
+        try:
+            for name, block in self.blocks:
+                block.forward = self._stand_in(tape, name, block, block.forward)
+            yield
+        finally:
+            for _, block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+    def _stand_in(self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any]) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = flatten((args, kwargs))
+            key = (name, key_of(leaves, structure))
+            if key not in self._results:
+                self._results[key] = self._record(name, block, original, leaves, structure)
+            region, result, shape = self._results[key]
+            fresh = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            outputs = [leaf for leaf in fresh if isinstance(leaf, torch.Tensor)]
+            with _disable_current_modes():
+                arguments = [tape.value(tensor) for tensor in tensors]
+            tape.emit(REGION, arguments, outputs, attrs={"region": region, "instance": name})
+            return unflatten(fresh, shape)
+
+        return forward
+
+    def _record(
+        self, name: str, block: torch.nn.Module, original: Callable[..., Any], leaves: list[Any], structure: Any
+    ) -> tuple[str, list[Any], Any]:
+        what = f"region {name!r} ({type(block).__name__}) of component {self.component!r}"
+        tape = Tape(self.fake, self.constants, weights_of(block), what)
+        args, kwargs = unflatten(leaves, structure)
+        names = names_of(original, args, kwargs)
+        marked = [
+            tape.new_input(names[index], type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        args, kwargs = unflatten(marked, structure)
+        with _disable_current_modes(), tape:
+            returned = original(*args, **kwargs)
+        result, shape = flatten(returned)
+        outputs = [leaf for leaf in result if isinstance(leaf, torch.Tensor)]
+
+        def ref(tensor: torch.Tensor) -> Ref:
+            with _disable_current_modes():
+                return next(refs(tape.value(tensor)))
+
+        signature = {
+            "args": describe(args, ref, what),
+            "kwargs": describe(kwargs, ref, what),
+            "result": describe(returned, ref, what),
+        }
+        with _disable_current_modes():
+            program = tape.finish("", outputs, signature=signature)
+        return self._name(type(block).__name__, program), result, shape
+
+    def _name(self, class_name: str, program: Program) -> str:
+        """The name of the region; blocks that compute the same share one."""
+        mark = fingerprint(program)
+        if mark not in self._by_print:
+            count = sum(name.split("-")[0] == class_name for name in self.programs)
+            name = class_name if not count else f"{class_name}-{count + 1}"
+            self._by_print[mark] = name
+            self.programs[name] = replace(program, name=name)
+        return self._by_print[mark]
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Keep transformers from reading the values of masks: it must believe that it is being traced."""
+    names = [name for name in sys.modules if name.startswith("transformers.")]
+    patched = []
+    for name in names:
+        module = sys.modules[name]
+        if "is_tracing" in getattr(module, "__dict__", {}):
+            patched.append((module, module.is_tracing))
+            module.is_tracing = lambda *_args, **_kwargs: True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, original in patched:
+            module.is_tracing = original  # type: ignore[attr-defined]
+
+

@@ -1,0 +1,373 @@
+"""The recorder: a dispatch mode that writes down what depends on the request and lets everything else run.
+
+A value that depends on the request is *marked*: it is a `FakeTensor`, with a shape and no data. Operations on marked
+values are written to the tape and give marked values; all others simply run, and what they give folds into constants
+the moment a marked operation uses it. Under inference mode the dispatcher shows composite operators (`linear`,
+`scaled_dot_product_attention`, `reshape`) whole, so the program stays short and each device picks its own kernels.
+
+In-place writes become functional. A write through a view is scattered into the storage's base, and every other view of
+that storage is taken again from the base when it is next used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from diffkiln.aten import dtype_name, type_of
+from diffkiln.errors import DataDependent, RecordError
+from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
+from diffkiln.program.operators import RESHAPES, allowed
+
+#: Operators that turn a value into a Python number or choose a shape by it.
+_READS = {
+    "aten._local_scalar_dense.default",
+    "aten.item.default",
+    "aten.equal.default",
+    "aten.is_nonzero.default",
+    "aten.allclose.default",
+}
+_IDENTITY_WHEN_EVAL = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"}
+
+
+@dataclass
+class _Storage:
+    """What is known of one storage: the value that covers it, and how often it was written."""
+
+    base: torch.Tensor
+    version: int = 0
+    twin: torch.Tensor | None = None  # of a real storage that was written to: a marked one, so that its views alias
+
+
+class Constants:
+    """Tensors by the digest of their content; shared by all programs of a bundle."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, tensor: torch.Tensor) -> str:
+        """Keep a copy of a real tensor; gives its key. The same content, dtype and shape give the same key."""
+        data = tensor.detach().contiguous().clone()
+        head = f"{dtype_name(data.dtype)}{tuple(data.shape)}".encode()
+        body = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
+        key = hashlib.blake2b(head + body, digest_size=12).hexdigest()
+        self.tensors.setdefault(key, data)
+        return key
+
+
+class Tape(TorchDispatchMode):
+    """Records one straight line of operations.
+
+    Args:
+        fake: the mode that every marked value belongs to.
+        constants: where folded tensors are kept.
+        weights: marked tensors that are weights, by name.
+        what: what is being recorded, for messages.
+    """
+
+    def __init__(
+        self,
+        fake: FakeTensorMode,
+        constants: Constants,
+        weights: Iterable[tuple[str, torch.Tensor]] = (),
+        what: str = "the call",
+    ) -> None:
+        super().__init__()
+        self.fake, self.constants, self.what = fake, constants, what
+        self.ops: list[Op] = []
+        self.types: dict[str, TensorType] = {}
+        self.inputs: list[Input] = []
+        self._names: dict[int, tuple[str, int]] = {}  # id(tensor) → its value, storage version when bound
+        self._storages: dict[int, _Storage] = {}
+        self._written = False  # whether any real storage holds marked data
+        self._alive: list[Any] = []  # ids stay unique while tensors live
+        self._count = 0
+        for name, tensor in weights:
+            self._bind(tensor, f"@{name}")
+
+    # -- what the recorders of calls, components and regions use --
+
+    def new_input(self, name: str, type_: TensorType, source: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """A marked tensor that the caller will bring."""
+        unique = name = f"%{name}"
+        while any(item.name == unique for item in self.inputs):
+            unique = f"{name}_{len(self.inputs)}"
+        tensor = self.blank(type_)
+        self._bind(tensor, unique)
+        self.inputs.append(Input(unique, type_, source or {}))
+        return tensor
+
+    def blank(self, type_: TensorType) -> torch.Tensor:
+        """A contiguous marked tensor that is not yet any value."""
+        with self.fake:
+            return torch.empty(type_.shape, dtype=getattr(torch, type_.dtype))
+
+    def emit(
+        self,
+        name: str,
+        args: Sequence[Arg],
+        outputs: Sequence[torch.Tensor],
+        kwargs: Mapping[str, Arg] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one operation whose results are these marked tensors."""
+        names = []
+        for tensor in outputs:
+            self._count += 1
+            names.append(f"%{self._count}")
+            self._bind(tensor, names[-1])
+        self.ops.append(Op(name, tuple(args), tuple(names), kwargs or {}, attrs or {}))
+
+    def value(self, arg: Any) -> Arg:
+        """An argument as the program writes it; real tensors become constants."""
+        if isinstance(arg, torch.Tensor):
+            return self._tensor(arg)
+        if isinstance(arg, torch.dtype):
+            return DType(dtype_name(arg))
+        if isinstance(arg, torch.device):
+            return Device()
+        if isinstance(arg, torch.memory_format):
+            return MemoryFormat(str(arg).removeprefix("torch."))
+        if isinstance(arg, torch.layout):
+            return Layout(str(arg).removeprefix("torch."))
+        if isinstance(arg, (list, tuple)):
+            return tuple(self.value(item) for item in arg)
+        if arg is None or isinstance(arg, (bool, int, float, str)):
+            return arg
+        raise RecordError(f"{self.what}: an argument of type {type(arg).__name__} cannot be written down{_where()}")
+
+    def finish(self, name: str, outputs: Sequence[torch.Tensor], **fields: Any) -> Program:
+        """The recorded program, without what is dead."""
+        refs = tuple(self._tensor(tensor) for tensor in outputs)
+        types = dict(self.types)
+        return drop_dead(Program(name, tuple(self.inputs), tuple(self.ops), refs, types, **fields))
+
+    def is_marked(self, tensor: Any) -> bool:
+        """Whether the tensor depends on the request."""
+        if isinstance(tensor, FakeTensor) or not self._written:
+            return isinstance(tensor, FakeTensor)
+        storage = self._storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
+        return storage is not None and storage.twin is not None
+
+    # -- the mode --
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if any(is_traceable_wrapper_subclass(t) for t in _tensors((args, kwargs))):
+            return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
+        if func.namespace == "prim" or not self._touches_marked(args, kwargs):
+            self._refuse_randomness(func, args)
+            return func(*args, **kwargs)
+        name = f"{func.namespace}.{func._opname}.{func._overloadname}"
+        self._refuse_randomness(func, args)
+        if name in _READS:
+            return self._read(name, args)
+        if name in _IDENTITY_WHEN_EVAL:
+            return args[0]
+        if func._schema.is_mutable:
+            return self._write_in_place(func, name, args, kwargs)
+        return self._record(func, name, args, kwargs)
+
+    def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        fakes = self._as_fakes(args), self._as_fakes(kwargs)
+        try:
+            result = func(*fakes[0], **fakes[1])
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise self._data_dependent(name) from None
+        if any(result is tensor for tensor in _tensors(fakes)):
+            return result  # `to` or `contiguous` with nothing to do
+        outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+        if not all(isinstance(tensor, FakeTensor) for tensor in outputs):
+            raise self._data_dependent(name)
+        name = "aten.reshape.default" if name in RESHAPES else name
+        self._check_allowed(name)
+        self.emit(name, self.value(args), outputs, {key: self.value(arg) for key, arg in kwargs.items()})  # type: ignore[arg-type]
+        return result
+
+    def _write_in_place(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The functional twin of an operator such as `add_`, and the new content of the storage it writes to."""
+        target = args[0]
+        packet, overload = func._opname, func._overloadname
+        if not packet.endswith("_") or packet.startswith("__"):
+            raise RecordError(f"{self.what}: {name} writes to its argument{_where()}")
+        if packet == "zero_":
+            functional, rest = "aten.zeros_like.default", ()
+        else:
+            functional, rest = f"aten.{packet.removesuffix('_')}.{overload}", args[1:]
+        self._check_allowed(functional)
+        written = (self.value(target), *(self.value(arg) for arg in rest))
+        named = {key: self.value(arg) for key, arg in kwargs.items()}
+        type_ = type_of(target)
+        dtype = self._result_dtype(functional, target, rest, kwargs)
+        fresh = self.blank(TensorType(dtype_name(dtype), type_.shape))
+        self.emit(functional, written, [fresh], named)
+        if dtype != target.dtype:
+            cast = self.blank(type_)
+            self.emit("aten.to.dtype", (self._tensor(fresh), DType(type_.dtype)), [cast])
+            fresh = cast
+        self._store(target, fresh)
+        return target
+
+    def _result_dtype(self, name: str, target: Any, rest: Any, kwargs: Mapping[str, Any]) -> torch.dtype:
+        _, packet, overload = name.split(".")
+        function = getattr(getattr(torch.ops.aten, packet), overload)
+        return function(*self._as_fakes((target, *rest)), **self._as_fakes(kwargs)).dtype
+
+    def _read(self, name: str, args: tuple[Any, ...]) -> Any:
+        if name == "aten.equal.default" and args[0].shape != args[1].shape:
+            return False
+        raise self._data_dependent(name)
+
+    # -- values, constants, storages --
+
+    def _bind(self, tensor: torch.Tensor, name: str) -> None:
+        storage = self._storage(tensor)
+        self._names[id(tensor)] = (name, storage.version)
+        self._alive.append(tensor)
+        self.types.setdefault(name, type_of(tensor))
+
+    def _storage(self, tensor: torch.Tensor) -> _Storage:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._storages:
+            self._alive.append(tensor.untyped_storage())
+            whole = tensor if isinstance(tensor, FakeTensor) else tensor.new_empty(0).set_(tensor.untyped_storage())
+            self._storages[key] = _Storage(whole)
+        return self._storages[key]
+
+    def _tensor(self, tensor: torch.Tensor) -> Ref:
+        if not self.is_marked(tensor):
+            return self._constant(tensor)
+        bound = self._names.get(id(tensor))
+        storage = self._storage(tensor)
+        if bound is not None and bound[1] == storage.version:
+            return Ref(bound[0])
+        if storage.version == 0:
+            raise RecordError(f"{self.what} uses a value from outside of it, or an untracked alias{_where()}")
+        return self._view_again(tensor, storage)
+
+    def _constant(self, tensor: torch.Tensor) -> Ref:
+        if tensor.is_meta:
+            raise RecordError(f"{self.what} uses a weight outside of its component's call{_where()}")
+        ref = Ref(f"#{self.constants.add(tensor)}")
+        self.types.setdefault(ref.name, type_of(tensor))
+        return ref
+
+    def _view_again(self, tensor: torch.Tensor, storage: _Storage) -> Ref:
+        """A view of a storage that was written to since the view was made."""
+        base = self._contiguous(storage.base)
+        geometry = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+        fresh = self.blank(type_of(tensor))
+        self.emit("aten.as_strided.default", (base, *geometry), [fresh])
+        self._names[id(tensor)] = (self._names[id(fresh)][0], storage.version)
+        self._alive.append(tensor)
+        return Ref(self._names[id(tensor)][0])
+
+    def _store(self, target: torch.Tensor, fresh: torch.Tensor) -> None:
+        """After an in-place write: `fresh` is the new content of `target`."""
+        storage = self._storage(target)
+        base = storage.base
+        name = self._names[id(fresh)][0]
+        whole_name = name
+        if not _same_geometry(target, base):
+            whole = self.blank(type_of(base))
+            geometry = tuple(target.shape), tuple(target.stride()), int(target.storage_offset())
+            self.emit("aten.as_strided_scatter.default", (self._contiguous(base), Ref(name), *geometry), [whole])
+            whole_name = self._names[id(whole)][0]
+        storage.version += 1
+        self._names[id(base)] = (whole_name, storage.version)
+        self._names[id(target)] = (name, storage.version)
+        self._alive += [target, base]
+        if not isinstance(base, FakeTensor) and storage.twin is None:
+            storage.twin = self.blank(type_of(base))
+            self._storages[storage.twin.untyped_storage()._cdata] = storage
+            self._alive.append(storage.twin)
+            self._written = True
+
+    def _contiguous(self, base: torch.Tensor) -> Ref:
+        if not base.is_contiguous():
+            raise RecordError(f"{self.what} writes through a view of a tensor that is not contiguous{_where()}")
+        dense = self.blank(type_of(base))
+        self.emit("aten.contiguous.default", (self._tensor(base),), [dense])
+        return Ref(self._names[id(dense)][0])
+
+    # -- helpers --
+
+    def _touches_marked(self, args: Any, kwargs: Any) -> bool:
+        return any(self.is_marked(tensor) for tensor in _tensors((args, kwargs)))
+
+    def _as_fakes(self, args: Any) -> Any:
+        """The arguments with real tensors that hold marked data replaced by marked ones of the same geometry."""
+
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, FakeTensor) or not self.is_marked(tensor):
+                return tensor
+            twin = self._storage(tensor).twin
+            return torch.as_strided(twin, tensor.shape, tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
+
+        return _map_tensors(args, fake)
+
+    def _check_allowed(self, name: str) -> None:
+        if not allowed(name):
+            raise RecordError(f"{self.what} uses {name}, which is not in diffkiln's closed list of operators{_where()}")
+
+    def _refuse_randomness(self, func: Any, args: tuple[Any, ...]) -> None:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return
+        if func._opname in ("dropout", "feature_dropout", "alpha_dropout") and not args[2]:
+            return
+        if func._opname == "scaled_dot_product_attention" and (len(args) < 5 or args[4] == 0.0):
+            return
+        raise RecordError(f"{self.what} draws random numbers with {func._opname}, not with randn_tensor{_where()}")
+
+    def _data_dependent(self, name: str) -> DataDependent:
+        return DataDependent(
+            f"{self.what} reads a value that depends on the request ({name}), so its shape or its control flow may "
+            f"change with the prompt{_where()}"
+        )
+
+
+def _same_geometry(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+
+
+def _tensors(nest: Any) -> Iterable[torch.Tensor]:
+    if isinstance(nest, torch.Tensor):
+        yield nest
+    elif isinstance(nest, (list, tuple)):
+        for item in nest:
+            yield from _tensors(item)
+    elif isinstance(nest, dict):
+        for item in nest.values():
+            yield from _tensors(item)
+
+
+def _map_tensors(nest: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(nest, torch.Tensor):
+        return change(nest)
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(_map_tensors(item, change) for item in nest)
+    if isinstance(nest, dict):
+        return {key: _map_tensors(item, change) for key, item in nest.items()}
+    return nest
+
+
+def _where() -> str:
+    """Where in the model's own code the recorder stopped: the innermost frame that is neither torch's nor ours."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and "/diffkiln/" not in frame.filename:
+            return f", at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return ""

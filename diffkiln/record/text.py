@@ -1,0 +1,153 @@
+"""How prompts become tokens, found by experiment.
+
+The recording's prompts are *sentinels*: strings with capitals, entities, doubled spaces and broken Unicode. The string
+that reaches each tokenizer tells what the pipeline does to a prompt on the way: the template around it and which of a
+closed list of transforms were applied.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from diffkiln.aten import type_of
+from diffkiln.errors import DataDependent, RecordError
+from diffkiln.record.tape import Tape
+
+
+def _ftfy(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError:
+        return text
+    return ftfy.fix_text(text)
+
+
+#: The closed list, in the order in which pipelines apply them. The runtime has the same (diffkiln.runtime.text).
+TRANSFORMS: dict[str, Callable[[str], str]] = {
+    "ftfy": _ftfy,
+    "html_unescape": lambda text: html.unescape(html.unescape(text)),
+    "strip": str.strip,
+    "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
+    "lower": str.lower,
+}
+
+
+def sentinel(keyword: str, index: int) -> str:
+    """A prompt that shows what is done to it; each keyword and place in the batch has its own."""
+    return f"  Kiln {keyword} No{index}Z &amp;lt;Fire&amp;gt;  <Clay>\n schÃ¶n \u201cGLAZE\u201d  "
+
+
+def apply(transforms: tuple[str, ...], text: str) -> str:
+    for name in transforms:
+        text = TRANSFORMS[name](text)
+    return text
+
+
+class TextRecorder:
+    """Stands in for the tokenizers' `__call__` while a call is recorded.
+
+    Args:
+        tape: where the tokens become marked inputs.
+        sentinels: text → (keyword, index in the batch).
+        names: id of a tokenizer → its name in the pipeline.
+    """
+
+    def __init__(self, tape: Tape, sentinels: Mapping[str, tuple[str, int]], names: Mapping[int, str]) -> None:
+        self.tape, self.sentinels, self.names = tape, sentinels, names
+        self.texts: list[dict[str, Any]] = []
+
+    def __call__(self, tokenizer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Tokenize; where a sentinel is in the text the tensors of the result are marked inputs."""
+        with _disable_current_modes():
+            encoding = original(tokenizer, *args, **kwargs)
+        text = args[0] if args else kwargs.get("text")
+        strings = [text] if isinstance(text, str) else list(text or ())
+        if not any(self._holds_sentinel(string) for string in strings):
+            return encoding
+        if tokenizer is not None and id(tokenizer) not in self.names:
+            raise RecordError(f"a tokenizer that is no component of the pipeline ({type(tokenizer).__name__})")
+        entry = self._entry(tokenizer, strings, kwargs)
+        self.texts.append(entry)
+        for key, tensor in list(encoding.items()):
+            encoding[key] = self._mark(tensor, key, len(self.texts) - 1)
+        return encoding
+
+    def _mark(self, tensor: Any, key: str, text: int) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return _Unreadable(self.names, key)
+        source = {"kind": "tokens", "text": text, "key": key}
+        return self.tape.new_input(f"{self.texts[text]['tokenizer']}.{key}", type_of(tensor), source)
+
+    def _holds_sentinel(self, string: str) -> bool:
+        return isinstance(string, str) and self._row(string) is not None
+
+    def _entry(self, tokenizer: Any, strings: list[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        found = [self._row(string) for string in strings]
+        transforms = next(item[0] for item in found if item)
+        rows = [item[1] if item else {"text": string} for item, string in zip(found, strings, strict=True)]
+        padding = kwargs.get("padding", False)
+        max_length = kwargs.get("max_length") or tokenizer.model_max_length
+        return {
+            "tokenizer": self.names[id(tokenizer)],
+            "rows": rows,
+            "transforms": list(transforms),
+            "padding": {True: "longest", False: "none"}.get(padding, padding),
+            "max_length": int(max_length) if max_length < 10**9 else None,
+            "truncation": bool(kwargs.get("truncation", False)),
+            "add_special_tokens": bool(kwargs.get("add_special_tokens", True)),
+            "padding_side": kwargs.get("padding_side") or tokenizer.padding_side,
+            "truncation_side": tokenizer.truncation_side,
+            "pad_id": tokenizer.pad_token_id,
+            "pad_token": tokenizer.pad_token,
+            "pad_type_id": getattr(tokenizer, "pad_token_type_id", 0),
+        }
+
+    def _row(self, string: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+        """Which sentinel is in the string, under which transforms, and what stands around it."""
+        if "kiln" not in string.lower():
+            return None
+        for count in range(len(TRANSFORMS) + 1):
+            for transforms in itertools.combinations(TRANSFORMS, count):
+                for text, (keyword, index) in self.sentinels.items():
+                    prefix, found, suffix = string.partition(apply(transforms, text))
+                    if found:
+                        return transforms, {"keyword": keyword, "index": index, "prefix": prefix, "suffix": suffix}
+        raise RecordError(
+            f"the pipeline changes a prompt in a way that is not in diffkiln's closed list {sorted(TRANSFORMS)}: it made "
+            f"{string!r}. If the call has a keyword such as clean_caption, set it to false in inputs.call"
+        )
+
+
+class _Unreadable(list[Any]):
+    """Token ids that were not asked for as tensors: using them would bake one prompt into the program."""
+
+    def __init__(self, names: Mapping[int, str], key: str) -> None:
+        super().__init__()
+        self._what = f"tokens ({key}) as Python lists"
+
+    def _refuse(self, *_args: Any) -> Any:
+        raise DataDependent(f"the pipeline reads {self._what}, so its control flow may change with the prompt")
+
+    __iter__ = __len__ = __getitem__ = _refuse
+
+
+def refuse_unpadded(texts: list[dict[str, Any]], used: set[int]) -> None:
+    """Refuse tokens whose length follows the prompt.
+
+    Raises:
+        DataDependent: a text in `used` is not padded to a fixed length.
+    """
+    for index in sorted(used):
+        text = texts[index]
+        if text["padding"] != "max_length" or not text["truncation"]:
+            raise DataDependent(
+                f"{text['tokenizer']} is called with padding={text['padding']!r} and truncation={text['truncation']}: "
+                "the number of tokens follows the prompt"
+            )
