@@ -9,11 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from diffkiln.aten import type_of
-from diffkiln.errors import RecordError
+from diffkiln.errors import DataDependent
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Constants, Tape
@@ -39,13 +44,25 @@ class Callee:
         return [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
 
 
-def run_shapes(original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape) -> tuple[list[Any], Any]:
-    """What a component gives for arguments of these shapes: its flattened result with marked tensors, computing nothing."""
+def run_shapes(
+    original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape, what: str
+) -> tuple[list[Any], Any]:
+    """What a component gives for arguments of these shapes: its flattened result with marked tensors, computing nothing.
+
+    Raises:
+        DataDependent: the component decides a shape by a value; `what` names it.
+    """
     with _disable_current_modes():
         inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = unflatten(inputs, structure)
-        with tracing():
-            return flatten(original(*args, **kwargs))
+        try:
+            with tracing():
+                return flatten(original(*args, **kwargs))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise DataDependent(
+                f"{what} reads a value that depends on the request ({error.func}), so its shape or its control flow may "
+                "change with the prompt"
+            ) from None
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -71,8 +88,15 @@ def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The instances of the classes that diffusers declares as repeated, outermost only, in order."""
+    """The instances of a module's repeated classes, outermost only, in order.
+
+    They are the classes that diffusers declares in `_repeated_blocks`; where a class declares none, those of
+    `_no_split_modules` that stand in a `ModuleList`.
+    """
     classes = set(getattr(module, "_repeated_blocks", None) or ())
+    if not classes:
+        listed = {type(item).__name__ for part in module.modules() if isinstance(part, torch.nn.ModuleList) for item in part}
+        classes = listed & set(getattr(module, "_no_split_modules", None) or ())
     found: list[tuple[str, torch.nn.Module]] = []
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)

@@ -14,9 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.aten import dtype_name, type_of
-from diffkiln.errors import RecordError, SpecError
+from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
-from diffkiln.record.components import Callee, record_component, run_shapes
+from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
 from diffkiln.record.guidance import free_guidance
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Constants, Tape
@@ -64,6 +64,8 @@ def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constan
     notices: list[str] = []
     calls = [_record_variant(pipe, request, fake, constants, callees, notices) for request in requests]
     every = [program for programs in calls for program in programs.values()]
+    used = {op.attrs["program"] for program in every for op in program.ops if op.name == CALL}
+    callees = {key: callee for key, callee in callees.items() if key in used}
     _find_folded(every, callees, constants)
     modules = _record_components(callees, fake, constants)
     calls = [
@@ -111,19 +113,27 @@ def _record_variant(
         if any(row.get("keyword") in NEGATIVES for text in negative.texts for row in text["rows"]):
             programs["call+negative"] = negative
     if "latents" in parameters:
-        type_ = _latents_type(programs["call"])
         for name in list(programs):
-            if type_ is not None:
-                programs[f"{name}+latents"] = free("negative" in name, type_)
+            program = _first_that_records(free, "negative" in name, _latents_types(programs["call"]))
+            if program is None:
+                notices.append("a caller's own latents are not supported: the call takes them in no shape that it shows")
+                break
+            programs[f"{name}+latents"] = program
     return programs
 
 
-def _latents_type(program: Program) -> TensorType | None:
-    """What a caller's own `latents` look like: those of the first step, else the first noise."""
-    for op in program.ops:
-        if op.name == STEP:
-            return program.types[op.outputs[0]]
+def _first_that_records(free: Any, negative: bool, types: Sequence[TensorType]) -> Program | None:
+    for type_ in types:
+        with contextlib.suppress(RecordError):
+            return free(negative, type_)
     return None
+
+
+def _latents_types(program: Program) -> list[TensorType]:
+    """What a caller's own `latents` may look like: as at the end of a step, or as the noise is drawn."""
+    steps = [program.types[op.outputs[0]] for op in program.ops if op.name == STEP]
+    noise = [program.types[op.outputs[0]] for op in program.ops if op.name == NOISE]
+    return list(dict.fromkeys([*steps[:1], *noise[:1]]))
 
 
 class _Recorder:
@@ -131,7 +141,13 @@ class _Recorder:
 
     def __init__(self, pipe: Any, fake: FakeTensorMode, constants: Constants, callees: dict[str, Callee]) -> None:
         self.pipe, self.callees = pipe, callees
-        self.tape = Tape(fake, constants, what=f"the call of {type(pipe).__name__}")
+        weights = [
+            (f"{name}/{weight}", tensor)
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module)
+            for weight, tensor in weights_of(module)
+        ]
+        self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
 
     def run(
         self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None
@@ -146,8 +162,13 @@ class _Recorder:
         text = TextRecorder(self.tape, sentinels, names)
         if latents is not None:
             keywords["latents"] = self.tape.new_input("latents", latents, {"kind": "tensor", "keyword": "latents"})
-        with torch.inference_mode(), self._patched(text), self.tape:
-            result = self.pipe(**keywords | dict(extra))
+        try:
+            with torch.inference_mode(), self._patched(text), self.tape:
+                result = self.pipe(**keywords | dict(extra))
+        except DiffkilnError:
+            raise
+        except Exception as error:  # whatever the pipeline's own code raises
+            raise RecordError(f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}") from error
         outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         if not outputs or not self.tape.is_marked(outputs[0]):
             raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")
@@ -195,7 +216,7 @@ class _Recorder:
             leaves, structure = flatten((args, kwargs))
             key = f"{name}.{method}|{key_of(leaves, structure)}"
             if key not in self.callees:
-                result = run_shapes(original, leaves, structure, self.tape)
+                result = run_shapes(original, leaves, structure, self.tape, f"component {name!r}")
                 self.callees[key] = Callee(name, method, module, original, leaves, structure, result)
             result, shape = self.callees[key].result
             fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]

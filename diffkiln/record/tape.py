@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
@@ -59,7 +59,11 @@ class Constants:
 
     def add(self, tensor: torch.Tensor) -> str:
         """Keep a copy of a real tensor; gives its key. The same content, dtype and shape give the same key."""
-        data = tensor.detach().contiguous().clone()
+        with _disable_current_modes():
+            data = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+            return self._add(data)
+
+    def _add(self, data: torch.Tensor) -> str:
         head = f"{dtype_name(data.dtype)}{tuple(data.shape)}".encode()
         body = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
         key = hashlib.blake2b(head + body, digest_size=12).hexdigest()
