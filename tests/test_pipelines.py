@@ -18,19 +18,20 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(params=sorted(FAMILIES), scope="module")
 def loaded(request, folders):
-    """A family and its pipeline as it comes from the saved folder, offline."""
+    """A family, its pipeline as it comes from the saved folder, offline, and the first sample that it gave."""
     from diffusers import DiffusionPipeline
 
+    family = FAMILIES[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        pipe = DiffusionPipeline.from_pretrained(build_folder(request.param, folders), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(build_folder(family.name, folders), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return FAMILIES[request.param], pipe
+    return family, pipe, _sample(family, pipe)
 
 
 def _sample(family, pipe, prompt=PROMPTS[0], seed=7):
     generator = torch.Generator("cpu").manual_seed(seed)
-    output = pipe(prompt, generator=generator, output_type="pt", **family.call)
+    output = pipe(prompt=prompt, generator=generator, output_type="pt", **family.call)
     return output.frames if family.video else output.images
 
 
@@ -39,8 +40,7 @@ def test_has_the_families_that_every_part_is_tested_with():
 
 
 def test_gives_a_finite_image_of_the_size_asked_for(loaded):
-    family, pipe = loaded
-    sample = _sample(family, pipe)
+    family, _, sample = loaded
     frames = (family.call["num_frames"],) if family.video else ()
     assert sample.shape == (1, *frames, 3, family.call["height"], family.call["width"])
     assert sample.isfinite().all()
@@ -48,27 +48,34 @@ def test_gives_a_finite_image_of_the_size_asked_for(loaded):
 
 
 def test_repeats_itself_with_the_same_seed(loaded):
-    assert torch.equal(_sample(*loaded), _sample(*loaded))
+    family, pipe, sample = loaded
+    assert torch.equal(_sample(family, pipe), sample)
 
 
 def test_follows_the_prompt(loaded):
-    difference = _sample(*loaded) - _sample(*loaded, prompt=PROMPTS[1])
-    assert difference.abs().mean() > 1e-3
+    family, pipe, sample = loaded
+    assert (_sample(family, pipe, prompt=PROMPTS[1]) - sample).abs().mean() > 1e-3
 
 
 def test_follows_the_seed(loaded):
-    difference = _sample(*loaded) - _sample(*loaded, seed=8)
-    assert difference.abs().mean() > 1e-2
+    family, pipe, sample = loaded
+    assert (_sample(family, pipe, seed=8) - sample).abs().mean() > 1e-2
 
 
 def test_tokenises_a_prompt_to_several_known_tokens(loaded):
-    _, pipe = loaded
+    _, pipe, _ = loaded
     for name, tokenizer in pipe.components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
         ids = tokenizer(PROMPTS[1], add_special_tokens=False).input_ids
         assert len(set(ids)) > 5, name
         assert tokenizer.unk_token_id not in ids, name
+
+
+def test_gives_the_template_of_qwen_image_the_length_that_the_pipeline_cuts_off():
+    pipe = FAMILIES["qwen_image"].build()
+    template = pipe.prompt_template_encode.split("{}")[0]
+    assert len(pipe.tokenizer(template).input_ids) == pipe.prompt_template_encode_start_idx
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -1,8 +1,8 @@
 """Tiny diffusers pipelines, built from configuration with seeded random weights: nothing is downloaded.
 
-folder = build_folder("flux", tmp_path)              # what DiffusionPipeline.from_pretrained loads
-pipe = FAMILIES["flux"].build()                      # the same pipeline in memory
-image = pipe("a prompt", **FAMILIES["flux"].call).images[0]
+>>> folder = build_folder("flux", tmp_path)  # what DiffusionPipeline.from_pretrained loads
+>>> pipe = FAMILIES["flux"].build()  # the same pipeline in memory
+>>> pipe(prompt="a prompt", **FAMILIES["flux"].call).images[0]
 """
 
 import os
@@ -10,13 +10,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.pipelines import image_families, unet_families  # noqa: F401  (they register)
+from tests.pipelines import image_families, more_families, unet_families, video_families  # noqa: F401  (they register)
 from tests.pipelines.registry import FAMILIES, Family
 
 __all__ = ["FAMILIES", "WARNING_FILTERS", "Family", "build_folder"]
 
 # Warnings of the libraries themselves, in the form of pytest's `filterwarnings`, for tests that run a pipeline.
-WARNING_FILTERS = ("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",)
+WARNING_FILTERS = (
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",
+    "ignore:`FluxPosEmbed` is deprecated:FutureWarning:diffusers",
+)
 
 
 def build_folder(name: str, root: Path) -> Path:

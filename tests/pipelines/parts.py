@@ -62,3 +62,72 @@ def autoencoder_kl(latent_channels: int, *, quant_conv: bool = True, **config):
 def flux_autoencoder():
     """The 16-channel VAE that FLUX.1, Chroma, Lumina 2 and Z-Image share."""
     return autoencoder_kl(16, quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
+
+
+def bert_encoder(tokenizer: PreTrainedTokenizerBase):
+    """BERT, as HunyuanDiT uses it."""
+    return transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=DIM,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+        )
+    )
+
+
+def decoder_config(tokenizer: PreTrainedTokenizerBase, *, layers: int = 2) -> dict:
+    """What the configurations of the decoder-only language models have in common: one key head for two queries."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": DIM,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def gemma2_encoder(tokenizer: PreTrainedTokenizerBase):
+    """Gemma 2, whose attention alternates between a sliding window and everything."""
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(**decoder_config(tokenizer), query_pre_attn_scalar=16, sliding_window=64)
+    )
+
+
+def qwen3_encoder(tokenizer: PreTrainedTokenizerBase, *, layers: int = 2, causal_lm: bool = False):
+    """Qwen 3, bare or under its language-model head."""
+    kind = transformers.Qwen3ForCausalLM if causal_lm else transformers.Qwen3Model
+    return kind(transformers.Qwen3Config(**decoder_config(tokenizer, layers=layers)))
+
+
+def qwen25_vl_encoder(tokenizer: PreTrainedTokenizerBase):
+    """Qwen 2.5 VL, with the vision tower that text-to-image never calls."""
+    text = decoder_config(tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": DIM}
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def mistral3_encoder(tokenizer: PreTrainedTokenizerBase, *, layers: int = 4):
+    """Mistral 3, with the vision tower that text-to-image never calls."""
+    text = decoder_config(tokenizer, layers=layers) | {"model_type": "mistral"}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    }
+    return transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(text_config=text, vision_config=vision)
+    )

@@ -12,15 +12,20 @@ import transformers
 from tokenizers import AddedToken, processors
 from tokenizers.pre_tokenizers import ByteLevel
 
+# Each word brings the merges that build it from left to right, so a word stays whole if no earlier one begins with
+# two letters from its middle. The first line is Qwen-Image's template, which its pipeline takes for 34 tokens.
 WORD_LIST = (
-    "a an and at by for from in is of on the to with cat dog bird fox house tree river lake mountain city street "
-    "photo painting drawing portrait light night morning red green blue white black small big old little quiet "
-    "ing er ed th st re ou high quality describe image user assistant you are"
+    "system texture spatial relationships background detailing quantity objects Describe shape image color size text "
+    "user assistant mountain portrait painting drawing morning quality prompt street photo house light night river "
+    "green white black small quiet little tree lake city blue high big red old fox dog cat bird you are "
+    "the and with from for an at by in is of on to ing er ed th st re ou a"
 )
 WORDS = WORD_LIST.split()
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
