@@ -1,0 +1,36 @@
+"""What a user declares, read safely: the spec's models, its targets and its JSON Schema. No torch."""
+
+from diffkiln.spec.migrate import migrate
+from diffkiln.spec.model import Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
+from diffkiln.spec.parse import parse_spec
+from diffkiln.spec.problems import problems_from, refuse, suggest
+from diffkiln.spec.schema import json_schema
+from diffkiln.spec.strict import Json, Strict, freeze
+from diffkiln.spec.targets import CPU_FLAGS, CPUS, GPUS, TARGETS, Target, find_gpu, resolve_target, resolve_targets
+
+__all__ = [
+    "CPUS",
+    "CPU_FLAGS",
+    "GPUS",
+    "TARGETS",
+    "Inputs",
+    "Json",
+    "Offload",
+    "PassEntry",
+    "Runtime",
+    "Source",
+    "Spec",
+    "Strict",
+    "Target",
+    "TargetSpec",
+    "find_gpu",
+    "freeze",
+    "json_schema",
+    "migrate",
+    "parse_spec",
+    "problems_from",
+    "refuse",
+    "resolve_target",
+    "resolve_targets",
+    "suggest",
+]

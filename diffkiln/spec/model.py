@@ -1,0 +1,266 @@
+"""What a user declares: source, target, inputs, passes, runtime. Everything that decides the result, and nothing else.
+
+Docstrings and descriptions of fields are those of the JSON Schema, and of the mend where a field is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from diffkiln.spec.problems import refuse
+from diffkiln.spec.strict import Conflict, Json, OneOrMany, Strict, as_tuple
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Isa = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4"]
+
+Text = Annotated[str, Field(min_length=1)]
+# Far above what any pipeline or machine has; a slip of the finger is caught here and not by an allocation.
+Count = Annotated[int, Field(ge=1, le=65_536)]
+Gigabytes = Annotated[float, Field(gt=0, le=1_000_000)]
+
+
+class Source(Strict):
+    """Where the pipeline comes from: a model, or an architecture with random weights."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["architecture", "seed"]}]}
+    )
+
+    model: Text | None = Field(
+        default=None,
+        description="A local directory in diffusers' format, or a repository id on the Hugging Face Hub.",
+    )
+    revision: Text | None = Field(
+        default=None,
+        description="Commit of the Hub repository, 40 hexadecimal digits. A Hub id needs it, to stay exact.",
+    )
+    architecture: Text | None = Field(
+        default=None,
+        description="A known architecture, such as `flux.1-dev`, to be filled with random weights of the true shapes.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None,
+        description="Seed of the random weights of `architecture`.",
+    )
+    dtype: Dtype | None = Field(
+        default=None,
+        description="Type of the weights before any pass. Absent: as the checkpoint was saved.",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if ("model" in given) == ("architecture" in given):
+            how_many = "both are given" if "model" in given else "neither is given"
+            yield (), refuse(f'needs exactly one of "model" and "architecture", and {how_many}')
+        elif "model" in given and "seed" in given:
+            yield ("seed",), refuse("a model has weights of its own", 'Remove it, or give "architecture"')
+        elif "architecture" in given and "seed" not in given:
+            yield ("seed",), refuse("an architecture needs the seed of its random weights", 'Add it: "seed": 0')
+        if "revision" in given and "model" not in given:
+            yield ("revision",), refuse('only a "model" has revisions', "Remove it")
+
+
+class TargetSpec(Strict):
+    """The machine that the bundle is for: a named GPU, a GPU's numbers written out, or a CPU."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"device": {"const": "cpu"}}},
+                {"properties": {"device": {"const": "cuda"}}, "required": ["gpu"]},
+                {
+                    "properties": {"device": {"const": "cuda"}},
+                    "required": ["compute_capability", "memory_gb", "h2d_gb_per_s"],
+                },
+            ]
+        }
+    )
+    numbers: ClassVar = ("compute_capability", "memory_gb", "h2d_gb_per_s", "memory_gb_per_s")
+    required_numbers: ClassVar = ("compute_capability", "memory_gb", "h2d_gb_per_s")
+
+    device: Literal["cuda", "cpu"] = Field(description="Kind of device.")
+    gpu: Text | None = Field(
+        default=None,
+        description="Name of a GPU that diffkiln knows, such as `nvidia-rtx-4090`; `diffkiln targets` lists them.",
+    )
+    compute_capability: Annotated[str, Field(pattern="^[1-9][0-9]?[.][0-9]$", examples=["8.9"])] | None = Field(
+        default=None,
+        description="Compute capability as text, such as `8.9` in quotes, for a GPU that has no name here.",
+    )
+    memory_gb: Gigabytes | None = Field(default=None, description="Memory of the GPU in GB (10^9 bytes).")
+    memory_gb_per_s: Gigabytes | None = Field(
+        default=None,
+        description="Bandwidth of the GPU's memory in GB/s (10^9 bytes a second).",
+    )
+    h2d_gb_per_s: Gigabytes | None = Field(
+        default=None,
+        description="Bandwidth from host to GPU, in one direction, in GB/s (10^9 bytes a second).",
+    )
+    driver: Annotated[str, Field(pattern="^[0-9]{1,4}([.][0-9]{1,4}){0,2}$", examples=["570.26"])] | None = Field(
+        default=None,
+        description="Oldest driver that has to run the bundle. Absent: the oldest that the compiled code allows.",
+    )
+    cuda: Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]{1,2}$", examples=["12.8"])] | None = Field(
+        default=None,
+        description="Oldest CUDA version that the driver has to support. Absent: that of the torch that compiles.",
+    )
+    isa: Isa = Field(
+        default="x86-64-v3",
+        description="Instruction set of the host's CPU, never taken from the machine that compiles.",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        written = [name for name in cls.numbers if name in given]
+        if given.get("device") == "cpu":
+            for name in ("gpu", *cls.numbers, "driver", "cuda"):
+                if name in given:
+                    yield (name,), refuse("says something of a GPU, and the device is a CPU", "Remove it")
+        elif given.get("device") == "cuda" and "gpu" in given:
+            for name in written:
+                mend = 'Remove it, or remove "gpu" and write all the numbers out'
+                yield (name,), refuse('is known from "gpu"', mend)
+        elif given.get("device") == "cuda":
+            missing = [name for name in cls.required_numbers if name not in given]
+            if missing and not written:
+                yield (), refuse("does not say which GPU", 'Add "gpu", such as "gpu": "nvidia-rtx-4090"')
+            for name in missing if written else ():
+                yield (name,), refuse("a GPU whose numbers are written out needs this one too", "Add it")
+
+
+class Inputs(Strict):
+    """The fixed inputs of one variant of the pipeline's call. Sizes are in pixels."""
+
+    unknown_field_mend: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
+
+    height: Count = Field(description="Height of the images or frames in pixels.")
+    width: Count = Field(description="Width of the images or frames in pixels.")
+    num_frames: Count | None = Field(
+        default=None,
+        description="Number of frames, for a pipeline that makes videos.",
+    )
+    batch_size: Count = Field(default=1, description="Number of prompts in one call.")
+    num_images_per_prompt: Count = Field(
+        default=1,
+        description="Number of images (or videos) for each prompt.",
+    )
+    num_inference_steps: Count = Field(description="Number of denoising steps.")
+    guidance_scale: float | None = Field(
+        default=None,
+        description="Guidance scale. Absent: the default of the pipeline's own call.",
+    )
+    call: dict[str, Json] = Field(
+        default_factory=dict,
+        description="Any other keyword of the pipeline's call. Prompts are examples; the others are fixed.",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        call = given.get("call")
+        for name in cls.model_fields:
+            if isinstance(call, dict) and name in call:
+                yield ("call", name), refuse("has a field of its own in the inputs", f'Move "{name}" out of "call"')
+
+
+class PassEntry(Strict):
+    """One pass and its options, which the pass itself checks."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Json]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    name: Text = Field(description="Name of the pass; `diffkiln passes` lists them.")
+    component: Text | None = Field(
+        default=None,
+        description="The pipeline's component that the pass works on, such as `transformer`.",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All fields but the name, as they were given: what the pass's own model validates. Lists are tuples."""
+        given = {"component": self.component} if "component" in self.model_fields_set else {}
+        return {**given, **(self.__pydantic_extra__ or {})}
+
+
+class Offload(Strict):
+    """Weights wait outside the GPU and come in ahead of their use, group by group."""
+
+    strategy: Literal["group"] = Field(
+        default="group",
+        description="How weights are brought in: in groups of blocks.",
+    )
+    type: Literal["block_level"] = Field(default="block_level", description="What a group is made of.")
+    num_blocks_per_group: Count = Field(default=1, description="Number of blocks that move together.")
+    use_stream: bool = Field(
+        default=True,
+        description="Copy on a stream of its own, so that copies overlap with computing.",
+    )
+    to: Literal["host", "disk"] | None = Field(
+        default=None,
+        description="Where weights wait. Absent: the host's memory for a GPU, the disk for a CPU.",
+    )
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _refuse_leaves(cls, value: Any) -> Any:
+        if value == "leaf_level":
+            reason = "leaf_level does not work here: the hooks of leaves inside a compiled block never fire"
+            raise refuse(reason, 'Use "block_level"')
+        return value
+
+
+class Runtime(Strict):
+    """What the runtime does with the bundle. The bundle is resident on its device unless `offload` is given."""
+
+    offload: Offload | None = Field(
+        default=None,
+        description="Offloading of weights. Absent: all weights stay on the device.",
+    )
+    on_incompatible: Literal["error", "eager"] = Field(
+        default="error",
+        description="On a machine that the engines do not fit: stop, or run operation by operation.",
+    )
+    on_unrecordable: Literal["error", "diffusers"] = Field(
+        default="error",
+        description="If the pipeline's call cannot be recorded: stop, or make a bundle that runs as diffusers.",
+    )
+
+
+class Spec(Strict):
+    """A diffusers pipeline to compile: source, target, inputs, passes and runtime."""
+
+    schema_url: str | None = Field(
+        default=None,
+        alias="$schema",
+        description="Address of the JSON Schema, for editors. It has no effect.",
+    )
+    spec_version: Literal[1] = Field(description="Version of this format.")
+    source: Source = Field(description="Where the pipeline comes from.")
+    target: OneOrMany[TargetSpec] = Field(
+        description="The machine that the bundle is for, or a list of machines.",
+    )
+    inputs: OneOrMany[Inputs] = Field(
+        description="The fixed inputs of the call, or a list of them: one variant each.",
+    )
+    passes: Annotated[tuple[PassEntry, ...], Field(strict=False)] = Field(
+        default=(),
+        description="The passes in the order in which they run.",
+    )
+    runtime: Runtime = Field(default=Runtime(), description="How the bundle runs.")
+
+    @property
+    def targets(self) -> tuple[TargetSpec, ...]:
+        return as_tuple(self.target)
+
+    @property
+    def variants(self) -> tuple[Inputs, ...]:
+        return as_tuple(self.inputs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The spec as a JSON value with every default written out; `parse_spec` gives back an equal spec."""
+        written = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # A null that a user wrote into a pass's options may mean something to the pass.
+        written["passes"] = [entry.model_dump(mode="json", exclude_unset=True) for entry in self.passes]
+        return written

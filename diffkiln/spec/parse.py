@@ -1,0 +1,48 @@
+"""From a file, JSON text or a dict to a checked `Spec`. Whatever is wrong with it comes out as one `SpecError`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffkiln.errors import Problem, SpecError
+from diffkiln.spec.json_text import flaws, read_file, read_json
+from diffkiln.spec.migrate import migrate
+from diffkiln.spec.model import Spec
+from diffkiln.spec.problems import problems_from, show
+from diffkiln.spec.targets import resolve_targets, unknown_gpus
+
+
+def parse_spec(source: Path | str | bytes | dict[str, Any] | Spec) -> Spec:
+    """The spec in a file (a `Path` or a `str`), in JSON text (`bytes`), or in a value that JSON could say (a `dict`).
+
+    Every target of the result resolves. Raises `SpecError` with all problems at once, each with its JSON path.
+    """
+    spec = source if isinstance(source, Spec) else _validate(_read(source))
+    resolve_targets(spec)
+    return spec
+
+
+def _read(source: Path | str | bytes | dict[str, Any]) -> Any:
+    if isinstance(source, dict):
+        return source
+    return read_json(source if isinstance(source, bytes) else read_file(Path(source)))
+
+
+def _validate(data: Any) -> Spec:
+    problems = flaws(data)
+    if not isinstance(data, dict):
+        raise SpecError(problems=[Problem("$", f"must be an object, not {show(data)}")])
+    data = migrate(data)
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        flawed = {problem.where for problem in problems}
+        problems += [problem for problem in problems_from(error, Spec) if problem.where not in flawed]
+        problems += unknown_gpus(data.get("target"))
+        raise SpecError(problems=problems) from None
+    if problems:
+        raise SpecError(problems=problems)
+    return spec
