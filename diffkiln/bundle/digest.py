@@ -1,0 +1,44 @@
+"""SHA-256 of files and of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+
+# Called with the number of bytes hashed since the last call, so that it can drive a progress bar.
+Progress = Callable[[int], None]
+
+_CHUNK = 1 << 20
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(source: int | str | os.PathLike[str], progress: Progress | None = None) -> str:
+    """Hash a whole file, given by path or by a descriptor (whose position is neither used nor moved)."""
+    if isinstance(source, int):
+        return _sha256_descriptor(source, progress)
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return _sha256_descriptor(descriptor, progress)
+    finally:
+        os.close(descriptor)
+
+
+def chunks(descriptor: int) -> Iterator[bytes]:
+    """The file's bytes from its beginning to wherever it ends now."""
+    offset = 0
+    while chunk := os.pread(descriptor, _CHUNK, offset):
+        offset += len(chunk)
+        yield chunk
+
+
+def _sha256_descriptor(descriptor: int, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks(descriptor):
+        digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
+    return digest.hexdigest()

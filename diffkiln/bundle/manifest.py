@@ -1,0 +1,265 @@
+"""What a bundle says about itself: `manifest.json`, whose SHA-256 is the bundle's id.
+
+The manifest names every file with its size and digest, so whoever knows the id knows every byte. It holds no
+time and no host name: the same inputs give the same id.
+
+Numbers: canonical JSON (RFC 8785) writes 1.0 as `1` and -0.0 as `0`, so in the free-form parts (`options`,
+`fixed`, `source`, `runtime`) a float that happens to be whole comes back as an int. Integers beyond
+±(2**53 - 1) cannot be written at all: put them in a string.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from diffkiln.bundle import strict_json
+from diffkiln.bundle.digest import sha256_bytes
+from diffkiln.bundle.paths import check_unique, refuse_unsafe
+from diffkiln.errors import Incompatible, ManifestInvalid, MissingDependency, Problem
+
+FORMAT_NAME = "diffkiln-bundle"
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+# What a bundle may demand of its reader by name. A feature is added here together with the code that honours it.
+KNOWN_FEATURES: frozenset[str] = frozenset()
+
+MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+# Not reproducible, so outside the id and the digests.
+UNHASHED = frozenset({"build.json", "README.md"})
+RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST}
+
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+MAX_ROWS = 100_000
+MAX_RANK = 32
+MAX_INTEGER = 2**53 - 1  # what canonical JSON can hold
+_MAX_PROBLEMS = 20
+
+# A manifest is written by a machine: after one bad row there is no need to hear of a hundred thousand.
+_ROWS = Field(max_length=MAX_ROWS, fail_fast=True)
+
+Role = Literal["config", "program", "weights", "native", "doc"]
+
+
+def _bundle_path(text: str) -> str:
+    refuse_unsafe(text)
+    return text
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Dtype = Annotated[str, StringConstraints(max_length=32, pattern=r"^[a-z][a-z0-9_]*$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BundlePath = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_bundle_path)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Dimensions = Annotated[tuple[Count, ...], Field(max_length=MAX_RANK)]
+Json = Annotated[dict[str, JsonValue], Field(max_length=MAX_ROWS)]
+
+
+class _Row(BaseModel):
+    # A later minor of the format may add fields. What a reader must understand stands in `features_required`,
+    # so what it does not know is left aside.
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Format(_Row):
+    name: Literal["diffkiln-bundle"] = FORMAT_NAME
+    major: Count = FORMAT_MAJOR
+    minor: Count = FORMAT_MINOR
+
+
+class Requires(_Row):
+    """What the machine must offer. `None` where the bundle does not care."""
+
+    python: Text  # version specifier, ">=3.11"
+    torch: Text  # version specifier, "==2.13.*"
+    cuda: Text | None = None  # the release torch must be built with, "13.0"
+    driver: Text | None = None  # lowest NVIDIA driver, "580.65"
+    sm: Text | None = None  # compute capability, "sm_90"
+    cpu_isa: Text | None = None  # "x86-64-v3"
+    os: Text = "linux"
+    machine: Text = "x86_64"
+    glibc: Text | None = None  # lowest, "2.34"
+    packages: Annotated[dict[Name, Text], Field(max_length=1000)] = {}  # name to version specifier
+
+
+class Variant(_Row):
+    """One choice of the inputs fixed at compile time, and the programs that run it."""
+
+    name: Name
+    fixed: Json
+    programs: Annotated[dict[Name, BundlePath], Field(max_length=MAX_ROWS)]
+
+
+class Pipeline(_Row):
+    class_name: Name
+    diffusers_version: Text
+    variants: Annotated[tuple[Variant, ...], _ROWS]
+
+
+class FileRow(_Row):
+    path: BundlePath
+    size: Count  # bytes
+    sha256: Digest
+    role: Role
+
+
+class TensorSpec(_Row):
+    dtype: Dtype
+    shape: Dimensions
+    stride: Dimensions  # in elements
+
+    @model_validator(mode="after")
+    def _addressable(self) -> TensorSpec:
+        if len(self.shape) != len(self.stride):
+            raise ValueError(f"shape has {len(self.shape)} dimensions and stride {len(self.stride)}")
+        # Zeros count as one: whoever multiplies from left to right must not overflow on the way.
+        if math.prod(max(size, 1) for size in self.shape) >= 2**63:
+            raise ValueError("the shape's product overflows 64 bits")
+        if sum(max(n - 1, 0) * step for n, step in zip(self.shape, self.stride, strict=True)) >= 2**63:
+            raise ValueError("the last element's offset overflows 64 bits")
+        return self
+
+
+class EngineRow(_Row):
+    """One region lowered by one backend for one target. `inputs` and `outputs` are leaves, in order."""
+
+    target: Name
+    component: Name
+    region: Name
+    backend: Name
+    path: BundlePath  # directory in the bundle
+    inputs: Annotated[tuple[TensorSpec, ...], _ROWS]
+    outputs: Annotated[tuple[TensorSpec, ...], _ROWS]
+    options: Json = {}
+
+
+class PassRow(_Row):
+    name: Name
+    version: Count
+    options: Json = {}
+    changed: bool
+
+
+class GroupRow(_Row):
+    """Weights that come and go together: one offload group, one safetensors file."""
+
+    name: Name
+    file: BundlePath
+    tensors: Count
+    bytes: Count
+
+
+class Manifest(_Row):
+    format: Format = Format()
+    features_required: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
+    source: Json
+    requires: Requires
+    pipeline: Pipeline
+    files: Annotated[tuple[FileRow, ...], _ROWS]
+    engines: Annotated[tuple[EngineRow, ...], _ROWS] = ()
+    passes: Annotated[tuple[PassRow, ...], _ROWS] = ()
+    runtime: Json = {}
+    weights: Annotated[dict[Name, Annotated[tuple[GroupRow, ...], _ROWS]], Field(max_length=MAX_ROWS)] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        check_unique(row.path for row in self.files)
+        roles = {row.path: row.role for row in self.files}
+        if clash := sorted(RESERVED.intersection(roles)):
+            raise ValueError(f"{clash[0]} cannot be among the files that the manifest hashes")
+        for variant in self.pipeline.variants:
+            for path in variant.programs.values():
+                if roles.get(path) != "program":
+                    raise ValueError(f"variant {variant.name!r}: {path!r} is not a program in `files`")
+        for component, groups in self.weights.items():
+            for group in groups:
+                if roles.get(group.file) != "weights":
+                    raise ValueError(f"weights of {component!r}: {group.file!r} is not weights in `files`")
+        return self
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest that may be hostile.
+
+    Raises `ManifestInvalid`, `PathEscape` for a path that is refused, and `Incompatible` for a format or a
+    required feature that this version does not know.
+    """
+    try:
+        raw = strict_json.loads(data, max_bytes=MAX_MANIFEST_BYTES)
+    except strict_json.StrictJSONError as error:
+        raise ManifestInvalid(f"{MANIFEST}: {error}") from error
+    _check_format(raw)
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise ManifestInvalid(problems=problems(error)) from error
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The manifest as canonical JSON. Needs the extra `compile`; raises `ManifestInvalid`."""
+    try:
+        import rfc8785
+    except ImportError as error:
+        raise MissingDependency(
+            "writing a bundle needs the package rfc8785: pip install 'diffkiln[compile]'"
+        ) from error
+    try:
+        data = rfc8785.dumps(manifest.model_dump(mode="json"))
+    except ValueError as error:
+        raise ManifestInvalid(f"{MANIFEST} cannot be written as canonical JSON: {error}") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestInvalid(f"{MANIFEST} has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed")
+    return data
+
+
+def bundle_id(data: bytes) -> str:
+    """The id of the bundle whose `manifest.json` has these bytes."""
+    return sha256_bytes(data)
+
+
+def problems(error: ValidationError) -> list[Problem]:
+    """What pydantic found, as JSON paths and reasons; the first few of very many."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    result = [Problem(json_path(item["loc"]), item["msg"]) for item in found[:_MAX_PROBLEMS]]
+    if len(found) > _MAX_PROBLEMS:
+        result.append(Problem("", f"and {len(found) - _MAX_PROBLEMS} more problems"))
+    return result
+
+
+def json_path(location: tuple[int | str, ...]) -> str:
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in location)
+
+
+def _check_format(raw: Any) -> None:
+    """Look at the version before the rest: another major may mean something else by every other field."""
+    stated = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(stated, dict) or stated.get("name") != FORMAT_NAME:
+        raise ManifestInvalid(f"{MANIFEST} is not the manifest of a diffkiln bundle")
+    major = stated.get("major")
+    if type(major) is not int or major < 0:
+        raise ManifestInvalid(problems=[Problem("$.format.major", "should be a whole number")])
+    if major != FORMAT_MAJOR:
+        raise Incompatible(
+            f"bundle format: found major {major}, this diffkiln reads major {FORMAT_MAJOR}. "
+            "Load it with a diffkiln that reads that format, or build it again with this one"
+        )
+    features = raw.get("features_required")
+    named = [name for name in features if isinstance(name, str)] if isinstance(features, list) else []
+    if unknown := sorted(set(named) - KNOWN_FEATURES):
+        raise Incompatible(
+            f"required features: found {', '.join(repr(name[:100]) for name in unknown[:10])}, this diffkiln "
+            f"knows {', '.join(sorted(KNOWN_FEATURES)) or 'none'}. Install a later diffkiln"
+        )

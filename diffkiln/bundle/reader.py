@@ -1,0 +1,225 @@
+"""Reading a bundle: what its manifest says, and whether the directory is that and nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Collection, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Self
+
+from diffkiln.bundle import openat
+from diffkiln.bundle.digest import Progress
+from diffkiln.bundle.manifest import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    MAX_MANIFEST_BYTES,
+    RESERVED,
+    FileRow,
+    Manifest,
+    Role,
+    bundle_id,
+    parse_manifest,
+)
+from diffkiln.bundle.verified import Verified
+from diffkiln.errors import (
+    DigestMismatch,
+    Incomplete,
+    IntegrityError,
+    ManifestInvalid,
+    PathEscape,
+    UnexpectedFile,
+)
+
+_HASHERS = min(8, os.cpu_count() or 1)
+
+
+class Bundle:
+    """A bundle whose manifest has been read and agrees with its digest. No other file has been looked at.
+
+    The directory is held open: what is verified later is this directory, whatever becomes of its name.
+    """
+
+    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.id = identity
+        self._root = root
+        self._finalizer = weakref.finalize(self, os.close, root)
+
+    def verify(self, progress: Progress | None = None, roles: Collection[Role] | None = None) -> Verified:
+        """Check the whole directory against the manifest and hash its files.
+
+        `progress` is called with the bytes hashed since its last call, from one thread at a time. With
+        `roles` only files of these roles are hashed now; the structure is always checked whole, and every
+        other file is hashed before its bytes are handed out.
+
+        Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
+        """
+        if not self._finalizer.alive:
+            raise ValueError(f"the bundle {self.path} is closed")
+        rows = {row.path: row for row in self.manifest.files}
+        _check_tree(self._root, rows)
+        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id)
+        try:
+            verified.hold_weights()
+            _hash_all(verified, [path for path, row in rows.items() if roles is None or row.role in roles], progress)
+        except BaseException:
+            verified.close()
+            raise
+        return verified
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -> Bundle:
+    """Open the bundle at `path` and read its manifest.
+
+    `path` itself must be a real directory; symbolic links above it are resolved once, here. With
+    `expect_id` (a pin) the bundle must have that id.
+
+    Raises `IntegrityError` where there is no bundle, `Incomplete` where part of the manifest is missing,
+    `DigestMismatch` where manifest, digest and pin disagree, and whatever `parse_manifest` raises.
+    """
+    resolved = _real_directory(path)
+    root = openat.open_root(resolved)
+    try:
+        data = _read_manifest(resolved, root)
+        identity = bundle_id(data)
+        if expect_id is not None and identity != expect_id:
+            raise DigestMismatch(f"{resolved}: the bundle id is {identity}, expected {expect_id}")
+        return Bundle(resolved, root, parse_manifest(data), identity)
+    except BaseException:
+        os.close(root)
+        raise
+
+
+def _real_directory(path: str | os.PathLike[str]) -> Path:
+    mend = "Give the directory that `diffkiln compile -o` wrote"
+    try:
+        resolved = openat.resolve_parent(path)
+        mode = os.lstat(resolved).st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # not there, NUL in the name, a loop of links
+        reason = "there is no such directory" if isinstance(error, FileNotFoundError) else error
+        raise IntegrityError(f"{str(path)!r} is not a diffkiln bundle: {reason}. {mend}") from error
+    if stat.S_ISLNK(mode):
+        raise PathEscape(f"{resolved} is a symbolic link; give the directory that it points to")
+    if not stat.S_ISDIR(mode):
+        raise IntegrityError(f"{resolved} is not a diffkiln bundle: it is {openat.kind(mode)}. {mend}")
+    return resolved
+
+
+def _read_manifest(path: Path, root: int) -> bytes:
+    with openat.explained(str(path)):
+        names = {MANIFEST, MANIFEST_DIGEST}.intersection(os.listdir(root))
+    if not names:
+        raise IntegrityError(
+            f"{path} is not a diffkiln bundle: it has no {MANIFEST}. "
+            "Give the directory that `diffkiln compile -o` wrote"
+        )
+    if missing := {MANIFEST, MANIFEST_DIGEST} - names:
+        raise Incomplete(f"{path}: {missing.pop()} is missing. Fetch or build the bundle again")
+    try:
+        data = openat.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
+    except (Incomplete, PathEscape):
+        raise
+    except IntegrityError as error:
+        raise ManifestInvalid(str(error)) from error
+    stated = openat.read_small(root, MANIFEST_DIGEST, 1024)
+    if stated != digest_line(data):
+        raise DigestMismatch(
+            f"{path}: {MANIFEST} is not the one that {MANIFEST_DIGEST} names. Fetch or build the bundle again"
+        )
+    return data
+
+
+def digest_line(manifest: bytes) -> bytes:
+    """What `manifest.sha256` holds: the line that `sha256sum -c` understands."""
+    return f"{bundle_id(manifest)}  {MANIFEST}\n".encode()
+
+
+def _check_tree(root: int, rows: Mapping[str, FileRow]) -> None:
+    """Everything named is there, whole and plain; nothing else is."""
+    directories = {""}
+    for path in rows:
+        while (path := path.rpartition("/")[0]) not in directories:
+            directories.add(path)
+    seen: set[str] = set()
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        for path, status in _entries(root, directory):
+            if stat.S_ISLNK(status.st_mode):
+                raise PathEscape(f"{path!r} is a symbolic link; a bundle holds none")
+            if path in directories and stat.S_ISDIR(status.st_mode):
+                pending.append(path)
+            elif path in rows or path in RESERVED:
+                openat.check_plain(path, status)
+                seen.add(path)
+                _check_size(rows.get(path), status.st_size)
+            elif path in directories:
+                raise PathEscape(f"{path!r} is {openat.kind(status.st_mode)}, not a directory")
+            else:
+                raise UnexpectedFile(
+                    f"{path!r} is {openat.kind(status.st_mode)} that the manifest does not name. "
+                    "Remove it, or fetch the bundle again"
+                )
+    if missing := sorted(rows.keys() - seen):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise Incomplete(
+            f"missing: {', '.join(repr(path) for path in missing[:5])}{more}. Fetch or build the bundle again"
+        )
+
+
+def _entries(root: int, directory: str) -> list[tuple[str, os.stat_result]]:
+    descriptor = openat.open_directory(root, directory)
+    prefix = f"{directory}/" if directory else ""
+    try:
+        with openat.explained(directory or "."), os.scandir(descriptor) as entries:
+            return [(prefix + entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(row: FileRow | None, size: int) -> None:
+    if row is not None and size != row.size:
+        raise DigestMismatch(
+            f"{row.path!r} has {size} bytes, the manifest says {row.size}. Fetch or build the bundle again"
+        )
+
+
+class _Stopped(Exception):
+    """Another thread has failed."""
+
+
+def _hash_all(verified: Verified, paths: list[str], progress: Progress | None) -> None:
+    """Hash several files at a time. The first failure, or Ctrl-C, stops the others at their next chunk."""
+    stop = threading.Event()
+    lock = threading.Lock()
+
+    def step(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        if progress is not None:
+            with lock:
+                progress(count)
+
+    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="diffkiln-hash") as pool:
+        try:
+            futures = [pool.submit(verified.check, path, step) for path in paths]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

@@ -1,0 +1,163 @@
+"""Where a bundle is put together: a private directory beside the output, and how it takes the output's place.
+
+    .NAME.staging-<pid>-<random>/     0700, and locked by the process that works in it
+        bundle/                       becomes the output
+        old/                          the output that is being replaced, where the two cannot be exchanged
+
+Old or whole new, never half: at every moment the output's name leads to the old bundle or to the new one. (Where
+the file system cannot exchange two names there is a moment at which it leads nowhere; the next run puts `old`
+back.)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from diffkiln.bundle.rename import exchange, rename_new
+from diffkiln.errors import BuildError
+
+
+class Staging:
+    """The staging directory of one writer. The caller holds the lock of `output`."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._directory = output.parent / f".{output.name}.staging-{os.getpid()}-{secrets.token_hex(8)}"
+        self._lock = -1
+        self.root = self._directory / "bundle"
+
+    def create(self) -> None:
+        with explained(self._output.parent, "make a staging directory in"):
+            try:
+                self._directory.mkdir(mode=0o700)
+                # Held while this process lives: that is how another run knows a dead one's staging.
+                self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.root.mkdir()
+            except BaseException:
+                self.remove()
+                raise
+
+    def remove(self) -> None:
+        """Take the staging away, and whatever is in it. What cannot be removed is left to the next run."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def install(self) -> None:
+        """Put what is in `root`, already synced, at the output's name. All or nothing, also on Ctrl-C."""
+        aside = self._directory / "old"
+        with explained(self._output, "publish"):
+            if not os.path.lexists(self._output):
+                self._install_new()
+            elif exchange(self.root, self._output):
+                self._sync_or(lambda: exchange(self.root, self._output))
+            else:
+                try:
+                    os.rename(self._output, aside)
+                    self._install_new()
+                except BaseException:
+                    if not os.path.lexists(self._output):
+                        os.rename(aside, self._output)
+                    raise
+
+    def _install_new(self) -> None:
+        rename_new(self.root, self._output)
+        self._sync_or(lambda: os.rename(self._output, self.root))
+
+    def _sync_or(self, undo: Callable[[], object]) -> None:
+        try:
+            sync(self._output.parent)
+        except BaseException:
+            undo()
+            raise
+
+
+def remove_stale(output: Path) -> None:
+    """Remove the staging directories that dead runs for `output` left; put a bundle set aside back first.
+
+    The caller holds the lock of `output`. Staging that another process has locked, or that belongs to another
+    user, stays.
+    """
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.staging-\d+-[0-9a-f]{{16}}")
+    for name in sorted(os.listdir(output.parent)):
+        if pattern.fullmatch(name):
+            with suppress(OSError):
+                _remove_if_dead(output.parent / name, output)
+
+
+def _remove_if_dead(staging: Path, output: Path) -> None:
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            return
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (staging / "old").is_dir() and not os.path.lexists(output):
+            os.rename(staging / "old", output)
+        shutil.rmtree(staging)
+    finally:
+        os.close(descriptor)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Every directory, the inner ones first, and what in it is not a directory. Links are not followed."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for directory, inner, files in os.walk(root, topdown=False, onerror=fail):
+        links = [name for name in inner if Path(directory, name).is_symlink()]
+        yield Path(directory), [Path(directory, name) for name in (*links, *files)]
+
+
+def sync_tree(root: Path) -> None:
+    """fsync every file and every directory, the inner ones first."""
+    for directory, files in walk(root):
+        for file in files:
+            sync(file)
+        sync(directory)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory: Path) -> int:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def explained(path: Path, doing: str, needed: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` while `doing` something to `path` into a `BuildError` that says what and why."""
+    try:
+        yield
+    except OSError as error:
+        need = f"{needed} bytes are needed" if needed is not None else "more room is needed"
+        raise explain(error, path, doing, need) from error
+
+
+def explain(error: OSError, path: Path, doing: str, need: str) -> BuildError:
+    text = f"cannot {doing} {path}: {error.strerror or error}"
+    if not is_full(error):
+        return BuildError(text)
+    where = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    return BuildError(f"{text}: {need}, {free_bytes(where)} bytes are free in {where}. Make room or write elsewhere")

@@ -1,0 +1,221 @@
+"""A bundle that has been checked, and the only way to its bytes.
+
+What is handed out is what was hashed. Small files are hashed again as they are read; weights are read through
+descriptors that have been held open since they were hashed, so that putting another file in their place
+changes nothing; native code is copied into a private directory and hashed on the way. Nothing is mapped into
+memory: a file that is cut short while in use gives an error, not SIGBUS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Self
+
+from diffkiln.bundle import openat
+from diffkiln.bundle.digest import Progress, chunks, sha256_bytes, sha256_file
+from diffkiln.bundle.manifest import FileRow, Manifest
+from diffkiln.bundle.paths import check_path
+from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
+
+_AGAIN = "Fetch or build the bundle again"
+
+
+class _Held:
+    """Descriptors and temporary directories, given back once, and only by the process that took them."""
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+        self.directories: list[Path] = []
+        self._owner = os.getpid()
+
+    def release(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        # A forked child that exits must not take the directory from under its parent.
+        while self.directories and os.getpid() == self._owner:
+            shutil.rmtree(self.directories.pop(), ignore_errors=True)
+
+
+class Verified:
+    """Made by `Bundle.verify`. A context manager; closing gives back descriptors and temporary copies."""
+
+    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.id = identity
+        self._root = root
+        self._rows = {row.path: row for row in manifest.files}
+        self._weights: dict[str, tuple[int, int]] = {}  # path to descriptor and modification time
+        self._hashed: set[str] = set()
+        self._copies: dict[str, Path] = {}
+        self._held = _Held()
+        self._held.descriptors.append(root)
+        self._finalizer = weakref.finalize(self, self._held.release)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a config, program, doc or (small) weights file, hashed again here.
+
+        Raises `Incomplete` for a path that the manifest does not name, `DigestMismatch` for other bytes.
+        """
+        row = self._row(path)
+        if row.role == "native":
+            raise IntegrityError(f"{path!r} is native code: it is handed out by native_copy alone")
+        descriptor = self._weights[path][0] if path in self._weights else self._open(path)
+        try:
+            with openat.explained(path):
+                data = openat.read_up_to(descriptor, row.size + 1)
+        finally:
+            if path not in self._weights:
+                os.close(descriptor)
+        if len(data) != row.size or sha256_bytes(data) != row.sha256:
+            raise _mismatch(row)
+        return data
+
+    def descriptor(self, path: str) -> int:
+        """An open descriptor of a weights file, for `os.pread`. It belongs to this object: do not close it.
+
+        The file has been hashed; where `verify` was told to leave weights out, it is hashed now.
+        A read that comes back short means that the file was cut: use `read_into`, which checks.
+        """
+        row = self._row(path)
+        if row.role != "weights":
+            raise IntegrityError(f"{path!r} has the role {row.role}, not weights")
+        self.check(path)
+        return self._weights[path][0]
+
+    def read_into(self, path: str, buffer: memoryview | bytearray, offset: int = 0) -> None:
+        """Fill `buffer` (writable, contiguous) with weights from byte `offset` on.
+
+        Raises `DigestMismatch` if the file ends early or was written to since it was hashed.
+        """
+        descriptor = self.descriptor(path)
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            with openat.explained(path):
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise DigestMismatch(f"{path!r} was cut short while in use. {_AGAIN}")
+            done += count
+        self._check_untouched(path)
+
+    def pread(self, path: str, size: int, offset: int = 0) -> bytes:
+        """`size` bytes of a weights file from `offset` on; errors as `read_into`."""
+        buffer = bytearray(size)
+        self.read_into(path, buffer, offset)
+        return bytes(buffer)
+
+    def native_copy(self, prefix: str) -> Path:
+        """Copy every file of role native under the directory `prefix` into a private (0700) temporary
+        directory, hashing what is written, and give that directory. It lives until `close`.
+
+        Raises `DigestMismatch`, and `Incomplete` where the manifest names no native file there.
+        """
+        prefix = str(check_path(prefix))
+        self._check_open()
+        if prefix not in self._copies:
+            rows = [row for row in self._rows.values() if row.role == "native" and row.path.startswith(prefix + "/")]
+            if not rows:
+                raise Incomplete(f"the manifest names no native file under {prefix!r}")
+            self._copies[prefix] = self._copy(prefix, rows)
+        return self._copies[prefix]
+
+    def check(self, path: str, progress: Progress | None = None) -> None:
+        """Hash one file unless it has been. Raises `DigestMismatch`."""
+        row = self._row(path)
+        if path in self._hashed:
+            return
+        descriptor = self._weights[path][0] if path in self._weights else self._open(path)
+        try:
+            with openat.explained(path):
+                digest = sha256_file(descriptor, progress)
+        finally:
+            if path not in self._weights:
+                os.close(descriptor)
+        if digest != row.sha256:
+            raise _mismatch(row)
+        if path in self._weights:
+            self._check_untouched(path)
+        self._hashed.add(path)
+
+    def hold_weights(self) -> None:
+        """Open every weights file, for good. Called once, by `Bundle.verify`."""
+        for row in self._rows.values():
+            if row.role == "weights":
+                descriptor = self._open(row.path)
+                self._held.descriptors.append(descriptor)
+                self._weights[row.path] = descriptor, os.fstat(descriptor).st_mtime_ns
+
+    def close(self) -> None:
+        """Close the descriptors and remove the temporary copies. May be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _copy(self, prefix: str, rows: list[FileRow]) -> Path:
+        needed = sum(row.size for row in rows)
+        try:
+            target = Path(tempfile.mkdtemp(prefix="diffkiln-native-"))
+            self._held.directories.append(target)
+            for row in rows:
+                self._copy_file(row, target / row.path[len(prefix) + 1 :])
+        except OSError as error:
+            raise DiffkilnError(
+                f"cannot copy the native code of {prefix!r} ({needed} bytes) to {tempfile.gettempdir()}: "
+                f"{error.strerror or error}. Set TMPDIR to a directory with room"
+            ) from error
+        return target
+
+    def _copy_file(self, row: FileRow, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        digest = hashlib.sha256()
+        size = 0
+        source = self._open(row.path)
+        try:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "wb") as file:
+                for chunk in chunks(source):
+                    size += len(chunk)
+                    if size > row.size:
+                        break
+                    digest.update(chunk)
+                    file.write(chunk)
+        finally:
+            os.close(source)
+        if size != row.size or digest.hexdigest() != row.sha256:
+            target.unlink()
+            raise _mismatch(row)
+
+    def _check_untouched(self, path: str) -> None:
+        descriptor, modified = self._weights[path]
+        status = os.fstat(descriptor)
+        if status.st_size != self._rows[path].size or status.st_mtime_ns != modified:
+            raise DigestMismatch(f"{path!r} was written to while in use. {_AGAIN}")
+
+    def _open(self, path: str) -> int:
+        self._check_open()
+        return openat.open_file(self._root, path)
+
+    def _row(self, path: str) -> FileRow:
+        self._check_open()
+        try:
+            return self._rows[path]
+        except KeyError:
+            raise Incomplete(f"the manifest does not name {path!r}") from None
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ValueError(f"the verified bundle {self.path} is closed")
+
+
+def _mismatch(row: FileRow) -> DigestMismatch:
+    return DigestMismatch(f"{row.path!r} is not the file that the manifest names. {_AGAIN}")

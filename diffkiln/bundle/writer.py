@@ -1,0 +1,275 @@
+"""Writing a bundle: everything into a staging directory, and then in one step to its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pydantic import ValidationError
+
+from diffkiln.bundle.digest import sha256_bytes, sha256_file
+from diffkiln.bundle.manifest import (
+    FORMAT_NAME,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    MAX_MANIFEST_BYTES,
+    RESERVED,
+    UNHASHED,
+    FileRow,
+    Manifest,
+    Role,
+    bundle_id,
+    dump_manifest,
+    parse_manifest,
+    problems,
+)
+from diffkiln.bundle.openat import resolve_parent
+from diffkiln.bundle.paths import check_path
+from diffkiln.bundle.reader import digest_line
+from diffkiln.bundle.staging import (
+    Staging,
+    explain,
+    explained,
+    free_bytes,
+    is_full,
+    remove_stale,
+    sync_tree,
+    walk,
+)
+from diffkiln.bundle.state import state_dir
+from diffkiln.errors import BuildError, DiffkilnError, MissingDependency, OutputBusy, PathEscape, SpecError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+
+class BundleWriter:
+    """Context manager that writes one bundle to `output`, which is a path that is not there yet.
+
+    With `force` a bundle that is there is replaced, at the moment of `publish` and not before. Leaving the
+    context without `publish`, by an exception or not, leaves the output as it was.
+
+    Entering raises `SpecError` for an output that cannot be meant, `OutputBusy` if another process is
+    writing it, and `BuildError` if the directory above cannot be written to.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], force: bool = False) -> None:
+        self._stated = output
+        self._force = force
+        self._rows: dict[str, tuple[FileRow, int]] = {}  # with the modification time when it was hashed
+        self._unhashed: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self.output = _checked_output(self._stated)
+        self._lock = _lock(self.output)
+        try:
+            with explained(self.output.parent, "look into"):
+                remove_stale(self.output)
+            _check_replaceable(self.output, self._force)
+            self._staging = Staging(self.output)
+            self._staging.create()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        explanation = self._explanation(error)  # before the staging, which it measures, is gone
+        try:
+            self._staging.remove()
+        finally:
+            self._lock.release()
+        if explanation is not None:
+            raise explanation from error
+
+    @property
+    def rows(self) -> tuple[FileRow, ...]:
+        """What has been written so far, sorted by path."""
+        return tuple(self._rows[path][0] for path in sorted(self._rows))
+
+    def path(self, rel: str) -> Path:
+        """Where to write the file `rel` oneself; the directories above it are made. Call `add` afterwards."""
+        target = self._target(rel)
+        with explained(target.parent, "make the directory"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def write(self, rel: str, data: bytes, role: Role) -> FileRow:
+        """Write a small file. Raises `PathEscape` for its name, `BuildError` if it is there already."""
+        target = self.path(rel)
+        _write(target, data)
+        return self._register(rel, target, sha256_bytes(data), role)
+
+    def add(self, rel: str, role: Role) -> FileRow:
+        """Register a file that was written at `path(rel)`. It may not change any more."""
+        target = self._target(rel)
+        with explained(target, "read"):
+            _check_plain(target)
+            return self._register(rel, target, sha256_file(target), role)
+
+    def write_unhashed(self, rel: str, data: bytes) -> None:
+        """Write `build.json` or `README.md`, which are outside the id and the digests."""
+        if rel not in UNHASHED:
+            raise BuildError(f"{rel!r} belongs into the manifest; only {sorted(UNHASHED)} are outside it")
+        _write(self._staging.root / rel, data)
+        self._unhashed.add(rel)
+
+    def require_space(self, size: int) -> None:
+        """Raise `BuildError` now if `size` more bytes (of files to be written) will not fit."""
+        free = free_bytes(self.output.parent)
+        if free < size:
+            raise BuildError(
+                f"{self.output} does not fit: {size} bytes are needed and {free} are free in "
+                f"{self.output.parent}. Make room or write elsewhere"
+            )
+
+    def publish(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> str:
+        """Write the manifest that `build` makes of `rows`, sync everything, take the output's place.
+
+        Gives the bundle's id. Raises `BuildError`, with the output as it was before.
+        """
+        self._check_staged()
+        data = self._manifest(build)
+        root = self._staging.root
+        _write(root / MANIFEST, data)
+        _write(root / MANIFEST_DIGEST, digest_line(data))
+        with explained(root, "sync"):
+            sync_tree(root)
+        _check_replaceable(self.output, self._force)
+        self._staging.install()
+        return bundle_id(data)
+
+    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> bytes:
+        rows = self.rows
+        try:
+            manifest = build(rows)
+            data = dump_manifest(manifest)
+            parse_manifest(data)  # what cannot be read back is not published
+        except ValidationError as error:
+            raise BuildError(problems=problems(error)) from error
+        except MissingDependency:
+            raise
+        except DiffkilnError as error:
+            raise BuildError(f"the bundle's manifest is not valid: {error}") from error
+        if manifest.files != rows:
+            raise BuildError("the bundle's manifest does not list the files that were written")
+        return data
+
+    def _check_staged(self) -> None:
+        """What is in the staging is what was registered, unchanged; empty directories go."""
+        root = self._staging.root
+        found: set[str] = set()
+        with explained(root, "read"):
+            for directory, files in walk(root):
+                if not os.listdir(directory) and directory != root:
+                    directory.rmdir()
+                found |= {file.relative_to(root).as_posix() for file in files}
+            if strange := sorted(found - self._rows.keys() - self._unhashed):
+                raise BuildError(f"{strange[0]!r} was written but never added to the bundle")
+            for path, (row, modified) in self._rows.items():
+                status = _check_plain(root / path)
+                if (status.st_size, status.st_mtime_ns) != (row.size, modified):
+                    raise BuildError(f"{path!r} changed after it was added to the bundle")
+
+    def _register(self, rel: str, target: Path, digest: str, role: Role) -> FileRow:
+        if rel in self._rows:
+            raise BuildError(f"{rel!r} was added to the bundle twice")
+        status = os.stat(target, follow_symlinks=False)
+        row = FileRow(path=rel, size=status.st_size, sha256=digest, role=role)
+        self._rows[rel] = row, status.st_mtime_ns
+        return row
+
+    def _target(self, rel: str) -> Path:
+        path = check_path(rel)
+        if rel in RESERVED:
+            raise BuildError(f"{rel!r} is not among a bundle's hashed files")
+        return self._staging.root / path
+
+    def _explanation(self, error: BaseException | None) -> BuildError | None:
+        """A caller's own write to the staging that failed, said in our words."""
+        if not isinstance(error, OSError):
+            return None
+        root = self._staging.root
+        named = any(str(root) in os.fsdecode(name) for name in (error.filename, error.filename2) if name)
+        # A `write` that finds the disk full names no file.
+        if not named and not (is_full(error) and error.filename is None):
+            return None
+        written = sum(file.lstat().st_size for _, files in walk(root) for file in files)
+        return explain(error, root, "write to", f"more than the {written} bytes written so far are needed")
+
+
+def _checked_output(stated: str | os.PathLike[str]) -> Path:
+    try:
+        output = resolve_parent(stated)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SpecError(f"the output {str(stated)!r} cannot be used: {error}") from error
+    if not output.name or "\0" in output.name:
+        raise SpecError(f"the output {str(stated)!r} is not a name. Give a directory that is not there yet")
+    if not output.parent.is_dir():
+        raise SpecError(f"the output's directory {output.parent} is not there. Make it first")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise BuildError(f"the output's directory {output.parent} cannot be written to. Choose another")
+    return output
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    try:
+        mode = os.lstat(output).st_mode
+    except FileNotFoundError:
+        return
+    if not force:
+        raise SpecError(f"{output} exists; pass --force to replace it")
+    if not stat.S_ISDIR(mode) or not _is_bundle(output):
+        raise SpecError(f"{output} is not a diffkiln bundle, so it is not replaced. Remove it or write elsewhere")
+
+
+def _is_bundle(directory: Path) -> bool:
+    """Of whatever version, and whole or not: only what it calls itself counts."""
+    try:
+        with open(os.open(directory / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            raw = json.loads(file.read(MAX_MANIFEST_BYTES))
+        return raw["format"]["name"] == FORMAT_NAME
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False
+
+
+def _lock(output: Path) -> BaseFileLock:
+    """The lock of this output: held by a living process, or not at all."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise MissingDependency(
+            "writing a bundle needs the package filelock: pip install 'diffkiln[compile]'"
+        ) from error
+    path = state_dir("locks") / f"{sha256_bytes(os.fsencode(output))}.lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise PathEscape(f"the lock {path} is not a plain file. Remove it")
+    lock = FileLock(path, blocking=False, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputBusy(f"{output} is being written by another process. Wait for it or write elsewhere") from error
+    except OSError as error:
+        raise explain(error, path, "take the lock", "a few bytes are needed") from error
+    return lock
+
+
+def _write(target: Path, data: bytes) -> None:
+    with explained(target, "write", len(data)):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(target, flags, 0o666), "wb") as file:
+            file.write(data)
+
+
+def _check_plain(path: Path) -> os.stat_result:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise BuildError(f"{path} is not a plain file of its own (a link?); write a copy")
+    return status

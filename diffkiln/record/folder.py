@@ -1,0 +1,196 @@
+"""A diffusers folder, looked at without loading a weight: its classes, its components, and what is wrong with it.
+
+Classes come from diffusers and transformers alone. Code that comes with a model is never imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffkiln.errors import Problem, SourceError
+from diffkiln.record.checkpoint import PICKLES, Checkpoint, Library, read_checkpoint, read_json
+
+#: Components that judge or repeat images; they take no part in making one.
+LEFT_OUT = ("safety_checker", "feature_extractor")
+_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One entry of model_index.json: its class and, for a module, the library that loads it and its weights."""
+
+    name: str
+    kind: type
+    library: Library | None = None
+    checkpoint: Checkpoint | None = None
+
+
+def read_folder(folder: Path, *, weights: bool = True) -> tuple[type, dict[str, Component], list[str]]:
+    """The pipeline class, the components that are used, and notices of those that are not.
+
+    Without `weights`, modules need a configuration only.
+
+    Raises:
+        SourceError: with every problem that was found.
+    """
+    index = read_index(folder)
+    pipeline_class = _pipeline_class(index.get("_class_name"))
+    components: dict[str, Component] = {}
+    notices: list[str] = []
+    problems: list[Problem] = []
+    for name, entry in entries(index):
+        if entry == [None, None]:
+            continue
+        if reason := _left_out(name, pipeline_class):
+            notices.append(f"{name} is left out: {reason}")
+            continue
+        try:
+            components[name] = _component(folder, name, *entry, weights=weights)
+        except SourceError as error:
+            problems.append(Problem("$.source", f"component {name}: {error}"))
+    if problems:
+        raise SourceError(problems=problems)
+    return pipeline_class, components, notices
+
+
+def source_error(reason: str, mend: str = "", where: str = "$.source.model") -> SourceError:
+    return SourceError(problems=[Problem(where, reason, mend)])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+        if not found:
+            raise source_error(f"the folder {folder.name} is empty", "Download the model again")
+        listing = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
+        raise source_error(
+            f"the folder {folder.name} is no diffusers pipeline: it has no model_index.json, but {listing}",
+            "Give the folder that pipeline.save_pretrained writes",
+        )
+    try:
+        index = read_json(path)
+    except SourceError as error:
+        raise source_error(f"{error}", "Download the model again") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise source_error("model_index.json names no pipeline class", "Download the model again")
+    return index
+
+
+def entries(index: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The components of model_index.json; other entries are arguments of the pipeline."""
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2:
+            yield name, entry
+
+
+def _pipeline_class(name: Any) -> type:
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    if not isinstance(name, str):
+        raise source_error(
+            f"model_index.json asks for a pipeline class of its own ({json.dumps(name)})",
+            "Code that comes with a model is never run: use a pipeline class of diffusers",
+        )
+    kind = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not inspect.isclass(kind):
+        raise source_error(
+            f"diffusers {diffusers.__version__}, which is installed, has no class {name!r}",
+            "Install the version that the model was saved with or a later one",
+        )
+    if kind.__module__.startswith("diffusers.utils.dummy"):
+        needs = ", ".join(getattr(kind, "_backends", ()))
+        raise source_error(f"the pipeline {name} needs packages that are not installed", f"Install {needs}")
+    if not issubclass(kind, DiffusionPipeline):
+        raise source_error(f"{name} is a class of diffusers, but not a pipeline")
+    return kind
+
+
+def _left_out(name: str, pipeline_class: type) -> str:
+    if name in LEFT_OUT:
+        return "it checks finished images and is not compiled"
+    call = inspect.signature(getattr(pipeline_class, "__call__")).parameters  # noqa: B004, B009
+    if name == "image_encoder" and "image" not in call and "ip_adapter_image" in call:
+        return "only IP adapters use it"
+    return ""
+
+
+def _component(folder: Path, name: str, library: Any, class_name: Any, *, weights: bool) -> Component:
+    if not name.isidentifier():
+        raise SourceError("the name is no identifier")
+    root = folder / name
+    if not root.is_dir():
+        raise SourceError(f"the folder {name} is missing. Download the model again")
+    kind = _component_class(library, class_name)
+    if code := sorted(path.name for path in root.rglob("*.py")):
+        raise SourceError(f"the model brings code of its own ({code[0]}), which is never run")
+    module_library = _module_library(kind)
+    configs = {file: read_json(root / file) for file in _CONFIGS if (root / file).is_file()}
+    if module_library is None:
+        for file, config in configs.items():
+            if isinstance(config, dict) and config.get("auto_map"):
+                raise SourceError(f"{file} asks for code that comes with the model (auto_map), which is never run")
+        return Component(name, kind)
+    config = configs.get("config.json")
+    if not isinstance(config, dict):
+        raise SourceError("config.json is missing or is no JSON object")
+    if config.get("quantization_config"):
+        raise SourceError(
+            "the weights are quantized already. Give the model that they were quantized from, "
+            "and let the pass `quantize` do it"
+        )
+    return Component(name, kind, module_library, read_checkpoint(root, module_library) if weights else None)
+
+
+def _component_class(library: Any, class_name: Any) -> type:
+    """The class that diffusers would load, if it is one of diffusers or transformers."""
+    import diffusers
+    import transformers
+
+    if not (isinstance(library, str) and isinstance(class_name, str) and class_name.isidentifier()):
+        raise SourceError(f"model_index.json says {json.dumps([library, class_name])}, which is no library and class")
+    homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+    home = homes.get(library) or getattr(diffusers.pipelines, library, None)
+    if not isinstance(home, ModuleType):
+        raise SourceError(
+            f"the class {class_name} is of {library!r}, neither of diffusers nor of transformers; "
+            "code that comes with a model is never run"
+        )
+    if re.match("Auto[A-Z]", class_name):
+        raise SourceError(f"{class_name} is no class of its own, but lets the model's files choose one")
+    kind = getattr(home, class_name, None)
+    if not inspect.isclass(kind):
+        version = getattr(homes.get(library, diffusers), "__version__", "")
+        owner = library if library in homes else "diffusers"
+        raise SourceError(f"{owner} {version}, which is installed, has no class {class_name!r}")
+    if ".dummy_" in kind.__module__:
+        raise SourceError(f"the class {class_name} needs packages that are not installed")
+    return kind
+
+
+def _module_library(kind: type) -> Library | None:
+    import torch
+    import transformers
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if issubclass(kind, ModelMixin):
+        return "diffusers"
+    if issubclass(kind, transformers.PreTrainedModel):
+        return "transformers"
+    if issubclass(kind, torch.nn.Module):
+        raise SourceError(f"{kind.__name__} is a module that neither diffusers nor transformers loads")
+    return None
+
+
+def plain_files(root: Path) -> list[Path]:
+    """What a tokenizer or a scheduler may read: all files but hidden ones, pickles and code."""
+    unread = (*PICKLES, ".py", ".md", ".safetensors")
+    return [path for path in root.rglob("*") if path.is_file() and path.name[0] != "." and path.suffix not in unread]

@@ -1,0 +1,244 @@
+"""Pipelines without weights, to record from, and modules with weights, to compile from.
+
+A ghost has the module tree, the names, shapes and types that `from_pretrained` would give, and takes no memory:
+parameters and persistent buffers are `FakeTensor`s. Buffers that no checkpoint holds (rotary frequencies, positions)
+are real and have their true values, since the recording folds them into constants.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.errors import BuildError, SourceError
+from diffkiln.record.folder import LEFT_OUT
+from diffkiln.record.source import SourceModel
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+_BUILD_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def ghost_pipeline(source: SourceModel, mode: FakeTensorMode, dtype: str | None = None) -> DiffusionPipeline:
+    """The pipeline with real tokenizers and scheduler, and a ghost of every module.
+
+    Args:
+        mode: the mode that the fake tensors belong to; their device is the CPU.
+        dtype: type of the weights, such as "bfloat16"; None is what each module was saved in.
+
+    Raises:
+        SourceError: a configuration does not build its class, or a tokenizer cannot be loaded.
+    """
+    ghosts = {name: _haunt(skeleton(source, name, dtype), mode) for name in source.modules}
+    absent = _left_out_arguments(source)
+    with _quiet(), _blamed("the pipeline"):
+        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **ghosts, **absent)
+
+
+def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
+    """The module as `from_pretrained` builds it, with final types, its parameters on the meta device, its buffers real.
+
+    Raises:
+        SourceError: the configuration does not build its class.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
+
+    component = source.components[name]
+    build_type = _build_type(source, name, dtype)
+    folder, kind = source.folder / name, component.kind
+    with torch.random.fork_rng(devices=[]), _quiet(), _blamed(f"component {name}"), _default_dtype(build_type):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            if component.library == "transformers":
+                config = kind.config_class.from_pretrained(folder, local_files_only=True)
+                module = kind._from_config(config, dtype=build_type)
+            else:
+                module = kind.from_config(kind.load_config(folder, local_files_only=True))
+        if component.library == "transformers":
+            module.tie_weights()
+    final = _transformers_types(module, build_type)
+    if component.library == "diffusers":
+        final = _diffusers_types(source, name, module, build_type)
+    _replace(module, lambda key, tensor: tensor.to(final(key, tensor)))
+    return module.eval().requires_grad_(False)
+
+
+def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
+    """The module with its weights on the CPU, in evaluation mode and without gradients.
+
+    Raises:
+        SourceError: the weights do not fit the configuration.
+    """
+    component = source.components[name]
+    build_type = _build_type(source, name, dtype)
+    options: dict[str, Any] = {"torch_dtype": build_type}
+    if component.library == "transformers":
+        options = {"dtype": build_type}
+    with _quiet(), _blamed(f"component {name}"):
+        module, info = component.kind.from_pretrained(
+            source.folder / name, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(set(info["missing_keys"]) & {key for key, _ in module.named_parameters()})
+    if missing:
+        raise SourceError(f"component {name}: its weights lack {len(missing)} tensors, the first is {missing[0]}")
+    return module.eval().requires_grad_(False)
+
+
+def refuse_nonfinite(module: nn.Module, name: str) -> None:
+    """Look through all weights of the component `name` for NaN and infinity.
+
+    Raises:
+        BuildError: there is one; the message names the tensor.
+    """
+    for key, tensor in module.state_dict().items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.itemsize == 1:  # float8 has no reductions
+            tensor = tensor.to(torch.float32)
+        # NaN reaches both ends, and no temporary is needed.
+        low, high = torch.aminmax(tensor)
+        if not (low.isfinite() and high.isfinite()):
+            count = int((~tensor.isfinite()).sum())
+            raise BuildError(
+                f"component {name}: {count} of the {tensor.numel()} values of {key} are NaN or infinite. "
+                "The checkpoint is damaged, or its values do not fit into the type that it is loaded in"
+            )
+
+
+def _build_type(source: SourceModel, name: str, dtype: str | None) -> torch.dtype:
+    wanted = dtype or source.dtypes[name]
+    if wanted not in _BUILD_TYPES:
+        raise SourceError(f'component {name} was saved in {wanted}. Give "dtype" in the source, such as "bfloat16"')
+    return _BUILD_TYPES[wanted]
+
+
+#: Gives the type that the tensor of this name has after loading.
+_Types = Callable[[str, torch.Tensor], torch.dtype]
+
+
+def _transformers_types(module: nn.Module, build_type: torch.dtype) -> _Types:
+    """As transformers 5 casts: what the model was built in, and float32 for the modules that ask for it.
+
+    `_keep_in_fp32_modules` counts for float16 only, `_keep_in_fp32_modules_strict` for bfloat16 too.
+    """
+    kept: set[str] = set()
+    if build_type == torch.float16:
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if build_type in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    pattern = re.compile("|".join(glob.replace("*", ".*") for glob in sorted(kept)) or r"(?!)")
+
+    def final(key: str, tensor: torch.Tensor) -> torch.dtype:
+        return torch.float32 if tensor.is_floating_point() and pattern.search(key) else tensor.dtype
+
+    return final
+
+
+def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_type: torch.dtype) -> _Types:
+    """As diffusers casts: every floating tensor of the checkpoint to the type asked for, or kept in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    checkpoint = source.components[name].checkpoint
+    buffers = {key for key, _ in module.named_buffers()}
+
+    def final(key: str, tensor: torch.Tensor) -> torch.dtype:
+        saved = checkpoint.tensors.get(key) if checkpoint else None
+        if saved is not None and "float" not in saved.dtype:
+            return getattr(torch, saved.dtype)
+        if not tensor.is_floating_point() or (checkpoint and saved is None and key in buffers):
+            return tensor.dtype  # not in the checkpoint: as it was built
+        return torch.float32 if kept & set(key.split(".")) else build_type
+
+    return final
+
+
+def _haunt(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Make every parameter and persistent buffer a fake tensor on the CPU."""
+
+    def fake(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    _replace(module, fake)
+    return module
+
+
+def _replace(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Put `make(name, tensor)` in the place of every parameter and persistent buffer; tied ones stay tied."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # holds the old ones too, so that no id is given twice
+    for path, part in module.named_modules():
+        persistent = {key: b for key, b in part._buffers.items() if key not in part._non_persistent_buffers_set}
+        for key, tensor in (part._parameters | persistent).items():
+            if tensor is None:
+                continue
+            if id(tensor) not in made:
+                new = make(f"{path}.{key}" if path else key, tensor)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=False)
+                made[id(tensor)] = (tensor, new)
+            home = part._parameters if key in part._parameters else part._buffers
+            home[key] = made[id(tensor)][1]  # pyright: ignore[reportArgumentType]
+
+
+def _left_out_arguments(source: SourceModel) -> dict[str, Any]:
+    """Arguments that tell the pipeline to do without the components that are left out."""
+    parameters = inspect.signature(source.pipeline_class).parameters
+    absent: dict[str, Any] = {}
+    for name in (*LEFT_OUT, "image_encoder"):
+        if name in parameters and name not in source.components:
+            absent[name] = None
+    if "requires_safety_checker" in parameters:
+        absent["requires_safety_checker"] = False
+    return absent
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _blamed(who: str) -> Iterator[None]:
+    """What the libraries raise about a folder that they cannot load becomes a SourceError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise SourceError(f"{who} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of the libraries, and without their warnings for developers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in bars:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        for library in bars:
+            library.enable_progress_bar()

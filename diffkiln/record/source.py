@@ -1,0 +1,160 @@
+"""The source of a compilation: a diffusers folder, a pinned repository on the Hub, or an architecture with a seed.
+
+`open_source` looks at everything that can be known without loading a weight, and lists all that is wrong at once.
+Code that comes with a model is never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffkiln.errors import MissingDependency
+from diffkiln.record.checkpoint import STEMS, Checkpoint
+from diffkiln.record.folder import LEFT_OUT, Component, entries, plain_files, read_folder, read_index, source_error
+
+if TYPE_CHECKING:
+    from diffkiln.spec.model import Source
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, eq=False)
+class SourceModel:
+    """A pipeline that can be loaded. `origin` is what identifies it apart from its digest."""
+
+    folder: Path
+    pipeline_class: type
+    components: Mapping[str, Component]
+    notices: list[str] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_name(self) -> str:
+        return self.pipeline_class.__name__
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the components that are `torch.nn.Module`s, in the order of model_index.json."""
+        return tuple(name for name, component in self.components.items() if component.library)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The type that most of each module's weights were saved in, such as "bfloat16"."""
+        return {name: self.checkpoint(name).dtype for name in self.modules}
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        checkpoint = self.components[name].checkpoint
+        if checkpoint is None:
+            raise ValueError(f"the component {name!r} has no weights")
+        return checkpoint
+
+    def weight_bytes(self, name: str) -> int:
+        """Size of a module's weights as saved, in bytes."""
+        return self.checkpoint(name).nbytes
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that is used, weights included: paths relative to `folder` with `/`, sorted."""
+        names = ["model_index.json"]
+        for component in self.components.values():
+            if component.library:
+                checkpoint_files = component.checkpoint.files if component.checkpoint else ()
+                names += [f"{component.name}/{file}" for file in ("config.json", *checkpoint_files)]
+            else:
+                root = self.folder / component.name
+                names += [path.relative_to(self.folder).as_posix() for path in plain_files(root)]
+        return tuple(sorted(names))
+
+    def digest(self) -> str:
+        """ "sha256:…" over path, size and SHA-256 of each file; computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(self._row, self.files()))
+        return "sha256:" + hashlib.sha256(json.dumps([self._identity(), rows]).encode()).hexdigest()
+
+    def _identity(self) -> Any:
+        """What the result depends on besides the files."""
+        return None
+
+    def _row(self, name: str) -> tuple[str, int, str]:
+        path = self.folder / name
+        with path.open("rb") as file:
+            return name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    def pinned(self) -> dict[str, Any]:
+        """The source as a bundle names it: never a path of this machine."""
+        return {**self.origin, "digest": self.digest()}
+
+
+def open_source(source: Source, base: Path) -> SourceModel:
+    """Find and check what `source` names; relative paths are relative to `base`. Weights are not read.
+
+    Raises:
+        SourceError: it is not there, incomplete, not a diffusers pipeline, or brings code of its own.
+        MissingDependency: a Hub repository is asked for and huggingface_hub is not installed.
+    """
+    if source.architecture is not None:
+        from diffkiln.record.architectures import open_architecture
+
+        return open_architecture(source.architecture, source.seed or 0)
+    model = source.model or ""
+    folder = (base / Path(model).expanduser()).absolute()
+    if folder.is_dir():
+        if source.revision is not None:
+            raise source_error(
+                f"{model} is a local folder, which has no revisions", "Remove it", where="$.source.revision"
+            )
+        return SourceModel(folder, *read_folder(folder))
+    if folder.exists():
+        raise source_error(
+            f"{model} is a file, not a folder in diffusers' format",
+            "Convert it: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)",
+        )
+    if not _HUB_ID.fullmatch(model):
+        raise source_error(f"there is no folder {model}", f"It was looked for at {folder}")
+    if source.revision is None or not _COMMIT.fullmatch(source.revision):
+        why = "needs a revision" if source.revision is None else f"cannot be pinned to {source.revision!r}"
+        raise source_error(
+            f"{model} is no folder, and as a repository on the Hub it {why}",
+            f"Give the commit, 40 hexadecimal digits from https://huggingface.co/{model}/commits/main",
+            where="$.source.revision",
+        )
+    folder = _download(model, source.revision)
+    return SourceModel(folder, *read_folder(folder), {"model": model, "revision": source.revision})
+
+
+def _download(repo: str, revision: str) -> Path:
+    """The snapshot of a repository in the Hub's cache: one variant of the weights, no pickles, no code."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    except ImportError:
+        raise MissingDependency('The Hub needs huggingface_hub: pip install "diffkiln[hub]"') from None
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"]))
+        if not (folder / "model_index.json").is_file():
+            raise source_error(f"{repo} is no diffusers pipeline: it has no model_index.json at {revision[:12]}")
+        names = [name for name, entry in entries(read_index(folder)) if entry[0] and name not in LEFT_OUT]
+        kinds = ["*.json", "*.txt", "*.model", "*.jinja"]
+        kinds += [f"{stem}{end}" for stem in STEMS.values() for end in (".safetensors", "-*-of-*.safetensors")]
+        patterns = ["model_index.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        mend = f"Accept its licence at https://huggingface.co/{repo} and log in: hf auth login"
+        raise source_error(f"{repo} is given to registered users only", mend) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "Check the name, the commit and the network, or give a local folder"
+        raise source_error(f"{repo} at {revision[:12]} cannot be had from the Hub: {reason}", mend) from error
