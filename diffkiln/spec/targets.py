@@ -1,8 +1,8 @@
 """The machines that diffkiln knows by name, and what a target of the spec comes to.
 
 Numbers of a GPU are those of NVIDIA's public data sheets; memory is taken in decimal GB, which is never more than the
-card has. The link is the slot's own ceiling in one direction, PCI Express after 128b/130b encoding; a copy from pinned
-memory reaches 80 to 90 % of it. Cards with an Arm host (Grace, Jetson) are left out while `isa` knows only x86-64.
+card has. The link is the slot's own ceiling in one direction, PCI Express after 128b/130b encoding; real copies
+stay below it. Cards with an Arm host (Grace, Jetson) are left out while `isa` knows only x86-64.
 """
 
 from __future__ import annotations
