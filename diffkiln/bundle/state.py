@@ -23,12 +23,14 @@ def state_dir(name: str) -> Path:
 
 
 def existing_state_dir(name: str) -> Path | None:
-    """The same, checked the same, where it exists already; nothing is made."""
+    """The same, checked the same, where it exists already, else `None`; nothing is made."""
     directory = _base() / "diffkiln" / name
     try:
         _check_private(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise IntegrityError(f"{directory} cannot be looked at: {error.strerror or error}") from error
     return directory
 
 

@@ -13,11 +13,12 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from diffkiln.bundle import openat
-from diffkiln.bundle.digest import Progress, chunks, sha256_bytes, sha256_file
+from diffkiln.bundle.digest import Progress, chunks, sha256_bytes
 from diffkiln.bundle.manifest import FileRow, Manifest
 from diffkiln.bundle.paths import check_path
 from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
@@ -104,6 +105,10 @@ class Verified:
             done += count
         self._check_untouched(path)
 
+    def size(self, path: str) -> int:
+        """The size in bytes that the manifest states, and that the file has."""
+        return self._row(path).size
+
     def pread(self, path: str, size: int, offset: int = 0) -> bytes:
         """`size` bytes of a weights file from `offset` on; errors as `read_into`."""
         buffer = bytearray(size)
@@ -132,12 +137,15 @@ class Verified:
             return
         descriptor = self._weights[path][0] if path in self._weights else self._open(path)
         try:
-            with openat.explained(path):
-                digest = sha256_file(descriptor, progress)
+            digest = hashlib.sha256()
+            for chunk in _chunks(path, descriptor):
+                digest.update(chunk)
+                if progress is not None:
+                    progress(len(chunk))
         finally:
             if path not in self._weights:
                 os.close(descriptor)
-        if digest != row.sha256:
+        if digest.hexdigest() != row.sha256:
             raise _mismatch(row)
         if path in self._weights:
             self._check_untouched(path)
@@ -183,7 +191,7 @@ class Verified:
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with open(descriptor, "wb") as file:
-                for chunk in chunks(source):
+                for chunk in _chunks(row.path, source):
                     size += len(chunk)
                     if size > row.size:
                         break
@@ -215,6 +223,12 @@ class Verified:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise ValueError(f"the verified bundle {self.path} is closed")
+
+
+def _chunks(path: str, descriptor: int) -> Iterator[bytes]:
+    """The file's bytes; what goes wrong with reading them is said of `path`, and nothing else is."""
+    with openat.explained(path):
+        yield from chunks(descriptor)
 
 
 def _mismatch(row: FileRow) -> DigestMismatch:

@@ -14,8 +14,8 @@ from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import (
     DiffkilnError,
     DigestMismatch,
-    Incomplete,
     Incompatible,
+    Incomplete,
     IntegrityError,
     ManifestInvalid,
     PathEscape,
@@ -230,7 +230,6 @@ def test_files_outside_the_id_may_be_there_or_not(made: Path) -> None:
 
 def replace(path: Path, kind: str) -> None:
     """Put something that is not a plain file in the place of one."""
-    aside = path.parents[len(path.parents) - 2 - len(path.parents) // 2] / "aside"
     aside = Path(os.environ["XDG_STATE_HOME"]).parent / "aside"
     if kind == "hard link":
         os.link(path, aside)
@@ -293,13 +292,16 @@ def test_a_file_that_cannot_be_read_is_said_in_our_words(made: Path, monkeypatch
             bundle.verify()
 
 
-def test_an_interrupted_verification_leaves_nothing_open(made: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_a_progress_that_raises_is_not_blamed_on_the_bundle_and_leaves_nothing_open(
+    made: Path, error: type[BaseException]
+) -> None:
     def progress(_: int) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     with open_bundle(made) as bundle:
         before = descriptors()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             bundle.verify(progress)
         assert descriptors() == before
 
@@ -366,6 +368,7 @@ def test_roles_are_kept_apart(verified: Verified) -> None:
 def test_weights_are_read_from_the_file_that_was_hashed(verified: Verified, made: Path) -> None:
     data = CONTENT[WEIGHTS][1]
     put(made / WEIGHTS, flipped(data))
+    assert verified.size(WEIGHTS) == len(data)
     assert verified.pread(WEIGHTS, 100, 50) == data[50:150]
     assert os.pread(verified.descriptor(WEIGHTS), len(data), 0) == data
     buffer = bytearray(len(data))
@@ -410,7 +413,7 @@ def test_native_files_are_copied_into_a_private_directory(verified: Verified, pr
     assert copy.stat().st_mode & 0o777 == 0o700
     files = {str(file.relative_to(copy)): file.read_bytes() for file in copy.rglob("*") if file.is_file()}
     assert files == {"model.so": CONTENT[NATIVE][1], "inner/kernel.cubin": b"cubin" * 100}
-    assert verified.native_copy(ENGINE + "/") == copy if False else verified.native_copy(ENGINE) == copy
+    assert verified.native_copy(ENGINE) == copy
     assert verified.native_copy(f"{ENGINE}/inner") != copy
     verified.close()
     assert list(private_tmp.iterdir()) == []
@@ -466,6 +469,21 @@ def test_a_forked_child_leaves_its_parents_copy_alone(verified: Verified) -> Non
         os._exit(0)
     os.waitpid(child, 0)
     assert (copy / "model.so").exists()
+
+
+def test_many_processes_may_read_at_once(made: Path) -> None:
+    children = []
+    for _ in range(8):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                with open_bundle(made) as bundle, bundle.verify() as verified:
+                    verified.native_copy(ENGINE)
+                    status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
 
 
 # Names in the manifest

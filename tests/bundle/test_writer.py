@@ -119,6 +119,7 @@ def test_a_failed_rename_leaves_the_old_bundle(made: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("old", [True, False])
 def test_any_failed_fsync_leaves_nothing_published(output: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     identity = make(output) if old else None
+    step = 0
     for step in range(100):
         calls = iter(range(1000))
 
@@ -540,7 +541,7 @@ def test_sigkill_at_any_step_leaves_the_old_or_the_whole_new(output: Path, way: 
             assert state == new or "no such directory" in state
             assert after in {None, new}
     # With the exchange there is no moment without a bundle; without it there is one, which the next run mends.
-    assert before == "fresh" or (absent == 1 if way == "plain" else absent == 0)
+    assert before == "fresh" or (absent > 0 if way == "plain" else absent == 0)
     assert states[-1][0] == new
 
 
