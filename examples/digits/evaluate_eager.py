@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="a PNG file to write the images to")
     options = parser.parse_args()
 
+    torch.set_num_threads(1)  # the model is too small for more to pay, and on a busy machine they wait for each other
     pipeline, wanted = load(options.model), requests(options.count)
     started = time.monotonic()
     images = generate(pipeline, wanted, options.batch)

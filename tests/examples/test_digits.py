@@ -25,9 +25,13 @@ def example_on_path():
 def pipeline(example_on_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
+        import torch
         from evaluate_eager import load
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         yield load()
+        torch.set_num_threads(threads)
 
 
 def test_model_folder_is_small():
