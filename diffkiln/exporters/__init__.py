@@ -1,0 +1,1 @@
+"""Backends that lower a region into an engine for one target."""

@@ -1,0 +1,100 @@
+"""What an exporter gets and what it gives.
+
+An exporter lowers one region for one target into an *engine*: a directory of files that a backend in
+`diffkiln.runtime.engines` loads. Weights and constants are the engine's inputs, so one engine serves every block with
+the same region, and none of them is needed to build it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.errors import Problem
+from diffkiln.program import Program, TensorType
+from diffkiln.spec.targets import Target
+
+if TYPE_CHECKING:
+    from diffkiln.exporters.cache import EngineCache
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One region to lower.
+
+    `constants` holds the region's `#` constants by key, for backends that build them in; `options` are the compile
+    pass's, already known to be JSON.
+    """
+
+    region: Program
+    target: Target
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A lowered region on disk.
+
+    `inputs` are the region's inputs, then its weights in `Program.weights` order, then its constants in
+    `Program.constants` order, all contiguous. `requires` is what the engine's files demand of the machine that loads
+    them, such as {"glibc": "2.34", "glibcxx": "3.4.30"}.
+    """
+
+    backend: str
+    directory: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
+
+
+class Exporter(Protocol):
+    """A backend. `version` changes whenever the same lowering would give other files; it is part of the cache's key."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
+        """What stands in the way, from the region and the target alone: nothing is compiled."""
+        ...
+
+    def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
+        """The engine, from the cache where it has it. May be called from several threads at once.
+
+        Raises:
+            ExportError: names the region, the reason and the mend.
+        """
+        ...
+
+
+def engine_inputs(region: Program) -> tuple[TensorType, ...]:
+    """The types of an engine's inputs in their order."""
+    names = [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
+    return (*(item.type for item in region.inputs), *(region.types[name] for name in names))
+
+
+def contiguous(type_: TensorType) -> TensorSpec:
+    """The layout of a contiguous tensor of this type."""
+    stride = tuple(math.prod(max(size, 1) for size in type_.shape[i + 1 :]) for i in range(len(type_.shape)))
+    return TensorSpec(dtype=type_.dtype, shape=type_.shape, stride=stride)
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """The layout of a tensor, which may be fake."""
+    return TensorSpec(
+        dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stride=tuple(tensor.stride())
+    )
+
+
+def unknown_options(options: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
+    """A problem for each option that the backend does not have."""
+    names = sorted(known)
+    mend = f"It takes {', '.join(names)}." if names else "It takes none."
+    return [Problem(f"$.{name}", "the backend has no such option", mend) for name in options if name not in names]

@@ -1,0 +1,156 @@
+"""Engines that were built before, by everything that decides their bytes.
+
+    <root>/engines/<key>/index.json   what the engine is, with a digest of each file and one of itself
+    <root>/engines/<key>/files/…      the engine
+    <root>/toolchain/…                what builds share (diffkiln.exporters.toolchain)
+
+An entry appears whole, by a rename, or not at all. One that does not match its digests is as good as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from diffkiln.bundle.digest import sha256_bytes, sha256_file
+from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.errors import ExportError
+from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.program import fingerprint
+
+_INDEX, _FILES = "index.json", "files"
+
+
+def default_root() -> Path:
+    """`$DIFFKILN_CACHE_DIR`, else `diffkiln` in `$XDG_CACHE_HOME` or ~/.cache."""
+    if stated := os.environ.get("DIFFKILN_CACHE_DIR"):
+        return Path(stated)
+    # The XDG specification has relative paths ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "diffkiln"
+
+
+def engine_key(backend: str, version: int, lowering: Lowering, tools: Mapping[str, str]) -> str:
+    """The name of an engine in the cache; `tools` are the programs that build it, with their versions."""
+    target = lowering.target
+    decisive = {
+        "backend": [backend, version],
+        "region": fingerprint(lowering.region),
+        "target": [target.device, target.isa, target.sm],
+        "options": dict(lowering.options),
+        "tools": dict(tools),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+class EngineCache:
+    """Engines under one directory, which several processes and threads may share.
+
+    Args:
+        root: made when it is not there; `default_root()` where none is given.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root if root is not None else default_root()
+
+    @property
+    def toolchain(self) -> Path:
+        """Where builds keep what they share."""
+        return self._made("toolchain")
+
+    def get(self, key: str) -> Artefact | None:
+        """The engine of this key, unless it is missing or damaged."""
+        entry = self.root / "engines" / key
+        try:
+            index = json.loads((entry / _INDEX).read_bytes())
+            body = index["body"]
+            if sha256_bytes(_canonical(body)) != index["sha256"] or _digests(entry / _FILES) != body["files"]:
+                return None
+            return _artefact(body, entry / _FILES)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: str, artefact: Artefact) -> Artefact:
+        """Copy an engine in and give it as it lies in the cache. Another process's good entry is kept.
+
+        Raises:
+            ExportError: the cache's directory cannot be written.
+        """
+        try:
+            entry = self._made("engines") / key
+            staging = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+            try:
+                self._fill(staging, artefact)
+                self._publish(staging, entry, key)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise ExportError(
+                f"the engine cache {self.root} cannot be written: {error}. Set DIFFKILN_CACHE_DIR to a directory "
+                "that can"
+            ) from error
+        return replace(artefact, directory=entry / _FILES)
+
+    def _made(self, name: str) -> Path:
+        directory = self.root / name
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory
+
+    def _fill(self, staging: Path, artefact: Artefact) -> None:
+        shutil.copytree(artefact.directory, staging / _FILES)
+        body = _body(artefact) | {"files": _digests(staging / _FILES)}
+        index = {"body": body, "sha256": sha256_bytes(_canonical(body))}
+        (staging / _INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+    def _publish(self, staging: Path, entry: Path, key: str) -> None:
+        """Rename the new entry into place; what is damaged there goes first."""
+        for _ in range(10):
+            try:
+                os.rename(staging, entry)
+                return
+            except OSError:
+                if not entry.exists():
+                    raise
+            if self.get(key) is not None:
+                return
+            damaged = tempfile.mkdtemp(prefix=".old-", dir=entry.parent)
+            try:
+                os.rename(entry, damaged)
+            except FileNotFoundError:
+                pass  # another process was as quick
+            finally:
+                shutil.rmtree(damaged, ignore_errors=True)
+        raise OSError(f"{entry} keeps changing")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if not path.is_dir())
+    return {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def _body(artefact: Artefact) -> dict[str, Any]:
+    body = asdict(replace(artefact, directory=Path(), inputs=(), outputs=()))
+    del body["directory"]
+    layouts = {"inputs": artefact.inputs, "outputs": artefact.outputs}
+    body |= {name: [spec.model_dump(mode="json") for spec in specs] for name, specs in layouts.items()}
+    return json.loads(json.dumps(body))
+
+
+def _artefact(body: Mapping[str, Any], directory: Path) -> Artefact:
+    def specs(name: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec.model_validate_json(json.dumps(spec)) for spec in body[name])
+
+    return Artefact(
+        body["backend"], directory, specs("inputs"), specs("outputs"), dict(body["options"]), dict(body["requires"])
+    )

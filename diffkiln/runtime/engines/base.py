@@ -1,0 +1,65 @@
+"""What an engine is to the executor: tensors in, tensors out, weights among the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from diffkiln.errors import VerifyError
+
+
+class Layout(Protocol):
+    """A tensor's dtype (by name), shape and stride (in elements), as the manifest's rows have them."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def stride(self) -> Sequence[int]: ...
+
+
+class Engine(Protocol):
+    """A loaded engine. Its inputs are the region's, then its weights, then its constants."""
+
+    def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run. `flat` stays the caller's; what in it is not contiguous is copied first."""
+        ...
+
+    def check(self, flat: Sequence[torch.Tensor]) -> None:
+        """Compare inputs to what the engine was built for: for the self-test, since a call compares nothing.
+
+        Raises:
+            VerifyError: says which input differs and how.
+        """
+        ...
+
+
+class EngineClass(Protocol):
+    def __call__(self, directory: Path, inputs: Sequence[Layout], device: torch.device | str = "cpu") -> Engine: ...
+
+
+def check_inputs(flat: Sequence[torch.Tensor], expected: Sequence[Layout], device: torch.device, what: str) -> None:
+    """The comparison of `Engine.check`. The stride of a dimension of one element means nothing and is not compared."""
+    if len(flat) != len(expected):
+        raise VerifyError(f"{what}: {len(flat)} inputs found, {len(expected)} required")
+    for position, (tensor, layout) in enumerate(zip(flat, expected, strict=True)):
+        found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _steps(tensor.shape, tensor.stride())
+        required = layout.dtype, tuple(layout.shape), _steps(layout.shape, layout.stride)
+        for name, have, need in zip(("dtype", "shape", "stride"), found, required, strict=True):
+            if have != need:
+                raise VerifyError(f"{what}, input {position}: {name} {have} found, {need} required")
+        if tensor.device.type != device.type:
+            raise VerifyError(f"{what}, input {position}: it is on {tensor.device}, the engine on {device}")
+
+
+def _steps(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The strides that mean something; none for a tensor without elements."""
+    if 0 in shape:
+        return ()
+    return tuple(step for size, step in zip(shape, stride, strict=True) if size != 1)

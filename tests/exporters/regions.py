@@ -1,0 +1,142 @@
+"""Small regions written out by hand, and one engine of each that is built once in a test run.
+
+Set DIFFKILN_TEST_CACHE to a folder to keep engines, and what they share, between runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.base import Artefact, Lowering, engine_inputs
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.program import Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
+from diffkiln.spec.targets import Target
+
+CPU = Target(name="cpu-x86-64-v3", device="cpu", isa="x86-64-v3")
+
+
+class Writer:
+    """Writes a program down; shapes of results are found by running the operations on the meta device."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, TensorType] = {}
+        self.ops: list[Op] = []
+        self.inputs: list[Input] = []
+
+    def value(self, name: str, *shape: int, dtype: str = "float32") -> Ref:
+        self.types[name] = TensorType(dtype, shape)
+        if name.startswith("%"):
+            self.inputs.append(Input(name, self.types[name]))
+        return Ref(name)
+
+    def op(self, name: str, *args: Arg, **kwargs: Arg) -> Ref:
+        op = Op(f"aten.{name}", args, ("%result",), kwargs)
+        used = {ref.name for ref in (*args, *kwargs.values()) if isinstance(ref, Ref)}
+        one = Program("", tuple(Input(n, self.types[n]) for n in sorted(used)), (op,), (Ref("%result"),), self.types)
+        fakes = [
+            torch.empty(self.types[n].shape, dtype=dtype_of(self.types[n].dtype), device="meta") for n in sorted(used)
+        ]
+        (result,) = Interpreter(_as_inputs(one), "meta")(fakes)
+        out = f"%{len(self.ops)}"
+        self.types[out] = TensorType(str(result.dtype).removeprefix("torch."), tuple(result.shape))
+        self.ops.append(Op(op.name, args, (out,), kwargs))
+        return Ref(out)
+
+    def program(self, name: str, *outputs: Ref) -> Program:
+        program = Program(name, tuple(self.inputs), tuple(self.ops), outputs, self.types)
+        verify(program)
+        return program
+
+
+def _as_inputs(program: Program) -> Program:
+    """With weights and constants renamed to values, so that they can be passed as inputs."""
+    return rename_values(program, {i.name: "%in_" + i.name[1:] for i in program.inputs})
+
+
+def block(dim: int = 32, heads: int = 2, tokens: int = 16) -> Program:
+    """A transformer block: norm, attention, a gate that is a constant, feed-forward. The second output is a view."""
+    w = Writer()
+    x = w.value("%x", 1, tokens, dim)
+    shapes = {"norm": (dim,), "qkv": (3 * dim, dim), "out": (dim, dim), "up": (4 * dim, dim), "down": (dim, 4 * dim)}
+    weight = {name: w.value(f"@{name}.weight", *shape) for name, shape in shapes.items()}
+    bias = {name: w.value(f"@{name}.bias", shape[0]) for name, shape in shapes.items()}
+    gate = w.value("#gate", tokens, 1)
+
+    h = w.op("layer_norm.default", x, (dim,), weight["norm"], bias["norm"], 1e-5)
+    h = w.op("linear.default", h, weight["qkv"], bias["qkv"])
+    h = w.op("reshape.default", h, (1, tokens, 3, heads, dim // heads))
+    h = w.op("permute.default", h, (2, 0, 3, 1, 4))
+    qkv = [w.op("select.int", h, 0, i) for i in range(3)]
+    h = w.op("scaled_dot_product_attention.default", *qkv)
+    h = w.op("reshape.default", w.op("transpose.int", h, 1, 2), (1, tokens, dim))
+    h = w.op("mul.Tensor", w.op("linear.default", h, weight["out"], bias["out"]), gate)
+    x = w.op("add.Tensor", x, h)
+    h = w.op("gelu.default", w.op("linear.default", x, weight["up"], bias["up"]), approximate="tanh")
+    x = w.op("add.Tensor", x, w.op("linear.default", h, weight["down"], bias["down"]))
+    return w.program("Block", x, w.op("transpose.int", x, 1, 2))
+
+
+def int8_linear() -> Program:
+    """A linear layer with its weight in int8 and a scale for each output, as weight-only quantization leaves it."""
+    w = Writer()
+    x, weight, scale = w.value("%x", 4, 32), w.value("@weight", 24, 32, dtype="int8"), w.value("@scale", 24)
+    wide = w.op("to.dtype", w.op("t.default", weight), DType("float32"))
+    return w.program("Int8Linear", w.op("mul.Tensor", w.op("mm.default", x, wide), scale))
+
+
+def total() -> Program:
+    """A reduction large enough to be shared out among threads, each with a buffer of its own."""
+    w = Writer()
+    x = w.value("%x", 512, 256)
+    return w.program("Total", w.op("sum.default", w.op("mul.Tensor", x, x)), w.op("amax.default", x))
+
+
+def tensors(region: Program, seed: int = 0) -> list[torch.Tensor]:
+    """Inputs for a region's engine, of a size that keeps values around one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(type_: TensorType) -> torch.Tensor:
+        if type_.dtype == "int8":
+            return torch.randint(-127, 128, type_.shape, dtype=torch.int8, generator=generator)
+        return torch.randn(type_.shape, generator=generator).mul_(0.3).to(dtype_of(type_.dtype))
+
+    return [draw(type_) for type_ in engine_inputs(region)]
+
+
+def interpreted(region: Program, flat: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the region gives, operation by operation."""
+    values = iter(flat)
+    inputs = [next(values) for _ in region.inputs]
+    weights = {name: next(values) for name in region.weights}
+    return Interpreter(region)(inputs, weights, {key: next(values) for key in region.constants})
+
+
+def stated(specs: tuple[TensorSpec, ...]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    return [(spec.dtype, spec.shape, spec.stride) for spec in specs]
+
+
+@cache
+def engine_cache() -> EngineCache:
+    """The cache that the whole test run shares."""
+    if kept := os.environ.get("DIFFKILN_TEST_CACHE"):
+        return EngineCache(Path(kept))
+    root = tempfile.mkdtemp(prefix="diffkiln-test-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return EngineCache(Path(root))
+
+
+@cache
+def built(make: Callable[[], Program]) -> tuple[Program, Artefact]:
+    region = make()
+    return region, AotInductor().export(Lowering(region, CPU), engine_cache())
