@@ -89,9 +89,11 @@ class SourceModel:
         return None
 
     def _row(self, name: str) -> tuple[str, int, str]:
-        path = self.folder / name
-        with path.open("rb") as file:
-            return name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with (self.folder / name).open("rb") as file:
+                return name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise source_error(f"{name} cannot be read: {error.strerror}") from error
 
     def pinned(self) -> dict[str, Any]:
         """The source as a bundle names it: never a path of this machine."""
@@ -110,18 +112,12 @@ def open_source(source: Source, base: Path) -> SourceModel:
 
         return open_architecture(source.architecture, source.seed or 0)
     model = source.model or ""
-    folder = (base / Path(model).expanduser()).absolute()
-    if folder.is_dir():
-        if source.revision is not None:
-            raise source_error(
-                f"{model} is a local folder, which has no revisions", "Remove it", where="$.source.revision"
-            )
-        return SourceModel(folder, *read_folder(folder))
-    if folder.exists():
-        raise source_error(
-            f"{model} is a file, not a folder in diffusers' format",
-            "Convert it: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)",
-        )
+    try:
+        folder = (base / Path(model).expanduser()).absolute()
+        if folder.exists():
+            return _open_folder(model, folder, source.revision)
+    except (OSError, RuntimeError) as error:
+        raise source_error(f"{model} cannot be read: {error}") from error
     if not _HUB_ID.fullmatch(model):
         raise source_error(f"there is no folder {model}", f"It was looked for at {folder}")
     if source.revision is None or not _COMMIT.fullmatch(source.revision):
@@ -133,6 +129,17 @@ def open_source(source: Source, base: Path) -> SourceModel:
         )
     folder = _download(model, source.revision)
     return SourceModel(folder, *read_folder(folder), {"model": model, "revision": source.revision})
+
+
+def _open_folder(model: str, folder: Path, revision: str | None) -> SourceModel:
+    if not folder.is_dir():
+        raise source_error(
+            f"{model} is a file, not a folder in diffusers' format",
+            "Convert it: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)",
+        )
+    if revision is not None:
+        raise source_error(f"{model} is a local folder, which has no revisions", "Remove it", "$.source.revision")
+    return SourceModel(folder, *read_folder(folder))
 
 
 def _download(repo: str, revision: str) -> Path:

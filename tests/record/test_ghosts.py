@@ -132,13 +132,12 @@ def test_a_configuration_that_builds_nothing_is_a_source_error(folders, tmp_path
         ghost_pipeline(opened(folder), FakeTensorMode())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+BAD = [(dtype, float(value)) for dtype in TYPES for value in ("nan", "inf", "-inf")]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [*BAD, (torch.float8_e4m3fn, float("nan"))])
 def test_finds_a_value_that_is_not_finite(dtype, value):
-    if dtype == torch.float8_e4m3fn and value != value:
-        value = float("nan")
-    elif dtype == torch.float8_e4m3fn:
-        pytest.skip("this type has no infinity")
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
     refuse_nonfinite(module, "unet")
     module[1].weight[2, 3] = value

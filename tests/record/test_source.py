@@ -138,7 +138,7 @@ def test_leaves_out_the_safety_checker_with_a_notice(folder):
     )
     source = opened(folder)
     assert source.modules == ("text_encoder", "unet", "vae")
-    assert [notice.split()[0] for notice in source.notices] == ["safety_checker", "feature_extractor"]
+    assert [notice.split()[0] for notice in source.notices] == ["feature_extractor", "safety_checker"]
 
 
 def test_leaves_out_an_image_encoder_that_only_adapters_use(folder):
@@ -164,6 +164,19 @@ def test_refuses_a_foreign_folder_and_says_what_it_holds(tmp_path):
     message = refusal(tmp_path)
     assert "no model_index.json, but config.json, pytorch_model.bin" in message
     assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("model", ["a\0b", "x" * 5000, "~nobody-of-this-name/x", "."])
+def test_refuses_a_path_that_is_none(tmp_path, model):
+    with pytest.raises(SourceError):
+        open_source(declare(model), tmp_path)
+
+
+def test_refuses_a_file_that_goes_away(folder):
+    source = opened(folder)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"vae/config\.json cannot be read"):
+        source.digest()
 
 
 def test_refuses_a_single_file(tmp_path):
@@ -305,7 +318,7 @@ def test_a_local_folder_has_no_revision(original):
 
 
 def test_a_repository_needs_a_revision(tmp_path):
-    with pytest.raises(SourceError, match="needs a revision.*40 hexadecimal digits"):
+    with pytest.raises(SourceError, match=r"needs a revision.*40 hexadecimal digits"):
         open_source(declare("owner/name"), tmp_path)
 
 
