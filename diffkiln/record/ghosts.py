@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffkiln.errors import BuildError, SourceError
 from diffkiln.record.folder import LEFT_OUT
 from diffkiln.record.source import SourceModel
+from diffkiln.record.stand_ins import fill_with_noise
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -78,11 +79,13 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
 
 
 def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
-    """The module with its weights on the CPU, in evaluation mode and without gradients.
+    """The module with its weights on the CPU, in evaluation mode and without gradients; drawn for an architecture.
 
     Raises:
         SourceError: the weights do not fit the configuration.
     """
+    if (seed := source.origin.get("seed")) is not None:
+        return _drawn(skeleton(source, name, dtype), f"{seed}/{name}")
     component = source.components[name]
     build_type = _build_type(source, name, dtype)
     options: dict[str, Any] = {"torch_dtype": build_type}
@@ -96,6 +99,12 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
     if missing:
         raise SourceError(f"component {name}: its weights lack {len(missing)} tensors, the first is {missing[0]}")
     return module.eval().requires_grad_(False)
+
+
+def _drawn(module: nn.Module, seed: str) -> nn.Module:
+    _replace(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    fill_with_noise(module, seed)
+    return module
 
 
 def refuse_nonfinite(module: nn.Module, name: str) -> None:
