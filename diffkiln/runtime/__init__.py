@@ -1,0 +1,1 @@
+"""The runtime: loads a bundle and runs it on torch alone."""

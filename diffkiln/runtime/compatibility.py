@@ -1,0 +1,122 @@
+"""Does this machine fit? Decided before any native code is loaded; every difference is found against required."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from diffkiln.bundle import Manifest, Requires
+from diffkiln.errors import Incompatible, Problem
+
+#: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
+ISA_FLAGS: dict[str, frozenset[str]] = {
+    "x86-64-v2": frozenset("cx16 lahf_lm popcnt pni ssse3 sse4_1 sse4_2".split()),
+    "x86-64-v3": frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split()),
+    "x86-64-v4": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split()),
+}
+
+
+def missing_flags(isa: str) -> list[str]:
+    """The CPU features that the level demands and this CPU lacks."""
+    present = _cpu_flags()
+    missing: list[str] = []
+    for level, flags in ISA_FLAGS.items():
+        missing += sorted(flags - present)
+        if level == isa:
+            return missing
+    return [f"unknown level {isa}"]
+
+
+def check_target(requires: Requires, isa: str | None, native: bool) -> None:
+    """Compare the machine with what a bundle's engines for one target need.
+
+    Args:
+        requires: the manifest's.
+        isa: the CPU level of the engines; None when there are none.
+        native: whether native code will be loaded; without it torch's version and the CPU do not matter.
+
+    Raises:
+        Incompatible: all differences together.
+    """
+    problems = list(_differences(requires, isa, native))
+    if problems:
+        raise Incompatible("this machine does not fit the bundle:\n" + "\n".join(map(str, problems)), problems=problems)
+
+
+def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[Problem]:
+    yield from _version("python", platform.python_version(), requires.python)
+    if requires.os != sys.platform and native:
+        yield Problem("os", f"found {sys.platform}, required {requires.os}")
+    if native:
+        if requires.machine != platform.machine():
+            yield Problem("machine", f"found {platform.machine()}, required {requires.machine}")
+        yield from _version("torch", torch.__version__.split("+")[0], requires.torch, "Install that torch or compile again")
+        if isa and (lacking := missing_flags(isa)):
+            yield Problem("cpu_isa", f"found a CPU without {', '.join(lacking)}, required {isa}", "Compile for this CPU's level")
+        if requires.glibc and (found := _glibc()) and _numbers(found) < _numbers(requires.glibc):
+            yield Problem("glibc", f"found {found}, required {requires.glibc} or later")
+    if requires.sm:
+        found = _sm()
+        if found != requires.sm:
+            yield Problem("gpu", f"found {found or 'no CUDA GPU'}, required {requires.sm}", "Compile for this GPU's target")
+    for package, wanted in requires.packages.items():
+        try:
+            yield from _version(package, metadata.version(package), wanted)
+        except metadata.PackageNotFoundError:
+            yield Problem(package, f"found nothing, required {wanted or 'any version'}", f"pip install {package}")
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """What must hold whatever is loaded: Python and packages."""
+    check_target(manifest.requires, None, native=False)
+
+
+def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Problem]:
+    for part in filter(None, (piece.strip() for piece in wanted.split(","))):
+        match = re.fullmatch(r"(==|>=|<)\s*([0-9.]+?)(\.\*)?", part)
+        if match is None:
+            yield Problem(what, f"required {wanted!r}, which this diffkiln cannot read", "Install a later diffkiln")
+            return
+        operator, version, any_patch = match.groups()
+        a, b = _numbers(found), _numbers(version)
+        if any_patch:
+            a = a[: len(b)]
+        fits = {"==": a == b, ">=": a >= b, "<": a < b}[operator]
+        if not fits:
+            yield Problem(what, f"found {found}, required {wanted}", mend)
+            return
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _glibc() -> str | None:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION").split()[-1]  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _sm() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"

@@ -1,0 +1,225 @@
+"""Runs call programs: components replayed operation by operation, regions by their engines, weights by schedule."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.errors import CallError
+from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program
+from diffkiln.runtime.noise import Generators, draw
+from diffkiln.runtime.weights import Cursor, Key, WeightStore
+
+#: What is called at the end of a step: (step, timestep, latents) → latents.
+StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
+Engine = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+class Executor:
+    """Runs the call programs of one bundle on one device, one call at a time.
+
+    Args:
+        modules: components by name.
+        store: their weights.
+        constants: folded tensors by key, on the CPU.
+        engines: (component, region) → engine; regions without one are replayed.
+        device: where everything runs.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Module],
+        store: WeightStore,
+        constants: Mapping[str, torch.Tensor],
+        engines: Mapping[tuple[str, str], Engine],
+        device: torch.device,
+    ) -> None:
+        self.modules, self.store, self.engines, self.device = modules, store, engines, device
+        self.constants = {key: _placed(tensor, device) for key, tensor in constants.items()}
+        self._components: dict[tuple[str, str], _Component] = {}
+        self._calls: dict[int, tuple[Program, Interpreter, list[Key]]] = {}
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
+        self.last_latents: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        program: Program,
+        inputs: Sequence[Any],
+        generator: Generators = None,
+        step_end: StepEnd | None = None,
+    ) -> list[torch.Tensor]:
+        """Run a call program.
+
+        Args:
+            program: a call; its inputs in order.
+            inputs: tensors (moved to the device) and numbers.
+            generator: where noise comes from.
+            step_end: called after each denoising step; what it gives takes the latents' place.
+
+        Raises:
+            CallError: another thread is running this pipeline, or the callback gives latents of another shape.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
+        try:
+            interpreter, schedule = self._call(program)
+            self._run, self.last_latents = _Run(self.store.follow(schedule), generator, step_end), None
+            values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
+            weights = {name: self._weight(name) for name in program.weights}
+            with torch.inference_mode():
+                return interpreter(values, weights, self.constants)
+        finally:
+            if self._run is not None:
+                self._run.cursor.close()
+            self._run = None
+            self._lock.release()
+
+    def component(self, name: str, program: str) -> _Component:
+        """One component program, ready to run."""
+        key = (name, program)
+        if key not in self._components:
+            self._components[key] = _Component(self, name, self.modules[name].programs[program])
+        return self._components[key]
+
+    def run_component(self, name: str, program: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one component by itself (for verification): tensors in the order of its program's inputs."""
+        component = self.component(name, program)
+        self._run = _Run(self.store.follow(component.schedule), None, None)
+        try:
+            with torch.inference_mode():
+                return component(*inputs)
+        finally:
+            self._run.cursor.close()
+            self._run = None
+
+    @property
+    def run(self) -> _Run:
+        if self._run is None:
+            raise CallError("a component runs only within a call")
+        return self._run
+
+    def _weight(self, name: str) -> torch.Tensor:
+        component, _, weight = name.partition("/")
+        return self.store.peek(component, weight)
+
+    def _call(self, program: Program) -> tuple[Interpreter, list[Key]]:
+        if id(program) not in self._calls:
+            special = {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
+            interpreter = Interpreter(program, self.device, special)
+            schedule = [
+                key
+                for op in program.ops
+                if op.name == CALL
+                for key in self.component(op.attrs["component"], op.attrs["program"]).schedule
+            ]
+            self._calls[id(program)] = program, interpreter, schedule
+        return self._calls[id(program)][1:]
+
+    def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        return self.component(op.attrs["component"], op.attrs["program"])
+
+    def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
+        return lambda: [draw(shape, dtype, self.run.generator, self.device)]
+
+    def _step_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        step, timestep = op.attrs["step"], op.attrs["timestep"]
+
+        def end(latents: torch.Tensor) -> Sequence[torch.Tensor]:
+            self.last_latents = latents
+            if self.run.step_end is None:
+                return [latents]
+            changed = self.run.step_end(step, timestep, latents)
+            if changed.shape != latents.shape or changed.dtype != latents.dtype:
+                raise CallError(
+                    f"callback_on_step_end gave latents {changed.dtype} {tuple(changed.shape)} after step {step}; they "
+                    f"were {latents.dtype} {tuple(latents.shape)}"
+                )
+            self.last_latents = changed.to(self.device)
+            return [self.last_latents]
+
+        return end
+
+
+class _Run:
+    """What belongs to one call."""
+
+    def __init__(self, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
+        self.cursor, self.generator, self.step_end = cursor, generator, step_end
+        self.block: Key | None = None
+
+
+class _Component:
+    """One component program with its weights' groups."""
+
+    def __init__(self, executor: Executor, name: str, program: Program) -> None:
+        self._executor, self._name, self._program = executor, name, program
+        self._module = executor.modules[name]
+        self._interpreter = Interpreter(program, executor.device, {REGION: self._region})
+        self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in program.weights))
+        self.schedule = [*self._own, *self._block_order()]
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        run = self._executor.run
+        weights: dict[str, torch.Tensor] = {}
+        for key in self._own:
+            weights.update(run.cursor.enter(key))
+        try:
+            return self._interpreter(inputs, weights, self._executor.constants)
+        finally:
+            self._enter_block(None)
+            for key in self._own:
+                run.cursor.leave(key)
+
+    def _block_order(self) -> list[Key]:
+        """The groups of the regions in the order of their use; a group that serves neighbours comes once."""
+        order: list[Key] = []
+        for op in self._program.ops:
+            key = self._group_of(op) if op.name == REGION else None
+            if key is not None and key not in self._own and (not order or order[-1] != key):
+                order.append(key)
+        return order
+
+    def _group_of(self, op: Op) -> Key | None:
+        region = self._module.regions[op.attrs["region"]]
+        for weight in region.weights:
+            return self._executor.store.key_of(self._name, f"{op.attrs['instance']}.{weight}")
+        return None
+
+    def _enter_block(self, key: Key | None) -> Mapping[str, torch.Tensor]:
+        """Make a block's group the one that is in use; the one before it may leave."""
+        run = self._executor.run
+        if key in self._own:
+            return self._executor.store.get(key)  # type: ignore[arg-type]
+        before, run.block = run.block, key
+        if before is not None and before != key:
+            run.cursor.leave(before)
+        if key is None:
+            return {}
+        return run.cursor.enter(key) if before != key else self._executor.store.get(key)
+
+    def _region(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        name, instance = op.attrs["region"], op.attrs["instance"]
+        region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
+        engine = self._executor.engines.get((self._name, name))
+        if engine is None:
+            replay = Interpreter(region, self._executor.device)
+            return lambda *args: replay(args, self._enter_block(key), constants, f"{instance}.")
+        names = [f"{instance}.{weight}" for weight in region.weights]
+        folded = [constants[item] for item in region.constants]
+
+        def call(*args: torch.Tensor) -> Sequence[torch.Tensor]:
+            weights = self._enter_block(key)
+            return engine([*args, *[weights[item] for item in names], *folded])
+
+        return call
+
+
+def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A constant on the device; single numbers stay on the host, where operators take them without a copy."""
+    return tensor if tensor.ndim == 0 else tensor.to(device)

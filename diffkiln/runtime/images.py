@@ -1,0 +1,39 @@
+"""Tensors to what callers ask for, rounded as diffusers' image and video processors round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffkiln.errors import CallError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def convert(tensor: torch.Tensor, output_type: str) -> Any:
+    """Images or videos in the form that `output_type` names.
+
+    Args:
+        tensor: float [images, channels, height, width] or [videos, frames, channels, height, width], 0 to 1.
+        output_type: "pt" gives the tensor, "np" float32 arrays with channels last, "pil" `PIL.Image`s (for videos a list
+            of them a video).
+
+    Raises:
+        CallError: an output type that is none of these.
+    """
+    if output_type == "pt":
+        return tensor
+    if output_type not in OUTPUT_TYPES:
+        raise CallError(f"output_type: {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+    array = tensor.cpu().movedim(-3, -1).float().numpy()
+    if output_type == "np":
+        return array
+    return [_pictures(item) for item in array] if array.ndim == 5 else _pictures(array)
+
+
+def _pictures(array: Any) -> list[Any]:
+    from PIL import Image
+
+    pixels = (array * 255).round().astype("uint8")
+    return [Image.fromarray(item.squeeze(-1) if item.shape[-1] == 1 else item) for item in pixels]

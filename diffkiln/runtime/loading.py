@@ -1,0 +1,220 @@
+"""From a directory to a pipeline: integrity, compatibility, trust, engines, self-test. In this order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkiln.aten import check_schemas, dtype_of
+from diffkiln.bundle import EngineRow, Manifest, Verified, authorise_native, open_bundle
+from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
+from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
+from diffkiln.program.verify import verify_types
+from diffkiln.runtime.compatibility import check_manifest, check_target
+from diffkiln.runtime.engines import open_engine
+from diffkiln.runtime.executor import Engine, Executor
+from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
+from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.weights import WeightStore
+
+log = logging.getLogger(__name__)
+
+CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    allow_native: bool = False,
+    as_diffusers: bool = False,
+    device: str | torch.device | None = None,
+    check_engines: bool = True,
+) -> Any:
+    """Load a bundle. Nothing is compiled, nothing is fetched, and neither diffusers nor transformers is imported.
+
+    Args:
+        path: the bundle's directory.
+        allow_native: load native code though this user did not build the bundle here.
+        as_diffusers: give the original diffusers pipeline, with the engines plugged in, instead.
+        device: where to run; the bundle's target by default.
+        check_engines: compare each engine with the replay of its region before it serves.
+
+    Raises:
+        IntegrityError: the bundle is not whole, or its native code is not allowed.
+        Incompatible: the bundle is for another machine, torch or format.
+    """
+    with open_bundle(path) as bundle:
+        verified = bundle.verify()
+    try:
+        if as_diffusers:
+            from diffkiln.runtime.as_diffusers import load_as_diffusers
+
+            return load_as_diffusers(verified, allow_native=allow_native, check_engines=check_engines)
+        return _load(verified, allow_native, device, check_engines)
+    except BaseException:
+        verified.close()
+        raise
+
+
+def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bool) -> CompiledPipeline:
+    manifest = verified.manifest
+    if manifest.runtime.get("only_diffusers"):
+        raise Incompatible(
+            f"{manifest.pipeline.class_name} could not be recorded as a program ({manifest.runtime['only_diffusers']}), so "
+            "this bundle runs only as diffusers: load(..., as_diffusers=True)"
+        )
+    check_manifest(manifest)
+    place = torch.device(device or manifest.runtime.get("device", "cpu"))
+    modules = read_modules(verified)
+    check_schemas(read_json(verified, SCHEMAS))
+    constants = read_constants(verified)
+    engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
+    offload: Any = manifest.runtime.get("offload")
+    store = WeightStore(verified, manifest.weights, place, offload)
+    executor = Executor(modules, store, constants, engines, place)
+    variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
+    tokenizers = {
+        Path(row.path).stem: verified.read(row.path).decode()
+        for row in manifest.files
+        if row.path.startswith("text/") and row.role == "config"
+    }
+    return CompiledPipeline(manifest.pipeline.class_name, variants, executor, TextEnd(tokenizers), verified)
+
+
+def read_json(verified: Verified, path: str) -> Any:
+    """A JSON file of the bundle.
+
+    Raises:
+        ManifestInvalid: it is not JSON.
+    """
+    try:
+        return json.loads(verified.read(path))
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{path!r} is not valid JSON: {error}") from None
+
+
+def read_modules(verified: Verified) -> dict[str, Module]:
+    """Every component's programs, verified."""
+    modules = {}
+    for component in verified.manifest.weights:
+        module = module_from_json(read_json(verified, f"programs/{component}.json"))
+        verify_module(module)
+        for program in module.programs.values():
+            verify_types(program, module.regions)
+        modules[component] = module
+    return modules
+
+
+def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) -> CompiledVariant:
+    """One variant with its call programs, verified."""
+    variant = verified.manifest.pipeline.variants[index]
+    programs: dict[str, Program] = {}
+    for name, path in variant.programs.items():
+        programs[name] = program_from_json(read_json(verified, path)["programs"][name])
+        verify(programs[name], modules=modules)
+    return CompiledVariant(variant.name, variant.fixed, programs)
+
+
+def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
+    """The folded tensors by key, on the CPU, from the bytes that were hashed."""
+    import safetensors
+
+    if not any(row.path == CONSTANTS for row in verified.manifest.files):
+        return {}
+    try:
+        rows = safetensors.deserialize(verified.read(CONSTANTS))
+    except safetensors.SafetensorError as error:
+        raise ManifestInvalid(f"{CONSTANTS!r} is broken: {error}") from None
+    constants = {}
+    for key, row in rows:
+        dtype = dtype_of(_SAFETENSORS[row["dtype"]])
+        data = torch.frombuffer(bytearray(row["data"]), dtype=torch.uint8) if row["data"] else torch.empty(0, dtype=torch.uint8)
+        constants[key] = data.view(dtype).reshape(row["shape"]).clone()
+    return constants
+
+
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+}  # fmt: skip
+
+
+def choose_target(manifest: Manifest, place: torch.device) -> str | None:
+    """The bundle's target that fits this machine best: the highest CPU level that it has.
+
+    Raises:
+        Incompatible: none fits; each is listed with found against required.
+    """
+    targets: dict[str, str] = dict(manifest.runtime.get("targets", {}))  # type: ignore[arg-type]
+    used = [name for name in targets if any(row.target == name for row in manifest.engines)]
+    if not used:
+        return None
+    reasons = []
+    for name in sorted(used, key=lambda item: targets[item], reverse=True):
+        try:
+            check_target(manifest.requires, targets[name], native=True)
+            return name
+        except Incompatible as error:
+            reasons.append(f"target {name}:\n" + "\n".join(f"  {problem}" for problem in error.problems))
+    raise Incompatible("this machine fits none of the bundle's targets\n" + "\n".join(reasons))
+
+
+def open_engines(
+    verified: Verified,
+    modules: Mapping[str, Module],
+    constants: Mapping[str, torch.Tensor],
+    place: torch.device,
+    allow_native: bool,
+    check_engines: bool,
+) -> dict[tuple[str, str], Engine]:
+    """The engines of the target that fits; none where the bundle allows to replay on a machine that it is not for."""
+    manifest = verified.manifest
+    if not manifest.engines:
+        return {}
+    try:
+        target = choose_target(manifest, place)
+        rows = [row for row in manifest.engines if row.target == target]
+        permit = authorise_native(verified, allow_native)
+        return {
+            (row.component, row.region): _open(permit.verified, row, modules, constants, place, check_engines)
+            for row in rows
+        }
+    except Incompatible as error:
+        if manifest.runtime.get("on_incompatible") != "eager":
+            raise
+        log.warning("running without engines, as the bundle allows: %s", error)
+        return {}
+
+
+def _open(
+    verified: Verified,
+    row: EngineRow,
+    modules: Mapping[str, Module],
+    constants: Mapping[str, torch.Tensor],
+    place: torch.device,
+    check: bool,
+) -> Engine:
+    what = f"engine {row.path}"
+    region = modules[row.component].regions.get(row.region) if row.component in modules else None
+    if region is None:
+        raise ManifestInvalid(f"{what} is for {row.component}/{row.region}, which the bundle does not have")
+    kinds = [item.type for item in region.inputs]
+    kinds += [region.types[f"@{name}"] for name in region.weights] + [region.types[f"#{key}"] for key in region.constants]
+    if [(item.dtype, tuple(item.shape)) for item in row.inputs] != [(kind.dtype, kind.shape) for kind in kinds]:
+        raise ManifestInvalid(f"{what} takes other inputs than its region")
+    engine = open_engine(row.backend, verified.native_copy(row.path), row.inputs, place)
+    if check:
+        try:
+            self_test(engine, region, constants, place, what)
+        except DiffkilnError:
+            raise
+        except RuntimeError as error:
+            raise Incompatible(f"{what} does not run here: {error}") from error
+    return engine

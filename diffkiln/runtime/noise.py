@@ -1,0 +1,42 @@
+"""Noise as diffusers draws it, so that the same generator gives the same image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffkiln.errors import CallError
+
+#: What a caller may pass: nothing, one generator, or one for each image.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device: torch.device) -> torch.Tensor:
+    """Standard normal noise after the rules of `diffusers.utils.torch_utils.randn_tensor`.
+
+    A CPU generator draws on the CPU and the noise is moved; a CUDA generator draws on its device; a list draws each
+    image by itself and must have as many generators as images.
+
+    Args:
+        shape: of the noise; the first size is the number of images.
+        dtype: of the noise.
+        generator: see above.
+        device: where the noise is needed.
+
+    Raises:
+        CallError: the number of generators, or a CUDA generator for a pipeline on the CPU.
+    """
+    if isinstance(generator, Sequence) and len(generator) == 1:
+        generator = generator[0]
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise CallError(f"generator: {len(generator)} generators for {shape[0]} images. Give one, or one each")
+        one = (1, *shape[1:])
+        return torch.cat([draw(one, dtype, each, device) for each in generator])
+    source = device
+    if generator is not None:
+        if generator.device.type == "cuda" and device.type != "cuda":
+            raise CallError(f"generator: it draws on {generator.device}, the pipeline runs on {device}. Use a CPU generator")
+        source = generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)

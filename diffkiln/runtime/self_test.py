@@ -1,0 +1,62 @@
+"""Each engine against the replay of its region, on the same pseudo-random tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.errors import VerifyError
+from diffkiln.program import Program, TensorType
+from diffkiln.runtime.executor import Engine
+
+#: Largest relative L2 difference between an engine and its replay, by the region's lowest precision.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
+
+
+def self_test(
+    engine: Engine, region: Program, constants: Mapping[str, torch.Tensor], device: torch.device, what: str
+) -> float:
+    """Run both and compare.
+
+    Returns:
+        The largest relative L2 difference over the outputs.
+
+    Raises:
+        VerifyError: a value that is not finite, another shape or dtype, or a difference beyond the tolerance.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [_sample(item.type, generator).to(device) for item in region.inputs]
+    weights = {name: _sample(region.types[f"@{name}"], generator).to(device) for name in region.weights}
+    with torch.inference_mode():
+        expected = Interpreter(region, device)(inputs, weights, constants)
+        given = engine([*inputs, *weights.values(), *(constants[key] for key in region.constants)])
+    worst = 0.0
+    for index, (want, got) in enumerate(zip(expected, given, strict=True)):
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise VerifyError(f"{what}: output {index} is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}")
+        if not torch.isfinite(got).all():
+            raise VerifyError(f"{what}: output {index} of the engine holds values that are not finite")
+        worst = max(worst, _difference(want, got))
+    limit = max(TOLERANCE.get(kind.dtype, 0.0) for kind in region.types.values())
+    if worst > limit:
+        raise VerifyError(f"{what}: the engine differs from its replay by {worst:.2e} (relative L2), more than {limit:.0e}")
+    return worst
+
+
+def _sample(type_: TensorType, generator: torch.Generator) -> torch.Tensor:
+    dtype = dtype_of(type_.dtype)
+    if dtype.is_floating_point:
+        values = torch.randn(type_.shape, generator=generator)
+        if len(type_.shape) > 1:
+            values /= max(type_.shape[-1], 1) ** 0.5 if len(type_.shape) == 2 else 1.0
+        return values.to(dtype)
+    if dtype == torch.bool:
+        return torch.ones(type_.shape, dtype=dtype)
+    return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)
+
+
+def _difference(want: torch.Tensor, got: torch.Tensor) -> float:
+    a, b = want.double(), got.double()
+    return float((a - b).norm() / a.norm().clamp_min(1e-12)) if a.numel() else 0.0

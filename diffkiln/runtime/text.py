@@ -1,0 +1,102 @@
+"""Prompts to tokens, as the recorded pipeline did it: transforms, template, tokenizer, padding."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from diffkiln.errors import CallError, MissingDependency
+
+log = logging.getLogger(__name__)
+
+
+def _ftfy(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError:
+        raise MissingDependency("this bundle cleans its prompts with ftfy: pip install ftfy") from None
+    return ftfy.fix_text(text)
+
+
+#: The closed list of what a pipeline may do to a prompt before it is tokenized (diffkiln.record.text finds out).
+TRANSFORMS: dict[str, Callable[[str], str]] = {
+    "ftfy": _ftfy,
+    "html_unescape": lambda text: html.unescape(html.unescape(text)),
+    "strip": str.strip,
+    "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
+    "lower": str.lower,
+}
+
+
+class TextEnd:
+    """Turns prompts into the token tensors that a call program takes.
+
+    Args:
+        tokenizers: name in the pipeline → the tokenizer's JSON.
+    """
+
+    def __init__(self, tokenizers: Mapping[str, str]) -> None:
+        self._json = dict(tokenizers)
+        self._ready: dict[tuple[Any, ...], Tokenizer] = {}
+
+    def encode(self, text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
+        """Tokens of one recorded text.
+
+        Args:
+            text: an entry of `Program.texts`.
+            prompts: keyword → one prompt for each place in the batch.
+
+        Returns:
+            input_ids, attention_mask and token_type_ids, int64 [rows, length], on the CPU.
+
+        Raises:
+            CallError: a keyword has fewer prompts than the text has rows.
+        """
+        rows = [self._row(row, text, prompts) for row in text["rows"]]
+        tokenizer = self._tokenizer(text)
+        encodings = tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
+        for row, encoding in zip(rows, encodings, strict=True):
+            if encoding.overflowing:
+                log.warning("the prompt %r… is cut to %d tokens by %s", row[:40], text["max_length"], text["tokenizer"])
+        return {
+            "input_ids": torch.tensor([e.ids for e in encodings], dtype=torch.int64),
+            "attention_mask": torch.tensor([e.attention_mask for e in encodings], dtype=torch.int64),
+            "token_type_ids": torch.tensor([e.type_ids for e in encodings], dtype=torch.int64),
+        }
+
+    def _row(self, row: Mapping[str, Any], text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> str:
+        if "text" in row:
+            return row["text"]
+        given = prompts[row["keyword"]]
+        if row["index"] >= len(given):
+            raise CallError(f"{row['keyword']}: {len(given)} prompts, this variant takes {row['index'] + 1} or more")
+        prompt = given[row["index"]]
+        for name in text["transforms"]:
+            prompt = TRANSFORMS[name](prompt)
+        return row["prefix"] + prompt + row["suffix"]
+
+    def _tokenizer(self, text: Mapping[str, Any]) -> Tokenizer:
+        keys = ("tokenizer", "max_length", "truncation", "padding", "padding_side", "truncation_side", "pad_id", "pad_token")
+        key = tuple(text[name] for name in keys)
+        if key not in self._ready:
+            tokenizer = Tokenizer.from_str(self._json[text["tokenizer"]])
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            if text["truncation"] and text["max_length"]:
+                tokenizer.enable_truncation(text["max_length"], direction=text["truncation_side"])
+            if text["padding"] == "max_length":
+                tokenizer.enable_padding(
+                    direction=text["padding_side"],
+                    pad_id=text["pad_id"],
+                    pad_type_id=text["pad_type_id"],
+                    pad_token=text["pad_token"],
+                    length=text["max_length"],
+                )
+            self._ready[key] = tokenizer
+        return self._ready[key]

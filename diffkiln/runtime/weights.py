@@ -1,0 +1,258 @@
+"""The weight store: where weights are looked up at each call, and when they are in memory.
+
+Weights lie in *groups*, one safetensors file each: the repeated blocks (or several of them) and the rest of a
+component. Without offloading every group stays on the device. With it a group is brought in ahead of its use and leaves
+after it: the program says exactly when, so the store follows a schedule instead of guessing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import GroupRow, Verified
+from diffkiln.errors import IntegrityError, ManifestInvalid
+
+#: (component, group name)
+Key = tuple[str, str]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: dtype, shape, and its bytes [start, end) in the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass
+class Group:
+    """One file: its tensors, where its data begins and how many bytes it has."""
+
+    key: Key
+    file: str
+    entries: Mapping[str, Entry]
+    offset: int
+    nbytes: int
+    pinned: torch.Tensor | None = None  # host copy, when it is streamed to a GPU from host memory
+
+
+def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, int]:
+    """The tensors of a safetensors file, the offset of its data and the data's size, all checked for consistency.
+
+    Raises:
+        ManifestInvalid: the header is not one.
+    """
+    size = verified.size(path)
+    if size < 8:
+        raise ManifestInvalid(f"{path!r} is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", verified.pread(path, 8))
+    if length > min(_MAX_HEADER, size - 8):
+        raise ManifestInvalid(f"{path!r}: its header claims {length} bytes of {size}")
+    data = size - 8 - length
+    try:
+        table = json.loads(verified.pread(path, length, 8))
+        entries = {name: _entry(row, data) for name, row in table.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
+    return entries, 8 + length, data
+
+
+def _entry(row: Mapping[str, Any], size: int) -> Entry:
+    dtype, (start, end) = _DTYPES[row["dtype"]], row["data_offsets"]
+    shape = tuple(int(n) for n in row["shape"])
+    if not 0 <= start <= end <= size or math.prod(shape) * dtype.itemsize != end - start or start % dtype.itemsize:
+        raise ValueError(f"a tensor {row} that does not fit {size} bytes")
+    return Entry(dtype, shape, start, end)
+
+
+class WeightStore:
+    """Brings groups of weights to the device and counts what is there.
+
+    Args:
+        verified: the bundle; weights are read through its held descriptors.
+        groups: the manifest's table of weights.
+        device: where weights are used.
+        offload: the spec's offload policy as JSON, or None to keep everything on the device.
+
+    Attributes:
+        bytes_now, bytes_peak: weights on the device, in bytes.
+        groups_now, groups_peak: the same in groups.
+        brought: how many times a group was brought in.
+    """
+
+    def __init__(
+        self,
+        verified: Verified,
+        groups: Mapping[str, Sequence[GroupRow]],
+        device: torch.device,
+        offload: Mapping[str, Any] | None,
+    ) -> None:
+        self.device, self.offload = device, offload
+        self._verified = verified
+        self.groups: dict[Key, Group] = {}
+        self._of_weight: dict[tuple[str, str], Key] = {}
+        for component, rows in groups.items():
+            for row in rows:
+                self._add(component, row)
+        self.bytes_now = self.bytes_peak = self.groups_now = self.groups_peak = self.brought = 0
+        self._counting = threading.Lock()
+        self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
+        ahead = offload is not None and offload.get("use_stream", True)
+        self._worker = ThreadPoolExecutor(1, "diffkiln-weights") if ahead else None
+        self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        if offload is None:
+            for key in self.groups:
+                self._here[key] = _done(self._bring(key))
+        elif device.type == "cuda" and offload.get("to") != "disk":
+            for group in self.groups.values():
+                group.pinned = self._read(group, torch.empty(group.nbytes, dtype=torch.uint8, pin_memory=True))
+
+    def key_of(self, component: str, weight: str) -> Key:
+        """The group that holds a weight."""
+        try:
+            return self._of_weight[component, weight]
+        except KeyError:
+            raise IntegrityError(f"the bundle holds no weight {weight!r} of component {component!r}") from None
+
+    def peek(self, component: str, weight: str) -> torch.Tensor:
+        """A copy of one weight on the device, read by itself."""
+        group = self.groups[self.key_of(component, weight)]
+        entry = group.entries[weight]
+        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        self._verified.read_into(group.file, memoryview(raw.numpy()), group.offset + entry.start)
+        return raw.view(entry.dtype).reshape(entry.shape).to(self.device)
+
+    def follow(self, schedule: Sequence[Key]) -> Cursor:
+        """Start a run that will use groups in this order."""
+        return Cursor(self, schedule)
+
+    def close(self) -> None:
+        """Stop the prefetching thread and let go of all weights."""
+        if self._worker:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+        self._here.clear()
+
+    # -- for Cursor --
+
+    def get(self, key: Key) -> dict[str, torch.Tensor]:
+        """The group's tensors on the device, by name; brings it in if it is not there."""
+        if key not in self._here:
+            self._here[key] = _done(self._bring(key))
+        tensors = self._here[key].result()
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        return tensors
+
+    def prefetch(self, key: Key) -> None:
+        if self._worker and key not in self._here:
+            self._here[key] = self._worker.submit(self._bring, key)
+
+    def drop(self, key: Key) -> None:
+        if self.offload is None or key not in self._here:
+            return
+        future = self._here.pop(key)
+        if not future.cancel():
+            future.exception()  # wait for it, whatever came of it
+            if self._stream is not None and future.exception() is None:
+                for tensor in future.result().values():
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+            with self._counting:
+                self.bytes_now -= self.groups[key].nbytes if future.exception() is None else 0
+                self.groups_now -= 1 if future.exception() is None else 0
+
+    def held(self) -> set[Key]:
+        return set(self._here)
+
+    # -- reading --
+
+    def _add(self, component: str, row: GroupRow) -> None:
+        entries, offset, nbytes = read_header(self._verified, row.file)
+        key = (component, row.name)
+        self.groups[key] = Group(key, row.file, entries, offset, nbytes)
+        for name in entries:
+            self._of_weight[component, name] = key
+
+    def _bring(self, key: Key) -> dict[str, torch.Tensor]:
+        group = self.groups[key]
+        flat = self._flat(group)
+        with self._counting:
+            self.brought += 1
+            self.bytes_now += group.nbytes
+            self.groups_now += 1
+            self.bytes_peak = max(self.bytes_peak, self.bytes_now)
+            self.groups_peak = max(self.groups_peak, self.groups_now)
+        return {name: flat[e.start : e.end].view(e.dtype).reshape(e.shape) for name, e in group.entries.items()}
+
+    def _flat(self, group: Group) -> torch.Tensor:
+        """The group's data as one buffer on the device."""
+        if self.device.type == "cpu":
+            return self._read(group, torch.empty(group.nbytes, dtype=torch.uint8))
+        staged = group.pinned
+        if staged is None:
+            staged = self._read(group, torch.empty(group.nbytes, dtype=torch.uint8, pin_memory=True))
+        if self._stream is None:
+            return staged.to(self.device, non_blocking=False)
+        with torch.cuda.stream(self._stream):
+            flat = staged.to(self.device, non_blocking=True)
+        if group.pinned is None:
+            self._stream.synchronize()  # the staging buffer dies with this frame
+        return flat
+
+    def _read(self, group: Group, buffer: torch.Tensor) -> torch.Tensor:
+        if group.nbytes:
+            self._verified.read_into(group.file, memoryview(buffer.numpy()), group.offset)
+        return buffer
+
+
+class Cursor:
+    """One run's place in its schedule: `enter` before a group's use, `leave` after it."""
+
+    def __init__(self, store: WeightStore, schedule: Sequence[Key]) -> None:
+        self._store, self._schedule, self._next = store, schedule, 0
+        self._used: set[Key] = set()
+
+    def enter(self, key: Key) -> Mapping[str, torch.Tensor]:
+        """Tensors of the group by name, on the device. The group after it starts to come in."""
+        tensors = self._store.get(key)
+        self._used.add(key)
+        while self._next < len(self._schedule) and self._schedule[self._next] != key:
+            self._next += 1
+        self._next += 1
+        if self._next < len(self._schedule):
+            self._store.prefetch(self._schedule[self._next])
+        return tensors
+
+    def leave(self, key: Key) -> None:
+        """The group is not needed now; it stays only if it is the next one."""
+        self._used.discard(key)
+        if self._next >= len(self._schedule) or self._schedule[self._next] != key:
+            self._store.drop(key)
+
+    def close(self) -> None:
+        """Let go of everything that this run brought in, also after an error."""
+        for key in self._store.held():
+            self._store.drop(key)
+
+
+def _done(tensors: dict[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:
+    future: Future[dict[str, torch.Tensor]] = Future()
+    future.set_result(tensors)
+    return future
