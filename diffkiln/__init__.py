@@ -1,0 +1,1 @@
+"""A declarative pipeline compiler for Hugging Face diffusers."""
