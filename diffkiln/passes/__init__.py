@@ -1,0 +1,1 @@
+"""Passes: one file each, named by its verb. `registry` lists them, `manager` runs them."""

@@ -17,7 +17,7 @@ from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
 from diffkiln.runtime.compatibility import check_manifest, check_target
-from diffkiln.runtime.engines import open_engine
+from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine, Executor
 from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
 from diffkiln.runtime.self_test import self_test
@@ -209,7 +209,7 @@ def _open(
     kinds += [region.types[f"@{name}"] for name in region.weights] + [region.types[f"#{key}"] for key in region.constants]
     if [(item.dtype, tuple(item.shape)) for item in row.inputs] != [(kind.dtype, kind.shape) for kind in kinds]:
         raise ManifestInvalid(f"{what} takes other inputs than its region")
-    engine = open_engine(row.backend, verified.native_copy(row.path), row.inputs, place)
+    engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, place)
     if check:
         try:
             self_test(engine, region, constants, place, what)

@@ -1,0 +1,120 @@
+"""What a pass is: options that are its fields, a check from configuration, and one method that does the work.
+
+A model pass changes one component's module. It runs twice: on the *ghost*, a module without weights, which shows what
+will be compiled before a byte is read; and on the real module, when its weights are streamed into the bundle. Both must
+come out with the same names, shapes and dtypes, which the compiler checks.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.spec import Strict, Target, suggest
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a pass established of a component, such as `qkv_fused(transformer)`."""
+
+    name: str
+    component: str
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.component})"
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """A component whose regions are to be lowered, and how."""
+
+    component: str
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compiler's state between passes. A pass returns a new one.
+
+    `modules` are ghosts: modules of true structure, shapes and dtypes without weights.
+    """
+
+    class_name: str
+    modules: Mapping[str, torch.nn.Module]
+    facts: frozenset[Fact] = frozenset()
+    compile: tuple[CompileRequest, ...] = ()
+
+    def with_facts(self, facts: Iterable[Fact]) -> Plan:
+        return replace(self, facts=self.facts | frozenset(facts))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running a pass gave: the new plan, whether anything changed, and notes for the report."""
+
+    plan: Plan
+    changed: bool
+    notes: tuple[str, ...] = ()
+
+
+class Pass(Strict):
+    """A pass. Its pydantic fields are its options: they give the JSON Schema, the help and the provenance.
+
+    Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
+    `summary`, one line for a person; `requires_not`, facts that make it illegal, with the reason.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    summary: ClassVar[str]
+    requires_not: ClassVar[Mapping[str, str]] = {}
+
+    component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
+
+    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+        """What makes the pass illegal here, from configuration alone; `where` is its JSON path."""
+        problems = unknown_component(self.component, plan, where)
+        if problems:
+            return problems
+        for fact, reason in self.requires_not.items():
+            if Fact(fact, self.component) in plan.facts:
+                problems.append(Problem(where, f"{self.name} after {fact}({self.component}): {reason}"))
+        return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        """The pass's own objections to this component."""
+        return ()
+
+    def run(self, plan: Plan) -> Outcome:
+        """Apply the pass to the plan's ghost.
+
+        Raises:
+            Exception: whatever goes wrong; the manager turns it into a PassError that names the pass.
+        """
+        notes = self.apply(plan.modules[self.component])
+        return Outcome(plan.with_facts(self.provides()), bool(notes), tuple(notes))
+
+    def provides(self) -> Iterable[Fact]:
+        return ()
+
+    @abstractmethod
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        """Change the module in place; gives notes on what was done, none if nothing was."""
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON."""
+        return self.model_dump(mode="json")
+
+
+def unknown_component(component: str, plan: Plan, where: str) -> list[Problem]:
+    if component in plan.modules:
+        return []
+    mend = suggest(component, plan.modules) or f"It has {', '.join(plan.modules)}."
+    return [Problem(f"{where}.component", f"{plan.class_name} has no component {component!r}", mend)]

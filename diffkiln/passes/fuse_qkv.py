@@ -1,0 +1,89 @@
+"""Fuse the query, key and value projections of attention into one matrix, and delete the originals."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+
+from diffkiln.errors import Problem
+from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.spec import Target
+
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+_ORIGINALS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+#: What diffusers' code says where a processor reads fused projections.
+_READS_FUSED = re.compile(r"\bto_qkv\b|\bfused_projections\b|_get_qkv_projections|_get_fused_projections")
+
+
+class FuseQKV(Pass):
+    """Fuse the query, key and value projections of attention into one matrix, and delete the originals.
+
+    diffusers fuses by `fuse_qkv_projections`, keeps the originals, and in some classes ignores the result. Here the
+    originals go, and a class that would ignore the fused matrix is refused.
+    """
+
+    name: ClassVar[str] = "fuse_qkv"
+    summary: ClassVar[str] = "fuse query, key and value projections; the originals are deleted"
+    requires_not: ClassVar = {"quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize"}
+
+    def provides(self) -> Iterable[Fact]:
+        return [Fact("qkv_fused", self.component)]
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        name = type(module).__name__
+        if not callable(getattr(module, "fuse_qkv_projections", None)):
+            yield Problem(where, f"{name} cannot fuse its projections: diffusers gives it no fuse_qkv_projections", "Remove it.")
+        elif not any(True for _ in _fusable(module)):
+            yield Problem(where, f"{name} has no attention whose fused projections diffusers would use", "Remove it.")
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        module.fuse_qkv_projections()  # type: ignore[operator]
+        count = 0
+        for attention in module.modules():
+            if not getattr(attention, "fused_projections", False):
+                continue
+            fused = [name for name in _FUSED if getattr(attention, name, None) is not None]
+            for name in fused:
+                getattr(attention, name).requires_grad_(False)
+            for name in _covered(fused):
+                if getattr(attention, name, None) is not None:
+                    delattr(attention, name)
+                    setattr(attention, name, None)
+            count += bool(fused)
+        return [f"{count} attentions fused, originals deleted"] if count else []
+
+
+def _covered(fused: Sequence[str]) -> list[str]:
+    """The original projections that the fused ones replace."""
+    gone: list[str] = []
+    gone += ["to_q"] if "to_qkv" in fused else []
+    gone += ["to_k", "to_v"] if "to_qkv" in fused or "to_kv" in fused else []
+    gone += ["add_q_proj"] if "to_added_qkv" in fused else []
+    gone += ["add_k_proj", "add_v_proj"] if "to_added_qkv" in fused or "to_added_kv" in fused else []
+    return gone
+
+
+def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Attentions that can fuse and whose processor's code reads the fused projections."""
+    for part in module.modules():
+        if callable(getattr(part, "fuse_projections", None)) and getattr(part, "processor", None) is not None:
+            if type(part).__module__ == "diffusers.models.attention_processor" or _reads_fused(part.processor):
+                yield part
+
+
+def _reads_fused(processor: object) -> bool:
+    """Whether the processor's own code, or a helper that it calls in its module, reads fused projections."""
+    try:
+        source = inspect.getsource(type(processor))
+    except (OSError, TypeError):
+        return False
+    if _READS_FUSED.search(source):
+        return True
+    home = sys.modules[type(processor).__module__]
+    called = {name for name in re.findall(r"\b(_\w+)\(", source) if inspect.isfunction(getattr(home, name, None))}
+    return any(_READS_FUSED.search(inspect.getsource(getattr(home, name))) for name in called)

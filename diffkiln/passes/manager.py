@@ -1,0 +1,109 @@
+"""Runs passes: every check first, then each pass in order, with the plan verified after each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem
+from diffkiln.passes.base import Plan
+from diffkiln.passes.registry import Placed, order_problems
+from diffkiln.spec import Target
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One pass in the report: what changed, what it noted and the seconds that it took."""
+
+    placed: Placed
+    changed: bool
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target]) -> None:
+    """Every check of every pass, from configuration alone.
+
+    Raises:
+        IllegalPlan: all problems together.
+    """
+    problems = order_problems(placed)
+    facts = plan
+    for item in placed:
+        for target in targets:
+            problems += [p for p in item.step.check(facts, target, item.where) if p not in problems]
+        facts = facts.with_facts(item.step.provides())
+    if problems:
+        raise IllegalPlan(problems=problems)
+
+
+def run(plan: Plan, placed: Sequence[Placed], ghost: AbstractContextManager[Any]) -> tuple[Plan, list[Ran]]:
+    """Run the passes on the plan's ghosts.
+
+    Args:
+        plan: checked.
+        placed: the passes in order.
+        ghost: entered around each pass, so that what it makes is a ghost too.
+
+    Raises:
+        PassError: a pass raised, or what it left breaks the plan's rules; names the pass and its place.
+        IllegalPlan: a pass had no effect.
+    """
+    report: list[Ran] = []
+    for item in placed:
+        started = time.perf_counter()
+        with guarded(item), ghost:
+            outcome = item.step.run(plan)
+        verify(outcome.plan, item)
+        if not outcome.changed:
+            mend = "Remove it, or change its options."
+            raise IllegalPlan(problems=[Problem(item.where, f"{item.step.name} would have no effect", mend)])
+        plan = outcome.plan
+        report.append(Ran(item, outcome.changed, outcome.notes, time.perf_counter() - started))
+    return plan, report
+
+
+def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> None:
+    """Run the passes of one component on its real module.
+
+    Raises:
+        PassError: names the pass and its place.
+    """
+    for item in placed:
+        if item.step.component == component:
+            with guarded(item):
+                item.step.apply(module)
+
+
+class guarded(nullcontext[None]):  # noqa: N801 - reads as a word in `with`
+    """Whatever a pass raises becomes a PassError that names it."""
+
+    def __init__(self, item: Placed) -> None:
+        super().__init__()
+        self._item = item
+
+    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DiffkilnError):
+            step = self._item.step
+            raise PassError(f"{self._item.where}: {step.name} failed: {type(error).__name__}: {error}") from error
+
+
+def verify(plan: Plan, item: Placed) -> None:
+    """The rules of a plan: every weight of a ghost is a ghost, in no gradient, and no module lost its name.
+
+    Raises:
+        PassError: the pass broke one of them.
+    """
+    for name, module in plan.modules.items():
+        for weight, tensor in module.named_parameters():
+            if tensor.requires_grad:
+                raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} with a gradient")
+            if tensor.is_meta:
+                raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} without a device")
+
+
