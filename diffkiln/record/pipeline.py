@@ -39,13 +39,19 @@ class Request:
 
 @dataclass
 class Recording:
-    """What recording gives: the variants' programs by name, the components, and the constants that both use."""
+    """What recording gives: the variants' programs by name, the components, and the constants that both use.
+
+    `callees` are the ways in which components are called, by "component/program". `reason` says why nothing was
+    recorded, where the bundle is to run as diffusers.
+    """
 
     calls: list[dict[str, Program]]
     modules: dict[str, Module]
     constants: Constants
     fixed: list[dict[str, Any]]
     notices: list[str] = field(default_factory=list)
+    callees: Mapping[str, Callee] = field(default_factory=dict)
+    reason: str = ""
 
 
 def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constants: Constants) -> Recording:
@@ -74,7 +80,9 @@ def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constan
     for programs in calls:
         for program in programs.values():
             verify(program, modules=modules)
-    return Recording(calls, modules, constants, [defaults(pipe, request) for request in requests], notices)
+    fixed = [defaults(pipe, request) for request in requests]
+    ways = {f"{callee.component}/{callee.program}": callee for callee in callees.values()}
+    return Recording(calls, modules, constants, fixed, notices, ways)
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:

@@ -103,8 +103,11 @@ def read_json(verified: Verified, path: str) -> Any:
 def read_modules(verified: Verified) -> dict[str, Module]:
     """Every component's programs, verified."""
     modules = {}
+    present = {row.path for row in verified.manifest.files}
     for component in verified.manifest.weights:
-        module = module_from_json(read_json(verified, f"programs/{component}.json"))
+        if (path := f"programs/{component}.json") not in present:
+            continue  # no call uses it
+        module = module_from_json(read_json(verified, path))
         verify_module(module)
         for program in module.programs.values():
             verify_types(program, module.regions)

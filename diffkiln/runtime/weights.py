@@ -24,6 +24,9 @@ from diffkiln.errors import IntegrityError, ManifestInvalid
 #: (component, group name)
 Key = tuple[str, str]
 
+#: Groups that are no blocks: what a component needs besides them, and what none of its programs reads.
+REST, UNUSED = "rest", "unused"
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -111,7 +114,8 @@ class WeightStore:
         self._of_weight: dict[tuple[str, str], Key] = {}
         for component, rows in groups.items():
             for row in rows:
-                self._add(component, row)
+                if row.name != UNUSED:
+                    self._add(component, row)
         self.bytes_now = self.bytes_peak = self.groups_now = self.groups_peak = self.brought = 0
         self._counting = threading.Lock()
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}

@@ -1,0 +1,236 @@
+"""The whole way from a spec to a bundle. It reads top to bottom as a spec goes:
+
+    spec ─check─▶ plan ─model passes─▶ ghosts ─record─▶ program ─engines─▶ weights ─publish─▶ bundle
+
+Nothing before the weights needs them: the pipeline that is checked, transformed and recorded is a *ghost*, whose
+tensors have shapes and no data. Weights are then streamed through the same passes, one component at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
+from diffkiln.errors import BuildError, PassError, RecordError
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.packing import (
+    Packed,
+    manifest_of,
+    pack_configuration,
+    pack_engines,
+    pack_programs,
+    pack_report,
+    pack_weights,
+    weights_used,
+)
+from diffkiln.passes import manager
+from diffkiln.passes.base import Plan
+from diffkiln.passes.registry import Placed, read_passes
+from diffkiln.record.components import weights_of
+from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
+from diffkiln.record.pipeline import Recording, Request, record
+from diffkiln.record.requests import requests_of
+from diffkiln.record.source import SourceModel, open_source
+from diffkiln.record.tape import Constants
+from diffkiln.spec import Spec, Target, parse_spec, resolve_targets
+from diffkiln.steps import Progress, Steps
+from diffkiln.verification import Verification
+
+SpecLike = Spec | str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A spec that can be compiled, as far as configuration shows.
+
+    Attributes:
+        plan: the components as the passes leave them, without weights.
+        report: what each pass does.
+        bytes_before, bytes_after: of each component's weights, before and after the passes.
+        notices: what a user should know, such as components that are left out.
+    """
+
+    spec: Spec
+    targets: tuple[Target, ...]
+    source: SourceModel
+    requests: tuple[Request, ...]
+    placed: tuple[Placed, ...]
+    fake: FakeTensorMode
+    pipe: Any
+    plan: Plan
+    report: tuple[manager.Ran, ...]
+    bytes_before: Mapping[str, int]
+    bytes_after: Mapping[str, int]
+    notices: tuple[str, ...]
+
+    @property
+    def dtype(self) -> str | None:
+        return self.spec.source.dtype
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle that was published.
+
+    Attributes:
+        path: its directory.
+        id: SHA-256 of its manifest.
+        notices: what a user should know.
+        seconds: of each step of the build.
+    """
+
+    path: Path
+    id: str
+    notices: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
+    """Check a spec from configuration alone: no weight is read, nothing is built.
+
+    Args:
+        spec: a `Spec`, a path to its JSON, or the JSON as a dict.
+        base: folder that the source's relative path starts from; the spec file's by default.
+
+    Raises:
+        SpecError: the spec or its source is wrong.
+        IllegalPlan: passes that the model or the target does not allow, all of them.
+    """
+    parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
+    placed = read_passes(parsed.passes)
+    targets = resolve_targets(parsed)
+    source = open_source(parsed.source, _base(spec, base))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    pipe = ghost_pipeline(source, fake, parsed.source.dtype)
+    requests = requests_of(parsed, pipe)
+    plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules})
+    manager.check(plan, placed, targets)
+    before = {name: _bytes(module) for name, module in plan.modules.items()}
+    plan, report = manager.run(plan, placed, fake)
+    after = {name: _bytes(module) for name, module in plan.modules.items()}
+    return Checked(
+        parsed, targets, source, tuple(requests), tuple(placed), fake, pipe, plan, tuple(report), before, after,
+        tuple(source.notices),
+    )  # fmt: skip
+
+
+def compile(  # noqa: A001 - the word that users know
+    spec: SpecLike,
+    output: str | Path,
+    *,
+    force: bool = False,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+    cache: EngineCache | None = None,
+) -> Built:
+    """Compile a spec into a bundle. The output appears whole, at the end, or not at all.
+
+    Args:
+        spec: a `Spec`, a path to its JSON, or the JSON as a dict.
+        output: directory to make; one that exists is refused.
+        force: replace a bundle that is there.
+        base: folder that the source's relative path starts from; the spec file's by default.
+        progress: called with the name of each step when it begins.
+        cache: of engines; the user's by default.
+
+    Raises:
+        SpecError, IllegalPlan: as `check`; also for an output that exists.
+        BuildError: the build failed; its subclasses say where.
+    """
+    steps = Steps(progress)
+    with BundleWriter(output, force) as writer:
+        with steps("check"):
+            checked = check(spec, base=base)
+            writer.require_space(sum(checked.bytes_after.values()))
+        notices = list(checked.notices)
+        with steps("record"):
+            recording = _record(checked, notices)
+        verification = Verification(checked.pipe, checked.fake, recording)
+        packed = Packed(
+            runs_as_diffusers=recording.reason, offload=checked.spec.runtime.offload, notices=notices, recording=recording
+        )
+        with steps("verify the recording"):
+            for index, request in enumerate(checked.requests if recording.calls else ()):
+                verification.check_call(request, recording.calls[index])
+        with steps("write the programs"):
+            pack_configuration(writer, checked.source, checked.spec)
+            pack_programs(writer, packed, checked.requests, checked.pipe)
+        for request in checked.plan.compile:
+            with steps(f"compile the blocks of {request.component}"):
+                pack_engines(writer, packed, request, checked.targets, cache or EngineCache())
+        used = weights_used(recording)
+        for name in checked.plan.modules:
+            with steps(f"weights of {name}"):
+                packed.weights[name] = _stream(checked, name, writer, packed, verification, used.get(name, frozenset()))
+        with steps("publish"):
+            pack_report(writer, packed, checked.source, checked.report, steps.seconds)
+            identity = writer.publish(lambda rows: manifest_of(rows, packed, checked))
+    write_receipt(identity)
+    return Built(writer.output, identity, tuple(notices), dict(steps.seconds))
+
+
+def _record(checked: Checked, notices: list[str]) -> Recording:
+    """The recording; one that is empty and says why, where the spec lets the bundle run as diffusers."""
+    try:
+        recording = record(checked.pipe, checked.requests, checked.fake, Constants())
+    except RecordError as error:
+        if checked.spec.runtime.on_unrecordable != "diffusers":
+            mend = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
+            raise type(error)(f"{checked.source.class_name} cannot be recorded: {error}. {mend}") from error
+        if checked.plan.compile:
+            notices.append("no engines are built, since the call could not be recorded")
+        return Recording([], {}, Constants(), [], [], reason=str(error))
+    notices += recording.notices
+    return recording
+
+
+def _stream(
+    checked: Checked, name: str, writer: BundleWriter, packed: Packed, verification: Verification, used: frozenset[str]
+) -> tuple[GroupRow, ...]:
+    """Load one component, apply its passes, check it against its ghost and its program, write it, and let it go."""
+    module = load_module(checked.source, name, checked.dtype)
+    refuse_nonfinite(module, name)
+    manager.apply(module, name, checked.placed)
+    _same_weights(name, checked.plan.modules[name], module)
+    verification.check_component(name, module)
+    rows = pack_weights(writer, name, module, packed, used)
+    del module
+    gc.collect()
+    return rows
+
+
+def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) -> None:
+    """What was compiled is what will run: names, shapes and dtypes are those of the ghost."""
+    planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(ghost)}
+    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(module)}
+    if planned == found:
+        return
+    key = next(key for key in sorted(planned.keys() | found.keys()) if planned.get(key) != found.get(key))
+    raise PassError(
+        f"component {name}: the passes left the weight {key} as {found.get(key, 'nothing')}; "
+        f"from configuration alone they gave {planned.get(key, 'nothing')}"
+    )
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
+
+
+def _spec_source(spec: Any) -> Any:
+    return dict(spec) if isinstance(spec, Mapping) else Path(spec)
+
+
+def _base(spec: Any, base: str | Path | None) -> Path:
+    if base is not None:
+        return Path(base)
+    return Path(spec).expanduser().absolute().parent if isinstance(spec, (str, Path)) else Path.cwd()
+
+
+__all__ = ["BuildError", "Built", "Checked", "check", "compile"]

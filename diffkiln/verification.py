@@ -1,0 +1,351 @@
+"""Recordings are believed only after they were compared with what they were recorded from, bit for bit.
+
+The call: the pipeline's own `__call__` runs with *stand-ins* for its components, functions that give pseudo-random
+tensors which depend on every bit of their arguments; so does the program, through the runtime that will run it in
+production. The components: each is run as diffusers runs it and replayed from its program, on what the call gave it;
+whole where its weights are small enough, else as a twin with one block of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.aten import Interpreter, type_of
+from diffkiln.errors import DiffkilnError, VerifyError
+from diffkiln.packing import tokenizers_of
+from diffkiln.program import REGION, Module, Op, Program
+from diffkiln.record.components import Callee, record_component, repeated_blocks, tracing, weights_of
+from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Recording, Request, component_methods, defaults
+from diffkiln.record.structure import flatten, key_of, unflatten
+from diffkiln.record.tape import Constants
+from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
+from diffkiln.runtime.text import TextEnd
+
+#: Components with more bytes of weights than this are verified as shrunken twins.
+WHOLE_UP_TO = 2 * 2**30
+
+_LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
+#: One token, a usual one with what transforms touch, and one that is cut.
+TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
+
+CPU = torch.device("cpu")
+
+
+class Verification:
+    """Compares one recording with its pipeline.
+
+    Args:
+        pipe: the ghost that was recorded.
+        fake: the mode of its tensors.
+        recording: what was recorded.
+    """
+
+    def __init__(self, pipe: Any, fake: FakeTensorMode, recording: Recording) -> None:
+        self._pipe, self._fake, self._recording = pipe, fake, recording
+        self._keys = {_call_key(callee): callee for callee in recording.callees.values()}
+        #: component program → the arguments of its first call, with real tensors
+        self._seen: dict[tuple[str, str], list[Any]] = {}
+
+    # -- the call --
+
+    def check_call(self, request: Request, programs: Mapping[str, Program]) -> None:
+        """Compare the pipeline's call with its programs, for other prompts, seeds, latents and scales.
+
+        Raises:
+            VerifyError: they differ; says for what.
+        """
+        read = self._call_weights(programs.values())
+        executor = _StandInExecutor(self, read)
+        fixed = defaults(self._pipe, request)
+        variant = CompiledVariant("verified", fixed, programs)
+        text = TextEnd(tokenizers_of(self._recording, self._pipe))
+        compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
+        with self._stand_ins(read):
+            for keywords, seed in _cases(programs, request):
+                self._compare(compiled, request, keywords, seed)
+
+    def _compare(self, compiled: CompiledPipeline, request: Request, keywords: dict[str, Any], seed: int) -> None:
+        def generator() -> torch.Generator:
+            return torch.Generator().manual_seed(seed)
+
+        given = dict(request.fixed) | keywords
+        with torch.inference_mode():
+            reference = self._pipe(**given, generator=generator(), output_type="pt")
+        (expected,) = [leaf for leaf in flatten(reference)[0][:1] if isinstance(leaf, torch.Tensor)]
+        found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
+        if not same(expected, found):
+            raise VerifyError(
+                f"the recorded call of {type(self._pipe).__name__} differs from the pipeline's own for "
+                f"{_shown(keywords)}: {difference(expected, found)}"
+            )
+
+    def _call_weights(self, programs: Any) -> dict[str, torch.Tensor]:
+        """Values for the weights that the call itself reads."""
+        names = {name for program in programs for name in program.weights}
+        types = {name: program.types[f"@{name}"] for program in programs for name in program.weights}
+        return {name: _random(types[name], name.encode()).abs() for name in sorted(names)}
+
+    @contextmanager
+    def _stand_ins(self, read: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The ghost with stand-ins for its components, and values for the weights that the call itself reads."""
+        places: list[tuple[dict[str, Any], str, Any]] = []
+        patched: list[tuple[torch.nn.Module, str]] = []
+        try:
+            for weight, value in read.items():
+                component, _, name = weight.partition("/")
+                path, _, leaf = name.rpartition(".")
+                owner = self._pipe.components[component].get_submodule(path)
+                table = owner._parameters if leaf in owner._parameters else owner._buffers
+                places.append((table, leaf, table[leaf]))
+                table[leaf] = torch.nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
+            for name, module, method in component_methods(self._pipe):
+                module.__dict__[method] = self._stand_in(name, method)
+                patched.append((module, method))
+            quiet = {"disable": True}
+            bars = dict(getattr(self._pipe, "_progress_bar_config", {}))
+            self._pipe.set_progress_bar_config(**bars | quiet)
+            yield
+            self._pipe.set_progress_bar_config(**bars)
+        finally:
+            for module, method in patched:
+                module.__dict__.pop(method, None)
+            for table, leaf, before in places:
+                table[leaf] = before
+
+    def _stand_in(self, component: str, method: str) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = flatten((args, kwargs))
+            callee = self._keys.get(f"{component}.{method}|{key_of(leaves, structure)}")
+            if callee is None:
+                raise VerifyError(f"the pipeline calls {component}.{method} with arguments of types that were not recorded")
+            return unflatten(self._give(callee, leaves), callee.result[1])
+
+        return called
+
+    def _give(self, callee: Callee, leaves: Sequence[Any]) -> list[Any]:
+        """What the stand-in gives: the recorded result with tensors drawn from a digest of all arguments."""
+        self._seen.setdefault((callee.component, callee.program), list(leaves))
+        digest = hashlib.blake2b(f"{callee.component}/{callee.program}".encode())
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy())
+        seed = digest.digest()
+        return [
+            _random(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf
+            for index, leaf in enumerate(callee.result[0])
+        ]
+
+    def give(self, component: str, program: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same for a CALL operation, which leaves out the arguments that were folded."""
+        callee = self._recording.callees[f"{component}/{program}"]
+        leaves, values = list(callee.leaves), iter(tensors)
+        for position in callee.tensors:
+            leaves[position] = callee.folded[position] if position in callee.folded else next(values)
+        return [leaf for leaf in self._give(callee, leaves) if isinstance(leaf, torch.Tensor)]
+
+    # -- components --
+
+    def check_component(self, name: str, module: torch.nn.Module) -> None:
+        """Compare a component with its programs, on what the call gave it.
+
+        Args:
+            name: of the component.
+            module: with its weights, after all passes.
+
+        Raises:
+            VerifyError: they differ.
+        """
+        recorded = self._recording.modules.get(name)
+        if recorded is None:
+            return
+        size = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
+        for program in recorded.programs:
+            callee = self._recording.callees[f"{name}/{program}"]
+            leaves = self._seen[name, program]
+            if size <= WHOLE_UP_TO:
+                compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
+            else:
+                self._check_twin(callee, module, leaves)
+
+    def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any]) -> None:
+        """The same with a twin that has one block of each kind, recorded anew."""
+        twin, ghost = shrunken(module), shrunken(callee.module)
+        constants = Constants()
+        alike = Callee(
+            callee.component, callee.method, ghost, getattr(ghost, callee.method), callee.leaves, callee.structure, callee.result,
+            folded=callee.folded,
+        )  # fmt: skip
+        recorded = record_component([alike], self._fake, constants)
+        compare_component(alike, twin, recorded, leaves, constants.tensors)
+
+
+def compare_component(
+    callee: Callee, module: torch.nn.Module, recorded: Module, leaves: Sequence[Any], constants: Mapping[str, torch.Tensor]
+) -> None:
+    """Run a component as diffusers does and replay its program on the same arguments.
+
+    Raises:
+        VerifyError: the results differ in a bit.
+    """
+    program = recorded.programs[callee.program]
+    args, kwargs = unflatten(list(leaves), callee.structure)
+    with torch.inference_mode():
+        with tracing():
+            result = getattr(module, callee.method)(*args, **kwargs)
+        expected = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        inputs = [leaves[position] for position in callee.tensors if position not in callee.folded]
+        found = replay(recorded, program, dict(weights_of(module)), constants)(inputs)
+    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
+        if not same(want, got):
+            raise VerifyError(
+                f"component {callee.component!r}, program {callee.program!r}: output {index} of the replay differs from "
+                f"{type(module).__name__}.{callee.method}: {difference(want, got)}"
+            )
+
+
+def replay(
+    recorded: Module, program: Program, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
+) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+    """A component program as a function of its inputs, on the CPU, operation by operation."""
+
+    def region(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        inner = Interpreter(recorded.regions[op.attrs["region"]], CPU)
+        return lambda *inputs: inner(inputs, weights, constants, f"{op.attrs['instance']}.")
+
+    interpreter = Interpreter(program, CPU, {REGION: region})
+    return lambda inputs: interpreter(inputs, weights, constants)
+
+
+def shrunken(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module that shares its weights and keeps one block of each kind."""
+    kept: set[type] = set()
+    gone: set[int] = set()
+    for _, block in repeated_blocks(module):
+        if type(block) in kept:
+            gone.add(id(block))
+        kept.add(type(block))
+    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    twin_lists = [
+        (name, [child for child in part if id(child) not in gone])
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.ModuleList) and any(id(child) in gone for child in part)
+    ]
+    for key in gone:
+        memo[key] = torch.nn.Module()  # type: ignore[assignment]
+    twin = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    for name, left in twin_lists:
+        home, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(home), leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
+    return twin
+
+
+class _StandInExecutor(Executor):
+    """The runtime's executor with stand-ins for the components."""
+
+    def __init__(self, verification: Verification, read: Mapping[str, torch.Tensor]) -> None:
+        recording = verification._recording
+        super().__init__(recording.modules, _NoStore(read), recording.constants.tensors, {}, CPU)  # type: ignore[arg-type]
+        self._verification = verification
+
+    def component(self, name: str, program: str) -> Any:
+        return _StandIn(self._verification, name, program)
+
+
+class _StandIn:
+    schedule: tuple[()] = ()
+
+    def __init__(self, verification: Verification, name: str, program: str) -> None:
+        self._verification, self._name, self._program = verification, name, program
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return self._verification.give(self._name, self._program, tensors)
+
+
+class _NoStore:
+    """A weight store that holds nothing but the weights that the call itself reads."""
+
+    def __init__(self, read: Mapping[str, torch.Tensor]) -> None:
+        self._read = read
+
+    def peek(self, component: str, weight: str) -> torch.Tensor:
+        return self._read[f"{component}/{weight}"]
+
+    def follow(self, _schedule: Any) -> _NoStore:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def _cases(programs: Mapping[str, Program], request: Request) -> Iterator[tuple[dict[str, Any], int]]:
+    """Keywords of calls to compare, and a seed for each."""
+    call = programs["call"]
+
+    def prompts(text: str, keyword: str = "prompt") -> dict[str, Any]:
+        rows = [f"{text}{index}" for index in range(request.batch_size)]
+        return {keyword: text if request.batch_size == 1 else rows}
+
+    for seed, text in enumerate(TEXTS):
+        yield prompts(text), seed
+    if any(item.source.get("kind") == "scalar" for item in call.inputs):
+        yield prompts(TEXTS[1]) | {"guidance_scale": request.fixed["guidance_scale"] * 1.5 + 0.25}, 3
+    second = [keyword for keyword in PROMPTS[1:] if _asks_for(call, keyword)]
+    if second:
+        yield prompts(TEXTS[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
+    if negative := programs.get("call+negative"):
+        words = [keyword for keyword in NEGATIVES[:1] if _asks_for(negative, keyword)]
+        for seed, text in enumerate(TEXTS, 5):
+            yield prompts(TEXTS[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
+    for name in ("call+latents", "call+negative+latents"):
+        if name in programs:
+            (item,) = [item for item in programs[name].inputs if item.source.get("keyword") == "latents"]
+            more = prompts("blurred", "negative_prompt") if "negative" in name else {}
+            yield prompts(TEXTS[1]) | more | {"latents": _random(item.type, name.encode())}, 8
+
+
+def _asks_for(program: Program, keyword: str) -> bool:
+    return any(row.get("keyword") == keyword for text in program.texts for row in text["rows"])
+
+
+def _call_key(callee: Callee) -> str:
+    return f"{callee.component}.{callee.method}|{key_of(callee.leaves, callee.structure)}"
+
+
+def _random(type_: Any, seed: bytes) -> torch.Tensor:
+    """A tensor of this type that depends on the seed: normal numbers, or small whole ones."""
+    number = int.from_bytes(hashlib.blake2b(seed, digest_size=7).digest(), "big")
+    generator = torch.Generator().manual_seed(number)
+    dtype = getattr(torch, type_.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(type_.shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in type, shape and every value; NaN equals NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def difference(want: torch.Tensor, got: torch.Tensor) -> str:
+    """How two tensors differ, for a message."""
+    if want.dtype != got.dtype or want.shape != got.shape:
+        return f"{got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}"
+    gap = (want.double() - got.double()).abs()
+    return f"{int((gap > 0).sum())} of {gap.numel()} values differ, by up to {float(gap.max()):.3e}"
+
+
+def _shown(keywords: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
+
+
+__all__ = ["DiffkilnError", "Verification", "compare_component", "replay", "same", "shrunken"]
