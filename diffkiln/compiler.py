@@ -36,6 +36,7 @@ from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
 from diffkiln.record.pipeline import Recording, Request, record
+from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
 from diffkiln.record.tape import Constants
@@ -109,6 +110,7 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     source = open_source(parsed.source, _base(spec, base))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     pipe = ghost_pipeline(source, fake, parsed.source.dtype)
+    pipe.set_progress_bar_config(disable=True)
     requests = requests_of(parsed, pipe)
     plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules})
     manager.check(plan, placed, targets)
@@ -121,7 +123,7 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     )  # fmt: skip
 
 
-def compile(  # noqa: A001 - the word that users know
+def compile(
     spec: SpecLike,
     output: str | Path,
     *,
@@ -150,13 +152,11 @@ def compile(  # noqa: A001 - the word that users know
             checked = check(spec, base=base)
             writer.require_space(sum(checked.bytes_after.values()))
         notices = list(checked.notices)
-        with steps("record"):
+        with steps("record"), quiet_libraries():
             recording = _record(checked, notices)
         verification = Verification(checked.pipe, checked.fake, recording)
-        packed = Packed(
-            runs_as_diffusers=recording.reason, offload=checked.spec.runtime.offload, notices=notices, recording=recording
-        )
-        with steps("verify the recording"):
+        packed = Packed(recording, checked.spec.runtime.offload, notices)
+        with steps("verify the recording"), quiet_libraries():
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
         with steps("write the programs"):

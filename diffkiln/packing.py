@@ -53,10 +53,9 @@ if TYPE_CHECKING:
 class Packed:
     """What has gone into the bundle so far, as far as the manifest has to tell."""
 
-    runs_as_diffusers: str
+    recording: Recording
     offload: Offload | None
     notices: list[str]
-    recording: Recording
     variants: list[Variant] = field(default_factory=list)
     engines: list[EngineRow] = field(default_factory=list)
     weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
@@ -89,7 +88,9 @@ def _portable(source: SourceModel, name: str) -> bytes:
         for key in ("_name_or_path", "name_or_path"):
             config.pop(key, None)
         if name == "model_index.json":
-            config |= {key: [None, None] for key in config if _is_component(config[key]) and key not in source.components}
+            config |= {
+                key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
+            }
     return _json(config)
 
 
@@ -175,7 +176,7 @@ def _variant_name(request: Request, taken: set[str]) -> str:
 def pack_engines(
     writer: BundleWriter, packed: Packed, request: CompileRequest, targets: Sequence[Target], cache: EngineCache
 ) -> None:
-    """`engines/<target>/<component>/<Region>/`: every region of a component, for every target, tried where it can run."""
+    """`engines/<target>/<component>/<Region>/`: a component's regions for every target, tried where they can run."""
     module = packed.recording.modules.get(request.component)
     for region in module.regions.values() if module else ():
         constants = {key: packed.recording.constants.tensors[key] for key in region.constants}
@@ -290,8 +291,8 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         "on_incompatible": checked.spec.runtime.on_incompatible,
         "targets": {target.name: target.isa for target in checked.targets},
     }
-    if packed.runs_as_diffusers:
-        runtime["only_diffusers"] = packed.runs_as_diffusers
+    if packed.recording.reason:
+        runtime["only_diffusers"] = packed.recording.reason
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
         source=checked.source.pinned(),
@@ -310,12 +311,13 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         files=rows,
         engines=tuple(packed.engines),
         passes=tuple(
-            PassRow(name=ran.placed.step.name, version=ran.placed.step.version, options=ran.placed.step.options(), changed=ran.changed)
+            PassRow(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
             for ran in checked.report
+            for step in (ran.placed.step,)
         ),
         runtime=runtime,
         weights=dict(packed.weights),
-    )  # fmt: skip
+    )
 
 
 def _packages(recording: Recording) -> dict[str, str]:
@@ -344,9 +346,11 @@ def pack_report(
         "host": {"machine": platform.machine(), "system": platform.platform()},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1),
-        "passes": [{"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)} for ran in report],
+        "passes": [
+            {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)} for ran in report
+        ],
         "notices": packed.notices,
-    }  # fmt: skip
+    }
     writer.write_unhashed("build.json", _json(build))
     writer.write_unhashed("README.md", _card(packed, source, report).encode())
 

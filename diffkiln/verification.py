@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.aten import Interpreter, type_of
-from diffkiln.errors import DiffkilnError, VerifyError
+from diffkiln.errors import VerifyError
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import REGION, Module, Op, Program
 from diffkiln.record.components import Callee, record_component, repeated_blocks, tracing, weights_of
@@ -68,7 +70,7 @@ class Verification:
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
-        with self._stand_ins(read):
+        with self._stand_ins(read), _unheard(logging.getLogger("diffkiln.runtime.text")):
             for keywords, seed in _cases(programs, request):
                 self._compare(compiled, request, keywords, seed)
 
@@ -109,11 +111,7 @@ class Verification:
             for name, module, method in component_methods(self._pipe):
                 module.__dict__[method] = self._stand_in(name, method)
                 patched.append((module, method))
-            quiet = {"disable": True}
-            bars = dict(getattr(self._pipe, "_progress_bar_config", {}))
-            self._pipe.set_progress_bar_config(**bars | quiet)
             yield
-            self._pipe.set_progress_bar_config(**bars)
         finally:
             for module, method in patched:
                 module.__dict__.pop(method, None)
@@ -125,7 +123,9 @@ class Verification:
             leaves, structure = flatten((args, kwargs))
             callee = self._keys.get(f"{component}.{method}|{key_of(leaves, structure)}")
             if callee is None:
-                raise VerifyError(f"the pipeline calls {component}.{method} with arguments of types that were not recorded")
+                raise VerifyError(
+                    f"the pipeline calls {component}.{method} with arguments of types that were not recorded"
+                )
             return unflatten(self._give(callee, leaves), callee.result[1])
 
         return called
@@ -179,16 +179,17 @@ class Verification:
         """The same with a twin that has one block of each kind, recorded anew."""
         twin, ghost = shrunken(module), shrunken(callee.module)
         constants = Constants()
-        alike = Callee(
-            callee.component, callee.method, ghost, getattr(ghost, callee.method), callee.leaves, callee.structure, callee.result,
-            folded=callee.folded,
-        )  # fmt: skip
+        alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
         recorded = record_component([alike], self._fake, constants)
         compare_component(alike, twin, recorded, leaves, constants.tensors)
 
 
 def compare_component(
-    callee: Callee, module: torch.nn.Module, recorded: Module, leaves: Sequence[Any], constants: Mapping[str, torch.Tensor]
+    callee: Callee,
+    module: torch.nn.Module,
+    recorded: Module,
+    leaves: Sequence[Any],
+    constants: Mapping[str, torch.Tensor],
 ) -> None:
     """Run a component as diffusers does and replay its program on the same arguments.
 
@@ -206,8 +207,8 @@ def compare_component(
     for index, (want, got) in enumerate(zip(expected, found, strict=True)):
         if not same(want, got):
             raise VerifyError(
-                f"component {callee.component!r}, program {callee.program!r}: output {index} of the replay differs from "
-                f"{type(module).__name__}.{callee.method}: {difference(want, got)}"
+                f"component {callee.component!r}, program {callee.program!r}: output {index} of the replay differs "
+                f"from {type(module).__name__}.{callee.method}: {difference(want, got)}"
             )
 
 
@@ -311,6 +312,16 @@ def _cases(programs: Mapping[str, Program], request: Request) -> Iterator[tuple[
             yield prompts(TEXTS[1]) | more | {"latents": _random(item.type, name.encode())}, 8
 
 
+@contextmanager
+def _unheard(logger: logging.Logger) -> Iterator[None]:
+    """Without the warnings of a logger: prompts are cut here on purpose."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _asks_for(program: Program, keyword: str) -> bool:
     return any(row.get("keyword") == keyword for text in program.texts for row in text["rows"])
 
@@ -348,4 +359,4 @@ def _shown(keywords: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
 
 
-__all__ = ["DiffkilnError", "Verification", "compare_component", "replay", "same", "shrunken"]
+__all__ = ["Verification", "compare_component", "replay", "same", "shrunken"]

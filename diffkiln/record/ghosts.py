@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import BuildError, SourceError
 from diffkiln.record.folder import LEFT_OUT
+from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import SourceModel
 from diffkiln.record.stand_ins import fill_with_noise
 
@@ -46,7 +46,7 @@ def ghost_pipeline(source: SourceModel, mode: FakeTensorMode, dtype: str | None 
     """
     ghosts = {name: _haunt(skeleton(source, name, dtype), mode) for name in source.modules}
     absent = _left_out_arguments(source)
-    with _quiet(), _blamed("the pipeline"):
+    with quiet_libraries(), _blamed("the pipeline"):
         return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **ghosts, **absent)
 
 
@@ -62,7 +62,7 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     component = source.components[name]
     build_type = _build_type(source, name, dtype)
     folder, kind = source.folder / name, component.kind
-    with torch.random.fork_rng(devices=[]), _quiet(), _blamed(f"component {name}"), _default_dtype(build_type):
+    with torch.random.fork_rng(devices=[]), quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
         with no_init_weights(), init_empty_weights(include_buffers=False):
             if component.library == "transformers":
                 config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -91,7 +91,7 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
     options: dict[str, Any] = {"torch_dtype": build_type}
     if component.library == "transformers":
         options = {"dtype": build_type}
-    with _quiet(), _blamed(f"component {name}"):
+    with quiet_libraries(), _blamed(f"component {name}"):
         module, info = component.kind.from_pretrained(
             source.folder / name, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
@@ -232,22 +232,3 @@ def _blamed(who: str) -> Iterator[None]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = str(error).strip() or type(error).__name__
         raise SourceError(f"{who} cannot be loaded: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of the libraries, and without their warnings for developers."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in bars:
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", category)
-            yield
-    finally:
-        for library in bars:
-            library.enable_progress_bar()

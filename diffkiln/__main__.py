@@ -1,0 +1,7 @@
+"""`python -m diffkiln`."""
+
+import sys
+
+from diffkiln.cli import main
+
+sys.exit(main())

@@ -1,0 +1,263 @@
+"""The command line: arguments and printing. What it does is done elsewhere.
+
+Exit codes: 0 ok · 2 bad spec, usage or source · 3 illegal plan · 4 build failed · 5 incompatible machine ·
+6 integrity or trust refused · 130 interrupted. Results go to the standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffkiln.errors import DiffkilnError
+from diffkiln.printing import (
+    Watch,
+    checked_json,
+    giga,
+    print_checked,
+    print_json,
+    print_manifest,
+    print_program,
+    print_table,
+    save,
+    say,
+    size_of,
+    word,
+)
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
+_NATIVE = click.option(
+    "--allow-native", is_flag=True, help="Load native code of a bundle that was not built on this machine."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="diffkiln", prog_name="diffkiln")
+def cli() -> None:
+    """Compile diffusers pipelines into self-contained bundles, and run them on torch alone."""
+
+
+@cli.command("compile")
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the bundle to make.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@_JSON
+def compile_(spec: Path, output: Path, force: bool, as_json: bool) -> None:
+    """Compile SPEC into a bundle."""
+    _needs_compiler()
+    from diffkiln.compiler import compile as build
+
+    with Watch() as watch:
+        built = build(spec, output, force=force, progress=watch)
+    for notice in built.notices:
+        say(f"note: {notice}")
+    if as_json:
+        print_json({"path": str(built.path), "id": built.id, "notices": built.notices, "seconds": built.seconds})
+    else:
+        click.echo(f"{built.path}  {built.id}")
+
+
+@cli.command("check")
+@click.argument("spec", type=click.Path(path_type=Path))
+@_JSON
+def check_(spec: Path, as_json: bool) -> None:
+    """Check SPEC from configuration alone: nothing is built and no weight is read."""
+    _needs_compiler()
+    from diffkiln.compiler import check
+
+    try:
+        checked = check(spec)
+    except DiffkilnError as error:
+        if not as_json:
+            raise
+        problems = [{"where": p.where, "reason": p.reason, "mend": p.mend} for p in error.problems]
+        print_json({"ok": False, "error": type(error).__name__, "message": str(error), "problems": problems})
+        raise SystemExit(error.exit_code) from None
+    if as_json:
+        print_json({"ok": True, **checked_json(checked)})
+    else:
+        print_checked(checked)
+
+
+@cli.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--program", "name", help="Print the program of a variant or of a component as a listing.")
+@_JSON
+def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
+    """Show what a bundle holds."""
+    from diffkiln.bundle import open_bundle
+
+    with open_bundle(bundle) as opened:
+        if name is not None:
+            with opened.verify(roles={"program"}) as verified:
+                print_program(verified, name, as_json)
+        elif as_json:
+            print_json({"id": opened.id, **opened.manifest.model_dump(mode="json")})
+        else:
+            print_manifest(opened.id, opened.manifest)
+
+
+@cli.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify_(bundle: Path) -> None:
+    """Hash every file of a bundle and compare it with the manifest."""
+    from diffkiln.bundle import has_receipt, open_bundle
+
+    with open_bundle(bundle) as opened, opened.verify():
+        size = sum(row.size for row in opened.manifest.files)
+        origin = "built here by you" if has_receipt(opened.id) else "no receipt: not known to be built here"
+        click.echo(f"{opened.id}  {len(opened.manifest.files)} files, {size_of(size)}, all as hashed; {origin}")
+
+
+@cli.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, multiple=True, help="What to draw; several for a batch.")
+@click.option("--negative-prompt", multiple=True, help="What not to draw.")
+@click.option("--seed", type=int, help="Seed of the noise.")
+@click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps.")
+@click.option("--height", type=int, help="In pixels.")
+@click.option("--width", type=int, help="In pixels.")
+@click.option("--guidance-scale", type=float, help="Guidance scale.")
+@click.option("--as-diffusers", is_flag=True, help="Run as the original diffusers pipeline with engines plugged in.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image, or animation, to write.")
+@_NATIVE
+def run_(
+    bundle: Path,
+    prompt: tuple[str, ...],
+    negative_prompt: tuple[str, ...],
+    seed: int | None,
+    as_diffusers: bool,
+    output: Path,
+    allow_native: bool,
+    **keywords: Any,
+) -> None:
+    """Make images with a bundle. Sizes and steps must be those of a variant; left out, they are the first's."""
+    if not output.absolute().parent.is_dir():
+        raise click.BadParameter(f"the directory {output.parent} is not there", param_hint="--output")
+    import torch
+
+    from diffkiln.runtime.loading import load
+
+    given = {name: value for name, value in keywords.items() if value is not None}
+    given["prompt"] = prompt[0] if len(prompt) == 1 else list(prompt)
+    if negative_prompt:
+        given["negative_prompt"] = negative_prompt[0] if len(negative_prompt) == 1 else list(negative_prompt)
+    if seed is not None:
+        given["generator"] = torch.Generator("cpu").manual_seed(seed)
+    with Watch() as watch:
+        watch("load")
+        pipe = load(bundle, allow_native=allow_native, as_diffusers=as_diffusers)
+        watch("run")
+        result = pipe(**given)
+    for path in save(next(iter(result.values())), output):
+        click.echo(str(path))
+
+
+@cli.command("passes")
+@_JSON
+def passes_(as_json: bool) -> None:
+    """List the passes, their options and defaults."""
+    _needs_compiler()
+    from diffkiln.passes.registry import option_models
+
+    models = option_models()
+    if as_json:
+        print_json({name: model.model_json_schema() for name, model in models.items()})
+        return
+    for name, model in models.items():
+        click.echo(f"{name}: {model.summary}")
+        for field, info in model.model_fields.items():
+            default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
+            click.echo(f"    {field}  ({default})  {info.description}")
+
+
+@cli.command("targets")
+@_JSON
+def targets_(as_json: bool) -> None:
+    """List the targets that have a name."""
+    from diffkiln.spec import TARGETS
+
+    rows = [
+        {
+            "name": name,
+            "device": target.device,
+            "sm": target.sm,
+            "isa": target.isa,
+            "architecture": target.architecture,
+            "memory_gb": giga(target.memory_bytes),
+            "memory_gb_per_s": giga(target.memory_bandwidth),
+            "h2d_gb_per_s": giga(target.h2d_bandwidth),
+        }
+        for name, target in TARGETS.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("name", "sm", "architecture", "memory_gb", "memory_gb_per_s", "h2d_gb_per_s")
+    print_table(columns, [[word(row[column]) for column in columns] for row in rows])
+
+
+@cli.command("schema")
+def schema_() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    _needs_compiler()
+    from diffkiln.passes.registry import option_models
+    from diffkiln.spec import json_schema
+
+    print_json(json_schema(option_models()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code. Setting DIFFKILN_DEBUG lets exceptions through with their traceback.
+    """
+    try:
+        result = cli.main(args=arguments, prog_name="diffkiln", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; nothing was left behind")
+        return 130
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except DiffkilnError as error:
+        if os.environ.get("DIFFKILN_DEBUG"):
+            raise
+        say(f"error: {error}")
+        return error.exit_code
+    except Exception as error:  # a defect of diffkiln's; a user gets a sentence, a developer the traceback
+        if os.environ.get("DIFFKILN_DEBUG"):
+            raise
+        say(f"error: diffkiln failed: {type(error).__name__}: {error}. Set DIFFKILN_DEBUG=1 to see where")
+        return 4
+
+
+def _needs_compiler() -> None:
+    """Say what to install, where only the runtime is; keep what is there from talking while it is imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from importlib.util import find_spec
+
+    missing = [name for name in ("diffusers", "transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        from diffkiln.errors import MissingDependency
+
+        raise MissingDependency(f"compiling needs {', '.join(missing)}: pip install 'diffkiln[compile]'")
+
+
+__all__ = ["cli", "main"]

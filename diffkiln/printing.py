@@ -1,0 +1,177 @@
+"""What the command line prints: progress, tables, listings, JSON, images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from diffkiln.bundle import Manifest
+    from diffkiln.compiler import Checked
+
+
+class Watch:
+    """Shows the steps of long work: live on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+
+    def __enter__(self) -> Watch:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+            self._live = Progress(*columns, console=Console(stderr=True))
+            self._live.start()
+        return self
+
+    def __call__(self, step: str) -> None:
+        if self._live is None:
+            say(step)
+            return
+        self._finish()
+        self._live.add_task(step, total=1)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._live is not None:
+            if kind is None:
+                self._finish()
+            self._live.stop()
+
+    def _finish(self) -> None:
+        for task in self._live.task_ids:
+            self._live.update(task, completed=1)
+
+
+def print_checked(checked: Checked) -> None:
+    click.echo(f"{checked.source.class_name} for {', '.join(target.name for target in checked.targets)}")
+    rows = [
+        [name, type(module).__name__, size_of(checked.bytes_before[name]), size_of(checked.bytes_after[name])]
+        for name, module in checked.plan.modules.items()
+    ]
+    print_table(("component", "class", "weights", "after passes"), rows)
+    for ran in checked.report:
+        click.echo(f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}")
+    for notice in checked.notices:
+        click.echo(f"note: {notice}")
+    click.echo("legal")
+
+
+def checked_json(checked: Checked) -> Mapping[str, Any]:
+    return {
+        "pipeline": checked.source.class_name,
+        "targets": [target.name for target in checked.targets],
+        "components": {
+            name: {
+                "class": type(module).__name__,
+                "bytes": checked.bytes_before[name],
+                "bytes_after_passes": checked.bytes_after[name],
+            }
+            for name, module in checked.plan.modules.items()
+        },
+        "passes": [
+            {
+                "where": ran.placed.where,
+                "name": ran.placed.step.name,
+                "component": ran.placed.step.component,
+                "notes": ran.notes,
+            }
+            for ran in checked.report
+        ],
+        "facts": sorted(str(fact) for fact in checked.plan.facts),
+        "notices": checked.notices,
+    }
+
+
+def print_manifest(identity: str, manifest: Manifest) -> None:
+    size = sum(row.size for row in manifest.files)
+    requires = {key: value for key, value in manifest.requires.model_dump(mode="json").items() if value}
+    click.echo(f"{manifest.pipeline.class_name}  {size_of(size)}\nid        {identity}")
+    click.echo(f"source    {json.dumps(manifest.source, sort_keys=True)}")
+    click.echo(f"requires  {json.dumps(requires)}\nruntime   {json.dumps(manifest.runtime)}")
+    for variant in manifest.pipeline.variants:
+        click.echo(f"variant   {variant.name}  {json.dumps({k: v for k, v in variant.fixed.items() if v is not None})}")
+    for row in manifest.passes:
+        click.echo(f"pass      {row.name}  {json.dumps(row.options)}")
+    for name, groups in manifest.weights.items():
+        total = sum(group.bytes for group in groups)
+        click.echo(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
+    for engine in manifest.engines:
+        click.echo(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
+
+
+def print_program(verified: Any, name: str, as_json: bool) -> None:
+    from diffkiln.program import listing, module_from_json, module_listing, program_from_json
+
+    names = sorted(
+        Path(row.path).stem for row in verified.manifest.files if row.role == "program" and row.path.endswith(".json")
+    )
+    if name not in names:
+        raise click.BadParameter(
+            f"there is no program {name!r}; the bundle has {', '.join(names)}", param_hint="--program"
+        )
+    data = json.loads(verified.read(f"programs/{name}.json"))
+    if as_json:
+        print_json(data)
+    elif "component" in data:
+        click.echo(module_listing(module_from_json(data)))
+    elif "programs" in data:
+        click.echo("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
+    else:
+        print_json(data)
+
+
+def save(images: Any, output: Path) -> list[Path]:
+    """Write one image, several with numbers in their names, or videos as animations."""
+    items = list(images)
+    paths = [output] if len(items) == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(len(items))]
+    try:
+        for item, path in zip(items, paths, strict=True):
+            if isinstance(item, list):
+                item[0].save(path, save_all=True, append_images=item[1:], duration=62, loop=0)
+            else:
+                item.save(path)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{output} cannot be written: {error}. Give a name such as image.png") from error
+    return paths
+
+
+def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    width = None if sys.stdout.isatty() else 160
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def size_of(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{int(count)} B"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def giga(value: float | None) -> float | None:
+    return None if value is None else round(value / 1e9, 1)
+
+
+def word(value: Any) -> str:
+    return "" if value is None else str(value)
