@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from diffkiln.aten import type_of
-from diffkiln.errors import DataDependent
+from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Constants, Tape
@@ -175,6 +175,8 @@ class _Regions:
     def _stand_in(self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = flatten((args, kwargs))
+            if not _plain_arguments(args, kwargs):
+                return original(*args, **kwargs)
             key = (name, key_of(leaves, structure))
             if key not in self._results:
                 self._results[key] = self._record(name, block, original, leaves, structure)
@@ -228,6 +230,16 @@ class _Regions:
             self._by_print[mark] = name
             self.programs[name] = replace(program, name=name)
         return self._by_print[mark]
+
+
+def _plain_arguments(args: Any, kwargs: Any) -> bool:
+    """Whether a block is called with tensors and literals alone. One that shares an object with others, such as a
+    cache of keys and values, is part of its component and not a region."""
+    try:
+        describe((args, kwargs), lambda _: None, "")
+    except RecordError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
