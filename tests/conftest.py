@@ -1,0 +1,53 @@
+"""What the whole run shares: a state directory of its own, the engine cache, and bundles that are compiled once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.exporters.regions import engine_cache
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """Receipts and locks of the run, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+def _compiled(spec: Path, output: Path) -> Path:
+    import diffkiln
+
+    return diffkiln.compile(spec, output, cache=engine_cache()).path
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory) -> Path:
+    """examples/digits/spec.json: float32, fused, compiled, offloaded in groups."""
+    return _compiled(DIGITS / "spec.json", tmp_path_factory.mktemp("digits") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def digits_int8_bundle(tmp_path_factory) -> Path:
+    """examples/digits/spec-int8.json: the same with int8 weights."""
+    return _compiled(DIGITS / "spec-int8.json", tmp_path_factory.mktemp("digits-int8") / "bundle")
+
+
+@pytest.fixture
+def production(tmp_path) -> dict[str, str]:
+    """The environment of a machine that serves: no compiler on the PATH, empty compiler caches."""
+    empty = tmp_path / "no-programs"
+    empty.mkdir()
+    caches = {
+        name: tmp_path / name.lower() for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    }
+    for path in caches.values():
+        path.mkdir()
+    kept = {name: os.environ[name] for name in ("XDG_STATE_HOME", "HOME", "OMP_WAIT_POLICY") if name in os.environ}
+    return kept | {"PATH": str(empty), "OMP_NUM_THREADS": "1"} | {name: str(path) for name, path in caches.items()}

@@ -1,0 +1,104 @@
+"""A compiled bundle on a machine that serves: a fresh process, no compiler, no diffusers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import DIGITS
+from tests.end_to_end.processes import draw
+
+REQUESTS = [("a handwritten seven", 7), ("a handwritten zero", 21), ("the digit 4", 3)]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """The example's modules, which import each other by name."""
+    sys.path.insert(0, str(DIGITS))
+    import classifier
+    import evaluate_eager
+
+    yield classifier, evaluate_eager
+    sys.path.remove(str(DIGITS))
+
+
+@pytest.fixture(scope="module")
+def eager(judge):
+    """What diffusers draws for REQUESTS, as arrays from 0 to 1."""
+    import torch
+
+    pipe = judge[1].load()
+    images = [
+        pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **judge[1].CALL).images
+        for prompt, seed in REQUESTS
+    ]
+    return np.concatenate(images)
+
+
+@pytest.fixture
+def drawn(digits_bundle, production, tmp_path):
+    out = tmp_path / "images.npy"
+    told = draw({"bundle": digits_bundle, "requests": REQUESTS, "out": out}, production)
+    return told, np.load(out)
+
+
+def test_images_equal_eager_within_two_of_255(drawn, eager):
+    _, images = drawn
+    assert np.abs(images - eager).max() <= 2 / 255
+
+
+def test_nothing_is_compiled_and_no_process_starts(drawn, production):
+    told, _ = drawn
+    assert told["processes"] == []
+    assert not told["inductor"]
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+        assert list(Path(production[name]).rglob("*")) == []
+
+
+def test_neither_diffusers_nor_transformers_is_imported(drawn):
+    told, _ = drawn
+    foreign = {"diffusers", "transformers", "accelerate", "torchao", "huggingface_hub", "triton", "scipy", "sklearn"}
+    assert foreign.isdisjoint(told["modules"])
+
+
+def test_engines_run_every_block(drawn):
+    told, _ = drawn
+    assert told["engine_calls"] >= 4 * 8 * len(REQUESTS)
+
+
+def test_weights_in_memory_stay_within_the_groups_that_the_policy_allows(drawn):
+    """A component's rest, the block in use, and the next one, which is on its way."""
+    told, _ = drawn
+    store = told["store"]
+    assert store["groups_peak"] <= 3 < store["groups"]
+    assert store["bytes_peak"] <= 3 * store["largest"] < store["total"] * 3
+    assert store["bytes_now"] == 0
+
+
+def test_a_moved_bundle_draws_the_same(digits_bundle, production, tmp_path, drawn):
+    moved = shutil.copytree(digits_bundle, tmp_path / "elsewhere" / "renamed")
+    out = tmp_path / "moved.npy"
+    draw({"bundle": moved, "requests": REQUESTS, "out": out}, production)
+    np.testing.assert_array_equal(np.load(out), drawn[1])
+
+
+def test_memory_does_not_grow_over_a_hundred_calls(digits_bundle, production):
+    told = draw({"bundle": digits_bundle, "requests": REQUESTS, "repeat": 100}, production)
+    early, late = max(told["memory"][10:30]), max(told["memory"][-20:])
+    assert late - early < 2_000_000
+
+
+def test_int8_is_recognised_as_well_as_eager(digits_int8_bundle, production, tmp_path, judge):
+    """The eager score of these hundred digits is 1.00 (tests/examples/test_digits.py)."""
+    classifier, _ = judge
+    wanted = classifier.requests(100)
+    out = tmp_path / "int8.npy"
+    told = draw(
+        {"bundle": digits_int8_bundle, "requests": [[r.prompt, r.seed] for r in wanted], "out": out}, production
+    )
+    assert classifier.score(np.load(out), [r.digit for r in wanted]) >= 0.98
+    assert "torchao" not in told["modules"]
