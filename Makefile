@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: test lint install
+.PHONY: demo test lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed
 
+# Compile the example for this CPU, then draw with the bundle in a process that finds no compiler.
+demo: install
+	mkdir -p build
+	$(BIN)/diffkiln compile examples/digits/spec.json -o build/digits --force
+	PATH=/no-programs $(abspath $(BIN))/python examples/digits/draw.py build/digits build/digits.png
+
 test: install
 	$(BIN)/python -m pytest -q
 
@@ -25,3 +31,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/steady_state.py
+	$(BIN)/python benchmarks/footprint.py
