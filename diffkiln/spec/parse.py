@@ -28,7 +28,13 @@ def parse_spec(source: Path | str | bytes | dict[str, Any] | Spec) -> Spec:
 def _read(source: Path | str | bytes | dict[str, Any]) -> Any:
     if isinstance(source, dict):
         return source
-    return read_json(source if isinstance(source, bytes) else read_file(Path(source)))
+    if isinstance(source, bytes):
+        return read_json(source)
+    data = read_file(Path(source))
+    try:
+        return read_json(data)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error}", problems=error.problems) from None
 
 
 def _validate(data: Any) -> Spec:

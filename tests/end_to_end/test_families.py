@@ -32,7 +32,9 @@ def test_bundle_equals_diffusers_bit_for_bit(name, tmp_path):
         reference = DiffusionPipeline.from_pretrained(spec["source"]["model"])
         reference.set_progress_bar_config(disable=True)
         given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
-        want = reference("A small red Fox", generator=torch.Generator().manual_seed(5), output_type="pt", **given)
+        want = reference(
+            prompt="A small red Fox", generator=torch.Generator().manual_seed(5), output_type="pt", **given
+        )
     with diffkiln.load(built.path) as pipe:
         got = pipe("A small red Fox", generator=torch.Generator().manual_seed(5), output_type="pt", **given)
     field = next(iter(want.keys()))
