@@ -56,15 +56,21 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
     if native:
         if requires.machine != platform.machine():
             yield Problem("machine", f"found {platform.machine()}, required {requires.machine}")
-        yield from _version("torch", torch.__version__.split("+")[0], requires.torch, "Install that torch or compile again")
+        yield from _version(
+            "torch", torch.__version__.split("+")[0], requires.torch, "Install that torch or compile again"
+        )
         if isa and (lacking := missing_flags(isa)):
-            yield Problem("cpu_isa", f"found a CPU without {', '.join(lacking)}, required {isa}", "Compile for this CPU's level")
+            yield Problem(
+                "cpu_isa", f"found a CPU without {', '.join(lacking)}, required {isa}", "Compile for this CPU's level"
+            )
         if requires.glibc and (found := _glibc()) and _numbers(found) < _numbers(requires.glibc):
             yield Problem("glibc", f"found {found}, required {requires.glibc} or later")
     if requires.sm:
         found = _sm()
         if found != requires.sm:
-            yield Problem("gpu", f"found {found or 'no CUDA GPU'}, required {requires.sm}", "Compile for this GPU's target")
+            yield Problem(
+                "gpu", f"found {found or 'no CUDA GPU'}, required {requires.sm}", "Compile for this GPU's target"
+            )
     for package, wanted in requires.packages.items():
         try:
             yield from _version(package, metadata.version(package), wanted)

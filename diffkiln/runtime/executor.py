@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,20 +65,12 @@ class Executor:
         Raises:
             CallError: another thread is running this pipeline, or the callback gives latents of another shape.
         """
-        if not self._lock.acquire(blocking=False):
-            raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
-        try:
-            interpreter, schedule = self._call(program)
-            self._run, self.last_latents = _Run(self.store.follow(schedule), generator, step_end), None
+        interpreter, schedule = self._call(program)
+        with self.running(schedule, generator, step_end), torch.inference_mode():
+            self.last_latents = None
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
             weights = {name: self._weight(name) for name in program.weights}
-            with torch.inference_mode():
-                return interpreter(values, weights, self.constants)
-        finally:
-            if self._run is not None:
-                self._run.cursor.close()
-            self._run = None
-            self._lock.release()
+            return interpreter(values, weights, self.constants)
 
     def component(self, name: str, program: str) -> _Component:
         """One component program, ready to run."""
@@ -89,13 +82,29 @@ class Executor:
     def run_component(self, name: str, program: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one component by itself (for verification): tensors in the order of its program's inputs."""
         component = self.component(name, program)
-        self._run = _Run(self.store.follow(component.schedule), None, None)
+        with self.running(component.schedule), torch.inference_mode():
+            return component(*inputs)
+
+    @contextlib.contextmanager
+    def running(
+        self, schedule: Sequence[Key], generator: Generators = None, step_end: StepEnd | None = None
+    ) -> Iterator[None]:
+        """A run that brings in groups of weights in this order. One at a time.
+
+        Raises:
+            CallError: another thread is running this pipeline.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
+        self._run = run = _Run(self.store.follow(schedule), generator, step_end)
         try:
-            with torch.inference_mode():
-                return component(*inputs)
+            yield
         finally:
-            self._run.cursor.close()
             self._run = None
+            try:
+                run.cursor.close()
+            finally:
+                self._lock.release()
 
     @property
     def run(self) -> _Run:

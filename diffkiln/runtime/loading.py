@@ -138,7 +138,11 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
     constants = {}
     for key, row in rows:
         dtype = dtype_of(_SAFETENSORS[row["dtype"]])
-        data = torch.frombuffer(bytearray(row["data"]), dtype=torch.uint8) if row["data"] else torch.empty(0, dtype=torch.uint8)
+        data = (
+            torch.frombuffer(bytearray(row["data"]), dtype=torch.uint8)
+            if row["data"]
+            else torch.empty(0, dtype=torch.uint8)
+        )
         constants[key] = data.view(dtype).reshape(row["shape"]).clone()
     return constants
 
@@ -209,7 +213,9 @@ def _open(
     if region is None:
         raise ManifestInvalid(f"{what} is for {row.component}/{row.region}, which the bundle does not have")
     kinds = [item.type for item in region.inputs]
-    kinds += [region.types[f"@{name}"] for name in region.weights] + [region.types[f"#{key}"] for key in region.constants]
+    kinds += [region.types[f"@{name}"] for name in region.weights] + [
+        region.types[f"#{key}"] for key in region.constants
+    ]
     if [(item.dtype, tuple(item.shape)) for item in row.inputs] != [(kind.dtype, kind.shape) for kind in kinds]:
         raise ManifestInvalid(f"{what} takes other inputs than its region")
     engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, place)

@@ -37,6 +37,8 @@ def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device
     source = device
     if generator is not None:
         if generator.device.type == "cuda" and device.type != "cuda":
-            raise CallError(f"generator: it draws on {generator.device}, the pipeline runs on {device}. Use a CPU generator")
+            raise CallError(
+                f"generator: it draws on {generator.device}, the pipeline runs on {device}. Use a CPU generator"
+            )
         source = generator.device
     return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)

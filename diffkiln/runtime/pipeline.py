@@ -67,7 +67,8 @@ class CompiledPipeline:
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, Any] | None]
+        | None = None,
         **keywords: Any,
     ) -> Any:
         """Make images or videos.
@@ -144,7 +145,9 @@ class CompiledPipeline:
         return known == (list(value) if isinstance(value, tuple) else value)
 
     def _no_variant(self, batch: int, fixed: Mapping[str, Any]) -> str:
-        known = {name for variant in self.variants for name in variant.fixed} | _scalars(self.variants[0].programs["call"])
+        known = {name for variant in self.variants for name in variant.fixed} | _scalars(
+            self.variants[0].programs["call"]
+        )
         unknown = [name for name in fixed if name not in known and fixed[name] is not None]
         if unknown:
             return f"{unknown[0]}: {self.class_name} was not compiled with this keyword. It takes {', '.join(sorted(known))}"
@@ -163,7 +166,9 @@ class CompiledPipeline:
         if latents:
             name += "+latents"
         if name not in variant.programs:
-            raise CallError(f"latents: this bundle was not compiled to take them (it has {', '.join(variant.programs)})")
+            raise CallError(
+                f"latents: this bundle was not compiled to take them (it has {', '.join(variant.programs)})"
+            )
         return variant.programs[name]
 
     # -- inputs --

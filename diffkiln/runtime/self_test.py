@@ -35,13 +35,17 @@ def self_test(
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected, given, strict=True)):
         if want.shape != got.shape or want.dtype != got.dtype:
-            raise VerifyError(f"{what}: output {index} is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}")
+            raise VerifyError(
+                f"{what}: output {index} is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}"
+            )
         if not torch.isfinite(got).all():
             raise VerifyError(f"{what}: output {index} of the engine holds values that are not finite")
         worst = max(worst, _difference(want, got))
     limit = max(TOLERANCE.get(kind.dtype, 0.0) for kind in region.types.values())
     if worst > limit:
-        raise VerifyError(f"{what}: the engine differs from its replay by {worst:.2e} (relative L2), more than {limit:.0e}")
+        raise VerifyError(
+            f"{what}: the engine differs from its replay by {worst:.2e} (relative L2), more than {limit:.0e}"
+        )
     return worst
 
 

@@ -82,7 +82,16 @@ class TextEnd:
         return row["prefix"] + prompt + row["suffix"]
 
     def _tokenizer(self, text: Mapping[str, Any]) -> Tokenizer:
-        keys = ("tokenizer", "max_length", "truncation", "padding", "padding_side", "truncation_side", "pad_id", "pad_token")
+        keys = (
+            "tokenizer",
+            "max_length",
+            "truncation",
+            "padding",
+            "padding_side",
+            "truncation_side",
+            "pad_id",
+            "pad_token",
+        )
         key = tuple(text[name] for name in keys)
         if key not in self._ready:
             tokenizer = Tokenizer.from_str(self._json[text["tokenizer"]])
