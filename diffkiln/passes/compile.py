@@ -32,7 +32,9 @@ class Compile(Pass):
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         if target.device != "cpu":
             yield Problem(
-                where, f"aot_inductor builds for CPUs only in this version, the target is {target.name}", "Choose a CPU target."
+                where,
+                f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
+                "Choose a CPU target.",
             )
         from diffkiln.record.components import repeated_blocks
 

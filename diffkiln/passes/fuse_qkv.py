@@ -37,7 +37,9 @@ class FuseQKV(Pass):
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         name = type(module).__name__
         if not callable(getattr(module, "fuse_qkv_projections", None)):
-            yield Problem(where, f"{name} cannot fuse its projections: diffusers gives it no fuse_qkv_projections", "Remove it.")
+            yield Problem(
+                where, f"{name} cannot fuse its projections: diffusers gives it no fuse_qkv_projections", "Remove it."
+            )
         elif not any(True for _ in _fusable(module)):
             yield Problem(where, f"{name} has no attention whose fused projections diffusers would use", "Remove it.")
 

@@ -105,5 +105,3 @@ def verify(plan: Plan, item: Placed) -> None:
                 raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} with a gradient")
             if tensor.is_meta:
                 raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} without a device")
-
-

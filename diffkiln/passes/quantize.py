@@ -37,7 +37,9 @@ class Quantize(Pass):
         for field, patterns, among in (("include", self.include, names), ("exclude", self.exclude, everything)):
             for index, pattern in enumerate(patterns):
                 if not any(fnmatchcase(name, pattern) for name in among):
-                    yield Problem(f"{where}.{field}[{index}]", f"the pattern {pattern!r} matches no layer of {self.component}")
+                    yield Problem(
+                        f"{where}.{field}[{index}]", f"the pattern {pattern!r} matches no layer of {self.component}"
+                    )
         if not any(self.chosen(name) for name in names):
             yield Problem(where, f"no linear layer of {self.component} is left to quantize")
 

@@ -92,7 +92,9 @@ def order_problems(placed: Sequence[Placed]) -> list[Problem]:
                 continue
             first, second = before.step.name, item.step.name
             if first == second and first != "cast":
-                problems.append(Problem(item.where, f"{second} of {item.step.component} stands twice, also at {before.where}"))
+                problems.append(
+                    Problem(item.where, f"{second} of {item.step.component} stands twice, also at {before.where}")
+                )
             elif order.index(first) > order.index(second):
                 reason = REASONS.get((second, first), "that is the canonical order")
                 problems.append(

@@ -95,7 +95,9 @@ def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]
     """
     classes = set(getattr(module, "_repeated_blocks", None) or ())
     if not classes:
-        listed = {type(item).__name__ for part in module.modules() if isinstance(part, torch.nn.ModuleList) for item in part}
+        listed = {
+            type(item).__name__ for part in module.modules() if isinstance(part, torch.nn.ModuleList) for item in part
+        }
         classes = listed & set(getattr(module, "_no_split_modules", None) or ())
     found: list[tuple[str, torch.nn.Module]] = []
     for name, child in module.named_modules():
@@ -257,5 +259,3 @@ def tracing() -> Iterator[None]:
     finally:
         for module, original in patched:
             module.is_tracing = original  # type: ignore[attr-defined]
-
-

@@ -88,7 +88,11 @@ def _merge(
         raise _Differs
 
     for p, q in zip(a.ops, b.ops, strict=True):
-        if (p.name, p.outputs, dict(p.attrs)) != (q.name, q.outputs, dict(q.attrs)) or p.kwargs.keys() != q.kwargs.keys():
+        if (p.name, p.outputs, dict(p.attrs)) != (
+            q.name,
+            q.outputs,
+            dict(q.attrs),
+        ) or p.kwargs.keys() != q.kwargs.keys():
             raise _Differs
         args = tuple(join(x, y) for x, y in zip(p.args, q.args, strict=True))
         kwargs = {key: join(x, q.kwargs[key]) for key, x in p.kwargs.items()}

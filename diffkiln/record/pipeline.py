@@ -74,9 +74,7 @@ def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constan
     callees = {key: callee for key, callee in callees.items() if key in used}
     _find_folded(every, callees, constants)
     modules = _record_components(callees, fake, constants)
-    calls = [
-        {name: _link(program, callees) for name, program in programs.items()} for programs in calls
-    ]
+    calls = [{name: _link(program, callees) for name, program in programs.items()} for programs in calls]
     for programs in calls:
         for program in programs.values():
             verify(program, modules=modules)
@@ -124,7 +122,9 @@ def _record_variant(
         for name in list(programs):
             program = _first_that_records(free, "negative" in name, _latents_types(programs["call"]))
             if program is None:
-                notices.append("a caller's own latents are not supported: the call takes them in no shape that it shows")
+                notices.append(
+                    "a caller's own latents are not supported: the call takes them in no shape that it shows"
+                )
                 break
             programs[f"{name}+latents"] = program
     return programs
@@ -157,9 +157,7 @@ class _Recorder:
         ]
         self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
 
-    def run(
-        self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None
-    ) -> Program:
+    def run(self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None) -> Program:
         keywords = call_keywords(self.pipe, request, negative)
         sentinels = {
             text: (keyword, index)
@@ -176,7 +174,9 @@ class _Recorder:
         except DiffkilnError:
             raise
         except Exception as error:  # whatever the pipeline's own code raises
-            raise RecordError(f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}") from error
+            raise RecordError(
+                f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}"
+            ) from error
         outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         if not outputs or not self.tape.is_marked(outputs[0]):
             raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")
@@ -254,7 +254,9 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
     parameters = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in request.fixed if name not in parameters]
     if unknown:
-        raise SpecError(f"$.inputs.call: {type(pipe).__name__} has no keyword {unknown[0]!r}; it has {sorted(parameters)}")
+        raise SpecError(
+            f"$.inputs.call: {type(pipe).__name__} has no keyword {unknown[0]!r}; it has {sorted(parameters)}"
+        )
     keywords = dict(request.fixed)
     for keyword in (*PROMPTS, *(NEGATIVES if negative else ())):
         if keyword in parameters:
@@ -269,7 +271,8 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
 def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The callback of a recorded call: marks the end of a step, where the runtime calls the user's own."""
     tape = next(
-        (mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, Tape)), None
+        (mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, Tape)),
+        None,
     )
     if tape is None or not tape.is_marked(values["latents"]):
         return {}
@@ -321,9 +324,7 @@ def _find_folded(programs: Sequence[Program], callees: Mapping[str, Callee], con
                 callee.folded[position] = constants.tensors[ref.name[1:]]
 
 
-def _record_components(
-    callees: Mapping[str, Callee], fake: FakeTensorMode, constants: Constants
-) -> dict[str, Module]:
+def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, constants: Constants) -> dict[str, Module]:
     groups: dict[str, list[Callee]] = {}
     for callee in callees.values():
         groups.setdefault(callee.component, []).append(callee)

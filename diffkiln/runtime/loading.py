@@ -56,7 +56,7 @@ def load(
         if as_diffusers:
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
-            return load_as_diffusers(verified, allow_native=allow_native, check_engines=check_engines)
+            return load_as_diffusers(verified, allow_native=allow_native, device=device, check_engines=check_engines)
         return _load(verified, allow_native, device, check_engines)
     except BaseException:
         verified.close()

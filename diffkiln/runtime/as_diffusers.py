@@ -1,0 +1,139 @@
+"""A bundle as the original diffusers pipeline: its own class, with engines plugged in and diffusers' own offloading.
+
+This is the only part of the runtime that imports diffusers and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import Manifest, Verified
+from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
+from diffkiln.runtime.compatibility import check_manifest
+from diffkiln.runtime.loading import open_engines, read_constants, read_modules
+from diffkiln.runtime.originals import build, class_of, quiet, read_weights
+from diffkiln.runtime.shims import plug_in
+
+
+def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = None, check_engines: bool = True) -> Any:
+    """The original pipeline with the bundle's weights and engines.
+
+    Args:
+        verified: the bundle. It is closed when the pipeline is there.
+        allow_native: load native code though this user did not build the bundle here.
+        device: where to run; the bundle's target by default.
+        check_engines: compare each engine with the replay of its region first.
+
+    Raises:
+        MissingDependency: diffusers is not installed.
+        Incompatible: the machine or the installed diffusers does not fit, or diffusers cannot offload these weights.
+        IntegrityError: a weight is missing, or one is there that the model does not have.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(f"as_diffusers needs {error.name}: pip install 'diffkiln[compile]'") from None
+    manifest = verified.manifest
+    check_manifest(manifest)
+    place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
+    offload: Any = manifest.runtime.get("offload")
+    _refuse_quantized_on_disk(manifest, place, offload)
+    modules = read_modules(verified)
+    constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
+    engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
+    pipe = _pipeline(verified)
+    eager = manifest.runtime.get("on_incompatible") == "eager"
+    for name, recorded in modules.items():
+        own = {region: engine for (component, region), engine in engines.items() if component == name}
+        plug_in(pipe.components[name], recorded, own, constants, eager)
+    if offload is None:
+        pipe.to(place)
+    else:
+        _offload(pipe, place, offload)
+    weakref.finalize(pipe, verified.close)  # engines live in files that the bundle holds
+    return pipe
+
+
+def _pipeline(verified: Verified) -> Any:
+    """The pipeline from the bundle's configuration and weights."""
+    with tempfile.TemporaryDirectory(prefix="diffkiln-pipeline-") as name:
+        folder = Path(name)
+        for row in verified.manifest.files:
+            if row.path.startswith("pipeline/"):
+                target = folder / row.path.removeprefix("pipeline/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(verified.read(row.path))
+        try:
+            with quiet():
+                return _from(folder, verified)
+        except DiffkilnError:
+            raise
+        except Exception as error:  # whatever the libraries raise
+            raise Incompatible(
+                f"diffusers cannot build {verified.manifest.pipeline.class_name} from the bundle (made with diffusers "
+                f"{verified.manifest.pipeline.diffusers_version}): {type(error).__name__}: {error}"
+            ) from error
+
+
+def _from(folder: Path, verified: Verified) -> Any:
+    from diffusers import DiffusionPipeline
+
+    manifest = verified.manifest
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = class_of("diffusers", index.get("_class_name"))
+    if not issubclass(kind, DiffusionPipeline) or kind.__name__ != manifest.pipeline.class_name:
+        raise IntegrityError(f"model_index.json names {index.get('_class_name')!r}, the manifest another pipeline")
+    quantized = {row.options["component"]: row.options for row in manifest.passes if row.name == "quantize"}
+    parts: dict[str, Any] = {}
+    for component, rows in manifest.weights.items():
+        library, name = index[component]
+        weights = read_weights(verified, rows)
+        parts[component] = build(folder / component, class_of(library, name), weights, quantized.get(component, {}))
+    return kind.from_pretrained(folder, local_files_only=True, **parts)
+
+
+def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: Any) -> None:
+    quantized = [str(row.options["component"]) for row in manifest.passes if row.name == "quantize"]
+    if quantized and _to_disk(place, offload):
+        raise Incompatible(
+            f"diffusers cannot offload torchao weights to disk, and {', '.join(quantized)} has them. Load the bundle "
+            "without as_diffusers, or compile it without offloading"
+        )
+
+
+def _to_disk(place: torch.device, offload: Any) -> bool:
+    default = "host" if place.type == "cuda" else "disk"
+    return offload is not None and offload.get("to", default) == "disk"
+
+
+def _offload(pipe: Any, place: torch.device, offload: Any) -> None:
+    """diffusers' group offloading, component by component: in one folder their files would have the same names."""
+    from diffusers.hooks import apply_group_offloading
+
+    options: dict[str, Any] = {
+        "onload_device": place,
+        "offload_device": torch.device("cpu"),
+        "offload_type": offload["type"],
+        "num_blocks_per_group": int(offload["num_blocks_per_group"]),
+        "use_stream": bool(offload.get("use_stream")) and place.type == "cuda",
+    }
+    root = None
+    if _to_disk(place, offload):
+        root = Path(tempfile.mkdtemp(prefix="diffkiln-offload-"))
+        weakref.finalize(pipe, shutil.rmtree, root, ignore_errors=True)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            where = {"offload_to_disk_path": str(root / name)} if root else {}
+            if hasattr(module, "enable_group_offload"):
+                module.enable_group_offload(**options, **where)
+            else:
+                apply_group_offloading(module, **options, **where)

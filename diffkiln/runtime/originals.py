@@ -1,0 +1,205 @@
+"""The diffusers and transformers modules of a bundle, in the shape in which its passes left them.
+
+Modules are built without initialising anything, their parameters on the meta device, and then given the bundle's
+weights. Classes come from diffusers and transformers alone; code that comes with a model is never imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import GroupRow, Verified
+from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
+from diffkiln.runtime.weights import read_header
+
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+
+
+def class_of(library: Any, name: Any) -> type:
+    """A class that model_index.json names.
+
+    Raises:
+        Incompatible: it is of neither diffusers nor transformers, or the installed one lacks it.
+    """
+    import diffusers
+    import transformers
+
+    homes = {"diffusers": diffusers, "transformers": transformers}
+    home = homes.get(library) or getattr(diffusers.pipelines, str(library), None)
+    kind = getattr(home, str(name), None) if home is not None else None
+    if not isinstance(kind, type) or ".dummy_" in kind.__module__:
+        raise Incompatible(f"{library}.{name}: neither the installed diffusers nor transformers has this class")
+    return kind
+
+
+def build(
+    folder: Path, kind: type, weights: Mapping[str, torch.Tensor], quantized: Mapping[str, Any]
+) -> torch.nn.Module:
+    """One module with its weights.
+
+    Args:
+        folder: with its config.json.
+        kind: its class.
+        weights: every tensor of the bundle's for it, by name.
+        quantized: options of the quantize pass that went over it; empty if none did.
+
+    Raises:
+        IntegrityError: the bundle lacks a weight that the module has, or holds one that it does not.
+    """
+    module = _skeleton(folder, kind, _build_type(weights))
+    plain = {_plain(name, module) for name in weights} if quantized else set(weights)
+    if any(f".{fused}." in name for name in plain for fused in _FUSED):
+        module.fuse_qkv_projections()  # type: ignore[operator]
+    _drop_missing(module, plain)
+    for name, tensor in _whole(module, weights, quantized).items():
+        _put(module, name, tensor)
+    if empty := [name for name, tensor in module.named_parameters() if tensor.is_meta]:
+        raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
+    return module.eval().requires_grad_(False)
+
+
+def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
+    """Every tensor of these groups, on the CPU, each in memory of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for row in rows:
+        entries, offset, _ = read_header(verified, row.file)
+        for name, entry in entries.items():
+            raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+            if raw.numel():
+                verified.read_into(row.file, memoryview(raw.numpy()), offset + entry.start)
+            tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
+    return tensors
+
+
+def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Module:
+    """The module with its parameters on the meta device; buffers that no checkpoint holds are real."""
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(build_type)
+    try:
+        with torch.random.fork_rng(devices=[]), no_init_weights(), init_empty_weights(include_buffers=False):
+            if issubclass(kind, ModelMixin):
+                return kind.from_config(kind.load_config(folder, local_files_only=True))
+            config = kind.config_class.from_pretrained(folder, local_files_only=True)
+            module = kind._from_config(config, dtype=build_type)
+        module.tie_weights()
+        return module
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build_type(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The floating type of most weights."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            count[tensor.dtype] += tensor.numel()
+    return count.most_common(1)[0][0] if count else torch.float32
+
+
+def _plain(name: str, module: torch.nn.Module) -> str:
+    """The parameter's name, of a tensor inside of a quantized one."""
+    known = module.state_dict().keys()
+    while name not in known and "." in name and not name.endswith((".weight", ".bias")):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
+    """Leave out what the passes deleted: submodules of which the bundle holds nothing, such as unfused projections."""
+    seen = {id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False) if name in names}
+    for path, part in list(module.named_modules()):
+        for leaf, child in list(part._modules.items()):
+            if child is None or not any(True for _ in child.parameters()):
+                continue
+            prefix = f"{path}.{leaf}." if path else f"{leaf}."
+            held = any(name.startswith(prefix) for name in names)
+            if not held and not any(id(tensor) in seen for tensor in child.parameters()):
+                setattr(part, leaf, None)
+
+
+def _whole(
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], quantized: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The weights with quantized ones put together again from the tensors that they are stored as."""
+    known = module.state_dict().keys()
+    whole = {name: tensor for name, tensor in weights.items() if name in known}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        if name not in known:
+            base, _, leaf = name.rpartition(".")
+            if not quantized or base not in known:
+                raise IntegrityError(f"the bundle holds a weight {name!r} that {type(module).__name__} does not have")
+            parts.setdefault(base, {})[leaf] = tensor
+    for base, inner in parts.items():
+        whole[base] = _quantized(module.get_parameter(base), inner, quantized)
+    return whole
+
+
+def _quantized(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+    """torchao's tensor around what it was stored as. Its form is that of an empty layer, quantized the same way."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
+    if options.get("type") != "int8_weight_only":
+        raise Incompatible(f"weights of the type {options.get('type')!r} cannot be put into diffusers by this diffkiln")
+    rows, columns = parameter.shape
+    scale = next((tensor for tensor in inner.values() if tensor.is_floating_point()), None)
+    dtype = scale.dtype if scale is not None else parameter.dtype
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+    quantize_(layer, Int8WeightOnlyConfig(version=2))
+    names, form = layer.weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    if set(names) != set(inner):
+        raise Incompatible(f"torchao stores int8 weights as {sorted(names)}, the bundle as {sorted(inner)}")
+    shape, stride = layer.weight.shape, layer.weight.stride()
+    return type(layer.weight).__tensor_unflatten__(dict(inner), form, shape, stride)  # type: ignore[attr-defined]
+
+
+def _put(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a weight in its place, and in that of every parameter that was tied to it."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table = owner._parameters if leaf in owner._parameters else owner._buffers
+    old = table[leaf]
+    if old is not None and tuple(old.shape) != tuple(tensor.shape):
+        raise IntegrityError(f"the bundle's weight {name!r} is {tuple(tensor.shape)}, the module's {tuple(old.shape)}")
+    new = torch.nn.Parameter(tensor, requires_grad=False) if table is owner._parameters else tensor
+    for part in module.modules():
+        for other in (part._parameters, part._buffers):
+            for key, value in other.items():
+                if value is not None and value is old:
+                    other[key] = new  # type: ignore[assignment]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, hints and warnings for their developers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()

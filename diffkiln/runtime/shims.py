@@ -1,0 +1,167 @@
+"""Engines in the place of a diffusers module's repeated blocks: same arguments in, same results out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffkiln.aten import type_of
+from diffkiln.errors import CallError, IntegrityError
+from diffkiln.program import REGION, Module, Program, Ref
+from diffkiln.runtime.executor import Engine
+
+
+class Mismatch(Exception):
+    """Arguments that a region was not compiled for; says what differs."""
+
+
+class BlockShim:
+    """The `forward` of one block: picks the engine that was compiled for the arguments and runs it.
+
+    Args:
+        block: the module whose place it takes; its weights are looked up at each call, so they may be offloaded.
+        name: of the block, for messages.
+        engines: the regions of this block, each with its engine.
+        constants: folded tensors by key.
+        eager: run the block's own code where no region fits, instead of raising CallError.
+    """
+
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        name: str,
+        engines: Sequence[tuple[Program, Engine]],
+        constants: Mapping[str, torch.Tensor],
+        eager: bool,
+    ) -> None:
+        self._original, self._name, self._eager = block.forward, name, eager
+        self._ways = [
+            (region, engine, [weight_getter(block, weight) for weight in region.weights],
+             [constants[key] for key in region.constants])
+            for region, engine in engines
+        ]  # fmt: skip
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reasons = []
+        for region, engine, weights, constants in self._ways:
+            try:
+                values = arguments(region, args, kwargs)
+            except Mismatch as error:
+                reasons.append(str(error))
+                continue
+            inputs = [values[item.name] for item in region.inputs]
+            outputs = engine([*inputs, *(get() for get in weights), *constants])
+            named = values | {ref.name: tensor for ref, tensor in zip(region.outputs, outputs, strict=True)}
+            return _built(region.signature["result"], named)
+        if self._eager:
+            return self._original(*args, **kwargs)
+        raise CallError(
+            f"{self._name}: {'; '.join(reasons)}. Call the pipeline with the sizes of a variant, or compile one with these"
+        )
+
+
+def plug_in(
+    component: torch.nn.Module,
+    recorded: Module,
+    engines: Mapping[str, Engine],
+    constants: Mapping[str, torch.Tensor],
+    eager: bool,
+) -> int:
+    """Give every block that has an engine a shim.
+
+    Args:
+        component: the diffusers module.
+        recorded: its programs.
+        engines: by region.
+        constants: folded tensors by key.
+        eager: see `BlockShim`.
+
+    Returns:
+        How many blocks have one.
+    """
+    regions: dict[str, dict[str, None]] = {}
+    for program in recorded.programs.values():
+        for op in program.ops:
+            if op.name == REGION and op.attrs["region"] in engines:
+                regions.setdefault(op.attrs["instance"], {})[op.attrs["region"]] = None
+    for instance, names in regions.items():
+        block = component.get_submodule(instance)
+        pairs = [(recorded.regions[name], engines[name]) for name in names]
+        block.forward = BlockShim(block, instance, pairs, constants, eager)
+    return len(regions)
+
+
+def arguments(region: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call by the names of the region's inputs.
+
+    Raises:
+        Mismatch: the call has other arguments, or tensors of other types, than were recorded.
+    """
+    found: dict[str, torch.Tensor] = {}
+    _match(region.signature["args"], tuple(args), "positional arguments", found)
+    given = {key: value for key, value in kwargs.items() if key in region.signature["kwargs"] or value is not None}
+    _match(region.signature["kwargs"], given, "arguments", found)
+    for item in region.inputs:
+        if type_of(found[item.name]) != item.type:
+            raise Mismatch(f"{item.name[1:]} is {type_of(found[item.name])}, compiled for {item.type}")
+    return found
+
+
+def _match(template: Any, value: Any, where: str, found: dict[str, torch.Tensor]) -> None:
+    if isinstance(template, Ref):
+        if not isinstance(value, torch.Tensor):
+            raise Mismatch(f"{where} is no tensor, compiled for one")
+        found[template.name] = value
+    elif isinstance(template, (tuple, list)):
+        if not isinstance(value, (tuple, list)) or len(value) != len(template):
+            raise Mismatch(f"{where}: compiled for {len(template)} values")
+        for index, (part, item) in enumerate(zip(template, value, strict=True)):
+            _match(part, item, f"{where}[{index}]", found)
+    elif isinstance(template, Mapping):
+        if not isinstance(value, Mapping) or value.keys() != template.keys():
+            raise Mismatch(f"{where}: compiled for {', '.join(template)}")
+        for key, part in template.items():
+            _match(part, value[key], key, found)
+    elif isinstance(value, torch.Tensor) or (value != template and str(value) != str(template)):
+        raise Mismatch(f"{where} is {type(value).__name__} {_short(value)}, compiled for {template!r}")
+
+
+def _built(template: Any, values: Mapping[str, torch.Tensor]) -> Any:
+    """A result as the block gives it."""
+    if isinstance(template, Ref):
+        return values[template.name]
+    if isinstance(template, (tuple, list)):
+        return tuple(_built(part, values) for part in template)
+    if isinstance(template, Mapping):
+        return {key: _built(part, values) for key, part in template.items()}
+    return template
+
+
+def weight_getter(module: torch.nn.Module, name: str) -> Callable[[], torch.Tensor]:
+    """A function that gives a weight as it is now: a parameter, a buffer, or a tensor inside of a quantized one.
+
+    Raises:
+        IntegrityError: the module has no such weight.
+    """
+    path = name.split(".")
+    owner = module
+    while path and path[0] in owner._modules and owner._modules[path[0]] is not None:
+        owner = owner._modules[path.pop(0)]  # type: ignore[assignment]
+    table = owner._parameters if path and path[0] in owner._parameters else owner._buffers
+    if not path or path[0] not in table:
+        raise IntegrityError(f"a region reads the weight {name!r}, which the module does not have")
+    leaf, inner = path[0], path[1:]
+
+    def get() -> torch.Tensor:
+        tensor: Any = table[leaf]
+        for attribute in inner:
+            tensor = getattr(tensor, attribute)
+        return tensor
+
+    return get
+
+
+def _short(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)[:40]
