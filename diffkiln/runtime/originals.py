@@ -56,7 +56,7 @@ def build(
     """
     module = _skeleton(folder, kind, _build_type(weights))
     plain = {_plain(name, module) for name in weights} if quantized else set(weights)
-    if any(f".{fused}." in name for name in plain for fused in _FUSED):
+    if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
         module.fuse_qkv_projections()  # type: ignore[operator]
     _drop_missing(module, plain)
     for name, tensor in _whole(module, weights, quantized).items():
