@@ -50,9 +50,12 @@ def overload(name: str) -> torch._ops.OpOverload:
         raise VerifyError(f"{name} is not in the closed list of operators")
     _, packet, which = name.split(".")
     try:
-        return getattr(getattr(torch.ops.aten, packet), which)
+        found = getattr(getattr(torch.ops.aten, packet), which)
     except AttributeError:
         raise Incompatible(f"torch {torch.__version__} has no operator {name}, which the program uses") from None
+    if found._schema.is_mutable:
+        raise VerifyError(f"{name} writes to its arguments, which no program may")
+    return found
 
 
 def schemas(programs: Sequence[Program]) -> dict[str, str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffkiln.program.ir import Device, DType, Layout, MemoryFormat, Module, Op, Program, Ref
@@ -12,14 +13,23 @@ from diffkiln.program.ir import Device, DType, Layout, MemoryFormat, Module, Op,
 
 def listing(program: Program) -> str:
     lines = [f"program {program.name}"]
-    for text in program.texts:
-        lines.append(f"  text {text.get('keyword')} → {text.get('tokenizer')} {text.get('template')!r}")
+    lines += [text_line(text) for text in program.texts]
     for item in program.inputs:
         source = " ".join(f"{key}={value}" for key, value in item.source.items())
         lines.append(f"  input {item.name} {item.type}" + (f"  from {source}" if source else ""))
     lines += [f"  {op_line(op, program)}" for op in program.ops]
     lines.append(f"  return {', '.join(ref.name for ref in program.outputs)}")
     return "\n".join(lines)
+
+
+def text_line(text: Mapping[str, Any]) -> str:
+    """What becomes of the prompts before they are tokens."""
+    rows = [
+        repr(row["text"]) if "text" in row else f"{row['prefix']!r} {row['keyword']} {row['suffix']!r}"
+        for row in text["rows"]
+    ]
+    how = ", ".join([*text["transforms"], f"{text['max_length']} tokens"])
+    return f"  text {' | '.join(rows)} → {text['tokenizer']} ({how})"
 
 
 def module_listing(module: Module) -> str:

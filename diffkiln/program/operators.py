@@ -37,13 +37,13 @@ new_empty arange linspace eye scalar_tensor copy fill one_hot new_empty_strided
 _LAYERS = """
 linear addmm addmv mm bmm baddbmm addbmm matmul dot mv einsum outer conv1d conv2d conv3d convolution conv_transpose1d
 conv_transpose2d conv_transpose3d _convolution embedding layer_norm native_layer_norm group_norm native_group_norm
-rms_norm _fused_rms_norm instance_norm batch_norm native_batch_norm normalize dropout scaled_dot_product_attention
+rms_norm _fused_rms_norm instance_norm batch_norm native_batch_norm normalize scaled_dot_product_attention
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
 upsample_linear1d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 _upsample_bilinear2d_aa _upsample_bicubic2d_aa avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d cosine_similarity bilinear _int_mm _weight_int8pack_mm
 _scaled_mm fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn
-fft_irfftn fft_fftshift fft_ifftshift logaddexp chunk_cat cdist linalg_norm feature_dropout alpha_dropout
+fft_irfftn fft_fftshift fft_ifftshift logaddexp chunk_cat cdist linalg_norm
 """
 
 OPERATORS: frozenset[str] = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _SHAPES, _CREATION, _LAYERS)).split())
@@ -55,6 +55,11 @@ RESHAPES: frozenset[str] = frozenset(
 
 
 def allowed(name: str) -> bool:
-    """Whether `name`, such as "aten.add.Tensor", is in the closed list (any overload of a listed operator is)."""
+    """Whether `name`, such as "aten.add.Tensor", is in the closed list.
+
+    Any overload of a listed operator is, but for those that write to an argument (`out`).
+    """
     parts = name.split(".")
-    return len(parts) == 3 and parts[0] == "aten" and parts[1] in OPERATORS and not parts[2].startswith("_")
+    if len(parts) != 3 or parts[0] != "aten" or parts[1] not in OPERATORS:
+        return False
+    return not parts[2].startswith("_") and parts[2] != "out" and not parts[2].endswith("_out")

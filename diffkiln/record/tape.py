@@ -11,11 +11,13 @@ that storage is taken again from the base when it is next used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -39,6 +41,7 @@ _READS = {
     "aten.is_nonzero.default",
     "aten.allclose.default",
 }
+_PAST_THE_DISPATCHER = ("tolist", "numpy")
 _IDENTITY_WHEN_EVAL = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"}
 
 
@@ -98,6 +101,7 @@ class Tape(TorchDispatchMode):
         self._written = False  # whether any real storage holds marked data
         self._alive: list[Any] = []  # ids stay unique while tensors live
         self._count = 0
+        self._patches = contextlib.ExitStack()
         for name, tensor in weights:
             self._bind(tensor, f"@{name}")
 
@@ -166,6 +170,27 @@ class Tape(TorchDispatchMode):
         return storage is not None and storage.twin is not None
 
     # -- the mode --
+
+    def __enter__(self) -> Tape:
+        """`tolist` and `numpy` read memory past the dispatcher: while the tape runs they ask it first."""
+        for name in _PAST_THE_DISPATCHER:
+            read = getattr(torch.Tensor, name)
+            self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._guarded(name, read)))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._patches.close()
+
+    def _guarded(self, name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.is_marked(tensor):
+                raise self._data_dependent(f"Tensor.{name}")
+            return read(tensor, *args, **kwargs)
+
+        return guarded
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

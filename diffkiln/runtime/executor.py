@@ -12,12 +12,12 @@ import torch
 from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import CallError
 from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program
+from diffkiln.runtime.engines import Engine
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
 
 #: What is called at the end of a step: (step, timestep, latents) → latents.
 StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
-Engine = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 class Executor:

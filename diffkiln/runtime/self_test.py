@@ -31,7 +31,9 @@ def self_test(
     weights = {name: _sample(region.types[f"@{name}"], generator).to(device) for name in region.weights}
     with torch.inference_mode():
         expected = Interpreter(region, device)(inputs, weights, constants)
-        given = engine([*inputs, *weights.values(), *(constants[key] for key in region.constants)])
+        flat = [*inputs, *weights.values(), *(constants[key] for key in region.constants)]
+        engine.check(flat)
+        given = engine(flat)
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected, given, strict=True)):
         if want.shape != got.shape or want.dtype != got.dtype:

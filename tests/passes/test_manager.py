@@ -1,0 +1,100 @@
+"""The manager: every check before anything runs, problems together, passes guarded and verified."""
+
+import pytest
+import torch
+
+from diffkiln.errors import IllegalPlan, PassError, SpecError
+from diffkiln.passes import manager, registry
+from diffkiln.passes.cast import Cast
+from tests.passes.plans import CPU, checked, ghost, placed
+
+FUSE = {"name": "fuse_qkv", "component": "transformer"}
+INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
+
+
+def test_all_problems_are_reported_together():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan) as caught:
+        checked(plan, INT8 | {"exclude": ["nothing"]}, FUSE, {"name": "compile", "component": "transfomer"})
+    assert [problem.where for problem in caught.value.problems] == [
+        "$.passes[1]",
+        "$.passes[0].exclude[0]",
+        "$.passes[1]",
+        "$.passes[2].component",
+    ]
+
+
+def test_wrong_order_names_both_the_reason_and_the_mend():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan) as caught:
+        checked(plan, INT8, FUSE)
+    problem = caught.value.problems[0]
+    assert problem.where == "$.passes[1]"
+    assert (
+        "fuse_qkv must come before quantize ($.passes[0]): quantized projections cannot be concatenated"
+        in problem.reason
+    )
+    assert problem.mend == "Move it before $.passes[0]."
+
+
+def test_order_does_not_matter_between_components():
+    plan, _ = ghost("flux")
+    checked(plan, {"name": "quantize", "component": "text_encoder", "type": "int8_weight_only"}, FUSE)
+
+
+def test_unknown_component_has_the_nearest_as_mend():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan, match=r"no component 'transfomer'.*transformer"):
+        checked(plan, FUSE | {"component": "transfomer"})
+
+
+def test_a_pass_that_raises_is_named_with_its_place(monkeypatch):
+    def broken(self, module):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(Cast, "apply", broken)
+    plan, fake = ghost("flux")
+    steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float16"})
+    with pytest.raises(PassError, match=r"\$\.passes\[0\]: cast failed: ZeroDivisionError: oops"):
+        manager.run(plan, steps, fake)
+    with pytest.raises(PassError, match=r"\$\.passes\[0\]: cast failed"):
+        manager.apply(torch.nn.Linear(1, 1), "vae", steps)
+
+
+def test_a_pass_that_leaves_gradients_breaks_the_plan(monkeypatch):
+    def careless(self, module):
+        next(module.parameters()).requires_grad_(True)
+        return ["done"]
+
+    monkeypatch.setattr(Cast, "apply", careless)
+    plan, fake = ghost("flux")
+    steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float16"})
+    with pytest.raises(PassError, match=r"cast left vae\..* with a gradient"):
+        manager.run(plan, steps, fake)
+
+
+def test_only_the_passes_of_a_component_are_applied_to_it():
+    module = torch.nn.Linear(2, 2)
+    manager.apply(module, "vae", placed({"name": "cast", "component": "unet", "dtype": "float16"}))
+    assert module.weight.dtype == torch.float32
+
+
+def test_unknown_passes_and_wrong_options_are_reported_together():
+    with pytest.raises(SpecError) as caught:
+        placed(
+            {"name": "fuse_qvk", "component": "x"},
+            {"name": "cast", "component": "x", "dtype": "int3"},
+            {"name": "cast"},
+        )
+    wheres = [problem.where for problem in caught.value.problems]
+    assert wheres[0] == "$.passes[0].name"
+    assert {"$.passes[1].dtype", "$.passes[2].component", "$.passes[2].dtype"} <= set(wheres)
+    assert "fuse_qkv" in str(caught.value)
+
+
+def test_registry_holds_every_pass_under_its_own_name():
+    assert {name: registry.pass_class(name).name for name in registry.PASSES} == {
+        name: name for name in registry.PASSES
+    }
+    assert all(registry.pass_class(name).summary for name in registry.PASSES)
+    assert CPU.device == "cpu"

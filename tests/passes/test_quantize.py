@@ -1,0 +1,83 @@
+"""quantize: torchao int8 weights, chosen by patterns."""
+
+import pytest
+import torch
+
+from diffkiln.errors import IllegalPlan
+from diffkiln.passes import manager
+from tests.passes.plans import both, checked, ghost, real, types
+
+INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_ghost_and_module_come_out_alike(dtype):
+    first = [{"name": "cast", "component": "transformer", "dtype": dtype}] if dtype else []
+    shadow, module = both("flux", "transformer", *first, INT8)
+    assert types(shadow) == types(module)
+    assert any(dtype == torch.int8 for _, dtype in types(module).values())
+
+
+def test_quantized_layers_take_at_most_27_percent_of_their_float32_bytes():
+    """Scales included; the layers are as wide as those of real models are at least."""
+    from torch import nn
+
+    from diffkiln.passes.quantize import Quantize
+    from diffkiln.record.components import weights_of
+
+    module = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False))
+    before = sum(tensor.nbytes for _, tensor in weights_of(module))
+    Quantize(component="x", type="int8_weight_only").apply(module)
+    after = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
+    assert after <= 0.27 * before
+
+
+def test_values_are_close_to_the_originals():
+    from tests.passes.plans import source  # noqa: F401
+
+    before = real("flux", "transformer")
+    _, module = both("flux", "transformer", INT8)
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+            want, got = before.get_submodule(name)(x), layer(x)
+            assert (want - got).norm() <= 0.02 * want.norm() + 1e-6, name
+
+
+def test_patterns_choose_layers():
+    _, module = both(
+        "flux", "transformer", INT8 | {"include": ["transformer_blocks.*"], "exclude": ["*norm*", "*.ff.*"]}
+    )
+    quantized = {name.removesuffix(".weight.qdata") for name in types(module) if name.endswith(".qdata")}
+    assert quantized
+    assert all(name.startswith("transformer_blocks.") for name in quantized)
+    assert not any("norm" in name or ".ff." in name for name in quantized)
+
+
+def test_norms_convolutions_and_embeddings_stay():
+    _, module = both("flux", "transformer", INT8)
+    left = {name for name, (_, dtype) in types(module).items() if name.endswith(".weight") and dtype == torch.float32}
+    assert left == {
+        f"{name}.weight"
+        for name, part in module.named_modules()
+        if hasattr(part, "weight") and part.weight is not None and not isinstance(part, torch.nn.Linear)
+    }
+
+
+def test_pattern_that_matches_nothing_is_refused_by_its_place():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan, match=r"\$\.passes\[0\]\.exclude\[1\].*nrom"):
+        checked(plan, INT8 | {"exclude": ["*norm*", "*nrom*"]})
+
+
+def test_nothing_left_to_quantize_is_refused():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan, match="no linear layer"):
+        checked(plan, INT8 | {"exclude": ["*"]})
+
+
+def test_notes_say_how_much_was_quantized():
+    plan, fake = ghost("flux")
+    _, report = manager.run(plan, checked(plan, INT8), fake)
+    layers = sum(isinstance(part, torch.nn.Linear) for part in real("flux", "transformer").modules())
+    assert report[0].notes[0].startswith(f"{layers} linear layers, ")

@@ -1,0 +1,157 @@
+"""Recording pipelines without weights: programs, texts, regions, guidance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.errors import RecordError, SpecError
+from diffkiln.program import CALL, REGION, verify_module
+from diffkiln.record.components import repeated_blocks, weights_of
+from diffkiln.record.ghosts import ghost_pipeline
+from diffkiln.record.pipeline import Request, record
+from diffkiln.record.quiet import quiet_libraries
+from diffkiln.record.tape import Constants
+from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, sentinel
+from tests.passes.plans import source
+from tests.pipelines import FAMILIES, WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+_made = {}
+
+
+def recording(family, **changed):
+    key = (family, *sorted(changed.items()))
+    if key not in _made:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        pipe = ghost_pipeline(source(family), fake)
+        pipe.set_progress_bar_config(disable=True)
+        batch = changed.pop("batch_size", 1)
+        fixed = {k: v for k, v in FAMILIES[family].call.items() if k not in ("prompt", "negative_prompt")} | changed
+        with quiet_libraries():
+            _made[key] = record(pipe, [Request(fixed, batch)], fake, Constants())
+    return _made[key]
+
+
+def test_programs_by_what_callers_may_give():
+    assert set(recording("sd").calls[0]) == {"call", "call+negative", "call+latents", "call+negative+latents"}
+    assert {"call", "call+latents"} <= set(recording("flux").calls[0])
+
+
+def test_every_component_that_is_called_has_a_verified_program():
+    for family, components in [
+        ("sdxl", {"text_encoder", "text_encoder_2", "unet", "vae"}),
+        ("sd3", {"text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"}),
+    ]:
+        made = recording(family)
+        assert set(made.modules) == components
+        for module in made.modules.values():
+            verify_module(module)
+
+
+def test_callees_are_found_by_component_and_program():
+    made = recording("flux")
+    called = {f"{op.attrs['component']}/{op.attrs['program']}" for op in made.calls[0]["call"].ops if op.name == CALL}
+    assert called <= set(made.callees)
+
+
+def test_one_region_serves_every_block_that_computes_the_same():
+    module = recording("flux").modules["transformer"]
+    uses = [op.attrs for op in module.programs["transformer"].ops if op.name == REGION]
+    assert set(module.regions) == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    assert len({use["instance"] for use in uses}) > len(module.regions)
+
+
+def test_one_class_with_several_shapes_has_several_regions():
+    regions = recording("sdxl").modules["unet"].regions
+    assert {name.split("-")[0] for name in regions} == {"BasicTransformerBlock"}
+    assert len(regions) > 1
+
+
+def test_guidance_scale_is_an_input_where_only_its_value_matters():
+    scalars = [item.source for item in recording("sd").calls[0]["call"].inputs if item.source.get("kind") == "scalar"]
+    assert [source["keyword"] for source in scalars] == ["guidance_scale"]
+    assert scalars[0]["above"] == 1.0
+    assert scalars[0]["default"] == FAMILIES["sd"].call["guidance_scale"]
+
+
+def test_texts_give_tokenizer_length_and_transforms():
+    texts = recording("pixart_sigma").calls[0]["call"].texts
+    assert {text["tokenizer"] for text in texts} == {"tokenizer"}
+    assert all("lower" in text["transforms"] for text in texts)
+    assert all(text["padding"] == "max_length" and text["truncation"] for text in texts)
+    keywords = [row.get("keyword") for text in texts for row in text["rows"]]
+    assert "prompt" in keywords
+
+
+def test_a_batch_has_a_row_for_each_prompt():
+    texts = recording("flux", batch_size=2).calls[0]["call"].texts
+    assert all([row["index"] for row in text["rows"]] == [0, 1] for text in texts)
+
+
+def test_unknown_keyword_is_a_spec_error():
+    with pytest.raises(SpecError, match="no keyword 'heigth'"):
+        recording("flux", heigth=8)
+
+
+def test_what_the_pipeline_itself_refuses_is_told():
+    with pytest.raises(RecordError, match="failed while it was recorded"):
+        recording("sd", height=33)
+
+
+def test_tied_weights_come_once():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    assert [name for name, _ in weights_of(module)] == ["0.weight"]
+
+
+def test_quantized_weights_come_as_their_plain_tensors():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    module = nn.Sequential(nn.Linear(8, 8, bias=False))
+    quantize_(module, Int8WeightOnlyConfig(version=2))
+    assert {name: tensor.dtype for name, tensor in weights_of(module)} == {
+        "0.weight.qdata": torch.int8,
+        "0.weight.scale": torch.float32,
+    }
+
+
+def test_repeated_blocks_are_the_outermost_of_the_declared_classes():
+    class Block(nn.Module):
+        def __init__(self, inner=None):
+            super().__init__()
+            self.inner = inner
+
+    model = nn.Module()
+    model._repeated_blocks = ["Block"]
+    model.blocks = nn.ModuleList([Block(Block()), Block()])
+    assert [name for name, _ in repeated_blocks(model)] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("lower",), ("html_unescape", "strip"), ("strip", "collapse_whitespace", "lower")]
+)
+def test_sentinels_show_which_transforms_were_applied(names):
+    text = sentinel("prompt", 0)
+    recorder = TextRecorder(None, {text: ("prompt", 0)}, {})
+    transforms, row = recorder._row("<before> " + apply(names, text) + " <after>")
+    assert apply(transforms, text) == apply(names, text)
+    assert row == {"keyword": "prompt", "index": 0, "prefix": "<before> ", "suffix": " <after>"}
+
+
+def test_runtime_and_recorder_transform_alike():
+    from diffkiln.runtime.text import TRANSFORMS as AT_RUNTIME
+
+    assert list(AT_RUNTIME) == list(TRANSFORMS)
+    for name, transform in TRANSFORMS.items():
+        for text in (sentinel("prompt", 0), "", "  A\t&lt;b&amp;gt;  ", "schÃ¶n \u201cX\u201d"):
+            assert AT_RUNTIME[name](text) == transform(text)
+
+
+def test_other_changes_of_a_prompt_are_refused():
+    text = sentinel("prompt", 0)
+    recorder = TextRecorder(None, {text: ("prompt", 0)}, {})
+    with pytest.raises(RecordError, match="closed list"):
+        recorder._row(text[::2] + " kiln")

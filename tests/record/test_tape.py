@@ -1,0 +1,224 @@
+"""The tape: what is recorded gives, replayed on other inputs, what the function gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.aten import Interpreter, type_of
+from diffkiln.errors import DataDependent, RecordError
+from diffkiln.program import Program, verify
+from diffkiln.record.tape import Constants, Tape
+
+
+def recorded(function, *examples: torch.Tensor) -> tuple[Program, dict[str, torch.Tensor]]:
+    constants = Constants()
+    tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), constants, what="the function")
+    inputs = [tape.new_input(f"x{index}", type_of(example)) for index, example in enumerate(examples)]
+    with torch.inference_mode(), tape:
+        result = function(*inputs)
+    program = tape.finish("function", [result] if isinstance(result, torch.Tensor) else list(result))
+    verify(program)
+    return program, constants.tensors
+
+
+def replayed(function, *examples: torch.Tensor) -> Program:
+    """Record, and compare the replay with the function for two other inputs."""
+    program, constants = recorded(function, *examples)
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in examples]
+        with torch.inference_mode():
+            want = function(*[x.clone() for x in inputs])
+            got = Interpreter(program)([x.clone() for x in inputs], {}, constants)
+        for a, b in zip([want] if isinstance(want, torch.Tensor) else want, got, strict=True):
+            assert torch.equal(a, b)
+    return program
+
+
+X = torch.zeros(4, 6)
+
+
+def add_in_place(x):
+    y = x * 2
+    y += 1
+    y.mul_(3)
+    return y
+
+
+def write_through_a_slice(x):
+    y = x.clone()
+    y[:, 0] = 7.0
+    y[1:3, 2:4] += y[0:2, 0:2]
+    return y
+
+
+def write_through_a_view_and_read_the_base(x):
+    y = x + 0
+    view = y.view(2, 12)
+    view[0].add_(5)
+    return y, view * 2
+
+
+def read_a_view_that_was_made_before_the_write(x):
+    y = x + 0
+    first = y[0]
+    y.add_(1)
+    return first * 2
+
+
+def copy_into_a_real_tensor(x):
+    out = torch.zeros(8, 6)
+    out[2:6] = x
+    return out * 2
+
+
+def copy_into_zeros_like(x):
+    out = torch.zeros_like(x)
+    out[0].copy_(x[1])
+    out[1].fill_(3)
+    out[2].zero_()
+    return out
+
+
+def write_with_a_wider_type(x):
+    y = x.to(torch.bfloat16)
+    y += torch.ones(6)
+    return y
+
+
+def attention(x):
+    q = x.view(1, 1, 4, 6)
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def several_results(x):
+    a, b = x.chunk(2, dim=1)
+    return torch.cat([b, a], 1), x.max(dim=0).values
+
+
+def composite(x):
+    return F.layer_norm(F.linear(x, torch.ones(5, 6), torch.ones(5)), (5,)).reshape(-1, 2, 5)
+
+
+def dropped_in_training_only(x):
+    return F.dropout(x, 0.5, training=False) + 1
+
+
+def literals(x):
+    return (
+        x.to(torch.float64).sum(dim=(0, 1), keepdim=True).expand(3, 2).contiguous(memory_format=torch.contiguous_format)
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        add_in_place,
+        write_through_a_slice,
+        write_through_a_view_and_read_the_base,
+        read_a_view_that_was_made_before_the_write,
+        copy_into_a_real_tensor,
+        copy_into_zeros_like,
+        write_with_a_wider_type,
+        attention,
+        several_results,
+        composite,
+        dropped_in_training_only,
+        literals,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_replay_is_bit_equal(function):
+    replayed(function, X)
+
+
+def test_two_inputs_and_kwargs():
+    replayed(lambda x, y: torch.add(x, y, alpha=2.5), X, X)
+
+
+def test_composite_operators_stay_whole():
+    assert [op.name for op in recorded(attention, X)[0].ops][-1] == "aten.scaled_dot_product_attention.default"
+    assert "aten.linear.default" in [op.name for op in recorded(composite, X)[0].ops]
+
+
+def test_what_does_not_depend_on_the_request_folds_into_constants():
+    def function(x):
+        steps = torch.linspace(0, 1, 6)
+        return x * steps.flip(0).cumsum(0)
+
+    program, constants = recorded(function, X)
+    assert [op.name for op in program.ops] == ["aten.mul.Tensor"]
+    assert torch.equal(constants[program.constants[0]], torch.linspace(0, 1, 6).flip(0).cumsum(0))
+
+
+def test_equal_constants_are_kept_once():
+    _, constants = recorded(lambda x: x * torch.ones(6) + torch.ones(6), X)
+    assert len(constants) == 1
+
+
+def test_dead_operations_are_dropped():
+    program, _ = recorded(lambda x: ((x * 3).sum(), x + 1)[1], X)
+    assert [op.name for op in program.ops] == ["aten.add.Tensor"]
+
+
+def test_a_constant_read_for_control_flow_is_no_problem():
+    def function(x):
+        return x * 2 if torch.ones(1).item() == 1 else x
+
+    replayed(function, X)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: torch.equal(x, x + 1),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "tolist", "numpy", "equal"],
+)
+def test_reading_the_request_is_data_dependent_and_names_the_line(read):
+    with pytest.raises(DataDependent, match=r"test_tape\.py:\d+"):
+        recorded(read, X)
+
+
+@pytest.mark.parametrize("read", ["tolist", "numpy"])
+def test_reading_a_real_tensor_that_holds_the_request_is_data_dependent(read):
+    def function(x):
+        out = torch.zeros(4, 6)
+        out.copy_(x)
+        getattr(out[0], read)()
+        return out
+
+    with pytest.raises(DataDependent):
+        recorded(function, X)
+
+
+def test_reading_other_tensors_is_allowed_and_the_guards_go_with_the_tape():
+    before = torch.Tensor.tolist
+    replayed(lambda x: x * torch.tensor([2.0, 3.0]).tolist()[1], X)
+    assert torch.Tensor.tolist is before
+
+
+@pytest.mark.parametrize("draw", [lambda x: x + torch.randn(6), lambda x: F.dropout(x, 0.5, training=True)])
+def test_randomness_is_refused(draw):
+    with pytest.raises(RecordError, match="random"):
+        recorded(draw, X)
+
+
+def test_operators_outside_the_closed_list_are_refused():
+    with pytest.raises(RecordError, match=r"aten\.\w+.*closed list"):
+        recorded(lambda x: torch.linalg.svd(x)[1], X)
+
+
+def test_values_from_outside_are_refused():
+    other = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants()).new_input("y", type_of(X))
+    with pytest.raises(RecordError):
+        recorded(lambda x: x + other, X)

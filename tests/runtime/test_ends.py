@@ -1,0 +1,125 @@
+"""The ends of a call: noise, prompts and images as diffusers and transformers make them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from diffkiln.errors import CallError
+from diffkiln.runtime.images import convert
+from diffkiln.runtime.noise import draw
+from diffkiln.runtime.text import TextEnd
+
+CPU = torch.device("cpu")
+
+
+def generator(seed):
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [lambda: generator(3), lambda: [generator(3), generator(4)], lambda: None])
+def test_noise_is_that_of_diffusers(make, dtype):
+    from diffusers.utils.torch_utils import randn_tensor
+
+    torch.manual_seed(11)
+    want = randn_tensor((2, 4, 8), generator=make(), device=CPU, dtype=dtype)
+    torch.manual_seed(11)
+    assert torch.equal(draw((2, 4, 8), dtype, make(), CPU), want)
+
+
+def test_one_generator_in_a_list_is_one_generator():
+    assert torch.equal(draw((2, 3), torch.float32, [generator(1)], CPU), draw((2, 3), torch.float32, generator(1), CPU))
+
+
+def test_wrong_number_of_generators_is_refused():
+    with pytest.raises(CallError, match="3 generators for 2 images"):
+        draw((2, 3), torch.float32, [generator(0)] * 3, CPU)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_images_are_rounded_as_diffusers_rounds(output_type):
+    from diffusers.image_processor import VaeImageProcessor
+
+    tensor = torch.rand(2, 3, 5, 7, generator=generator(0))
+    want = VaeImageProcessor(do_normalize=False).postprocess(tensor, output_type, do_denormalize=[False, False])
+    got = convert(tensor, output_type)
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_videos_are_lists_of_pictures():
+    tensor = torch.rand(1, 3, 3, 4, 6, generator=generator(0))
+    (video,) = convert(tensor, "pil")
+    assert [picture.size for picture in video] == [(6, 4)] * 3
+    assert convert(tensor, "np").shape == (1, 3, 4, 6, 3)
+
+
+def test_unknown_output_type_is_refused():
+    with pytest.raises(CallError, match="'jpeg'"):
+        convert(torch.zeros(1, 3, 2, 2), "jpeg")
+
+
+@pytest.fixture
+def end():
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "fox": 4, "photo": 5, "of": 6, "<": 7}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return TextEnd({"tokenizer": tokenizer.to_str()})
+
+
+def text(**changed):
+    return {
+        "tokenizer": "tokenizer",
+        "rows": [{"keyword": "prompt", "index": 0, "prefix": "", "suffix": ""}],
+        "transforms": [],
+        "padding": "max_length",
+        "max_length": 5,
+        "truncation": True,
+        "add_special_tokens": True,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "pad_id": 0,
+        "pad_token": "[PAD]",
+        "pad_type_id": 0,
+    } | changed
+
+
+def ids(end, prompt, **changed):
+    return end.encode(text(**changed), {"prompt": [prompt]})["input_ids"].tolist()
+
+
+def test_prompts_are_padded_and_masked(end):
+    made = end.encode(text(), {"prompt": ["a red fox"]})
+    assert made["input_ids"].tolist() == [[2, 3, 4, 0, 0]]
+    assert made["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert made["token_type_ids"].dtype == torch.int64
+    assert ids(end, "a red fox", padding_side="left") == [[0, 0, 2, 3, 4]]
+
+
+def test_long_prompts_are_cut_and_the_user_is_told(end, caplog):
+    with caplog.at_level(logging.WARNING, "diffkiln"):
+        assert ids(end, "a red fox of a photo") == [[2, 3, 4, 6, 2]]
+    assert "cut to 5 tokens" in caplog.text
+    assert ids(end, "a red fox of a photo", truncation_side="left") == [[3, 4, 6, 2, 5]]
+
+
+def test_templates_and_transforms_are_applied(end):
+    rows = [{"keyword": "prompt", "index": 0, "prefix": "a photo of ", "suffix": " <"}]
+    assert ids(end, " RED ", rows=rows, transforms=["strip", "lower"]) == [[2, 5, 6, 3, 7]]
+    assert ids(end, "&amp;lt;  fox", transforms=["html_unescape", "collapse_whitespace"]) == [[7, 4, 0, 0, 0]]
+
+
+def test_rows_of_fixed_text_need_no_prompt(end):
+    rows = [{"text": "a fox"}, {"keyword": "prompt", "index": 0, "prefix": "", "suffix": ""}]
+    assert ids(end, "red", rows=rows) == [[2, 4, 0, 0, 0], [3, 0, 0, 0, 0]]
+
+
+def test_too_few_prompts_are_refused(end):
+    rows = [{"keyword": "prompt", "index": 1, "prefix": "", "suffix": ""}]
+    with pytest.raises(CallError, match="1 prompts, this variant takes 2"):
+        ids(end, "red", rows=rows)

@@ -1,0 +1,77 @@
+"""An engine serves only if it gives what the replay of its region gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffkiln.aten import Interpreter
+from diffkiln.errors import VerifyError
+from diffkiln.program import Input, Op, Program, Ref, TensorType
+from diffkiln.runtime.self_test import self_test
+
+KIND = TensorType("float32", (3, 4))
+REGION = Program(
+    "block",
+    (Input("%x", KIND),),
+    (Op("aten.mul.Tensor", (Ref("%x"), Ref("@w")), ("%1",)), Op("aten.add.Tensor", (Ref("%1"), Ref("#k")), ("%2",))),
+    (Ref("%2"),),
+    dict.fromkeys(("%x", "@w", "#k", "%1", "%2"), KIND),
+)
+CONSTANTS = {"k": torch.ones(3, 4)}
+
+
+class Right:
+    def __init__(self):
+        self.checked = 0
+
+    def check(self, flat):
+        self.checked += len(flat)
+
+    def __call__(self, flat):
+        return Interpreter(REGION)([flat[0]], {"w": flat[1]}, {"k": flat[2]})
+
+
+class Off(Right):
+    def __call__(self, flat):
+        return [super().__call__(flat)[0] * 1.01]
+
+
+class NotANumber(Right):
+    def __call__(self, flat):
+        return [super().__call__(flat)[0] * float("nan")]
+
+
+class OtherType(Right):
+    def __call__(self, flat):
+        return [super().__call__(flat)[0].double()]
+
+
+class Picky(Right):
+    def check(self, flat):
+        raise VerifyError("input 0: shape")
+
+
+def run(engine):
+    return self_test(engine, REGION, CONSTANTS, torch.device("cpu"), "engine e")
+
+
+def test_a_right_engine_passes_and_its_inputs_are_checked():
+    engine = Right()
+    assert run(engine) == 0.0
+    assert engine.checked == 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (Off(), "differs from its replay by 1"),
+        (NotANumber(), "not finite"),
+        (OtherType(), "float64"),
+        (Picky(), "shape"),
+    ],
+    ids=["off", "nan", "dtype", "inputs"],
+)
+def test_a_wrong_engine_is_named_with_what_is_wrong(engine, message):
+    with pytest.raises(VerifyError, match=message):
+        run(engine)
