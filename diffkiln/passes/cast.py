@@ -28,14 +28,14 @@ class Cast(Pass):
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         dtype = getattr(torch, self.dtype)
-        kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+        kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
         count = 0
         for path, part in module.named_modules():
-            if any(word in path.split(".") for word in kept):
-                continue
             for table in (part._parameters, part._buffers):
                 for key, tensor in table.items():
-                    if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+                    if tensor is None or kept & {key, *path.split(".")}:
+                        continue
+                    if not tensor.is_floating_point() or tensor.dtype == dtype:
                         continue
                     cast = tensor.detach().to(dtype)
                     table[key] = torch.nn.Parameter(cast, requires_grad=False) if table is part._parameters else cast

@@ -42,6 +42,8 @@ class FuseQKV(Pass):
             )
         elif not any(True for _ in _fusable(module)):
             yield Problem(where, f"{name} has no attention whose fused projections diffusers would use", "Remove it.")
+        elif lost := _lost(module):
+            yield Problem(where, f"{name} would give other results: {lost}", "Remove it.")
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         module.fuse_qkv_projections()  # type: ignore[operator]
@@ -71,11 +73,43 @@ def _covered(fused: Sequence[str]) -> list[str]:
 
 
 def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Attentions that can fuse and whose processor's code reads the fused projections."""
+    """Attentions whose projections `fuse_qkv_projections` fuses, and whose processor will read what it fused.
+
+    There are two ways in diffusers: attention classes that fuse themselves and whose processors look whether they did,
+    and a model's own `fuse_qkv_projections`, which gives the common `Attention` another processor.
+    """
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    swaps_processors = _swapped_in(module) is not None
     for part in module.modules():
-        if callable(getattr(part, "fuse_projections", None)) and getattr(part, "processor", None) is not None:
-            if type(part).__module__ == "diffusers.models.attention_processor" or _reads_fused(part.processor):
+        if isinstance(part, AttentionModuleMixin):
+            if part._supports_qkv_fusion and _reads_fused(part.processor):  # type: ignore[attr-defined]
                 yield part
+        elif isinstance(part, Attention) and swaps_processors:
+            yield part
+
+
+def _swapped_in(module: torch.nn.Module) -> type | None:
+    """The processor that the model's own `fuse_qkv_projections` gives to its attentions."""
+    own = type(module).fuse_qkv_projections  # type: ignore[attr-defined]
+    named = re.search(r"set_attn_processor\((Fused\w+)\(", inspect.getsource(own))
+    return getattr(sys.modules[own.__module__], named[1], None) if named else None
+
+
+def _lost(module: torch.nn.Module) -> str:
+    """What an attention has and the processor that is swapped in leaves out, such as the norms of SD 3.5."""
+    from diffusers.models.attention_processor import Attention
+
+    processor = _swapped_in(module)
+    source = inspect.getsource(processor) if processor else ""
+    for path, part in module.named_modules():
+        if processor is None or not isinstance(part, Attention):
+            continue
+        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            if getattr(part, norm, None) is not None and norm not in source:
+                return f"diffusers' {processor.__name__} leaves out {path}.{norm}"
+    return ""
 
 
 def _reads_fused(processor: object) -> bool:

@@ -80,7 +80,7 @@ def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> 
                 item.step.apply(module)
 
 
-class guarded(nullcontext[None]):  # noqa: N801 - reads as a word in `with`
+class guarded(nullcontext[None]):
     """Whatever a pass raises becomes a PassError that names it."""
 
     def __init__(self, item: Placed) -> None:

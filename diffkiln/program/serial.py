@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from diffkiln.errors import ManifestInvalid
 from diffkiln.program.ir import (
@@ -27,6 +27,7 @@ from diffkiln.program.ir import (
     TensorType,
 )
 
+_T = TypeVar("_T")
 _SIGILS = ("%", "@", "#")
 
 
@@ -115,7 +116,13 @@ def _op_from_json(row: Mapping[str, Any], types: dict[str, TensorType]) -> Op:
     if not isinstance(args, tuple):
         raise ManifestInvalid("the arguments of an operation must be a list")
     kwargs = {key: arg_from_json(arg) for key, arg in row.get("kwargs", {}).items()}
-    return Op(row["op"], args, tuple(outputs), kwargs, row.get("attrs", {}))
+    return Op(_is(str, row["op"]), args, tuple(outputs), kwargs, _is(dict, row.get("attrs", {})))
+
+
+def _is(kind: type[_T], value: Any) -> _T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+    return value
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
@@ -142,15 +149,19 @@ def program_from_json(data: Any) -> Program:
     """Read one program; whatever is malformed is a ManifestInvalid. `verify` checks what it says."""
     try:
         types: dict[str, TensorType] = {}
-        inputs = tuple(Input(i["name"], type_from_json(i["type"]), i.get("source", {})) for i in data["inputs"])
+        inputs = tuple(
+            Input(_is(str, i["name"]), type_from_json(i["type"]), _is(dict, i.get("source", {})))
+            for i in data["inputs"]
+        )
         types.update({i.name: i.type for i in inputs})
         for table in (data["weights"], data["constants"]):
             types.update({name: type_from_json(text) for name, text in table.items()})
         ops = tuple(_op_from_json(row, types) for row in data["ops"])
-        outputs = tuple(Ref(name) for name in data["outputs"])
+        outputs = tuple(Ref(_is(str, name)) for name in data["outputs"])
+        texts = tuple(_is(dict, text) for text in data.get("texts", ()))
         signature = {key: arg_from_json(value) for key, value in data.get("signature", {}).items()}
-        return Program(data["name"], inputs, ops, outputs, types, tuple(data.get("texts", ())), signature)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return Program(_is(str, data["name"]), inputs, ops, outputs, types, texts, signature)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not a program: {type(error).__name__} {error}") from error
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
+from diffkiln.record.likeness import likeness
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Constants, Tape
 
@@ -45,9 +46,11 @@ class Callee:
 
 
 def run_shapes(
-    original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape, what: str
+    module: torch.nn.Module, original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape, what: str
 ) -> tuple[list[Any], Any]:
-    """What a component gives for arguments of these shapes: its flattened result with marked tensors, computing nothing.
+    """What a component gives for arguments of these shapes: its flattened result with marked tensors.
+
+    Nothing is computed, and of blocks that are alike only one is run.
 
     Raises:
         DataDependent: the component decides a shape by a value; `what` names it.
@@ -56,13 +59,41 @@ def run_shapes(
         inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = unflatten(inputs, structure)
         try:
-            with tracing():
+            with tracing(), _first_of_alike(module, tape):
                 return flatten(original(*args, **kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependent(
                 f"{what} reads a value that depends on the request ({error.func}), so its shape or its control flow may "
                 "change with the prompt"
             ) from None
+
+
+@contextlib.contextmanager
+def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
+    """While it lasts, a block that is like one that ran already gives tensors of the same types."""
+    seen: dict[Any, tuple[list[Any], Any]] = {}
+
+    def shortened(block: torch.nn.Module, mark: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not _plain_arguments(args, kwargs):
+                return original(*args, **kwargs)
+            key = mark, key_of(*flatten((args, kwargs)))
+            if key not in seen:
+                seen[key] = flatten(original(*args, **kwargs))
+            result, shape = seen[key]
+            fresh = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
+            return unflatten(fresh, shape)
+
+        return forward
+
+    blocks = [block for _, block in repeated_blocks(module)]
+    try:
+        for block in blocks:
+            block.forward = shortened(block, likeness(block), block.forward)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,7 +192,8 @@ class _Regions:
         self.blocks = repeated_blocks(module) if wanted else []
         self.programs: dict[str, Program] = {}
         self._by_print: dict[str, str] = {}
-        self._results: dict[tuple[str, str], tuple[str, list[Any], Any]] = {}
+        self._results: dict[tuple[Any, str], tuple[str, list[Any], Any]] = {}
+        self._marks = {name: likeness(block) for name, block in self.blocks}
 
     @contextlib.contextmanager
     def patched(self, tape: Tape) -> Iterator[None]:
@@ -179,7 +211,7 @@ class _Regions:
             leaves, structure = flatten((args, kwargs))
             if not _plain_arguments(args, kwargs):
                 return original(*args, **kwargs)
-            key = (name, key_of(leaves, structure))
+            key = (self._marks[name], key_of(leaves, structure))
             if key not in self._results:
                 self._results[key] = self._record(name, block, original, leaves, structure)
             region, result, shape = self._results[key]

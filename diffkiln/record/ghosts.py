@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffkiln.errors import BuildError, SourceError
 from diffkiln.record.folder import LEFT_OUT
@@ -58,12 +58,13 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     """
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import no_init_weights
+    from transformers.initialization import no_init_weights as no_init_of_transformers
 
     component = source.components[name]
     build_type = _build_type(source, name, dtype)
     folder, kind = source.folder / name, component.kind
     with torch.random.fork_rng(devices=[]), quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with no_init_weights(), no_init_of_transformers(), init_empty_weights(include_buffers=False):
             if component.library == "transformers":
                 config = kind.config_class.from_pretrained(folder, local_files_only=True)
                 module = kind._from_config(config, dtype=build_type)
@@ -177,9 +178,13 @@ def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_ty
 def _haunt(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Make every parameter and persistent buffer a fake tensor on the CPU."""
 
+    cpu = torch.device("cpu")
+
     def fake(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        made = FakeTensor(mode, tensor.detach() if tensor.is_meta else tensor.to("meta"), cpu)
+        # A parameter, as nn.Parameter makes of it; its constructor goes through the dispatcher several times.
+        made._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+        return made
 
     _replace(module, fake)
     return module
@@ -195,7 +200,7 @@ def _replace(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor
                 continue
             if id(tensor) not in made:
                 new = make(f"{path}.{key}" if path else key, tensor)
-                if isinstance(tensor, nn.Parameter):
+                if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=False)
                 made[id(tensor)] = (tensor, new)
             home = part._parameters if key in part._parameters else part._buffers

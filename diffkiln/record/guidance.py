@@ -25,23 +25,28 @@ class _Differs(Exception):
 
 
 def free_guidance(
-    record: Callable[[Mapping[str, Any]], Program], scale: float | None, constants: Any, notices: list[str]
+    record: Callable[[Mapping[str, Any]], Program],
+    program: Program,
+    scale: float | None,
+    constants: Any,
+    notices: list[str],
+    source: Mapping[str, Any] | None = None,
 ) -> Program:
-    """The program recorded by `record`, with the guidance scale as an input where that is exact.
+    """The recorded `program`, with the guidance scale as an input where that is exact.
 
     Args:
         record: records the call with these keywords changed.
+        program: recorded with the variant's own keywords.
         scale: the variant's scale; None when the spec leaves it to the pipeline, which fixes it.
         constants: the recording's constants.
         notices: told when the scale stays fixed.
+        source: of the input, where it is known from another program of the same variant.
     """
-    program = record({})
     if scale is None:
         return program
     scale, other = float(scale), float(scale) * 1.25 + 0.5
     try:
         free = _merge(program, record({KEYWORD: other}), (scale, other), constants.tensors)
-        _merge(program, record({KEYWORD: 2 * other}), (scale, 2 * other), constants.tensors)
     except (_Differs, RecordError):
         notice = f"{KEYWORD} is fixed at {scale}: the call depends on it in more than its value"
         if notice not in notices:
@@ -49,18 +54,23 @@ def free_guidance(
         return program
     if free is None:
         return program
-    return replace(free, inputs=tuple(_with_floor(item, program, record, scale, constants) for item in free.inputs))
+    known = source or _source(program, record, scale, constants)
+    return replace(free, inputs=tuple(replace(i, source=known) if i.name == _NAME else i for i in free.inputs))
 
 
-def _with_floor(item: Input, program: Program, record: Any, scale: float, constants: Any) -> Input:
-    """Note on the input that scales of at most 1 make another program (classifier-free guidance is off there)."""
-    if item.name != _NAME:
-        return item
+def source_of(program: Program) -> Mapping[str, Any] | None:
+    """Where the scale of a program comes from, if it is an input."""
+    return next((item.source for item in program.inputs if item.name == _NAME), None)
+
+
+def _source(program: Program, record: Any, scale: float, constants: Any) -> dict[str, Any]:
+    """The input's source. It says "above" where scales of at most 1, which turn guidance off, make another program."""
+    source = {"kind": "scalar", "keyword": KEYWORD, "default": scale}
     try:
         _merge(program, record({KEYWORD: 1.0}), (scale, 1.0), constants.tensors)
     except (_Differs, RecordError):
-        return replace(item, source={**item.source, "above": 1.0})
-    return item
+        return source | {"above": 1.0}
+    return source
 
 
 def _merge(
@@ -100,9 +110,8 @@ def _merge(
     if not used:
         return None
     type_ = TensorType("float64", ())
-    source = {"kind": "scalar", "keyword": KEYWORD, "default": scales[0]}
     types = dict(a.types) | {_NAME: type_} | {op.outputs[0]: a.types[key] for key, op in filled.values()}
-    inputs = (*a.inputs, Input(_NAME, type_, source))
+    inputs = (*a.inputs, Input(_NAME, type_))
     head = tuple(op for _, op in filled.values())
     return drop_dead(replace(a, inputs=inputs, ops=(*head, *ops), types=types))
 

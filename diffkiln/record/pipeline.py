@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
 from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
-from diffkiln.record.guidance import free_guidance
+from diffkiln.record.guidance import free_guidance, source_of
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Constants, Tape
 from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
@@ -104,36 +104,42 @@ def _record_variant(
 ) -> dict[str, Program]:
     """The programs of one variant, by which optional keywords the caller gives: "call", "call+latents", …"""
 
-    def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None) -> Program:
+    scale = request.fixed.get("guidance_scale")
+
+    def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
         return _Recorder(pipe, fake, constants, callees).run(request, extra, negative, latents)
 
-    def free(negative: bool, latents: TensorType | None) -> Program:
-        return free_guidance(
-            lambda extra: once(extra, negative, latents), request.fixed.get("guidance_scale"), constants, notices
-        )
+    def free(program: Program, negative: bool, latents: TensorType | None = None) -> Program:
+        source = source_of(programs["call"]) if programs else None
+        return free_guidance(lambda extra: once(extra, negative, latents), program, scale, constants, notices, source)
 
     parameters = inspect.signature(type(pipe).__call__).parameters
-    programs = {"call": free(False, None)}
+    programs: dict[str, Program] = {}
+    programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:
-        negative = free(True, None)
+        negative = once({}, True)
         if any(row.get("keyword") in NEGATIVES for text in negative.texts for row in text["rows"]):
-            programs["call+negative"] = negative
+            programs["call+negative"] = free(negative, True)
     if "latents" in parameters:
         for name in list(programs):
-            program = _first_that_records(free, "negative" in name, _latents_types(programs["call"]))
+            told = "negative" in name
+            program = _first_that_records(
+                lambda type_, told=told: once({}, told, type_), _latents_types(programs["call"])
+            )
             if program is None:
                 notices.append(
                     "a caller's own latents are not supported: the call takes them in no shape that it shows"
                 )
                 break
-            programs[f"{name}+latents"] = program
+            latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
+            programs[f"{name}+latents"] = free(program, told, latents)
     return programs
 
 
-def _first_that_records(free: Any, negative: bool, types: Sequence[TensorType]) -> Program | None:
+def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[TensorType]) -> Program | None:
     for type_ in types:
         with contextlib.suppress(RecordError):
-            return free(negative, type_)
+            return once(type_)
     return None
 
 
@@ -224,7 +230,7 @@ class _Recorder:
             leaves, structure = flatten((args, kwargs))
             key = f"{name}.{method}|{key_of(leaves, structure)}"
             if key not in self.callees:
-                result = run_shapes(original, leaves, structure, self.tape, f"component {name!r}")
+                result = run_shapes(module, original, leaves, structure, self.tape, f"component {name!r}")
                 self.callees[key] = Callee(name, method, module, original, leaves, structure, result)
             result, shape = self.callees[key].result
             fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]

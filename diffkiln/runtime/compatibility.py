@@ -16,9 +16,9 @@ from diffkiln.errors import Incompatible, Problem
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
 ISA_FLAGS: dict[str, frozenset[str]] = {
-    "x86-64-v2": frozenset("cx16 lahf_lm popcnt pni ssse3 sse4_1 sse4_2".split()),
-    "x86-64-v3": frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split()),
-    "x86-64-v4": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split()),
+    "x86-64-v2": frozenset(["cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"]),
+    "x86-64-v3": frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"]),
+    "x86-64-v4": frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
 }
 
 

@@ -83,11 +83,13 @@ def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Modu
     """The module with its parameters on the meta device; buffers that no checkpoint holds are real."""
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+    from transformers.initialization import no_init_weights as no_init_of_transformers
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(build_type)
     try:
-        with torch.random.fork_rng(devices=[]), no_init_weights(), init_empty_weights(include_buffers=False):
+        empty = init_empty_weights(include_buffers=False)
+        with torch.random.fork_rng(devices=[]), no_init_weights(), no_init_of_transformers(), empty:
             if issubclass(kind, ModelMixin):
                 return kind.from_config(kind.load_config(folder, local_files_only=True))
             config = kind.config_class.from_pretrained(folder, local_files_only=True)
