@@ -87,10 +87,8 @@ def main() -> None:
     ]
     print("# Cold start: process start to first image\n")
     print(described + "\n")
-    print(
-        "examples/digits, float32, group offload, warm page cache, empty compiler caches; no compiler on the PATH of the"
-    )
-    print("bundle's processes.\n")
+    print("examples/digits, float32, group offload, warm page cache, empty compiler caches.")
+    print("No compiler is on the PATH of the bundle's processes.\n")
     print(table(("way", "median", "spread, s", "runs", "× eager", "times faster than compiling"), rows))
     print(
         "\nGoals: bundle ≤ 0.5 × eager and ≥ 8 times faster than compiling; as_diffusers ≤ 1.15 × eager and ≥ 4 times."

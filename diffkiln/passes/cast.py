@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,13 +31,15 @@ class Cast(Pass):
         kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
         count = 0
         for path, part in module.named_modules():
-            for table in (part._parameters, part._buffers):
+            tables: list[Any] = [part._parameters, part._buffers]
+            for table in tables:
                 for key, tensor in table.items():
                     if tensor is None or kept & {key, *path.split(".")}:
                         continue
                     if not tensor.is_floating_point() or tensor.dtype == dtype:
                         continue
                     cast = tensor.detach().to(dtype)
-                    table[key] = torch.nn.Parameter(cast, requires_grad=False) if table is part._parameters else cast
+                    weight = isinstance(tensor, torch.nn.Parameter)
+                    table[key] = torch.nn.Parameter(cast, requires_grad=False) if weight else cast
                     count += 1
         return [f"{count} tensors to {self.dtype}"] if count else []

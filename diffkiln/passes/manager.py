@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +80,15 @@ def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> 
                 item.step.apply(module)
 
 
-class guarded(nullcontext[None]):
+@contextmanager
+def guarded(item: Placed) -> Iterator[None]:
     """Whatever a pass raises becomes a PassError that names it."""
-
-    def __init__(self, item: Placed) -> None:
-        super().__init__()
-        self._item = item
-
-    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, DiffkilnError):
-            step = self._item.step
-            raise PassError(f"{self._item.where}: {step.name} failed: {type(error).__name__}: {error}") from error
+    try:
+        yield
+    except DiffkilnError:
+        raise
+    except Exception as error:
+        raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
 
 
 def verify(plan: Plan, item: Placed) -> None:

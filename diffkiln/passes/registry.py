@@ -1,7 +1,7 @@
 """Passes by name, in the canonical order. A pass's module is imported when it is asked for.
 
-To add a pass: write `diffkiln/passes/<verb>.py` with one subclass of `Pass`, add its line here at its place in the order,
-and write `tests/passes/test_<verb>.py`.
+To add a pass: write `diffkiln/passes/<verb>.py` with one subclass of `Pass`, add its line here at its place in the
+order, and write `tests/passes/test_<verb>.py`.
 """
 
 from __future__ import annotations

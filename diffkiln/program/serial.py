@@ -1,7 +1,8 @@
 """Programs to and from JSON that a person can read.
 
 Values are strings with their sigil ("%3", "@proj.weight", "#1f0c…"); other literals that JSON has no word for are
-one-key objects: {"dtype": "float32"}, {"device": "any"}, {"memory_format": …}, {"layout": …}, {"str": …}, {"float": "inf"}.
+one-key objects: {"dtype": "float32"}, {"device": "any"}, {"memory_format": …}, {"layout": …}, {"str": …} and
+{"float": "inf"}.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def run_shapes(
                 return flatten(original(*args, **kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependent(
-                f"{what} reads a value that depends on the request ({error.func}), so its shape or its control flow may "
-                "change with the prompt"
+                f"{what} reads a value that depends on the request ({error.func}), so its shape or its control flow "
+                "may change with the prompt"
             ) from None
 
 

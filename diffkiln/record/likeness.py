@@ -1,7 +1,8 @@
 """Blocks that compute the same, told by looking at them: recording one of them is enough.
 
-Two modules are alike when every submodule has the same class, the same attributes, weights of the same shapes and types,
-and buffers of the same values. Whatever cannot be compared counts as different, which costs time and nothing else.
+Two modules are alike when every submodule has the same class, the same attributes, weights of the same shapes and
+types, and buffers of the same values. Whatever cannot be compared counts as different, which costs time and nothing
+else.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
@@ -277,14 +278,14 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
 def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The callback of a recorded call: marks the end of a step, where the runtime calls the user's own."""
     tape = next(
-        (mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, Tape)),
+        (mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Tape)),
         None,
     )
     if tape is None or not tape.is_marked(values["latents"]):
         return {}
     fresh = tape.blank(type_of(values["latents"]))
     attrs = {"step": step, "timestep": float(timestep)}
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         latents = tape.value(values["latents"])
     tape.emit(STEP, (latents,), [fresh], attrs=attrs)
     return {"latents": fresh}

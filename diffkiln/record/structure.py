@@ -1,4 +1,4 @@
-"""How Python values that hold tensors are taken apart and described: arguments and results of components and regions."""
+"""How Python values that hold tensors are taken apart and described: arguments and results of components, regions."""
 
 from __future__ import annotations
 

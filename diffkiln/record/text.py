@@ -68,7 +68,7 @@ class TextRecorder:
         with _disable_current_modes():
             encoding = original(tokenizer, *args, **kwargs)
         text = args[0] if args else kwargs.get("text")
-        strings = [text] if isinstance(text, str) else list(text or ())
+        strings: list[str] = [text] if isinstance(text, str) else list(text or ())
         if not any(self._holds_sentinel(string) for string in strings):
             return encoding
         if tokenizer is not None and id(tokenizer) not in self.names:
@@ -120,8 +120,8 @@ class TextRecorder:
                     if found:
                         return transforms, {"keyword": keyword, "index": index, "prefix": prefix, "suffix": suffix}
         raise RecordError(
-            f"the pipeline changes a prompt in a way that is not in diffkiln's closed list {sorted(TRANSFORMS)}: it made "
-            f"{string!r}. If the call has a keyword such as clean_caption, set it to false in inputs.call"
+            f"the pipeline changes a prompt in a way that is not in diffkiln's closed list {sorted(TRANSFORMS)}: it "
+            f"made {string!r}. If the call has a keyword such as clean_caption, set it to false in inputs.call"
         )
 
 

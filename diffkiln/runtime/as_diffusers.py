@@ -1,6 +1,6 @@
 """A bundle as the original diffusers pipeline: its own class, with engines plugged in and diffusers' own offloading.
 
-This is the only part of the runtime that imports diffusers and transformers.
+This and `originals` are the only parts of the runtime that import diffusers and transformers, when they are called.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _pipeline(verified: Verified) -> Any:
 
 
 def _from(folder: Path, verified: Verified) -> Any:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     manifest = verified.manifest
     index = json.loads((folder / "model_index.json").read_text())
@@ -117,7 +117,7 @@ def _to_disk(place: torch.device, offload: Any) -> bool:
 
 def _offload(pipe: Any, place: torch.device, offload: Any) -> None:
     """diffusers' group offloading, component by component: in one folder their files would have the same names."""
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks.group_offloading import apply_group_offloading
 
     options: dict[str, Any] = {
         "onload_device": place,
@@ -132,8 +132,9 @@ def _offload(pipe: Any, place: torch.device, offload: Any) -> None:
         weakref.finalize(pipe, shutil.rmtree, root, ignore_errors=True)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            where = {"offload_to_disk_path": str(root / name)} if root else {}
-            if hasattr(module, "enable_group_offload"):
-                module.enable_group_offload(**options, **where)
+            options["offload_to_disk_path"] = str(root / name) if root else None
+            own: Any = getattr(module, "enable_group_offload", None)
+            if own is not None:
+                own(**options)
             else:
-                apply_group_offloading(module, **options, **where)
+                apply_group_offloading(module, **options)

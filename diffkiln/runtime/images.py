@@ -16,8 +16,8 @@ def convert(tensor: torch.Tensor, output_type: str) -> Any:
 
     Args:
         tensor: float [images, channels, height, width] or [videos, frames, channels, height, width], 0 to 1.
-        output_type: "pt" gives the tensor, "np" float32 arrays with channels last, "pil" `PIL.Image`s (for videos a list
-            of them a video).
+        output_type: "pt" gives the tensor, "np" float32 arrays with channels last, "pil" `PIL.Image`s (for videos a
+            list of them a video).
 
     Raises:
         CallError: an output type that is none of these.

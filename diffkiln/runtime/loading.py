@@ -67,11 +67,12 @@ def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bo
     manifest = verified.manifest
     if manifest.runtime.get("only_diffusers"):
         raise Incompatible(
-            f"{manifest.pipeline.class_name} could not be recorded as a program ({manifest.runtime['only_diffusers']}), so "
-            "this bundle runs only as diffusers: load(..., as_diffusers=True)"
+            f"{manifest.pipeline.class_name} could not be recorded as a program "
+            f"({manifest.runtime['only_diffusers']}), so this bundle runs only as diffusers: "
+            "load(..., as_diffusers=True)"
         )
     check_manifest(manifest)
-    place = torch.device(device or manifest.runtime.get("device", "cpu"))
+    place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
     modules = read_modules(verified)
     check_schemas(read_json(verified, SCHEMAS))
     constants = read_constants(verified)

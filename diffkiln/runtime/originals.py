@@ -74,7 +74,7 @@ def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torc
         for name, entry in entries.items():
             raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
             if raw.numel():
-                verified.read_into(row.file, memoryview(raw.numpy()), offset + entry.start)
+                verified.read_into(row.file, memoryview(raw.numpy().data), offset + entry.start)
             tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
     return tensors
 
@@ -91,7 +91,8 @@ def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Modu
         empty = init_empty_weights(include_buffers=False)
         with torch.random.fork_rng(devices=[]), no_init_weights(), no_init_of_transformers(), empty:
             if issubclass(kind, ModelMixin):
-                return kind.from_config(kind.load_config(folder, local_files_only=True))
+                made: Any = kind
+                return made.from_config(made.load_config(folder, local_files_only=True))
             config = kind.config_class.from_pretrained(folder, local_files_only=True)
             module = kind._from_config(config, dtype=build_type)
         module.tie_weights()

@@ -79,8 +79,8 @@ class CompiledPipeline:
             latents: your own noise, in the form that the original pipeline takes.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False gives a tuple.
-            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step; latents that it
-                returns in a dict take the place of the step's.
+            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step; latents that
+                it returns in a dict take the place of the step's.
             **keywords: negative_prompt, prompt_2, guidance_scale, height, … as in the original call. One that was fixed
                 when the bundle was compiled must have the value of a variant.
 
@@ -118,13 +118,11 @@ class CompiledPipeline:
         for name, value in given.items():
             if name.startswith((PROMPT, NEGATIVE)) and not name.endswith(("embeds", "mask")):
                 if value is not None:
-                    prompts[name] = [value] if isinstance(value, str) else list(value)
+                    prompts[name] = _texts(name, value)
             else:
                 rest[name] = value
         if PROMPT not in prompts:
             raise CallError("prompt: give one, or a list of them")
-        if not all(isinstance(text, str) for texts in prompts.values() for text in texts):
-            raise CallError("prompt: prompts are strings")
         return prompts, rest
 
     def _choose(
@@ -150,7 +148,8 @@ class CompiledPipeline:
         )
         unknown = [name for name in fixed if name not in known and fixed[name] is not None]
         if unknown:
-            return f"{unknown[0]}: {self.class_name} was not compiled with this keyword. It takes {', '.join(sorted(known))}"
+            taken = ", ".join(sorted(known))
+            return f"{unknown[0]}: {self.class_name} was not compiled with this keyword. It takes {taken}"
         asked = {"batch of prompts": batch, **fixed}
         differing = {name for name in fixed if any(v.fixed.get(name, _MISSING) != fixed[name] for v in self.variants)}
         rows = []
@@ -210,6 +209,13 @@ class CompiledPipeline:
         return end
 
 
+def _texts(keyword: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise CallError(f"{keyword}: {value!r} is neither a string nor a list of strings")
+    return list(texts)
+
+
 _MISSING = object()
 _SHOWN = {"height", "width", "num_frames", "num_inference_steps", "num_images_per_prompt"}
 
@@ -238,7 +244,7 @@ def _scalar(source: Mapping[str, Any], given: Mapping[str, Any]) -> float:
     value = float(source["default"] if value is None else value)
     if "above" in source and value <= source["above"]:
         raise CallError(
-            f"{source['keyword']}: {value} turns guidance off, which is another program. Compile a variant with this value"
+            f"{source['keyword']}: {value} turns guidance off, which is another program. Compile a variant with it"
         )
     return value
 

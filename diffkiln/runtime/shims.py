@@ -58,7 +58,8 @@ class BlockShim:
         if self._eager:
             return self._original(*args, **kwargs)
         raise CallError(
-            f"{self._name}: {'; '.join(reasons)}. Call the pipeline with the sizes of a variant, or compile one with these"
+            f"{self._name}: {'; '.join(reasons)}. Call the pipeline with the sizes of a variant, or compile one with "
+            "these"
         )
 
 
@@ -147,8 +148,9 @@ def weight_getter(module: torch.nn.Module, name: str) -> Callable[[], torch.Tens
     """
     path = name.split(".")
     owner = module
-    while path and path[0] in owner._modules and owner._modules[path[0]] is not None:
-        owner = owner._modules[path.pop(0)]  # type: ignore[assignment]
+    while path and (child := owner._modules.get(path[0])) is not None:
+        owner = child
+        del path[0]
     table = owner._parameters if path and path[0] in owner._parameters else owner._buffers
     if not path or path[0] not in table:
         raise IntegrityError(f"a region reads the weight {name!r}, which the module does not have")

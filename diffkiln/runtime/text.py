@@ -76,7 +76,7 @@ class TextEnd:
         given = prompts[row["keyword"]]
         if row["index"] >= len(given):
             raise CallError(f"{row['keyword']}: {len(given)} prompts, this variant takes {row['index'] + 1} or more")
-        prompt = given[row["index"]]
+        prompt = str(given[row["index"]])
         for name in text["transforms"]:
             prompt = TRANSFORMS[name](prompt)
         return row["prefix"] + prompt + row["suffix"]

@@ -141,7 +141,7 @@ class WeightStore:
         group = self.groups[self.key_of(component, weight)]
         entry = group.entries[weight]
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        self._verified.read_into(group.file, memoryview(raw.numpy()), group.offset + entry.start)
+        self._verified.read_into(group.file, memoryview(raw.numpy().data), group.offset + entry.start)
         return raw.view(entry.dtype).reshape(entry.shape).to(self.device)
 
     def follow(self, schedule: Sequence[Key]) -> Cursor:
@@ -222,7 +222,7 @@ class WeightStore:
 
     def _read(self, group: Group, buffer: torch.Tensor) -> torch.Tensor:
         if group.nbytes:
-            self._verified.read_into(group.file, memoryview(buffer.numpy()), group.offset)
+            self._verified.read_into(group.file, memoryview(buffer.numpy().data), group.offset)
         return buffer
 
 

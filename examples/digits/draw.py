@@ -1,6 +1,6 @@
 """Draw the ten digits with a compiled bundle and save them side by side. Needs the runtime only.
 
-    python examples/digits/draw.py BUNDLE OUT.png [--seed N]
+python examples/digits/draw.py BUNDLE OUT.png [--seed N]
 """
 
 import argparse
@@ -37,7 +37,9 @@ def main() -> None:
     drawn = time.perf_counter()
 
     absent = [name for name in ("diffusers", "transformers", "torch._inductor") if name not in sys.modules]
-    print(f"loaded in {loaded - started:.2f} s, ten digits in {drawn - loaded:.2f} s; not imported: {', '.join(absent)}")
+    print(
+        f"loaded in {loaded - started:.2f} s, ten digits in {drawn - loaded:.2f} s; not imported: {', '.join(absent)}"
+    )
     total = sum(group.nbytes for group in store.groups.values())
     print(f"weights in memory at most {store.bytes_peak / 1e6:.2f} MB of {total / 1e6:.2f} MB")
     print(f"look at {options.output}")
