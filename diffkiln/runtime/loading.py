@@ -164,6 +164,8 @@ def choose_target(manifest: Manifest, place: torch.device) -> str | None:
     used = [name for name in targets if any(row.target == name for row in manifest.engines)]
     if not used:
         return None
+    if place.type != (built := str(manifest.runtime.get("device", "cpu"))):
+        raise Incompatible(f"device: found {place}, required {built}, which the bundle's engines are for")
     reasons = []
     for name in sorted(used, key=lambda item: targets[item], reverse=True):
         try:

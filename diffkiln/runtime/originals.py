@@ -59,8 +59,7 @@ def build(
     if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
         module.fuse_qkv_projections()  # type: ignore[operator]
     _drop_missing(module, plain)
-    for name, tensor in _whole(module, weights, quantized).items():
-        _put(module, name, tensor)
+    _put_all(module, _whole(module, weights, quantized))
     if empty := [name for name, tensor in module.named_parameters() if tensor.is_meta]:
         raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
     return module.eval().requires_grad_(False)
@@ -169,20 +168,24 @@ def _quantized(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], optio
     return type(layer.weight).__tensor_unflatten__(dict(inner), form, shape, stride)  # type: ignore[attr-defined]
 
 
-def _put(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a weight in its place, and in that of every parameter that was tied to it."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    table = owner._parameters if leaf in owner._parameters else owner._buffers
-    old = table[leaf]
-    if old is not None and tuple(old.shape) != tuple(tensor.shape):
-        raise IntegrityError(f"the bundle's weight {name!r} is {tuple(tensor.shape)}, the module's {tuple(old.shape)}")
-    new = torch.nn.Parameter(tensor, requires_grad=False) if table is owner._parameters else tensor
+def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put weights in their places, and each in that of every parameter that was tied to it."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():
-        for other in (part._parameters, part._buffers):
-            for key, value in other.items():
-                if value is not None and value is old:
-                    other[key] = new  # type: ignore[assignment]
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for key, value in table.items():
+                places.setdefault(id(value), []).append((table, key))
+    old = module.state_dict(keep_vars=True)
+    for name, tensor in weights.items():
+        if tuple(old[name].shape) != tuple(tensor.shape):
+            raise IntegrityError(
+                f"the bundle's weight {name!r} is {tuple(tensor.shape)}, the module's {tuple(old[name].shape)}"
+            )
+        parameter = isinstance(old[name], torch.nn.Parameter)
+        new = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+        for table, key in places[id(old[name])]:
+            table[key] = new
 
 
 @contextmanager

@@ -63,6 +63,11 @@ def test_the_machine_is_checked_before_native_code_is_asked_for(copy, monkeypatc
         diffkiln.load(copy)
 
 
+def test_a_device_that_the_engines_are_not_for_is_refused(digits_bundle):
+    with pytest.raises(Incompatible, match="device: found cuda, required cpu"):
+        diffkiln.load(digits_bundle, device="cuda")
+
+
 def test_native_code_of_others_is_refused_and_never_opened(copy, monkeypatch, tmp_path, elsewhere):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
     monkeypatch.setattr(loading, "engine_class", lambda _: pytest.fail("native code was reached"))
@@ -146,7 +151,7 @@ def test_native_code_is_loaded_in_one_place_only():
     assert calls["native_copy"] == {"runtime/loading.py"}
     assert calls["AOTIModelPackageLoader"] == {"runtime/engines/aot_inductor.py"}
     for name in ("load_library", "CDLL", "aoti_load_package"):
-        assert not any(path.startswith(("runtime/", "bundle/")) for path in calls.get(name, ()))
+        assert not any(path.startswith("runtime/") for path in calls.get(name, ()))
 
 
 def test_the_runtime_never_unpickles():

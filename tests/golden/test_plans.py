@@ -1,0 +1,67 @@
+"""Plans of a few specs, as the passes leave them without any weights, against what they were.
+
+DIFFKILN_UPDATE_GOLDEN=1 writes the files anew; read the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from diffkiln.passes import manager
+from diffkiln.record.components import weights_of
+from tests.passes.plans import checked, ghost
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+HERE = Path(__file__).parent
+
+FUSE = {"name": "fuse_qkv", "component": "transformer"}
+INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only", "exclude": ["*norm*"]}
+COMPILE = {"name": "compile", "component": "transformer"}
+SPECS = {
+    "flux-int8": ("flux", [FUSE, INT8, COMPILE]),
+    "sdxl-bf16": ("sdxl", [{"name": "cast", "component": "unet", "dtype": "bfloat16"}, FUSE | {"component": "unet"}]),
+    "sd3-text-int8": ("sd3", [INT8 | {"component": "text_encoder_3", "exclude": []}, COMPILE]),
+    "pixart": ("pixart_sigma", [FUSE, COMPILE]),
+}
+
+
+def _described(module) -> dict:
+    """Bytes, and the weights by what became of them: a digest stands for the names, which are many."""
+    rows = [f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in weights_of(module)]
+    types: dict[str, int] = {}
+    for _, tensor in weights_of(module):
+        types[str(tensor.dtype).removeprefix("torch.")] = types.get(str(tensor.dtype).removeprefix("torch."), 0) + 1
+    return {
+        "class": type(module).__name__,
+        "bytes": sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module)),
+        "tensors": types,
+        "first": rows[:3],
+        "digest": hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16],
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_plan_is_as_it_was(name):
+    family, passes = SPECS[name]
+    plan, fake = ghost(family)
+    plan, report = manager.run(plan, checked(plan, *passes), fake)
+    told = {
+        "passes": [
+            {"name": ran.placed.step.name, "options": ran.placed.step.options(), "notes": list(ran.notes)}
+            for ran in report
+        ],
+        "facts": sorted(map(str, plan.facts)),
+        "compile": [[request.component, request.backend] for request in plan.compile],
+        "components": {component: _described(module) for component, module in plan.modules.items()},
+    }
+    text = json.dumps(told, indent=2) + "\n"
+    file = HERE / f"{name}.json"
+    if os.environ.get("DIFFKILN_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
