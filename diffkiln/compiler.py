@@ -9,7 +9,7 @@ tensors have shapes and no data. Weights are then streamed through the same pass
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
-from diffkiln.errors import BuildError, PassError, RecordError
+from diffkiln.errors import PassError, Problem, RecordError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.packing import (
     Packed,
@@ -113,7 +113,7 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     pipe.set_progress_bar_config(disable=True)
     requests = requests_of(parsed, pipe)
     plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules})
-    manager.check(plan, placed, targets)
+    manager.check(plan, placed, targets, _runtime_problems(parsed, targets))
     before = {name: _bytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(plan, placed, fake)
     after = {name: _bytes(module) for name, module in plan.modules.items()}
@@ -219,6 +219,17 @@ def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) ->
     )
 
 
+def _runtime_problems(spec: Spec, targets: Sequence[Target]) -> list[Problem]:
+    """What the runtime section asks for and the targets would ignore."""
+    offload = spec.runtime.offload
+    if offload is None or offload.to != "host" or any(target.device != "cpu" for target in targets):
+        return []
+    mend = 'Remove it, or set it to "disk".'
+    return [
+        Problem("$.runtime.offload.to", "on a CPU weights are used where they would wait: in the host's memory", mend)
+    ]
+
+
 def _bytes(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
@@ -233,4 +244,4 @@ def _base(spec: Any, base: str | Path | None) -> Path:
     return Path(spec).expanduser().absolute().parent if isinstance(spec, (str, Path)) else Path.cwd()
 
 
-__all__ = ["BuildError", "Built", "Checked", "check", "compile"]
+__all__ = ["Built", "Checked", "check", "compile"]

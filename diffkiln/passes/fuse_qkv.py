@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,20 +47,49 @@ class FuseQKV(Pass):
             yield Problem(where, f"{name} would give other results: {lost}", "Remove it.")
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        module.fuse_qkv_projections()  # type: ignore[operator]
-        count = 0
-        for attention in module.modules():
-            if not getattr(attention, "fused_projections", False):
-                continue
-            fused = [name for name in _FUSED if getattr(attention, name, None) is not None]
-            for name in fused:
-                getattr(attention, name).requires_grad_(False)
-            for name in _covered(fused):
-                if getattr(attention, name, None) is not None:
-                    delattr(attention, name)
-                    setattr(attention, name, None)
-            count += bool(fused)
-        return [f"{count} attentions fused, originals deleted"] if count else []
+        fused: list[torch.nn.Module] = []
+        with _dropping_originals(module, fused):
+            module.fuse_qkv_projections()  # type: ignore[operator]
+        return [f"{len(fused)} attentions fused, originals deleted"] if fused else []
+
+
+@contextmanager
+def _dropping_originals(module: torch.nn.Module, fused: list[torch.nn.Module]) -> Iterator[None]:
+    """While it lasts an attention that fuses its projections lets the originals go, before the next one fuses.
+
+    Otherwise both would be in memory for the whole model.
+    """
+
+    def dropping(attention: torch.nn.Module, fuse: Callable[..., None]) -> Callable[..., None]:
+        def fuse_projections(*args: Any, **kwargs: Any) -> None:
+            fuse(*args, **kwargs)
+            if _drop_originals(attention):
+                fused.append(attention)
+
+        return fuse_projections
+
+    attentions = [part for part in module.modules() if callable(getattr(part, "fuse_projections", None))]
+    for part in attentions:
+        part.__dict__["fuse_projections"] = dropping(part, part.fuse_projections)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for part in attentions:
+            del part.__dict__["fuse_projections"]
+
+
+def _drop_originals(attention: torch.nn.Module) -> bool:
+    """Delete the projections that fused ones replace; whether there are any."""
+    present = [name for name in _FUSED if getattr(attention, name, None) is not None]
+    if not getattr(attention, "fused_projections", False) or not present:
+        return False
+    for name in present:
+        getattr(attention, name).requires_grad_(False)
+    for name in _covered(present):
+        if getattr(attention, name, None) is not None:
+            delattr(attention, name)
+            setattr(attention, name, None)
+    return True
 
 
 def _covered(fused: Sequence[str]) -> list[str]:

@@ -26,13 +26,13 @@ class Ran:
     seconds: float
 
 
-def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target]) -> None:
-    """Every check of every pass, from configuration alone.
+def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target], found: Sequence[Problem] = ()) -> None:
+    """Every check of every pass, from configuration alone; `found` are problems that are known already.
 
     Raises:
         IllegalPlan: all problems together.
     """
-    problems = order_problems(placed)
+    problems = [*found, *order_problems(placed)]
     facts = plan
     for item in placed:
         for target in targets:

@@ -1,0 +1,107 @@
+"""What goes into a bundle: groups of weights, names of variants, portable configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import diffkiln
+from diffkiln.bundle import open_bundle
+from diffkiln.errors import IllegalPlan, PassError, VerifyError
+from diffkiln.passes.cast import Cast
+from tests.conftest import DIGITS
+from tests.end_to_end.test_families import spec_of
+from tests.exporters.regions import engine_cache
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+
+
+def digits(**changed):
+    data = json.loads((DIGITS / "spec.json").read_text())
+    return data | {"passes": []} | changed
+
+
+def test_blocks_that_move_together_lie_together(tmp_path):
+    spec = digits(runtime={"offload": {"num_blocks_per_group": 3, "use_stream": False}})
+    built = diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS)
+    with open_bundle(built.path) as bundle:
+        names = [row.name for row in bundle.manifest.weights["transformer"]]
+    assert names == ["rest", "transformer_blocks.0", "single_transformer_blocks.1"]
+    with diffkiln.load(built.path) as pipe:
+        generator = torch.Generator().manual_seed(2)
+        image = pipe("a handwritten two", generator=generator, output_type="pt").images
+        assert pipe.executor.store.groups_peak <= 2
+        assert torch.isfinite(image).all()
+
+
+def test_waiting_in_host_memory_means_nothing_on_a_cpu_and_is_refused():
+    spec = digits(runtime={"offload": {"num_blocks_per_group": 1, "to": "host"}})
+    with pytest.raises(IllegalPlan, match=r"\$\.runtime\.offload\.to"):
+        diffkiln.check(spec, base=DIGITS)
+
+
+def test_variants_are_named_by_what_tells_them_apart(tmp_path):
+    spec = spec_of("sd", tmp_path)
+    one = spec["inputs"]
+    spec["inputs"] = [one, one | {"batch_size": 2}, one | {"guidance_scale": 1.0}]
+    built = diffkiln.compile(spec, tmp_path / "bundle")
+    size, steps = f"{one['height']}x{one['width']}", one["num_inference_steps"]
+    with open_bundle(built.path) as bundle:
+        names = [variant.name for variant in bundle.manifest.pipeline.variants]
+    assert names == [f"{size}-{steps}-steps", f"{size}-{steps}-steps-batch-2", f"{size}-{steps}-steps-3"]
+
+
+def test_configuration_travels_without_names_of_this_machine(tmp_path):
+    model = shutil.copytree(DIGITS / "model", tmp_path / "model")
+    file = model / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "/home/somebody/secret"}))
+    built = diffkiln.compile(digits(source={"model": str(model)}), tmp_path / "bundle")
+    for path in (built.path / "pipeline").rglob("*.json"):
+        assert "somebody" not in path.read_text()
+    source = json.loads((built.path / "spec.json").read_text())["source"]
+    assert set(source) == {"digest"}
+
+
+def test_spec_of_a_bundle_is_read_again(digits_bundle):
+    data = json.loads((digits_bundle / "spec.json").read_text())
+    data["source"] = {"model": "model"}
+    assert diffkiln.parse_spec(data).passes[0].name == "fuse_qkv"
+
+
+def test_a_pass_that_gives_the_real_module_another_shape_is_caught(tmp_path, monkeypatch):
+    apply = Cast.apply
+
+    def careless(self, module):
+        notes = apply(self, module)
+        if not any("Fake" in type(weight.data).__name__ for weight in module.parameters()):
+            module.decoder.conv_in.bias = torch.nn.Parameter(torch.zeros(99), requires_grad=False)
+        return notes
+
+    monkeypatch.setattr(Cast, "apply", careless)
+    spec = digits(passes=[{"name": "cast", "component": "vae", "dtype": "float16"}])
+    with pytest.raises(PassError, match=r"component vae: .*decoder\.conv_in\.bias"):
+        diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_wrong_is_not_published(tmp_path, monkeypatch):
+    def wrong(*_):
+        raise VerifyError("the engine holds values that are not finite")
+
+    monkeypatch.setattr("diffkiln.packing.self_test", wrong)
+    with pytest.raises(VerifyError):
+        spec = json.loads((DIGITS / "spec.json").read_text())
+        diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS, cache=engine_cache())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_specs_in_one_process_do_not_influence_each_other(tmp_path, digits_bundle):
+    spec = json.loads((DIGITS / "spec-int8.json").read_text()) | {"runtime": {}}
+    diffkiln.compile(spec, tmp_path / "first", base=DIGITS, cache=engine_cache())
+    again = diffkiln.compile(DIGITS / "spec.json", tmp_path / "second", cache=engine_cache())
+    with open_bundle(digits_bundle) as bundle:
+        assert again.id == bundle.id
