@@ -8,6 +8,7 @@ tensors have shapes and no data. Weights are then streamed through the same pass
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,12 +199,21 @@ def _stream(
     module = load_module(checked.source, name, checked.dtype)
     refuse_nonfinite(module, name)
     manager.apply(module, name, checked.placed)
+    _return_memory()
     _same_weights(name, checked.plan.modules[name], module)
     verification.check_component(name, module)
     rows = pack_weights(writer, name, module, packed, used)
     del module
-    gc.collect()
+    _return_memory()
     return rows
+
+
+def _return_memory() -> None:
+    """Give back what is free. The C library keeps the memory of freed tensors, which would add up over components."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) -> None:

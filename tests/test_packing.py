@@ -93,8 +93,8 @@ def test_an_engine_that_is_wrong_is_not_published(tmp_path, monkeypatch):
         raise VerifyError("the engine holds values that are not finite")
 
     monkeypatch.setattr("diffkiln.packing.self_test", wrong)
+    spec = json.loads((DIGITS / "spec.json").read_text())
     with pytest.raises(VerifyError):
-        spec = json.loads((DIGITS / "spec.json").read_text())
         diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS, cache=engine_cache())
     assert list(tmp_path.iterdir()) == []
 
