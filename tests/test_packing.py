@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
-from diffkiln.passes.cast import Cast
+from diffkiln.passes.quantize import Quantize
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
@@ -73,17 +74,19 @@ def test_spec_of_a_bundle_is_read_again(digits_bundle):
 
 
 def test_a_pass_that_gives_the_real_module_another_shape_is_caught(tmp_path, monkeypatch):
-    apply = Cast.apply
+    apply = Quantize.apply
 
     def careless(self, module):
         notes = apply(self, module)
-        if not any("Fake" in type(weight.data).__name__ for weight in module.parameters()):
-            module.decoder.conv_in.bias = torch.nn.Parameter(torch.zeros(99), requires_grad=False)
+        if not isinstance(module.x_embedder.bias, FakeTensor):
+            module.x_embedder.bias = torch.nn.Parameter(torch.zeros(99), requires_grad=False)
         return notes
 
-    monkeypatch.setattr(Cast, "apply", careless)
-    spec = digits(passes=[{"name": "cast", "component": "vae", "dtype": "float16"}])
-    with pytest.raises(PassError, match=r"component vae: .*decoder\.conv_in\.bias"):
+    monkeypatch.setattr(Quantize, "apply", careless)
+    spec = digits(passes=[{"name": "quantize", "component": "transformer", "type": "int8_weight_only"}])
+    with pytest.raises(
+        PassError, match=r"component transformer: the passes left the weight x_embedder\.bias as \(\(99,\)"
+    ):
         diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS)
     assert list(tmp_path.iterdir()) == []
 

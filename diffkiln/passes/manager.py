@@ -12,7 +12,7 @@ import torch
 
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem
 from diffkiln.passes.base import Plan
-from diffkiln.passes.registry import Placed, order_problems
+from diffkiln.passes.registry import PASSES, Placed, order_problems
 from diffkiln.spec import Target
 
 
@@ -33,13 +33,21 @@ def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target], found
         IllegalPlan: all problems together.
     """
     problems = [*found, *order_problems(placed)]
-    facts = plan
-    for item in placed:
+    for position, item in enumerate(placed):
+        before = _plan_before(item, plan, placed[:position])
         for target in targets:
-            problems += [p for p in item.step.check(facts, target, item.where) if p not in problems]
-        facts = facts.with_facts(item.step.provides())
+            problems += [p for p in item.step.check(before, target, item.where) if p not in problems]
     if problems:
         raise IllegalPlan(problems=problems)
+
+
+def _plan_before(item: Placed, plan: Plan, earlier: Sequence[Placed]) -> Plan:
+    """The plan with the facts of the passes that may stand before this one; the others are problems of their own."""
+    order = list(PASSES)
+    for other in earlier:
+        if order.index(other.step.name) <= order.index(item.step.name):
+            plan = plan.with_facts(other.step.provides())
+    return plan
 
 
 def run(plan: Plan, placed: Sequence[Placed], ghost: AbstractContextManager[Any]) -> tuple[Plan, list[Ran]]:

@@ -118,9 +118,8 @@ def _record_variant(
     programs: dict[str, Program] = {}
     programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:
-        negative = once({}, True)
-        if any(row.get("keyword") in NEGATIVES for text in negative.texts for row in text["rows"]):
-            programs["call+negative"] = free(negative, True)
+        with contextlib.suppress(_Unread):
+            programs["call+negative"] = free(once({}, True), True)
     if "latents" in parameters:
         for name in list(programs):
             told = "negative" in name
@@ -135,6 +134,25 @@ def _record_variant(
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
             programs[f"{name}+latents"] = free(program, told, latents)
     return programs
+
+
+class _Unread(RecordError):
+    """A keyword was given that the call does not read."""
+
+
+def _reads_negatives(text: TextRecorder) -> bool:
+    return any(row.get("keyword") in NEGATIVES for entry in text.texts for row in entry["rows"])
+
+
+def _end_that_wants_negatives(text: TextRecorder) -> Callable[..., Any]:
+    """The end of a step, which stops the recording if no negative prompt was read by then."""
+
+    def end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not _reads_negatives(text):
+            raise _Unread("the call reads no negative prompt")
+        return _step_end(pipe, step, timestep, values)
+
+    return end
 
 
 def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[TensorType]) -> Program | None:
@@ -173,6 +191,8 @@ class _Recorder:
         }
         names = {id(part): name for name, part in self.pipe.components.items() if part is not None}
         text = TextRecorder(self.tape, sentinels, names)
+        if negative and "callback_on_step_end" in keywords:
+            keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
         if latents is not None:
             keywords["latents"] = self.tape.new_input("latents", latents, {"kind": "tensor", "keyword": "latents"})
         try:
@@ -184,6 +204,8 @@ class _Recorder:
             raise RecordError(
                 f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}"
             ) from error
+        if negative and not _reads_negatives(text):
+            raise _Unread("the call reads no negative prompt")
         outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         if not outputs or not self.tape.is_marked(outputs[0]):
             raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")

@@ -19,7 +19,6 @@ def test_all_problems_are_reported_together():
     assert [problem.where for problem in caught.value.problems] == [
         "$.passes[1]",
         "$.passes[0].exclude[0]",
-        "$.passes[1]",
         "$.passes[2].component",
     ]
 
