@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measuring import machine, median, spread, table  # noqa: E402
+from measuring import machine, median, spread, table
 
 SIZES = {"sd-1.5": 512, "sdxl-base-1.0": 1024, "flux.1-dev": 1024, "sd3.5-medium": 1024, "pixart-sigma-1024": 1024}
 
@@ -71,9 +71,8 @@ def main() -> None:
                 del pipe
                 torch.cuda.empty_cache()
     eager = median(rows[0][1])
-    print(
-        f"# Replay on {torch.cuda.get_device_name()}: {options.architecture}, {options.dtype}, {side}², {options.steps} steps\n"
-    )
+    what = f"{options.architecture}, {options.dtype}, {side}², {options.steps} steps"
+    print(f"# Replay on {torch.cuda.get_device_name()}: {what}\n")
     print(f"{machine()}; CUDA {torch.version.cuda}\n")
     shown = [
         (way, f"{median(values):.3f} s", spread(values), f"{median(values) / eager:.2f}", f"{peak / 1e9:.2f} GB")
