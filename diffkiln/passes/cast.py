@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +16,8 @@ from diffkiln.passes.base import Fact, Pass
 class Cast(Pass):
     """Cast a component's weights to another floating-point type.
 
-    Modules that diffusers keeps in float32 (`_keep_in_fp32_modules`) stay in float32.
+    The types come out as if the checkpoint had been loaded in that type: what the library keeps in float32 is in
+    float32, tied weights stay tied, and buffers that no checkpoint holds (rotary frequencies) keep their precision.
     """
 
     name: ClassVar[str] = "cast"
@@ -28,18 +31,51 @@ class Cast(Pass):
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         dtype = getattr(torch, self.dtype)
-        kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        kept = _kept_in_float32(module, dtype)
+        slots = list(_slots(module))
+        times = Counter(id(table[key]) for _, table, key in slots)
+        tied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # holds the old ones too: no id is given twice
         count = 0
-        for path, part in module.named_modules():
-            tables: list[Any] = [part._parameters, part._buffers]
-            for table in tables:
-                for key, tensor in table.items():
-                    if tensor is None or kept & {key, *path.split(".")}:
-                        continue
-                    if not tensor.is_floating_point() or tensor.dtype == dtype:
-                        continue
-                    cast = tensor.detach().to(dtype)
-                    weight = isinstance(tensor, torch.nn.Parameter)
-                    table[key] = torch.nn.Parameter(cast, requires_grad=False) if weight else cast
-                    count += 1
+        for name, table, key in slots:
+            tensor = table[key]
+            if id(tensor) in tied:
+                table[key] = tied[id(tensor)][1]
+                continue
+            final = torch.float32 if kept(name) else dtype
+            new = tensor
+            if tensor.is_floating_point() and tensor.dtype != final:
+                new = tensor.detach().to(final)
+                if isinstance(tensor, torch.nn.Parameter):
+                    new = torch.nn.Parameter(new, requires_grad=False)
+                table[key] = new
+                count += 1
+            if times[id(tensor)] > 1:
+                tied[id(tensor)] = tensor, new
         return [f"{count} tensors to {self.dtype}"] if count else []
+
+
+def _slots(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where every parameter and persistent buffer is kept: its name, the table, and the key in it."""
+    for path, part in module.named_modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for key, tensor in table.items():
+                if tensor is not None and key not in part._non_persistent_buffers_set:
+                    yield f"{path}.{key}" if path else key, table, key
+
+
+def _kept_in_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether the library keeps the weight of this name in float32, when it loads a checkpoint in `dtype`.
+
+    diffusers takes names of modules, for every type. transformers takes patterns, `_keep_in_fp32_modules` for float16
+    only and `_keep_in_fp32_modules_strict` for bfloat16 too.
+    """
+    from transformers import PreTrainedModel
+
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(module, PreTrainedModel):
+        return lambda name: not kept.isdisjoint(name.split("."))
+    kept = kept if dtype == torch.float16 else set()
+    kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    pattern = re.compile("|".join(glob.replace("*", ".*") for glob in sorted(kept)) or r"(?!)")
+    return lambda name: pattern.search(name) is not None

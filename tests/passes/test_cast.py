@@ -5,7 +5,13 @@ import torch
 
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes import manager
-from tests.passes.plans import both, checked, ghost, types
+from diffkiln.passes.cast import Cast
+from diffkiln.record.components import weights_of
+from diffkiln.record.ghosts import load_module
+from tests.passes.plans import both, checked, ghost, real, source, types
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
 
 def test_ghost_and_module_come_out_alike():
@@ -15,27 +21,76 @@ def test_ghost_and_module_come_out_alike():
 
 
 def test_values_are_rounded_and_not_changed_otherwise():
-    from tests.passes.plans import real
-
     before = real("flux", "transformer").state_dict()
     _, module = both("flux", "transformer", {"name": "cast", "component": "transformer", "dtype": "float16"})
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name].to(torch.float16))
 
 
-def test_modules_that_diffusers_keeps_in_float32_stay():
-    plan, fake = ghost("wan")
-    module = plan.modules["transformer"]
+#: A component of every kind that has something to keep: T5, UMT5, rotary frequencies, tables of positions, lists.
+KEEPERS = [
+    ("flux", "text_encoder_2"),
+    ("wan", "text_encoder"),
+    ("wan", "transformer"),
+    ("z_image", "text_encoder"),
+    ("flux2", "text_encoder"),
+    ("pixart_sigma", "transformer"),
+    ("chroma", "transformer"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "component"), KEEPERS)
+def test_types_are_those_of_a_checkpoint_that_is_loaded_in_this_type(family, component, dtype):
+    before, module = (load_module(source(family), component) for _ in range(2))
+    Cast(component=component, dtype=dtype).apply(module)
+    loaded = load_module(source(family), component, dtype)
+    assert types(module) == types(loaded)
+    for name, tensor in weights_of(module):
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    saved = module.state_dict().keys()
+    for name, buffer in before.named_buffers():
+        if name not in saved:
+            assert torch.equal(module.get_buffer(name), buffer), name
+            assert module.get_buffer(name).dtype == buffer.dtype, name
+
+
+def test_modules_that_the_library_keeps_in_float32_stay():
+    shadow, module = both("wan", "transformer", {"name": "cast", "component": "transformer", "dtype": "bfloat16"})
+    assert types(shadow) == types(module)
     kept = set(module._keep_in_fp32_modules)
-    assert kept
-    steps = checked(plan, {"name": "cast", "component": "transformer", "dtype": "bfloat16"})
-    plan, _ = manager.run(plan, steps, fake)
-    for name, (_, dtype) in types(plan.modules["transformer"]).items():
+    found = {name: dtype for name, (_, dtype) in types(module).items()}
+    assert torch.float32 in found.values()
+    for name, dtype in found.items():
         assert dtype == (torch.float32 if kept & set(name.split(".")) else torch.bfloat16), name
+
+
+def test_tied_weights_stay_tied():
+    for module in both("flux", "text_encoder_2", {"name": "cast", "component": "text_encoder_2", "dtype": "bfloat16"}):
+        assert module.shared.weight is module.encoder.embed_tokens.weight
+        assert module.shared.weight.dtype == torch.bfloat16
 
 
 def test_cast_to_what_it_is_already_has_no_effect_and_is_refused():
     plan, fake = ghost("flux")
     steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float32"})
-    with pytest.raises(IllegalPlan, match="no effect"):
+    with pytest.raises(IllegalPlan, match=r"\$\.passes\[0\]: cast would have no effect\. Remove it"):
         manager.run(plan, steps, fake)
+
+
+def test_back_and_forth_is_two_casts():
+    plan, fake = ghost("flux")
+    there, back = ({"name": "cast", "component": "vae", "dtype": dtype} for dtype in ("float16", "float32"))
+    plan, report = manager.run(plan, checked(plan, there, back), fake)
+    assert [ran.changed for ran in report] == [True, True]
+    assert {dtype for _, dtype in types(plan.modules["vae"]).values()} == {torch.float32}
+
+
+def test_refused_after_quantization_and_for_a_component_that_is_not_there():
+    plan, _ = ghost("flux")
+    int8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
+    cast = {"name": "cast", "component": "transformer", "dtype": "bfloat16"}
+    with pytest.raises(IllegalPlan, match=r"cast must come before quantize .*have the type that quantization gave"):
+        checked(plan, int8, cast)
+    with pytest.raises(IllegalPlan, match=r'\$\.passes\[0\]\.component: .*"vae"'):
+        checked(plan, cast | {"component": "vea"})
