@@ -68,13 +68,15 @@ class Pass(Strict):
     """A pass. Its pydantic fields are its options: they give the JSON Schema, the help and the provenance.
 
     Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
-    `summary`, one line for a person; `requires_not`, facts that make it illegal, with the reason.
+    `summary`, one line for a person; `requires_not`, facts that make it illegal, with the reason; `restructures`,
+    whether it adds, renames or deletes weights' names, so that later passes are checked against what it leaves.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     summary: ClassVar[str]
     requires_not: ClassVar[Mapping[str, str]] = {}
+    restructures: ClassVar[bool] = False
 
     component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
 

@@ -31,6 +31,7 @@ class FuseQKV(Pass):
     name: ClassVar[str] = "fuse_qkv"
     summary: ClassVar[str] = "fuse query, key and value projections; the originals are deleted"
     requires_not: ClassVar = {"quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize"}
+    restructures: ClassVar[bool] = True
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("qkv_fused", self.component)]
@@ -41,6 +42,8 @@ class FuseQKV(Pass):
             yield Problem(
                 where, f"{name} cannot fuse its projections: diffusers gives it no fuse_qkv_projections", "Remove it."
             )
+        elif added := _added_projections(module):
+            yield Problem(where, f"{name} cannot fuse its projections: diffusers refuses {added}", "Remove it.")
         elif not any(True for _ in _fusable(module)):
             yield Problem(where, f"{name} has no attention whose fused projections diffusers would use", "Remove it.")
         elif lost := _lost(module):
@@ -57,11 +60,15 @@ class FuseQKV(Pass):
 def _dropping_originals(module: torch.nn.Module, fused: list[torch.nn.Module]) -> Iterator[None]:
     """While it lasts an attention that fuses its projections lets the originals go, before the next one fuses.
 
-    Otherwise both would be in memory for the whole model.
+    Otherwise both would be in memory for the whole model. An attention whose processor would ignore fused projections
+    is left as it is.
     """
+    usable = {id(part) for part in _fusable(module)}
 
     def dropping(attention: torch.nn.Module, fuse: Callable[..., None]) -> Callable[..., None]:
         def fuse_projections(*args: Any, **kwargs: Any) -> None:
+            if id(attention) not in usable:
+                return
             fuse(*args, **kwargs)
             if _drop_originals(attention):
                 fused.append(attention)
@@ -120,6 +127,12 @@ def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield part
 
 
+def _added_projections(module: torch.nn.Module) -> str:
+    """The processor of added projections that `fuse_qkv_projections` raises for: diffusers looks for it by name."""
+    processors = getattr(module, "attn_processors", {})
+    return next((name for name in sorted({type(p).__name__ for p in processors.values()}) if "Added" in name), "")
+
+
 def _swapped_in(module: torch.nn.Module) -> type | None:
     """The processor that the model's own `fuse_qkv_projections` gives to its attentions."""
     own = type(module).fuse_qkv_projections  # type: ignore[attr-defined]
@@ -128,7 +141,10 @@ def _swapped_in(module: torch.nn.Module) -> type | None:
 
 
 def _lost(module: torch.nn.Module) -> str:
-    """What an attention has and the processor that is swapped in leaves out, such as the norms of SD 3.5."""
+    """What an attention has and the processor that is swapped in leaves out, such as the norms of SD 3.5.
+
+    Or the other way round: the joint one reads a text stream, which the second attention of a dual block does not have.
+    """
     from diffusers.models.attention_processor import Attention
 
     processor = _swapped_in(module)
@@ -139,6 +155,8 @@ def _lost(module: torch.nn.Module) -> str:
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             if getattr(part, norm, None) is not None and norm not in source:
                 return f"diffusers' {processor.__name__} leaves out {path}.{norm}"
+        if processor.__name__ == "FusedJointAttnProcessor2_0" and getattr(part, "add_k_proj", None) is None:
+            return f"diffusers' {processor.__name__} reads a text stream, which {path} has not"
     return ""
 
 
