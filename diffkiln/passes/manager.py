@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import PASSES, Placed, order_problems
+from diffkiln.record.components import weights_of
 from diffkiln.spec import Target
 
 
@@ -29,16 +32,37 @@ class Ran:
 def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target], found: Sequence[Problem] = ()) -> None:
     """Every check of every pass, from configuration alone; `found` are problems that are known already.
 
+    The plan's modules stay as they are: what a pass will leave for later ones is tried out on an outline of a module.
+
     Raises:
         IllegalPlan: all problems together.
+        PassError: a pass raised when it was tried out.
     """
     problems = [*found, *order_problems(placed)]
     for position, item in enumerate(placed):
         before = _plan_before(item, plan, placed[:position])
-        for target in targets:
-            problems += [p for p in item.step.check(before, target, item.where) if p not in problems]
+        objections = [p for target in targets for p in item.step.check(before, target, item.where)]
+        problems += [p for p in dict.fromkeys(objections) if p not in problems]
+        component = item.step.component
+        if item.step.restructures and not objections and _stands_in(component, placed[position + 1 :]):
+            plan = replace(plan, modules={**plan.modules, component: _restructured(plan.modules[component], item)})
     if problems:
         raise IllegalPlan(problems=problems)
+
+
+def _stands_in(component: str, placed: Sequence[Placed]) -> bool:
+    return any(item.step.component == component for item in placed)
+
+
+def _restructured(module: torch.nn.Module, item: Placed) -> torch.nn.Module:
+    """What a pass makes of a ghost, which stays as it is: a copy of the module tree that shares its tensors."""
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+    outline = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    fake = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), nullcontext())
+    with guarded(item), fake:
+        item.step.apply(outline)
+    return outline
 
 
 def _plan_before(item: Placed, plan: Plan, earlier: Sequence[Placed]) -> Plan:
@@ -67,7 +91,7 @@ def run(plan: Plan, placed: Sequence[Placed], ghost: AbstractContextManager[Any]
         started = time.perf_counter()
         with guarded(item), ghost:
             outcome = item.step.run(plan)
-        verify(outcome.plan, item)
+        verify(outcome.plan, item, plan)
         if not outcome.changed:
             mend = "Remove it, or change its options."
             raise IllegalPlan(problems=[Problem(item.where, f"{item.step.name} would have no effect", mend)])
@@ -99,15 +123,21 @@ def guarded(item: Placed) -> Iterator[None]:
         raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
 
 
-def verify(plan: Plan, item: Placed) -> None:
-    """The rules of a plan: every weight of a ghost is a ghost, in no gradient, and no module lost its name.
+def verify(plan: Plan, item: Placed, before: Plan) -> None:
+    """The rules of a plan: it has its components, and every weight of a ghost is a ghost, on a device, in no gradient.
 
     Raises:
         PassError: the pass broke one of them.
     """
+    who = f"{item.where}: {item.step.name} left"
+    if plan.modules.keys() != before.modules.keys():
+        raise PassError(f"{who} the components {', '.join(plan.modules)} of {', '.join(before.modules)}")
     for name, module in plan.modules.items():
         for weight, tensor in module.named_parameters():
             if tensor.requires_grad:
-                raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} with a gradient")
+                raise PassError(f"{who} {name}.{weight} with a gradient")
+        for weight, tensor in weights_of(module):
             if tensor.is_meta:
-                raise PassError(f"{item.where}: {item.step.name} left {name}.{weight} without a device")
+                raise PassError(f"{who} {name}.{weight} without a device")
+            if not isinstance(tensor, FakeTensor):
+                raise PassError(f"{who} {name}.{weight} with data, which a ghost has not")

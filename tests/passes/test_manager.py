@@ -1,10 +1,14 @@
 """The manager: every check before anything runs, problems together, passes guarded and verified."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan, PassError, SpecError
 from diffkiln.passes import manager, registry
+from diffkiln.passes.base import Outcome
 from diffkiln.passes.cast import Cast
 from tests.passes.plans import CPU, checked, ghost, placed
 
@@ -70,6 +74,55 @@ def test_a_pass_that_leaves_gradients_breaks_the_plan(monkeypatch):
     steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float16"})
     with pytest.raises(PassError, match=r"cast left vae\..* with a gradient"):
         manager.run(plan, steps, fake)
+
+
+def test_a_pass_that_leaves_data_in_a_ghost_breaks_the_plan(monkeypatch):
+    def careless(self, module):
+        module.encoder.conv_in.bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+        return ["done"]
+
+    monkeypatch.setattr(Cast, "apply", careless)
+    plan, _ = ghost("flux")
+    steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float16"})
+    with pytest.raises(PassError, match=r"cast left vae\.encoder\.conv_in\.bias with data"):
+        manager.run(plan, steps, nullcontext())
+
+
+def test_a_pass_that_loses_a_component_breaks_the_plan(monkeypatch):
+    def careless(self, plan):
+        return Outcome(replace(plan, modules={"vae": plan.modules["vae"]}), True)
+
+    monkeypatch.setattr(Cast, "run", careless)
+    plan, fake = ghost("flux")
+    steps = checked(plan, {"name": "cast", "component": "vae", "dtype": "float16"})
+    with pytest.raises(PassError, match="cast left the components vae of "):
+        manager.run(plan, steps, fake)
+
+
+def test_a_pass_is_checked_against_the_names_that_earlier_passes_leave():
+    plan, fake = ghost("flux")
+    steps = checked(plan, FUSE, INT8 | {"include": ["*.to_qkv"]})
+    names = [name for name, _ in plan.modules["transformer"].named_parameters()]
+    assert not any("to_qkv" in name for name in names), "checking changes nothing"
+    plan, report = manager.run(plan, steps, fake)
+    assert report[1].notes[0].startswith("4 linear layers")
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan, match=r"\$\.passes\[1\]\.exclude\[0\]: the pattern '\*\.to_q' matches no layer"):
+        checked(plan, FUSE, INT8 | {"exclude": ["*.to_q"]})
+
+
+def test_what_is_illegal_is_not_tried_out():
+    plan, _ = ghost("qwen_image")
+    with pytest.raises(IllegalPlan) as caught:
+        checked(plan, FUSE, INT8 | {"exclude": ["*.to_nothing"]})
+    assert [problem.where for problem in caught.value.problems] == ["$.passes[0]", "$.passes[1].exclude[0]"]
+
+
+def test_a_problem_is_told_once_for_several_targets():
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan) as caught:
+        manager.check(plan, placed(INT8 | {"exclude": ["nothing"]}), [CPU, CPU])
+    assert len(caught.value.problems) == 1
 
 
 def test_only_the_passes_of_a_component_are_applied_to_it():

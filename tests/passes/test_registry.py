@@ -1,9 +1,12 @@
 """Every pass has a file of its own, a test of its own, and documented options."""
 
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
+from diffkiln.passes import registry
 from diffkiln.passes.registry import PASSES, REASONS, option_models
 
 HERE = Path(__file__).parent
@@ -13,6 +16,20 @@ HERE = Path(__file__).parent
 def test_pass_has_its_file_and_its_test(name):
     assert PASSES[name].startswith(f"diffkiln.passes.{name}:")
     assert (HERE / f"test_{name}.py").is_file()
+
+
+def test_nothing_is_registered_twice():
+    """Python takes the last of two equal keys without a word, so the source is read; and each class stands once."""
+    for node in ast.walk(ast.parse(inspect.getsource(registry))):
+        if isinstance(node, ast.Dict):
+            keys = [ast.dump(key) for key in node.keys if key is not None]
+            assert len(keys) == len(set(keys)), f"line {node.lineno} of registry.py has a key twice"
+    assert len(set(PASSES.values())) == len(PASSES)
+
+
+def test_every_file_of_a_pass_is_registered():
+    files = {path.stem for path in Path(registry.__file__).parent.glob("*.py")}
+    assert files == {*PASSES, "__init__", "base", "manager", "registry"}
 
 
 def test_options_are_described():
