@@ -36,3 +36,4 @@ bench: install
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/steady_state.py
 	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python benchmarks/quantization.py

@@ -145,6 +145,8 @@ def run_(
     from diffkiln.runtime.loading import load
 
     given = {name: value for name, value in keywords.items() if value is not None}
+    if as_diffusers:  # whose own defaults are other sizes
+        given = _fixed_in_the_first_variant(bundle) | given
     given["prompt"] = prompt[0] if len(prompt) == 1 else list(prompt)
     if negative_prompt:
         given["negative_prompt"] = negative_prompt[0] if len(negative_prompt) == 1 else list(negative_prompt)
@@ -243,6 +245,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"error: diffkiln failed: {type(error).__name__}: {error}. Set DIFFKILN_DEBUG=1 to see where")
         return 4
+
+
+def _fixed_in_the_first_variant(path: Path) -> dict[str, Any]:
+    from diffkiln.bundle import open_bundle
+
+    with open_bundle(path) as bundle:
+        fixed = bundle.manifest.pipeline.variants[0].fixed
+    return {name: value for name, value in fixed.items() if value is not None}
 
 
 def _needs_compiler() -> None:

@@ -197,6 +197,27 @@ def test_run_writes_the_image(digits_bundle, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(output)
 
 
+def test_run_as_diffusers_takes_the_sizes_of_the_first_variant(digits_bundle, tmp_path):
+    from PIL import Image
+
+    images = []
+    for name in ("lean.png", "diffusers.png"):
+        command = [
+            "run",
+            str(digits_bundle),
+            "--prompt",
+            "a handwritten seven",
+            "--seed",
+            "7",
+            "-o",
+            str(tmp_path / name),
+        ]
+        assert main(command + ["--as-diffusers"] * (name == "diffusers.png")) == 0
+        with Image.open(tmp_path / name) as image:
+            images.append(image.tobytes())
+    assert max(abs(a - b) for a, b in zip(*images, strict=True)) <= 2
+
+
 def test_run_with_another_size_lists_the_variants(digits_bundle, tmp_path, capsys):
     output = tmp_path / "seven.png"
     assert main(["run", str(digits_bundle), "--prompt", "seven", "--height", "64", "-o", str(output)]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,18 +13,29 @@ from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.spec import Target
 
+#: Type → torchao's configuration of it, and the options that differ from its own defaults.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8_weight_only": ("Int8WeightOnlyConfig", {"version": 2}),
+    "int8_dynamic": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}),
+    "float8_weight_only": ("Float8WeightOnlyConfig", {"version": 2}),
+}
+
 
 class Quantize(Pass):
     """Quantize the linear layers of a component; norms, convolutions and embeddings stay as they are.
 
-    `int8_weight_only` is torchao's: int8 weights with one scale a row, symmetric, activations untouched.
+    The types are torchao's. `int8_weight_only`: int8 weights with one scale a row, symmetric, activations untouched.
+    `int8_dynamic`: the same weights, activations quantized to int8 as they come, one scale a token.
+    `float8_weight_only`: float8 (e4m3) weights with one scale a row.
     """
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "quantize the linear layers of a component"
 
     backend: Literal["torchao"] = Field("torchao", description="The library that quantizes.")
-    type: Literal["int8_weight_only"] = Field(description="What becomes of the weights.")
+    type: Literal["int8_weight_only", "int8_dynamic", "float8_weight_only"] = Field(
+        description="What becomes of the weights."
+    )
     include: tuple[str, ...] = Field(("*",), description="Patterns of the names of linear layers to quantize.")
     exclude: tuple[str, ...] = Field((), description="Patterns of the names of linear layers to leave alone.")
 
@@ -49,11 +60,13 @@ class Quantize(Pass):
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        import torchao.quantization
 
         layers = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
         chosen = {name for name in layers if self.chosen(name)}
         parameters = sum(layers[name].weight.numel() for name in chosen)
-        quantize_(module, Int8WeightOnlyConfig(version=2), filter_fn=lambda _part, name: name in chosen)
+        name, options = _CONFIGS[self.type]
+        config = getattr(torchao.quantization, name)(**options)
+        torchao.quantization.quantize_(module, config, filter_fn=lambda _part, path: path in chosen)
         module.requires_grad_(False)
-        return [f"{len(chosen)} linear layers, {parameters} weights to int8"] if chosen else []
+        return [f"{len(chosen)} linear layers, {parameters} weights to {self.type.partition('_')[0]}"] if chosen else []

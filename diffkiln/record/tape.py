@@ -203,6 +203,10 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         name = f"{func.namespace}.{func._opname}.{func._overloadname}"
         self._refuse_randomness(func, args)
+        if func.namespace != "aten":
+            result = self._decomposed(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         if name in _READS:
             return self._read(name, args)
         if name in _IDENTITY_WHEN_EVAL:
@@ -210,6 +214,14 @@ class Tape(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._write_in_place(func, name, args, kwargs)
         return self._record(func, name, args, kwargs)
+
+    def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A library's composite operator, recorded as the operators that it consists of."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fakes = self._as_fakes(args), self._as_fakes(kwargs)

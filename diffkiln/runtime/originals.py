@@ -20,6 +20,12 @@ from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
 from diffkiln.runtime.weights import read_header
 
+#: What the quantize pass calls a type → torchao's configuration of it.
+_TORCHAO = {
+    "int8_weight_only": "Int8WeightOnlyConfig",
+    "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
+    "float8_weight_only": "Float8WeightOnlyConfig",
+}
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
 
 
@@ -103,7 +109,9 @@ def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Modu
 def _build_type(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
     """The floating type of most weights."""
     count: Counter[torch.dtype] = Counter()
-    for tensor in weights.values():
+    for name, tensor in weights.items():
+        if name.rpartition(".")[2] in ("scale", "zero_point"):
+            continue  # of quantized weights, with types of their own
         if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             count[tensor.dtype] += tensor.numel()
     return count.most_common(1)[0][0] if count else torch.float32
@@ -151,19 +159,17 @@ def _whole(
 def _quantized(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
     """torchao's tensor around what it was stored as. Its form is that of an empty layer, quantized the same way."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        import torchao.quantization
     except ImportError:
         raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
-    if options.get("type") != "int8_weight_only":
-        raise Incompatible(f"weights of the type {options.get('type')!r} cannot be put into diffusers by this diffkiln")
+    if (kind := str(options.get("type"))) not in _TORCHAO:
+        raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
     rows, columns = parameter.shape
-    scale = next((tensor for tensor in inner.values() if tensor.is_floating_point()), None)
-    dtype = scale.dtype if scale is not None else parameter.dtype
-    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
-    quantize_(layer, Int8WeightOnlyConfig(version=2))
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=parameter.dtype)
+    torchao.quantization.quantize_(layer, getattr(torchao.quantization, _TORCHAO[kind])(version=2))
     names, form = layer.weight.__tensor_flatten__()  # type: ignore[attr-defined]
     if set(names) != set(inner):
-        raise Incompatible(f"torchao stores int8 weights as {sorted(names)}, the bundle as {sorted(inner)}")
+        raise Incompatible(f"torchao stores {kind} weights as {sorted(names)}, the bundle as {sorted(inner)}")
     shape, stride = layer.weight.shape, layer.weight.stride()
     return type(layer.weight).__tensor_unflatten__(dict(inner), form, shape, stride)  # type: ignore[attr-defined]
 

@@ -173,9 +173,10 @@ def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
     owner: type[BaseModel] | None = None
     in_union = False
     for segment in loc:
-        if segment == "[key]":  # pydantic's mark for a problem of a mapping's key, not of its value
-            continue
         members = _members(annotation)
+        in_model = any(isinstance(_bare(m), type) and issubclass(_bare(m), BaseModel) for m in members)
+        if segment == "[key]" and not in_model:  # pydantic's mark for a problem of a mapping's key, not of its value
+            continue
         if len(members) > 1:
             annotation = next((member for member in members if str(segment) in _labels(member)), Any)
             in_union |= not any(isinstance(mark, Tag) for mark in getattr(annotation, "__metadata__", ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import diffkiln
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import draw
+from tests.exporters.regions import engine_cache
 
 REQUESTS = [("a handwritten seven", 7), ("a handwritten zero", 21), ("the digit 4", 3)]
 
@@ -92,13 +95,17 @@ def test_memory_does_not_grow_over_a_hundred_calls(digits_bundle, production):
     assert late - early < 2_000_000
 
 
-def test_int8_is_recognised_as_well_as_eager(digits_int8_bundle, production, tmp_path, judge):
+@pytest.mark.parametrize("kind", ["int8_weight_only", "int8_dynamic", "float8_weight_only"])
+def test_quantized_digits_are_recognised_as_well_as_eager(kind, digits_int8_bundle, production, tmp_path, judge):
     """The eager score of these hundred digits is 1.00 (tests/examples/test_digits.py)."""
     classifier, _ = judge
+    bundle = digits_int8_bundle
+    if kind != "int8_weight_only":
+        spec = json.loads((DIGITS / "spec-int8.json").read_text())
+        spec["passes"][1]["type"] = kind
+        bundle = diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS, cache=engine_cache()).path
     wanted = classifier.requests(100)
-    out = tmp_path / "int8.npy"
-    told = draw(
-        {"bundle": digits_int8_bundle, "requests": [[r.prompt, r.seed] for r in wanted], "out": out}, production
-    )
+    out = tmp_path / "images.npy"
+    told = draw({"bundle": bundle, "requests": [[r.prompt, r.seed] for r in wanted], "out": out}, production)
     assert classifier.score(np.load(out), [r.digit for r in wanted]) >= 0.98
     assert "torchao" not in told["modules"]

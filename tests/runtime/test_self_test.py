@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,16 @@ class Off(Right):
         return [super().__call__(flat)[0] * 1.01]
 
 
+class Slightly(Right):
+    def __call__(self, flat):
+        return [(flat[0].round() + flat[-1]) * 1.005]
+
+
+class SlightlyOfAll(Right):
+    def __call__(self, flat):
+        return [super().__call__(flat)[0] * 1.005]
+
+
 class NotANumber(Right):
     def __call__(self, flat):
         return [super().__call__(flat)[0] * float("nan")]
@@ -60,6 +72,13 @@ def test_a_right_engine_passes_and_its_inputs_are_checked():
     engine = Right()
     assert run(engine) == 0.0
     assert engine.checked == 3
+
+
+def test_a_region_that_rounds_may_differ_by_more():
+    rounds = replace(REGION, ops=(Op("aten.round.default", (Ref("%x"),), ("%1",)), REGION.ops[1]))
+    self_test(Slightly(), rounds, CONSTANTS, torch.device("cpu"), "engine e")
+    with pytest.raises(VerifyError, match="more than 1e-04"):
+        run(SlightlyOfAll())
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,11 @@ def test_bytes_raise_nothing_but_spec_error(text):
         parse_spec(text)
 
 
+def test_field_named_as_pydantic_marks_keys_is_an_unknown_field():
+    with pytest.raises(SpecError, match="there is no such field"):
+        parse_spec({"[key]": None})
+
+
 @patient
 @given(json_values)
 def test_json_raises_nothing_but_spec_error(value):
