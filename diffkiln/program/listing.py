@@ -24,12 +24,17 @@ def listing(program: Program) -> str:
 
 def text_line(text: Mapping[str, Any]) -> str:
     """What becomes of the prompts before they are tokens."""
-    rows = [
-        repr(row["text"]) if "text" in row else f"{row['prefix']!r} {row['keyword']} {row['suffix']!r}"
-        for row in text["rows"]
-    ]
-    how = ", ".join([*text["transforms"], f"{text['max_length']} tokens"])
-    return f"  text {' | '.join(rows)} → {text['tokenizer']} ({how})"
+    length = f"{text['max_length']} tokens" if text["max_length"] else "any length"
+    how = ", ".join([*text["transforms"], length])
+    return f"  text {' | '.join(map(_row, text['rows']))} → {text['tokenizer']} ({how})"
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    """A fixed text, or a prompt between what stands around it; the batch's later prompts have their index."""
+    if "text" in row:
+        return repr(row["text"])
+    which = f"[{row['index']}]" if row["index"] else ""
+    return f"{row['prefix']!r} {row['keyword']}{which} {row['suffix']!r}"
 
 
 def module_listing(module: Module) -> str:
@@ -42,7 +47,7 @@ def op_line(op: Op, program: Program) -> str:
     words = [argument(arg) for arg in op.args]
     words += [f"{key}={argument(arg)}" for key, arg in op.kwargs.items()]
     words += [f"{key}={value}" for key, value in op.attrs.items()]
-    return f"{out} = {op.name}({', '.join(words)})"
+    return (f"{out} = " if out else "") + f"{op.name}({', '.join(words)})"
 
 
 def argument(arg: Any) -> str:

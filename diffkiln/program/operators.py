@@ -62,4 +62,5 @@ def allowed(name: str) -> bool:
     parts = name.split(".")
     if len(parts) != 3 or parts[0] != "aten" or parts[1] not in OPERATORS:
         return False
-    return not parts[2].startswith("_") and "out" not in parts[2].split("_")
+    name_like = parts[2].isascii() and parts[2].isidentifier() and not parts[2].startswith("_")
+    return name_like and "out" not in parts[2].split("_")

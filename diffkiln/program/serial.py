@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -30,6 +31,10 @@ from diffkiln.program.ir import (
 
 _T = TypeVar("_T")
 _SIGILS = ("%", "@", "#")
+_TYPE = re.compile(r"([A-Za-z_]\w*)\[((?:\d{1,18}(?:,\d{1,18})*)?)\]", re.ASCII)
+
+#: Deeper than any program nests; a guard against hostile files.
+MAX_DEPTH = 64
 
 
 def type_to_json(type_: TensorType) -> str:
@@ -37,14 +42,11 @@ def type_to_json(type_: TensorType) -> str:
 
 
 def type_from_json(text: Any) -> TensorType:
-    try:
-        dtype, _, sizes = text.removesuffix("]").partition("[")
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-    except (AttributeError, ValueError):
-        raise ManifestInvalid(f"{text!r} is not a tensor type such as float32[1,64]") from None
-    if any(size < 0 for size in shape):
-        raise ManifestInvalid(f"{text!r}: a size below zero")
-    return TensorType(dtype, shape)
+    found = _TYPE.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        raise ManifestInvalid(f"{text!r} is not a tensor type such as float32[1,64]")
+    dtype, sizes = found.groups()
+    return TensorType(dtype, tuple(int(size) for size in sizes.split(",") if size))
 
 
 def arg_to_json(arg: Any) -> Any:
@@ -79,6 +81,8 @@ def arg_from_json(data: Any) -> Arg:
         return tuple(arg_from_json(item) for item in data)
     if not isinstance(data, dict):
         return data
+    if len(data) != 1:
+        raise ManifestInvalid(f"{data!r} is not an argument of an operation: it must have one key")
     match data:
         case {"dtype": str(name)}:
             return DType(name)
@@ -109,7 +113,7 @@ def op_to_json(op: Op, types: Mapping[str, TensorType]) -> dict[str, Any]:
 
 def _op_from_json(row: Mapping[str, Any], types: dict[str, TensorType]) -> Op:
     outputs = []
-    for text in row["out"]:
+    for text in _is(list, row["out"]):
         name, _, type_ = text.partition(" ")
         types[name] = type_from_json(type_)
         outputs.append(name)
@@ -124,6 +128,39 @@ def _is(kind: type[_T], value: Any) -> _T:
     if not isinstance(value, kind):
         raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
     return value
+
+
+def _named(name: str, sigil: str) -> str:
+    if not name.startswith(sigil):
+        raise ManifestInvalid(f"{name!r} does not start with {sigil!r}")
+    return name
+
+
+def _text_from_json(text: Any) -> dict[str, Any]:
+    """A text template, checked as far as the listing and the runtime read it without asking."""
+    for row in _is(list, text["rows"]):
+        if "text" in row:
+            _is(str, row["text"])
+            continue
+        for key in ("keyword", "prefix", "suffix"):
+            _is(str, row[key])
+        if _is(int, row["index"]) < 0:
+            raise ManifestInvalid(f"{row!r}: an index below zero")
+    _is(str, text["tokenizer"])
+    for name in _is(list, text["transforms"]):
+        _is(str, name)
+    _is(int | None, text["max_length"])  # type: ignore[arg-type]
+    return _is(dict, text)
+
+
+def _deeper_than(data: Any, limit: int) -> bool:
+    level = [data]
+    for _ in range(limit):
+        nests = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in nests for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return False
+    return True
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
@@ -148,6 +185,8 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 def program_from_json(data: Any) -> Program:
     """Read one program; whatever is malformed is a ManifestInvalid. `verify` checks what it says."""
+    if _deeper_than(data, MAX_DEPTH):
+        raise ManifestInvalid(f"not a program: it nests deeper than {MAX_DEPTH}")
     try:
         types: dict[str, TensorType] = {}
         inputs = tuple(
@@ -155,11 +194,11 @@ def program_from_json(data: Any) -> Program:
             for i in data["inputs"]
         )
         types.update({i.name: i.type for i in inputs})
-        for table in (data["weights"], data["constants"]):
-            types.update({name: type_from_json(text) for name, text in table.items()})
+        for sigil, table in (("@", data["weights"]), ("#", data["constants"])):
+            types.update({_named(name, sigil): type_from_json(text) for name, text in table.items()})
         ops = tuple(_op_from_json(row, types) for row in data["ops"])
-        outputs = tuple(Ref(_is(str, name)) for name in data["outputs"])
-        texts = tuple(_is(dict, text) for text in data.get("texts", ()))
+        outputs = tuple(Ref(_is(str, name)) for name in _is(list, data["outputs"]))
+        texts = tuple(_text_from_json(text) for text in data.get("texts", ()))
         signature = {key: arg_from_json(value) for key, value in data.get("signature", {}).items()}
         return Program(_is(str, data["name"]), inputs, ops, outputs, types, texts, signature)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -177,7 +216,7 @@ def module_to_json(module: Module) -> dict[str, Any]:
 def module_from_json(data: Any) -> Module:
     try:
         return Module(
-            data["component"],
+            _is(str, data["component"]),
             {name: program_from_json(item) for name, item in data["programs"].items()},
             {name: program_from_json(item) for name, item in data["regions"].items()},
         )

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from diffkiln.errors import VerifyError
-from diffkiln.program.ir import CALL, NOISE, REGION, STEP, Module, Op, Program, refs
+from diffkiln.program.ir import CALL, NOISE, REGION, STEP, Input, Module, Op, Program, Ref, refs
 from diffkiln.program.operators import allowed
 
 #: More operations than any pipeline needs; a guard against hostile files.
 MAX_OPS = 1_000_000
 
-_ATTRS = {
-    CALL: {"component", "program"},
-    REGION: {"region", "instance"},
-    NOISE: {"shape", "dtype"},
-    STEP: {"step", "timestep"},
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_index, value))
+
+
+_ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    CALL: {"component": _text, "program": _text},
+    REGION: {"region": _text, "instance": _text},
+    NOISE: {"shape": _shape, "dtype": _text},
+    STEP: {"step": _index, "timestep": _number},
 }
+_SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "tokens": {"text": _index, "key": _text},
+    "scalar": {"keyword": _text, "default": _number},
+    "tensor": {"keyword": _text},
+}
+#: How many values NOISE and STEP take and give.
+_COUNTS = {NOISE: (0, 1), STEP: (1, 1)}
 
 
 def verify(
@@ -40,9 +65,13 @@ def verify(
     defined = {item.name for item in program.inputs}
     if len(defined) != len(program.inputs):
         raise VerifyError(f"program {program.name!r}: two inputs have one name")
+    for item in program.inputs:
+        _verify_input(item, program)
     for index, op in enumerate(program.ops):
         where = f"program {program.name!r}, operation {index} ({op.name})"
         _verify_kind(op, where, modules, regions)
+        if _holds_mapping((op.args, *op.kwargs.values())):
+            raise VerifyError(f"{where}: a dictionary is no argument of an operation")
         for ref in refs((op.args, op.kwargs)):
             _verify_use(ref.name, program, defined, where)
         for name in op.outputs:
@@ -61,9 +90,36 @@ def verify_module(module: Module) -> None:
         verify(program, regions=module.regions)
 
 
+def _verify_input(item: Input, program: Program) -> None:
+    where = f"program {program.name!r}, input {item.name!r}"
+    if not item.name.startswith("%"):
+        raise VerifyError(f"{where}: not a value name")
+    if program.types.get(item.name) != item.type:
+        raise VerifyError(f"{where}: it is {item.type}, the table of types says {program.types.get(item.name)}")
+    if not item.source:
+        return
+    kind = item.source.get("kind")
+    if not isinstance(kind, str) or kind not in _SOURCES:
+        raise VerifyError(f"{where}: there is no kind of source {kind!r}")
+    if wrong := _wrong(item.source, _SOURCES[kind]):
+        raise VerifyError(f"{where}: its source lacks a proper {wrong}")
+    if kind == "tokens" and item.source["text"] >= len(program.texts):
+        raise VerifyError(f"{where}: there is no text {item.source['text']}")
+
+
+def _wrong(given: Mapping[str, Any], rules: Mapping[str, Callable[[Any], bool]]) -> list[str]:
+    return sorted(key for key, holds in rules.items() if key not in given or not holds(given[key]))
+
+
+def _holds_mapping(arg: Any) -> bool:
+    return isinstance(arg, Mapping) or (isinstance(arg, list | tuple) and any(map(_holds_mapping, arg)))
+
+
 def _verify_use(name: str, program: Program, defined: set[str], where: str) -> None:
     if name not in program.types:
         raise VerifyError(f"{where}: {name!r} has no type")
+    if not name.startswith(("%", "@", "#")):
+        raise VerifyError(f"{where}: {name!r} is not a value name")
     if name.startswith("%") and name not in defined:
         raise VerifyError(f"{where}: {name!r} is used before it is defined")
 
@@ -77,40 +133,52 @@ def _verify_kind(
         return
     if op.name not in _ATTRS:
         raise VerifyError(f"{where}: there is no such operation")
-    if not _ATTRS[op.name] <= set(op.attrs):
-        raise VerifyError(f"{where}: it lacks {sorted(_ATTRS[op.name] - set(op.attrs))}")
+    if wrong := _wrong(op.attrs, _ATTRS[op.name]):
+        raise VerifyError(f"{where}: it lacks a proper {wrong}")
     if op.name == CALL:
         callee = (modules or {}).get(op.attrs["component"])
         program = callee.programs.get(op.attrs["program"]) if callee else None
         _verify_call(op, program, where, f"component program {op.attrs['component']}/{op.attrs['program']}")
     elif op.name == REGION:
         _verify_call(op, (regions or {}).get(op.attrs["region"]), where, f"region {op.attrs['region']}")
-    elif op.name in (NOISE, STEP) and modules is None:
+    elif modules is None:
         raise VerifyError(f"{where}: only the call of a pipeline may hold this operation")
+    else:
+        _verify_counts(op, *_COUNTS[op.name], where, op.name)
 
 
 def _verify_call(op: Op, callee: Program | None, where: str, what: str) -> None:
     if callee is None:
         raise VerifyError(f"{where}: there is no {what}")
-    if len(op.args) != len(callee.inputs) or len(op.outputs) != len(callee.outputs):
+    _verify_counts(op, len(callee.inputs), len(callee.outputs), where, what)
+
+
+def _verify_counts(op: Op, takes: int, gives: int, where: str, what: str) -> None:
+    if len(op.args) != takes or len(op.outputs) != gives:
         raise VerifyError(
-            f"{where}: {what} takes {len(callee.inputs)} values and gives {len(callee.outputs)}, "
-            f"here {len(op.args)} and {len(op.outputs)}"
+            f"{where}: {what} takes {takes} values and gives {gives}, here {len(op.args)} and {len(op.outputs)}"
         )
+    if op.kwargs or not all(isinstance(arg, Ref) for arg in op.args):
+        raise VerifyError(f"{where}: {what} takes values in order, no literals and no keywords")
 
 
 def verify_types(program: Program, callee: Mapping[str, Program]) -> None:
-    """Check that what a REGION or CALL operation passes has the types that its callee expects.
+    """Check that what a REGION or CALL operation passes and gets has the types of its callee.
 
-    `callee` maps a region's or program's name to it.
+    `program` is verified. `callee` maps a region's or program's name to it.
     """
     for index, op in enumerate(program.ops):
         target = callee.get(op.attrs.get("region") or op.attrs.get("program", "")) if not op.is_aten else None
         if target is None:
             continue
+        where = f"program {program.name!r}, operation {index} ({op.name})"
         for ref, item in zip(refs(op.args), target.inputs, strict=True):
             if program.types[ref.name] != item.type:
                 raise VerifyError(
-                    f"program {program.name!r}, operation {index} ({op.name}): {ref.name} is "
-                    f"{program.types[ref.name]}, {item.name} of {target.name!r} takes {item.type}"
+                    f"{where}: {ref.name} is {program.types[ref.name]}, {item.name} of {target.name!r} takes {item.type}"
+                )
+        for name, ref in zip(op.outputs, target.outputs, strict=True):
+            if program.types[name] != target.types[ref.name]:
+                raise VerifyError(
+                    f"{where}: {name} is {program.types[name]}, {target.name!r} gives {target.types[ref.name]}"
                 )

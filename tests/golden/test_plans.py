@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diffkiln.compiler import check
 from diffkiln.passes import manager
 from diffkiln.record.components import weights_of
 from tests.passes.plans import checked, ghost
@@ -19,6 +20,7 @@ from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
 
 FUSE = {"name": "fuse_qkv", "component": "transformer"}
 INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only", "exclude": ["*norm*"]}
@@ -50,10 +52,24 @@ def _described(module) -> dict:
 def test_plan_is_as_it_was(name):
     family, passes = SPECS[name]
     plan, fake = ghost(family)
-    plan, report = manager.run(plan, checked(plan, *passes), fake)
+    _compare(name, *manager.run(plan, checked(plan, *passes), fake))
+
+
+@pytest.mark.parametrize(("name", "spec"), [("digits", "spec.json"), ("digits-int8", "spec-int8.json")])
+def test_plan_of_an_example_is_as_it_was(name, spec):
+    found = check(EXAMPLES / "digits" / spec)
+    _compare(name, found.plan, found.report)
+
+
+def _compare(name, plan, report):
     told = {
         "passes": [
-            {"name": ran.placed.step.name, "options": ran.placed.step.options(), "notes": list(ran.notes)}
+            {
+                "name": ran.placed.step.name,
+                "options": ran.placed.step.options(),
+                "changed": ran.changed,
+                "notes": list(ran.notes),
+            }
             for ran in report
         ],
         "facts": sorted(map(str, plan.facts)),

@@ -5,7 +5,7 @@ import torch
 
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes import manager
-from tests.passes.plans import both, checked, ghost, real, types
+from tests.passes.plans import both, checked, ghost, placed, real, types
 
 INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
 
@@ -74,6 +74,32 @@ def test_pattern_that_matches_nothing_is_refused_by_its_place():
     plan, _ = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"\$\.passes\[0\]\.exclude\[1\].*nrom"):
         checked(plan, INT8 | {"exclude": ["*norm*", "*nrom*"]})
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+def test_pattern_that_names_what_holds_layers_is_refused_with_the_mend(field):
+    """`*.attn` alone would exclude nothing: patterns are compared with the names of layers, not with their parents'."""
+    plan, _ = ghost("flux")
+    with pytest.raises(IllegalPlan, match=rf'{field}\[0\]: the pattern .* Did you mean "\*\.attn\.\*"') as caught:
+        checked(plan, INT8 | {field: ["*.attn"]})
+    assert caught.value.problems[0].where == f"$.passes[0].{field}[0]"
+    checked(plan, INT8 | {field: ["*.attn.*"]})
+
+
+def test_what_is_no_linear_layer_may_be_excluded():
+    plan, _ = ghost("sdxl")
+    checked(plan, INT8 | {"component": "unet", "exclude": ["*norm*"]})
+
+
+def test_a_layer_that_shares_its_weight_stays():
+    module = torch.nn.ModuleDict({"embed": torch.nn.Embedding(64, 32), "inner": torch.nn.Linear(32, 32)})
+    module["head"] = torch.nn.Linear(32, 64, bias=False)
+    module["head"].weight = module["embed"].weight
+    (item,) = placed(INT8)
+    assert item.step.apply(module)[0].startswith("1 linear layers, 1024 weights")
+    assert module["head"].weight is module["embed"].weight
+    assert not list(item.step.check_module(module, None, None, "$"))
+    assert list(item.step.model_copy(update={"include": ("head",)}).check_module(module, None, None, "$"))
 
 
 def test_nothing_left_to_quantize_is_refused():
