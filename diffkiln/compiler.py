@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +108,18 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
     placed = read_passes(parsed.passes)
     targets = resolve_targets(parsed)
-    source = open_source(parsed.source, _base(spec, base))
+    home = _base(spec, base)
+    source = open_source(parsed.source, home)
+    placed = [replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in placed]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     pipe = ghost_pipeline(source, fake, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = requests_of(parsed, pipe)
     plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules})
     manager.check(plan, placed, targets, _runtime_problems(parsed, targets))
-    before = {name: _bytes(module) for name, module in plan.modules.items()}
+    before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(plan, placed, fake)
-    after = {name: _bytes(module) for name, module in plan.modules.items()}
+    after = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     return Checked(
         parsed, targets, source, tuple(requests), tuple(placed), fake, pipe, plan, tuple(report), before, after,
         tuple(source.notices),
@@ -161,7 +163,7 @@ def compile(
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
         with steps("write the programs"):
-            pack_configuration(writer, checked.source, checked.spec)
+            pack_configuration(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)
         for request in checked.plan.compile:
             with steps(f"compile the blocks of {request.component}"):
@@ -198,7 +200,8 @@ def _stream(
     """Load one component, apply its passes, check it against its ghost and its program, write it, and let it go."""
     module = load_module(checked.source, name, checked.dtype)
     refuse_nonfinite(module, name)
-    manager.apply(module, name, checked.placed)
+    if manager.apply(module, name, checked.placed):
+        refuse_nonfinite(module, name, "after the passes")
     _return_memory()
     _same_weights(name, checked.plan.modules[name], module)
     verification.check_component(name, module)
@@ -238,10 +241,6 @@ def _runtime_problems(spec: Spec, targets: Sequence[Target]) -> list[Problem]:
     return [
         Problem("$.runtime.offload.to", "on a CPU weights are used where they would wait: in the host's memory", mend)
     ]
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 def _spec_source(spec: Any) -> Any:

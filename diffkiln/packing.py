@@ -34,16 +34,18 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.passes.base import CompileRequest
 from diffkiln.passes.manager import Ran
+from diffkiln.passes.registry import Placed
 from diffkiln.program import Program, dumps, module_to_json, program_to_json
-from diffkiln.record.components import repeated_blocks, weights_of
+from diffkiln.layers import described, is_channels_last, repeated_blocks
+from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording, Request, defaults
 from diffkiln.record.source import SourceModel
 from diffkiln.runtime.compatibility import missing_flags
 from diffkiln.runtime.engines import engine
-from diffkiln.runtime.loading import CONSTANTS, SCHEMAS
+from diffkiln.runtime.loading import CONSTANTS, LAYERS, SCHEMAS
 from diffkiln.runtime.self_test import self_test
-from diffkiln.runtime.weights import REST, UNUSED
-from diffkiln.spec import Offload, Spec, Target
+from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
+from diffkiln.spec import Offload, Target
 
 if TYPE_CHECKING:
     from diffkiln.compiler import Checked
@@ -65,17 +67,29 @@ class Packed:
 # -- configuration --
 
 
-def pack_configuration(writer: BundleWriter, source: SourceModel, spec: Spec) -> None:
-    """`pipeline/`: diffusers' own configuration, without weights; `spec.json`, with the source pinned."""
+def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
+    """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
+    `spec.json`, with the source and the files of the passes pinned."""
+    source, spec = checked.source, checked.spec
     for name in source.files():
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         writer.write(f"pipeline/{name}", _portable(source, name), "config")
+    for name, module in checked.plan.modules.items():
+        if layers := described(module):
+            writer.write(f"pipeline/{name}/{LAYERS}", _json(layers), "config")
     written = spec.as_json()
+    written["passes"] = [_pinned(index, entry, checked.placed) for index, entry in enumerate(written["passes"])]
     written.pop("$schema", None)
     kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
     written["source"] = kept | source.pinned()
     writer.write("spec.json", _json(written), "config")
+
+
+def _pinned(index: int, entry: dict[str, Any], placed: Sequence[Placed]) -> dict[str, Any]:
+    """A pass as the spec gave it, with digests in the place of local paths."""
+    own = [item.step.options() for item in placed if item.index == index and not item.key]
+    return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
 
 
 def _portable(source: SourceModel, name: str) -> bytes:
@@ -256,7 +270,10 @@ def pack_weights(
     rows: list[GroupRow] = []
     for name, tensors in _groups(module, packed.offload, used).items():
         path = f"weights/{component}/{name}.safetensors"
-        safetensors.torch.save_file(tensors, writer.path(path), metadata={"format": "pt"})
+        turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
+        flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
+        metadata = {"format": "pt"} | ({CHANNELS_LAST: json.dumps(turned)} if turned else {})
+        safetensors.torch.save_file(flat, writer.path(path), metadata=metadata)
         writer.add(path, "weights")
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         rows.append(GroupRow(name=name, file=path, tensors=len(tensors), bytes=size))
@@ -273,8 +290,13 @@ def _groups(
     for name, tensor in weights_of(module):
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         key = UNUSED if name not in used else heads[block] if block else REST
-        groups.setdefault(key, {})[name] = tensor.detach().contiguous()
+        groups.setdefault(key, {})[name] = tensor.detach()
     return groups
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as its file holds it: in the order of its memory, [N, H, W, C] where channels are last."""
+    return tensor.permute(0, 2, 3, 1) if is_channels_last(tensor) else tensor.contiguous()
 
 
 # -- the manifest and what stands beside it --

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +22,11 @@ from diffkiln.spec import Strict, Target, suggest
 
 @dataclass(frozen=True)
 class Fact:
-    """What a pass established of a component, such as `qkv_fused(transformer)`."""
+    """What a pass established of a component, such as `qkv_fused(transformer)`; `by` names the pass."""
 
     name: str
     component: str
+    by: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}({self.component})"
@@ -69,7 +71,9 @@ class Pass(Strict):
 
     Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
     `summary`, one line for a person; `requires_not`, facts that make it illegal, with the reason; `restructures`,
-    whether it adds, renames or deletes weights' names, so that later passes are checked against what it leaves.
+    whether it adds, renames or deletes weights' names, so that later passes are checked against what it leaves;
+    `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a `mapping` of
+    components to options instead of one component.
     """
 
     name: ClassVar[str]
@@ -77,17 +81,28 @@ class Pass(Strict):
     summary: ClassVar[str]
     requires_not: ClassVar[Mapping[str, str]] = {}
     restructures: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
+    maps: ClassVar[bool] = False
 
     component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
+
+    def prepare(self, base: Path, pipeline_class: type) -> Pass:
+        """The pass with the files that it names found and looked at; relative paths start from `base`.
+
+        Raises:
+            SourceError: a file is not there or is not what the pass needs.
+        """
+        return self
 
     def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
         """What makes the pass illegal here, from configuration alone; `where` is its JSON path."""
         problems = unknown_component(self.component, plan, where)
         if problems:
             return problems
-        for fact, reason in self.requires_not.items():
-            if Fact(fact, self.component) in plan.facts:
-                problems.append(Problem(where, f"{self.name} after {fact}({self.component}): {reason}"))
+        for fact in sorted(plan.facts, key=str):
+            if fact.component == self.component and fact.name in self.requires_not:
+                after = f"{self.name} cannot follow {fact.by}: " if fact.by else f"{self.name} after {fact}: "
+                problems.append(Problem(where, after + self.requires_not[fact.name]))
         return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:

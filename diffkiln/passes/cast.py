@@ -22,12 +22,13 @@ class Cast(Pass):
 
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "cast a component's weights to float32, bfloat16 or float16"
+    repeats: ClassVar[bool] = True
     requires_not: ClassVar = {"quantized": "quantized weights have the type that quantization gave them"}
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="The type that the weights get.")
 
     def provides(self) -> Iterable[Fact]:
-        return [Fact("cast", self.component)]
+        return [Fact("cast", self.component, self.name)]
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         dtype = getattr(torch, self.dtype)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
+from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
 from diffkiln.spec import Target
 
 
@@ -22,12 +23,17 @@ class Compile(Pass):
 
     name: ClassVar[str] = "compile"
     summary: ClassVar[str] = "lower a component's repeated blocks ahead of time"
+    requires_not: ClassVar = {
+        "quantized_by_bitsandbytes": BitsAndBytes.compiles,
+        "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
+        "original weights with torchao, or do not compile the component",
+    }
 
     backend: Literal["aot_inductor"] = Field("aot_inductor", description="The backend that lowers the regions.")
     scope: Literal["blocks"] = Field("blocks", description="What a region is: a repeated block.")
 
     def provides(self) -> Iterable[Fact]:
-        return [Fact("compiled", self.component)]
+        return [Fact("compiled", self.component, self.name)]
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         if target.device != "cpu":

@@ -34,7 +34,7 @@ class FuseQKV(Pass):
     restructures: ClassVar[bool] = True
 
     def provides(self) -> Iterable[Fact]:
-        return [Fact("qkv_fused", self.component)]
+        return [Fact("qkv_fused", self.component, self.name)]
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         name = type(module).__name__

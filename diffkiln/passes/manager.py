@@ -21,12 +21,16 @@ from diffkiln.spec import Target
 
 @dataclass(frozen=True)
 class Ran:
-    """One pass in the report: what changed, what it noted and the seconds that it took."""
+    """One pass in the report: what changed, what it noted, the seconds that it took, and the bytes that it left.
+
+    `nbytes` are those of the weights of the pass's component.
+    """
 
     placed: Placed
     changed: bool
     notes: tuple[str, ...]
     seconds: float
+    nbytes: int
 
 
 def check(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target], found: Sequence[Problem] = ()) -> None:
@@ -96,20 +100,27 @@ def run(plan: Plan, placed: Sequence[Placed], ghost: AbstractContextManager[Any]
             mend = "Remove it, or change its options."
             raise IllegalPlan(problems=[Problem(item.where, f"{item.step.name} would have no effect", mend)])
         plan = outcome.plan
-        report.append(Ran(item, outcome.changed, outcome.notes, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        report.append(Ran(item, outcome.changed, outcome.notes, seconds, nbytes(plan.modules[item.step.component])))
     return plan, report
 
 
-def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> None:
-    """Run the passes of one component on its real module.
+def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> bool:
+    """Run the passes of one component on its real module; gives whether there were any.
 
     Raises:
         PassError: names the pass and its place.
     """
-    for item in placed:
-        if item.step.component == component:
-            with guarded(item):
-                item.step.apply(module)
+    own = [item for item in placed if item.step.component == component]
+    for item in own:
+        with guarded(item):
+            item.step.apply(module)
+    return bool(own)
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    """Size of a module's weights, ghosts or real ones, in bytes."""
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 @contextmanager

@@ -6,9 +6,10 @@ order, and write `tests/passes/test_<verb>.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,33 +19,50 @@ from diffkiln.spec import PassEntry, problems_from, suggest
 
 #: name → "module:Class". The order is the order in which a spec must list them.
 PASSES: dict[str, str] = {
+    "fuse_lora": "diffkiln.passes.fuse_lora:FuseLoRA",
     "cast": "diffkiln.passes.cast:Cast",
     "fuse_qkv": "diffkiln.passes.fuse_qkv:FuseQKV",
+    "prune": "diffkiln.passes.prune:Prune",
+    "merge_tokens": "diffkiln.passes.merge_tokens:MergeTokens",
+    "sparsify": "diffkiln.passes.sparsify:Sparsify",
     "quantize": "diffkiln.passes.quantize:Quantize",
+    "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
+    "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
     "compile": "diffkiln.passes.compile:Compile",
 }
 
+_SHAPES_ARE_GONE = "an adapter is added to the original weights, by their names and shapes"
+_ENGINES = "engines are built from what the other passes leave"
+_STORED = "it is for weights that are not stored in another form yet"
+
 #: Why one comes before the other, where a person may ask.
 REASONS: dict[tuple[str, str], str] = {
+    **{("fuse_lora", later): _SHAPES_ARE_GONE for later in list(PASSES)[1:]},
+    **{("cast", later): _STORED for later in ("sparsify", "layerwise_cast")},
+    **{(first, "compile"): _ENGINES for first in list(PASSES)[1:-1]},
+    ("fuse_lora", "cast"): "an adapter is added at the precision that the weights were saved in",
     ("cast", "fuse_qkv"): "a fused projection would be cast again",
     ("cast", "quantize"): "quantized weights have the type that quantization gave them",
     ("fuse_qkv", "quantize"): "quantized projections cannot be concatenated",
-    ("fuse_qkv", "compile"): "engines are built from what the other passes leave",
-    ("quantize", "compile"): "engines are built from what the other passes leave",
-    ("cast", "compile"): "engines are built from what the other passes leave",
+    ("fuse_qkv", "sparsify"): "sparse projections cannot be concatenated",
+    ("fuse_qkv", "layerwise_cast"): "diffusers concatenates weights in the type that they compute in",
+    ("prune", "quantize"): "what is dropped need not be quantized, and patterns name the blocks that are left",
+    ("sparsify", "quantize"): "quantized weights cannot be made sparse",
+    ("quantize", "layerwise_cast"): "layerwise_cast takes the layers that quantize leaves",
 }
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A pass with its place in the spec."""
+    """A pass with its place in the spec; `key` is the component where the entry is a mapping of components."""
 
     index: int
     step: Pass
+    key: str = ""
 
     @property
     def where(self) -> str:
-        return f"$.passes[{self.index}]"
+        return f"$.passes[{self.index}]" + (f".mapping.{self.key}" if self.key else "")
 
 
 def pass_class(name: str) -> type[Pass]:
@@ -59,7 +77,7 @@ def option_models() -> dict[str, type[Pass]]:
 
 
 def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
-    """The passes that a spec lists, with their options checked.
+    """The passes that a spec lists, with their options checked; a mapping of components gives one for each.
 
     Raises:
         SpecError: unknown passes and wrong options, all together.
@@ -73,13 +91,38 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
             problems.append(Problem(f"{where}.name", f"there is no pass {entry.name!r}", mend))
             continue
         cls = pass_class(entry.name)
-        try:
-            placed.append(Placed(index, cls.model_validate(entry.options)))
-        except ValidationError as error:
-            problems += problems_from(error, cls, where)
+        for key, options in _spread(cls, entry.options, where, problems):
+            at = f"{where}.mapping.{key}" if key else where
+            try:
+                placed.append(Placed(index, cls.model_validate(options), key))
+            except ValidationError as error:
+                problems += problems_from(error, cls, at)
     if problems:
         raise SpecError(problems=problems)
     return placed
+
+
+def _spread(
+    cls: type[Pass], options: dict[str, Any], where: str, problems: list[Problem]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The options of each component of a mapping, with those beside it as defaults; or the options as they are."""
+    if "mapping" not in options or not cls.maps:
+        yield "", options
+        return
+    common = {key: value for key, value in options.items() if key != "mapping"}
+    mapping = options["mapping"]
+    if "component" in common:
+        problems.append(Problem(f"{where}.component", "names one component beside a mapping of several", "Remove it."))
+    elif not isinstance(mapping, dict) or not mapping or not all(isinstance(row, dict) for row in mapping.values()):
+        reason = "must give options for each component, such as {\"transformer\": {\"type\": \"int8_weight_only\"}}"
+        problems.append(Problem(f"{where}.mapping", reason))
+    else:
+        for component, row in mapping.items():
+            if "component" in row:
+                reason = "names a component again, which is the key of the mapping already"
+                problems.append(Problem(f"{where}.mapping.{component}.component", reason, "Remove it."))
+            else:
+                yield component, {**common, **row, "component": component}
 
 
 def order_problems(placed: Sequence[Placed]) -> list[Problem]:
@@ -91,7 +134,7 @@ def order_problems(placed: Sequence[Placed]) -> list[Problem]:
             if before.step.component != item.step.component:
                 continue
             first, second = before.step.name, item.step.name
-            if first == second and first != "cast":
+            if first == second and not item.step.repeats:
                 problems.append(
                     Problem(item.where, f"{second} of {item.step.component} stands twice, also at {before.where}")
                 )

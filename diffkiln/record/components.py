@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
+from diffkiln.layers import repeated_blocks
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.likeness import likeness
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
@@ -116,26 +117,6 @@ def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
     inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     for attribute in inner:
         yield from _plain(f"{name}.{attribute}", getattr(tensor, attribute))
-
-
-def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The instances of a module's repeated classes, outermost only, in order.
-
-    They are the classes that diffusers declares in `_repeated_blocks`; where a class declares none, those of
-    `_no_split_modules` that stand in a `ModuleList`.
-    """
-    classes = set(getattr(module, "_repeated_blocks", None) or ())
-    if not classes:
-        listed = {
-            type(item).__name__ for part in module.modules() if isinstance(part, torch.nn.ModuleList) for item in part
-        }
-        classes = listed & set(getattr(module, "_no_split_modules", None) or ())
-    found: list[tuple[str, torch.nn.Module]] = []
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if name and not inside and type(child).__name__ in classes:
-            found.append((name, child))
-    return found
 
 
 def record_component(

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffkiln.errors import BuildError, SourceError
+from diffkiln.record.components import weights_of
 from diffkiln.record.folder import LEFT_OUT
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import SourceModel
@@ -108,13 +109,13 @@ def _drawn(module: nn.Module, seed: str) -> nn.Module:
     return module
 
 
-def refuse_nonfinite(module: nn.Module, name: str) -> None:
+def refuse_nonfinite(module: nn.Module, name: str, when: str = "") -> None:
     """Look through all weights of the component `name` for NaN and infinity.
 
     Raises:
-        BuildError: there is one; the message names the tensor.
+        BuildError: there is one; the message names the tensor, and `when` it was looked for.
     """
-    for key, tensor in module.state_dict().items():
+    for key, tensor in weights_of(module):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.itemsize == 1:  # float8 has no reductions
@@ -123,9 +124,12 @@ def refuse_nonfinite(module: nn.Module, name: str) -> None:
         low, high = torch.aminmax(tensor)
         if not (low.isfinite() and high.isfinite()):
             count = int((~tensor.isfinite()).sum())
+            why = "The checkpoint is damaged, or its values do not fit into the type that it is loaded in"
+            if when:
+                why = "They do not fit into the type that a pass gave them: cast to bfloat16, or leave the layer out"
             raise BuildError(
-                f"component {name}: {count} of the {tensor.numel()} values of {key} are NaN or infinite. "
-                "The checkpoint is damaged, or its values do not fit into the type that it is loaded in"
+                f"component {name}: {count} of the {tensor.numel()} values of {key} are NaN or infinite"
+                f"{f' {when}' if when else ''}. {why}"
             )
 
 

@@ -36,6 +36,8 @@ def _value(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_value, value))
+    if isinstance(value, dict):
+        return dict, tuple((key, _value(item)) for key, item in value.items())
     own = getattr(value, "__dict__", None)
     if (
         own is not None

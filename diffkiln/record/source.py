@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ from diffkiln.record.folder import LEFT_OUT, Component, entries, plain_files, re
 if TYPE_CHECKING:
     from diffkiln.spec.model import Source
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +119,9 @@ def open_source(source: Source, base: Path) -> SourceModel:
             return _open_folder(model, folder, source.revision)
     except (OSError, RuntimeError) as error:
         raise source_error(f"{model} cannot be read: {error}") from error
-    if not _HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         raise source_error(f"there is no folder {model}", f"It was looked for at {folder}")
-    if source.revision is None or not _COMMIT.fullmatch(source.revision):
+    if source.revision is None or not COMMIT.fullmatch(source.revision):
         why = "needs a revision" if source.revision is None else f"cannot be pinned to {source.revision!r}"
         raise source_error(
             f"{model} is no folder, and as a repository on the Hub it {why}",
@@ -144,12 +145,9 @@ def _open_folder(model: str, folder: Path, revision: str | None) -> SourceModel:
 
 def _download(repo: str, revision: str) -> Path:
     """The snapshot of a repository in the Hub's cache: one variant of the weights, no pickles, no code."""
-    try:
+    with from_the_hub(repo, revision):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-    except ImportError:
-        raise MissingDependency('The Hub needs huggingface_hub: pip install "diffkiln[hub]"') from None
-    try:
+
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"]))
         if not (folder / "model_index.json").is_file():
             raise source_error(f"{repo} is no diffusers pipeline: it has no model_index.json at {revision[:12]}")
@@ -158,10 +156,25 @@ def _download(repo: str, revision: str) -> Path:
         kinds += [f"{stem}{end}" for stem in STEMS.values() for end in (".safetensors", "-*-of-*.safetensors")]
         patterns = ["model_index.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def from_the_hub(repo: str, revision: str, where: str = "$.source.model") -> Iterator[None]:
+    """What huggingface_hub raises becomes a SourceError with the mend.
+
+    Raises:
+        MissingDependency: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    except ImportError:
+        raise MissingDependency('The Hub needs huggingface_hub: pip install "diffkiln[hub]"') from None
+    try:
+        yield
     except GatedRepoError as error:
         mend = f"Accept its licence at https://huggingface.co/{repo} and log in: hf auth login"
-        raise source_error(f"{repo} is given to registered users only", mend) from error
+        raise source_error(f"{repo} is given to registered users only", mend, where) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = "Check the name, the commit and the network, or give a local folder"
-        raise source_error(f"{repo} at {revision[:12]} cannot be had from the Hub: {reason}", mend) from error
+        raise source_error(f"{repo} at {revision[:12]} cannot be had from the Hub: {reason}", mend, where) from error

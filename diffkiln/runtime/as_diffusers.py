@@ -92,17 +92,18 @@ def _from(folder: Path, verified: Verified) -> Any:
     kind = class_of("diffusers", index.get("_class_name"))
     if not issubclass(kind, DiffusionPipeline) or kind.__name__ != manifest.pipeline.class_name:
         raise IntegrityError(f"model_index.json names {index.get('_class_name')!r}, the manifest another pipeline")
-    quantized = {row.options["component"]: row.options for row in manifest.passes if row.name == "quantize"}
     parts: dict[str, Any] = {}
     for component, rows in manifest.weights.items():
         library, name = index[component]
         weights = read_weights(verified, rows)
-        parts[component] = build(folder / component, class_of(library, name), weights, quantized.get(component, {}))
+        passes = [row for row in manifest.passes if row.options.get("component") == component]
+        parts[component] = build(folder / component, class_of(library, name), weights, passes)
     return kind.from_pretrained(folder, local_files_only=True, **parts)
 
 
 def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: Any) -> None:
-    quantized = [str(row.options["component"]) for row in manifest.passes if row.name == "quantize"]
+    rows = [row.options for row in manifest.passes if row.name == "quantize"]
+    quantized = [str(options["component"]) for options in rows if options.get("backend") == "torchao"]
     if quantized and _to_disk(place, offload):
         raise Incompatible(
             f"diffusers cannot offload torchao weights to disk, and {', '.join(quantized)} has them. Load the bundle "

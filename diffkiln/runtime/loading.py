@@ -27,6 +27,8 @@ from diffkiln.runtime.weights import WeightStore
 log = logging.getLogger(__name__)
 
 CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
+#: In a component's folder of `pipeline/`: its layers that are stored in another form.
+LAYERS = "layers.json"
 
 
 def load(

@@ -6,6 +6,7 @@ weights. Classes come from diffusers and transformers alone; code that comes wit
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections import Counter
@@ -16,16 +17,12 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import GroupRow, Verified
+from diffkiln.bundle import GroupRow, PassRow, Verified
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
+from diffkiln.layers import drop_blocks, matching, merge_tokens, store_as_described
+from diffkiln.runtime.loading import LAYERS
 from diffkiln.runtime.weights import read_header
 
-#: What the quantize pass calls a type → torchao's configuration of it.
-_TORCHAO = {
-    "int8_weight_only": "Int8WeightOnlyConfig",
-    "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
-    "float8_weight_only": "Float8WeightOnlyConfig",
-}
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
 
 
@@ -47,28 +44,54 @@ def class_of(library: Any, name: Any) -> type:
 
 
 def build(
-    folder: Path, kind: type, weights: Mapping[str, torch.Tensor], quantized: Mapping[str, Any]
+    folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
 ) -> torch.nn.Module:
     """One module with its weights.
 
     Args:
-        folder: with its config.json.
+        folder: with its config.json, and layers.json where layers are stored in another form.
         kind: its class.
         weights: every tensor of the bundle's for it, by name.
-        quantized: options of the quantize pass that went over it; empty if none did.
+        passes: those that went over it, in order.
 
     Raises:
         IntegrityError: the bundle lacks a weight that the module has, or holds one that it does not.
     """
-    module = _skeleton(folder, kind, _build_type(weights))
-    plain = {_plain(name, module) for name in weights} if quantized else set(weights)
+    layers = _read_layers(folder)
+    module = _skeleton(folder, kind, _build_type(weights, layers))
+    _restructure(module, passes)
+    plain = {_plain(name, module) for name in weights}
     if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
         module.fuse_qkv_projections()  # type: ignore[operator]
-    _drop_missing(module, plain)
-    _put_all(module, _whole(module, weights, quantized))
-    if empty := [name for name, tensor in module.named_parameters() if tensor.is_meta]:
+    try:
+        store_as_described(module, layers)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise IntegrityError(f"{folder.name}/{LAYERS} does not fit {type(module).__name__}: {error}") from None
+    _drop_missing(module, {_plain(name, module) for name in weights})
+    _put_all(module, _whole(module, weights, [row for row in passes if row.name == "quantize"]))
+    if empty := [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]:
         raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
     return module.eval().requires_grad_(False)
+
+
+def _read_layers(folder: Path) -> dict[str, Any]:
+    file = folder / LAYERS
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise IntegrityError(f"{folder.name}/{LAYERS} is broken: {error}") from None
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{folder.name}/{LAYERS} is no table of layers")
+    return found
+
+
+def _restructure(module: torch.nn.Module, passes: Sequence[PassRow]) -> None:
+    """What passes did to the module that its weights do not show."""
+    for row in passes:
+        if row.name == "prune":
+            drop_blocks(module, row.options["blocks"])
+        elif row.name == "merge_tokens":
+            merge_tokens(module, row.options["ratio"], row.options["blocks"])
 
 
 def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
@@ -80,7 +103,7 @@ def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torc
             raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
             if raw.numel():
                 verified.read_into(row.file, memoryview(raw.numpy().data), offset + entry.start)
-            tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
+            tensors[name] = entry.of(raw)
     return tensors
 
 
@@ -106,13 +129,17 @@ def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Modu
         torch.set_default_dtype(before)
 
 
-def _build_type(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+def _build_type(weights: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> torch.dtype:
     """The floating type of most weights."""
     count: Counter[torch.dtype] = Counter()
     for name, tensor in weights.items():
-        if name.rpartition(".")[2] in ("scale", "zero_point"):
+        layer, _, leaf = name.rpartition(".")
+        if layer in layers and leaf.partition("_")[2]:
+            if leaf == "weight_data":
+                count[getattr(torch, str(layers[layer]["dtypes"]["weight"]))] += tensor.numel()
+        elif leaf in ("scale", "zero_point"):
             continue  # of quantized weights, with types of their own
-        if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        elif tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             count[tensor.dtype] += tensor.numel()
     return count.most_common(1)[0][0] if count else torch.float32
 
@@ -139,39 +166,45 @@ def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
 
 
 def _whole(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], quantized: Mapping[str, Any]
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], quantized: Sequence[PassRow]
 ) -> dict[str, torch.Tensor]:
-    """The weights with quantized ones put together again from the tensors that they are stored as."""
+    """The weights with torchao's put together again from the tensors that they are stored as."""
     known = module.state_dict().keys()
     whole = {name: tensor for name, tensor in weights.items() if name in known}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
         if name not in known:
             base, _, leaf = name.rpartition(".")
-            if not quantized or base not in known:
+            if base not in known:
                 raise IntegrityError(f"the bundle holds a weight {name!r} that {type(module).__name__} does not have")
             parts.setdefault(base, {})[leaf] = tensor
     for base, inner in parts.items():
-        whole[base] = _quantized(module.get_parameter(base), inner, quantized)
+        options = _options_of(base.rpartition(".")[0], quantized)
+        whole[base] = _joined(module.get_parameter(base), inner, options)
     return whole
 
 
-def _quantized(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
-    """torchao's tensor around what it was stored as. Its form is that of an empty layer, quantized the same way."""
+def _options_of(layer: str, quantized: Sequence[PassRow]) -> Mapping[str, Any]:
+    """The options of the quantize pass that chose this layer: the first one whose patterns do."""
+    for row in quantized:
+        chosen = matching([layer], row.options["include"]) and not matching([layer], row.options["exclude"])
+        if chosen and row.options["backend"] == "torchao":
+            return row.options
+    raise IntegrityError(f"the bundle holds quantized weights of {layer!r}, which no pass quantized")
+
+
+def _joined(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
     try:
-        import torchao.quantization
+        from diffkiln.layers import torchao
+
+        kind, granularity = str(options["type"]), str(options.get("granularity", "per_row"))
+        if kind not in torchao.TYPES:
+            raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
+        return torchao.joined(parameter, inner, kind, granularity)
     except ImportError:
         raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
-    if (kind := str(options.get("type"))) not in _TORCHAO:
-        raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
-    rows, columns = parameter.shape
-    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=parameter.dtype)
-    torchao.quantization.quantize_(layer, getattr(torchao.quantization, _TORCHAO[kind])(version=2))
-    names, form = layer.weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    if set(names) != set(inner):
-        raise Incompatible(f"torchao stores {kind} weights as {sorted(names)}, the bundle as {sorted(inner)}")
-    shape, stride = layer.weight.shape, layer.weight.stride()
-    return type(layer.weight).__tensor_unflatten__(dict(inner), form, shape, stride)  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise Incompatible(str(error)) from None
 
 
 def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -27,6 +27,9 @@ Key = tuple[str, str]
 #: Groups that are no blocks: what a component needs besides them, and what none of its programs reads.
 REST, UNUSED = "rest", "unused"
 
+#: In a file's metadata: the names of the tensors that lie as [N, H, W, C] and are used as [N, C, H, W].
+CHANNELS_LAST = "channels_last"
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -37,12 +40,18 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a safetensors file: dtype, shape, and its bytes [start, end) in the data."""
+    """One tensor of a safetensors file: dtype, shape as it lies there, and its bytes [start, end) in the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    channels_last: bool = False
+
+    def of(self, raw: torch.Tensor) -> torch.Tensor:
+        """The tensor, a view of its bytes."""
+        tensor = raw.view(self.dtype).reshape(self.shape)
+        return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
 
 
 @dataclass
@@ -72,18 +81,22 @@ def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, i
     data = size - 8 - length
     try:
         table = json.loads(verified.pread(path, length, 8))
-        entries = {name: _entry(row, data) for name, row in table.items() if name != "__metadata__"}
+        turned = json.loads(table.get("__metadata__", {}).get(CHANNELS_LAST, "[]"))
+        if not isinstance(turned, list) or any(len(table[name]["shape"]) != 4 for name in turned):
+            raise ValueError(f"{CHANNELS_LAST} must list tensors of four dimensions")
+        last = set(turned)
+        entries = {name: _entry(row, data, name in last) for name, row in table.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
     return entries, 8 + length, data
 
 
-def _entry(row: Mapping[str, Any], size: int) -> Entry:
+def _entry(row: Mapping[str, Any], size: int, channels_last: bool) -> Entry:
     dtype, (start, end) = _DTYPES[row["dtype"]], row["data_offsets"]
     shape = tuple(int(n) for n in row["shape"])
     if not 0 <= start <= end <= size or math.prod(shape) * dtype.itemsize != end - start or start % dtype.itemsize:
         raise ValueError(f"a tensor {row} that does not fit {size} bytes")
-    return Entry(dtype, shape, start, end)
+    return Entry(dtype, shape, start, end, channels_last)
 
 
 class WeightStore:
@@ -142,7 +155,7 @@ class WeightStore:
         entry = group.entries[weight]
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         self._verified.read_into(group.file, memoryview(raw.numpy().data), group.offset + entry.start)
-        return raw.view(entry.dtype).reshape(entry.shape).to(self.device)
+        return entry.of(raw).to(self.device)
 
     def follow(self, schedule: Sequence[Key]) -> Cursor:
         """Start a run that will use groups in this order."""
@@ -203,7 +216,7 @@ class WeightStore:
             self.groups_now += 1
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
-        return {name: flat[e.start : e.end].view(e.dtype).reshape(e.shape) for name, e in group.entries.items()}
+        return {name: entry.of(flat[entry.start : entry.end]) for name, entry in group.entries.items()}
 
     def _flat(self, group: Group) -> torch.Tensor:
         """The group's data as one buffer on the device."""

@@ -51,6 +51,12 @@ class Target:
     """Oldest CUDA version that the spec asks for."""
 
     @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability as numbers, such as (8, 9); (0, 0) for a CPU."""
+        major, _, minor = (self.compute_capability or "0.0").partition(".")
+        return int(major), int(minor)
+
+    @property
     def sm(self) -> str | None:
         """`sm_89` for compute capability 8.9; None for a CPU."""
         return f"sm_{self.compute_capability.replace('.', '')}" if self.compute_capability else None

@@ -1,0 +1,34 @@
+"""Layers and blocks in another form than the library builds them, in plain tensors and plain operations.
+
+Passes put them in, the recorder writes down what they do, and so a bundle needs none of the libraries that quantized
+it. `as_diffusers` builds the same modules again. Nothing here knows of specs, programs or bundles.
+"""
+
+from diffkiln.layers.blocks import drop_blocks, droppable_blocks, matching, repeated_blocks
+from diffkiln.layers.forms import FORMS, Cast, Form, FourBit, Int4, Int8, Sparse24
+from diffkiln.layers.layout import is_channels_last, to_channels_last
+from diffkiln.layers.merging import MOST, merge_tokens, self_attentions
+from diffkiln.layers.stored import Stored, described, store, store_as_described
+
+__all__ = [
+    "FORMS",
+    "MOST",
+    "Cast",
+    "Form",
+    "FourBit",
+    "Int4",
+    "Int8",
+    "Sparse24",
+    "Stored",
+    "described",
+    "drop_blocks",
+    "droppable_blocks",
+    "is_channels_last",
+    "matching",
+    "merge_tokens",
+    "repeated_blocks",
+    "self_attentions",
+    "store",
+    "store_as_described",
+    "to_channels_last",
+]

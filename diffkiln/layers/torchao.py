@@ -1,0 +1,74 @@
+"""torchao's tensors in linear layers. Nothing else of `layers` imports a library besides torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+#: Type → torchao's configuration of it, and the options that differ from its own defaults.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8_weight_only": ("Int8WeightOnlyConfig", {"version": 2}),
+    "int8_dynamic": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}),
+    "float8_weight_only": ("Float8WeightOnlyConfig", {"version": 2}),
+}
+TYPES = (*_CONFIGS, "float8_dynamic")
+
+
+def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_row") -> None:
+    """Give a linear layer a weight of torchao's, in place; ghosts and layers on the meta device too.
+
+    Args:
+        kind: one of `TYPES`.
+        granularity: of float8_dynamic.
+    """
+    if kind == "float8_dynamic":
+        layer.weight = torch.nn.Parameter(_float8_dynamic(layer.weight.detach(), granularity), requires_grad=False)
+        return
+    import torchao.quantization
+
+    name, options = _CONFIGS[kind]
+    torchao.quantization.quantize_(layer, getattr(torchao.quantization, name)(**options))
+
+
+def _float8_dynamic(weight: torch.Tensor, granularity: str) -> torch.Tensor:
+    """As torchao's Float8DynamicActivationFloat8WeightConfig makes it, with PyTorch's own kernel.
+
+    The configuration itself asks the GPU of the machine that compiles, which may have none.
+    """
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, PerRow, PerTensor
+    from torchao.quantization.quantize_.common import KernelPreference
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    grain = PerRow() if granularity == "per_row" else PerTensor()
+    kernel, dtype = KernelPreference.TORCH, torch.float8_e4m3fn
+    return Float8Tensor.from_hp(
+        weight,
+        float8_dtype=dtype,
+        granularity=grain,
+        mm_config=Float8MMConfig(use_fast_accum=True),
+        kernel_preference=kernel,
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(dtype, grain, kernel_preference=kernel),
+    )
+
+
+def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str, granularity: str) -> torch.Tensor:
+    """torchao's tensor around what it was stored as. Its form is that of an empty layer, quantized the same way.
+
+    Args:
+        parameter: the weight that it stands for, of which shape and type count.
+        parts: the plain tensors inside of it, by attribute.
+
+    Raises:
+        ValueError: torchao stores the type as other parts.
+    """
+    rows, columns = parameter.shape
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=parameter.dtype)
+    quantize_linear(layer, kind, granularity)
+    weight: Any = layer.weight
+    names, form = weight.__tensor_flatten__()
+    if set(names) != set(parts):
+        raise ValueError(f"torchao stores {kind} weights as {sorted(names)}, the bundle as {sorted(parts)}")
+    return type(weight).__tensor_unflatten__(dict(parts), form, weight.shape, weight.stride())

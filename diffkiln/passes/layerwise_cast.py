@@ -1,0 +1,97 @@
+"""Store the weights of layers in float8 and compute in the type that they had."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.layers import Cast, store
+from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.quantize import is_quantized
+from diffkiln.spec import Target
+
+
+class LayerwiseCast(Pass):
+    """Store the weights of linear layers, convolutions and embeddings in float8, and cast them when they are used.
+
+    It does what diffusers' `enable_layerwise_casting` does, and to the same layers: norms, patch and position
+    embeddings, and what a model declares to need its precision stay as they are. There is no scale, so small weights
+    lose more than they do by `quantize` with float8_weight_only.
+    """
+
+    name: ClassVar[str] = "layerwise_cast"
+    summary: ClassVar[str] = "store weights in float8, compute in their own type"
+    restructures: ClassVar[bool] = True
+    requires_not: ClassVar = {
+        "sparse": "sparsify has stored the weights as half of their values. Choose one of the two",
+        "gguf": "a GGUF file has quantized weights already. Give the original weights, or leave them as they are",
+    }
+
+    storage: Literal["float8_e4m3fn", "float8_e5m2"] = Field(
+        "float8_e4m3fn", description="The type that the weights are stored in."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Regular expressions, as diffusers takes them, of names of further layers to leave alone."
+    )
+
+    def provides(self) -> Iterable[Fact]:
+        return [Fact("stored_smaller", self.component, self.name)]
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        for index, pattern in enumerate(self.exclude):
+            try:
+                found = any(re.search(pattern, name) for name, _ in module.named_modules())
+            except re.error as error:
+                yield Problem(f"{where}.exclude[{index}]", f"{pattern!r} is no regular expression: {error}")
+                return
+            if not found:
+                reason = f"the expression {pattern!r} matches no layer of {self.component}"
+                yield Problem(f"{where}.exclude[{index}]", reason)
+        if not self._layers(module):
+            yield Problem(where, f"no layer of {self.component} is left to store in a smaller type", "Remove it.")
+
+    def _layers(self, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """As diffusers chooses them: supported layers that no skipped name leads to."""
+        from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as SUPPORTED
+        from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+        skipped = [*DEFAULT_SKIP_MODULES_PATTERN, *self.exclude]
+        skipped += getattr(module, "_keep_in_fp32_modules", None) or ()
+        skipped += getattr(module, "_skip_layerwise_casting_patterns", None) or ()
+        pattern = re.compile("|".join(f"(?:{text})" for text in skipped))
+        owners: dict[int, int] = {}
+        for part in module.modules():
+            for tensor in part._parameters.values():
+                owners[id(tensor)] = owners.get(id(tensor), 0) + 1
+        found: dict[str, torch.nn.Module] = {}
+
+        def walk(part: torch.nn.Module, name: str) -> None:
+            if pattern.search(name):
+                return
+            if isinstance(part, SUPPORTED):
+                weight = part._parameters.get("weight")
+                plain = not is_quantized(part) and weight is not None and weight.is_floating_point()
+                if plain and weight.itemsize > 1 and owners[id(weight)] == 1:
+                    found[name] = part
+                return
+            for child, inner in part.named_children():
+                walk(inner, f"{name}.{child}" if name else child)
+
+        walk(module, "")
+        return found
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        layers = self._layers(module)
+        count = 0
+        for layer in layers.values():
+            tensors = {name: layer._parameters[name] for name in Cast.stores if layer._parameters.get(name) is not None}
+            dtype = getattr(torch, self.storage)
+            count += sum(tensor.numel() for tensor in tensors.values())
+            parts = {f"{name}_data": tensor.detach().to(dtype) for name, tensor in tensors.items()}
+            store(layer, Cast(self.storage), parts)
+        return [f"{len(layers)} layers, {count} weights to {self.storage}"] if layers else []

@@ -1,0 +1,52 @@
+"""Let a UNet's self-attention run over fewer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.layers import MOST, matching, merge_tokens, repeated_blocks, self_attentions
+from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.spec import Target
+
+
+class MergeTokens(Pass):
+    """Merge similar tokens before self-attention in a UNet's transformer blocks, and part them after it (ToMe).
+
+    Attention over fewer tokens is faster where there are many, and the image changes a little. Which tokens are merged
+    is decided by their likeness at each call, in tensor operations of fixed shapes.
+    """
+
+    name: ClassVar[str] = "merge_tokens"
+    summary: ClassVar[str] = "token merging in a UNet's self-attention"
+
+    ratio: Annotated[float, Field(gt=0, le=MOST)] = Field(0.5, description="Share of the tokens that are merged.")
+    blocks: tuple[str, ...] = Field(
+        ("*",), description="Patterns of the names of the blocks, such as down_blocks.0.*; those with many tokens gain."
+    )
+
+    def provides(self) -> Iterable[Fact]:
+        return [Fact("tokens_merged", self.component, self.name)]
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        if not isinstance(module, UNet2DConditionModel):
+            yield Problem(where, f"merge_tokens is for UNets, and {type(module).__name__} is none", "Remove it.")
+            return
+        names = [name for name, _ in repeated_blocks(module)]
+        for index, pattern in enumerate(self.blocks):
+            if not matching(names, [pattern]):
+                mend = f"It has {names[0]} to {names[-1]}." if names else ""
+                reason = f"the pattern {pattern!r} matches no block of {self.component}"
+                yield Problem(f"{where}.blocks[{index}]", reason, mend)
+        if not self_attentions(module, self.blocks):
+            yield Problem(where, f"no block of {self.component} has self-attention to merge tokens for", "Remove it.")
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        names = merge_tokens(module, self.ratio, self.blocks)
+        return [f"{len(names)} self-attentions merge {self.ratio:.0%} of their tokens"] if names else []

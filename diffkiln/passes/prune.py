@@ -1,0 +1,64 @@
+"""Drop blocks of a component."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.layers import drop_blocks, droppable_blocks, matching
+from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.spec import Target
+
+
+class Prune(Pass):
+    """Drop repeated blocks by name; those after them move up.
+
+    A block can go where the model runs a list of blocks one after the other, each on the result of the one before.
+    """
+
+    name: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "drop blocks by name"
+    restructures: ClassVar[bool] = True
+
+    blocks: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        description="Patterns of the names of the blocks to drop, such as transformer_blocks.3."
+    )
+
+    def provides(self) -> Iterable[Fact]:
+        return [Fact("pruned", self.component, self.name)]
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        blocks = droppable_blocks(module)
+        if not blocks:
+            yield Problem(where, f"{type(module).__name__} has no list of repeated blocks to drop from", "Remove it.")
+            return
+        names = list(blocks)
+        for index, pattern in enumerate(self.blocks):
+            if not matching(names, [pattern]):
+                mend = f"It has {names[0]} to {names[-1]}."
+                yield Problem(
+                    f"{where}.blocks[{index}]", f"the pattern {pattern!r} matches no block of {self.component}", mend
+                )
+        gone = matching(names, self.blocks)
+        for home in sorted({name.rpartition(".")[0] for name in gone}):
+            inside = [name for name in names if name.rpartition(".")[0] == home]
+            if set(inside) <= set(gone):
+                yield Problem(where, f"nothing would be left of {home}", "Keep one of its blocks.")
+            if skipping := [name for name in inside if "skip" in inspect.signature(blocks[name].forward).parameters]:
+                yield Problem(
+                    where,
+                    f"{home} is no chain: blocks of it, such as {skipping[-1]}, take what others skip to them",
+                    "Remove it.",
+                )
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        before = sum(tensor.numel() for tensor in module.parameters())
+        total = len(droppable_blocks(module))
+        gone = drop_blocks(module, self.blocks)
+        dropped = before - sum(tensor.numel() for tensor in module.parameters())
+        return [f"{len(gone)} of {total} blocks dropped, {dropped} weights"] if gone else []
