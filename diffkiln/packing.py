@@ -32,11 +32,11 @@ from diffkiln.errors import MissingDependency, RecordError
 from diffkiln.exporters.base import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
+from diffkiln.layers import described, is_channels_last, repeated_blocks
 from diffkiln.passes.base import CompileRequest
 from diffkiln.passes.manager import Ran
 from diffkiln.passes.registry import Placed
 from diffkiln.program import Program, dumps, module_to_json, program_to_json
-from diffkiln.layers import described, is_channels_last, repeated_blocks
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording, Request, defaults
 from diffkiln.record.source import SourceModel

@@ -7,7 +7,7 @@ fourth token of the sequence is one that others may be merged into; nothing is d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ class _Pairs:
     def __init__(self, tokens: torch.Tensor, count: int) -> None:
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
-        self.length, self.count = length, count
         self.kept = positions[::STRIDE]
         self.others = positions[positions % STRIDE != 0]
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
@@ -64,13 +63,11 @@ class _Pairs:
 
     def unmerge(self, tokens: torch.Tensor) -> torch.Tensor:
         """The way back: a token that was merged takes the result of the one that it was merged into."""
-        batch, _, channels = tokens.shape
-        staying, kept = tokens[:, : self.staying.shape[1]], tokens[:, self.staying.shape[1] :]
-        moved = kept.gather(1, _wide(self.into, channels))
-        result = tokens.new_zeros((batch, self.length, channels))
-        result = result.index_copy(1, self.kept, kept)
-        result = result.scatter(1, _wide(self.others[self.staying], channels), staying)
-        return result.scatter(1, _wide(self.others[self.gone], channels), moved)
+        channels = tokens.shape[-1]
+        moved = tokens[:, self.staying.shape[1] :].gather(1, _wide(self.into, channels))
+        kept = self.kept.expand(tokens.shape[0], -1)
+        positions = torch.cat((self.others[self.staying], kept, self.others[self.gone]), dim=1)
+        return torch.cat((tokens, moved), dim=1).gather(1, _wide(positions.argsort(dim=1), channels))
 
 
 def _wide(index: torch.Tensor, channels: int) -> torch.Tensor:
@@ -97,6 +94,6 @@ def merge_tokens(module: torch.nn.Module, ratio: float, patterns: Sequence[str])
     return list(chosen)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _class(base: type) -> type:
     return type(base.__name__, (Merging, base), {})

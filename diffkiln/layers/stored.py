@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def store(layer: torch.nn.Module, form: Form, parts: Mapping[str, torch.Tensor] 
     layer.form, layer.stored = form, stored  # type: ignore[assignment]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _class(base: type, bias: bool) -> type:
     return type(base.__name__, (StoredWithBias if bias else Stored, base), {})
 

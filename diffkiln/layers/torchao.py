@@ -11,9 +11,8 @@ import torch
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8_weight_only": ("Int8WeightOnlyConfig", {"version": 2}),
     "int8_dynamic": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}),
-    "float8_weight_only": ("Float8WeightOnlyConfig", {"version": 2}),
 }
-TYPES = (*_CONFIGS, "float8_dynamic")
+TYPES = (*_CONFIGS, "float8_weight_only", "float8_dynamic")
 
 
 def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_row") -> None:
@@ -23,19 +22,22 @@ def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_r
         kind: one of `TYPES`.
         granularity: of float8_dynamic.
     """
-    if kind == "float8_dynamic":
-        layer.weight = torch.nn.Parameter(_float8_dynamic(layer.weight.detach(), granularity), requires_grad=False)
-        return
-    import torchao.quantization
+    if kind in _CONFIGS:
+        import torchao.quantization
 
-    name, options = _CONFIGS[kind]
-    torchao.quantization.quantize_(layer, getattr(torchao.quantization, name)(**options))
+        name, options = _CONFIGS[kind]
+        torchao.quantization.quantize_(layer, getattr(torchao.quantization, name)(**options))
+    else:
+        grain = granularity if kind == "float8_dynamic" else "per_row"
+        weight = _float8(layer.weight.detach(), grain, dynamic=kind == "float8_dynamic")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _float8_dynamic(weight: torch.Tensor, granularity: str) -> torch.Tensor:
-    """As torchao's Float8DynamicActivationFloat8WeightConfig makes it, with PyTorch's own kernel.
+def _float8(weight: torch.Tensor, granularity: str, *, dynamic: bool) -> torch.Tensor:
+    """As torchao's configurations for float8 make it, with PyTorch's own kernel, and two differences.
 
-    The configuration itself asks the GPU of the machine that compiles, which may have none.
+    Rows of zeros, which those turn into NaN, stay zeros. And they ask the GPU of the machine that compiles, which may
+    have none.
     """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
@@ -43,15 +45,13 @@ def _float8_dynamic(weight: torch.Tensor, granularity: str) -> torch.Tensor:
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
     grain = PerRow() if granularity == "per_row" else PerTensor()
-    kernel, dtype = KernelPreference.TORCH, torch.float8_e4m3fn
-    return Float8Tensor.from_hp(
-        weight,
-        float8_dtype=dtype,
-        granularity=grain,
-        mm_config=Float8MMConfig(use_fast_accum=True),
-        kernel_preference=kernel,
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(dtype, grain, kernel_preference=kernel),
-    )
+    # The least magnitude that a scale is made for: its 448th part must be a number of the weight's type.
+    least = torch.finfo(torch.float16).tiny if weight.dtype == torch.float16 else 1e-12
+    common = {"float8_dtype": torch.float8_e4m3fn, "granularity": grain, "hp_value_lb": least}
+    common["kernel_preference"] = KernelPreference.TORCH
+    activations = QuantizeTensorToFloat8Kwargs(**common) if dynamic else None
+    config = Float8MMConfig(use_fast_accum=True) if dynamic else None
+    return Float8Tensor.from_hp(weight, mm_config=config, act_quant_kwargs=activations, **common)
 
 
 def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str, granularity: str) -> torch.Tensor:

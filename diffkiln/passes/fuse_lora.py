@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.errors import Problem, SourceError
 from diffkiln.passes.base import Fact, Pass, Plan
@@ -101,7 +102,9 @@ class FuseLoRA(Pass):
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         if find_spec("peft") is None:
-            yield Problem(where, "peft is not installed, which adds adapters to weights", "pip install 'diffkiln[lora]'")
+            yield Problem(
+                where, "peft is not installed, which adds adapters to weights", "pip install 'diffkiln[lora]'"
+            )
             return
         if not callable(getattr(self._pipeline_class, "lora_state_dict", None)):
             yield Problem(where, f"diffusers loads no adapters into a {plan.class_name}", "Remove it.")
@@ -125,7 +128,9 @@ class FuseLoRA(Pass):
                     "Give an adapter that was trained on this model.",
                 )
 
-    def _layers(self, module: torch.nn.Module, found: _Found) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
+    def _layers(
+        self, module: torch.nn.Module, found: _Found
+    ) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
         """What an adapter changes of the component, layer → part → shape; and for which other components it is."""
         state, _, _ = self._state(module, found)
         own = {key.removeprefix(f"{self.component}."): t for key, t in state.items() if _of(key, self.component)}
@@ -146,7 +151,7 @@ class FuseLoRA(Pass):
             options["return_alphas"] = True
         if "unet_config" in parameters and self.component == "unet":
             options["unet_config"] = module.config
-        with quiet_libraries():
+        with quiet_libraries(), _disable_current_modes():  # the tensors of the file are real, also beside ghosts
             state, *rest = read(str(found.path.parent), return_lora_metadata=True, **options)
         return state, rest[0] if len(rest) == 2 else None, rest[-1]
 
@@ -156,29 +161,27 @@ class FuseLoRA(Pass):
         layers = [self._layers(module, found)[0] for found in self._found]
         touched = {name for row in layers for name in row}
         if not any(is_ghost(tensor) for tensor in module.parameters()):
-            with quiet_libraries():
-                self._fuse(module)
+            for adapter, found in zip(self.adapters, self._found, strict=True):
+                with quiet_libraries():
+                    self._fuse(module, adapter, found)
         return [f"{len(layers)} adapters added to {len(touched)} layers"] if touched else []
 
-    def _fuse(self, module: torch.nn.Module) -> None:
+    def _fuse(self, module: torch.nn.Module, adapter: Adapter, found: _Found) -> None:
+        """Add one adapter, by the library, and take the library's layers out again."""
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        names = [f"adapter_{index}" for index in range(len(self._found))]
-        for name, found in zip(names, self._found, strict=True):
-            state, alphas, metadata = self._state(module, found)
-            options: dict[str, Any] = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
-            if callable(getattr(module, "load_lora_adapter", None)):
-                module.load_lora_adapter(state, prefix=self.component, **options)  # type: ignore[operator]
-            else:
-                load = self._pipeline_class.load_lora_into_text_encoder
-                load(state, text_encoder=module, prefix=self.component, **options)
-        for layer in list(module.modules()):
-            if isinstance(layer, BaseTunerLayer):
-                for name, adapter in zip(names, self.adapters, strict=True):
-                    if name in layer.scaling:
-                        layer.set_scale(name, adapter.scale)
-                layer.merge(safe_merge=True, adapter_names=names)
+        state, alphas, metadata = self._state(module, found)
+        options: dict[str, Any] = {"network_alphas": alphas, "adapter_name": self.name, "metadata": metadata}
+        if callable(getattr(module, "load_lora_adapter", None)):
+            module.load_lora_adapter(state, prefix=self.component, **options)  # type: ignore[operator]
+        else:
+            load = self._pipeline_class.load_lora_into_text_encoder
+            load(state, text_encoder=module, prefix=self.component, **options)
+        tuned: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in tuned:
+            layer.set_scale(self.name, adapter.scale)
+            layer.merge(safe_merge=True, adapter_names=[self.name])
         recurse_remove_peft_layers(module)
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             module.__dict__.pop(attribute, None)

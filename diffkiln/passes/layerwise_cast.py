@@ -53,7 +53,9 @@ class LayerwiseCast(Pass):
                 reason = f"the expression {pattern!r} matches no layer of {self.component}"
                 yield Problem(f"{where}.exclude[{index}]", reason)
         if not self._layers(module):
-            yield Problem(where, f"no layer of {self.component} is left to store in a smaller type", "Remove it.")
+            taken = any(is_quantized(part) for part in module.modules())
+            why = ", since quantize has taken them all" if taken else ""
+            yield Problem(where, f"layerwise_cast finds no layer of {self.component} to store in a smaller type{why}")
 
     def _layers(self, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """As diffusers chooses them: supported layers that no skipped name leads to."""
@@ -75,9 +77,9 @@ class LayerwiseCast(Pass):
                 return
             if isinstance(part, SUPPORTED):
                 weight = part._parameters.get("weight")
-                plain = not is_quantized(part) and weight is not None and weight.is_floating_point()
-                if plain and weight.itemsize > 1 and owners[id(weight)] == 1:
-                    found[name] = part
+                if weight is not None and not is_quantized(part) and owners[id(weight)] == 1:
+                    if weight.is_floating_point() and weight.itemsize > 1:
+                        found[name] = part
                 return
             for child, inner in part.named_children():
                 walk(inner, f"{name}.{child}" if name else child)
@@ -89,7 +91,7 @@ class LayerwiseCast(Pass):
         layers = self._layers(module)
         count = 0
         for layer in layers.values():
-            tensors = {name: layer._parameters[name] for name in Cast.stores if layer._parameters.get(name) is not None}
+            tensors = {name: t for name in Cast.stores if (t := layer._parameters.get(name)) is not None}
             dtype = getattr(torch, self.storage)
             count += sum(tensor.numel() for tensor in tensors.values())
             parts = {f"{name}_data": tensor.detach().to(dtype) for name, tensor in tensors.items()}

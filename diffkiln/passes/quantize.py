@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.errors import Problem
 from diffkiln.layers import Stored
@@ -86,8 +88,9 @@ class Quantize(Pass):
 
     def options(self) -> dict[str, Any]:
         """The options as JSON, without those that say nothing about the type."""
-        unused = set(_OPTIONAL) - set(self.quantizer.options[self.type])
-        return self.model_dump(mode="json", exclude=unused)
+        used = self.quantizer.options[self.type]
+        written = self.model_dump(mode="json")
+        return {key: value for key, value in written.items() if key not in _OPTIONAL or key in used}
 
     def provides(self) -> Iterable[Fact]:
         yield Fact("quantized", self.component, self.name)
@@ -103,7 +106,9 @@ class Quantize(Pass):
             yield Problem(f"{where}.type", reason, mend)
         yield from self._useless_patterns(module, layers, where)
         if not self._chosen(layers):
-            yield Problem(where, f"no linear layer of {self.component} is left to quantize")
+            unfit = any(self.chosen(name) for name in layers)
+            why = f": {self.type} does not hold their shapes" if unfit else ""
+            yield Problem(where, f"no linear layer of {self.component} is left to quantize{why}")
 
     def _useless_patterns(self, module: torch.nn.Module, layers: Layers, where: str) -> Iterator[Problem]:
         everything = [name for name, _ in module.named_modules()]
@@ -156,12 +161,10 @@ def _weights(layers: Layers) -> int:
 
 def is_quantized(part: torch.nn.Module) -> bool:
     """Whether a layer's weight is no plain tensor any more."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     weight = part._parameters.get("weight")
-    if weight is not None and hasattr(weight, "fake_mode"):
-        return False
-    return isinstance(part, Stored) or (weight is not None and is_traceable_wrapper_subclass(weight))
+    if weight is None:
+        return isinstance(part, Stored)
+    return not isinstance(weight, FakeTensor) and is_traceable_wrapper_subclass(weight)
 
 
 def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:

@@ -114,7 +114,7 @@ def _spread(
     if "component" in common:
         problems.append(Problem(f"{where}.component", "names one component beside a mapping of several", "Remove it."))
     elif not isinstance(mapping, dict) or not mapping or not all(isinstance(row, dict) for row in mapping.values()):
-        reason = "must give options for each component, such as {\"transformer\": {\"type\": \"int8_weight_only\"}}"
+        reason = 'must give options for each component, such as {"transformer": {"type": "int8_weight_only"}}'
         problems.append(Problem(f"{where}.mapping", reason))
     else:
         for component, row in mapping.items():

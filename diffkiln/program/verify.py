@@ -174,9 +174,8 @@ def verify_types(program: Program, callee: Mapping[str, Program]) -> None:
         where = f"program {program.name!r}, operation {index} ({op.name})"
         for ref, item in zip(refs(op.args), target.inputs, strict=True):
             if program.types[ref.name] != item.type:
-                raise VerifyError(
-                    f"{where}: {ref.name} is {program.types[ref.name]}, {item.name} of {target.name!r} takes {item.type}"
-                )
+                found = program.types[ref.name]
+                raise VerifyError(f"{where}: {ref.name} is {found}, {item.name} of {target.name!r} takes {item.type}")
         for name, ref in zip(op.outputs, target.outputs, strict=True):
             if program.types[name] != target.types[ref.name]:
                 raise VerifyError(

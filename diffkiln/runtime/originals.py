@@ -43,9 +43,7 @@ def class_of(library: Any, name: Any) -> type:
     return kind
 
 
-def build(
-    folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
-) -> torch.nn.Module:
+def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]) -> torch.nn.Module:
     """One module with its weights.
 
     Args:
@@ -88,10 +86,11 @@ def _read_layers(folder: Path) -> dict[str, Any]:
 def _restructure(module: torch.nn.Module, passes: Sequence[PassRow]) -> None:
     """What passes did to the module that its weights do not show."""
     for row in passes:
+        options: Any = row.options
         if row.name == "prune":
-            drop_blocks(module, row.options["blocks"])
+            drop_blocks(module, options["blocks"])
         elif row.name == "merge_tokens":
-            merge_tokens(module, row.options["ratio"], row.options["blocks"])
+            merge_tokens(module, options["ratio"], options["blocks"])
 
 
 def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
@@ -187,9 +186,10 @@ def _whole(
 def _options_of(layer: str, quantized: Sequence[PassRow]) -> Mapping[str, Any]:
     """The options of the quantize pass that chose this layer: the first one whose patterns do."""
     for row in quantized:
-        chosen = matching([layer], row.options["include"]) and not matching([layer], row.options["exclude"])
-        if chosen and row.options["backend"] == "torchao":
-            return row.options
+        options: Any = row.options
+        chosen = matching([layer], options["include"]) and not matching([layer], options["exclude"])
+        if chosen and options["backend"] == "torchao":
+            return options
     raise IntegrityError(f"the bundle holds quantized weights of {layer!r}, which no pass quantized")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,10 +18,12 @@ from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.ghosts import ghost_pipeline, load_module
 from diffkiln.record.source import SourceModel, open_source
-from diffkiln.spec import PassEntry, Source, TargetSpec, resolve_target
+from diffkiln.spec import PassEntry, Source, Target, TargetSpec, resolve_target
 from tests.pipelines import build_folder
 
 CPU = resolve_target(TargetSpec(device="cpu"))
+H200 = resolve_target(TargetSpec(device="cuda", gpu="nvidia-h200"))
+A100 = resolve_target(TargetSpec(device="cuda", gpu="nvidia-a100-80gb-sxm"))
 
 
 @cache
@@ -48,9 +52,15 @@ def placed(*passes: dict[str, Any]) -> list[Placed]:
     return read_passes([PassEntry.model_validate(item) for item in passes])
 
 
-def checked(plan: Plan, *passes: dict[str, Any]) -> list[Placed]:
-    steps = placed(*passes)
-    manager.check(plan, steps, [CPU])
+def prepared(class_name: str, *passes: dict[str, Any]) -> list[Placed]:
+    """The passes with their files found, as the compiler does it."""
+    kind = getattr(diffusers, class_name)
+    return [replace(item, step=item.step.prepare(Path.cwd(), kind)) for item in placed(*passes)]
+
+
+def checked(plan: Plan, *passes: dict[str, Any], target: Target = CPU) -> list[Placed]:
+    steps = prepared(plan.class_name, *passes)
+    manager.check(plan, steps, [target])
     return steps
 
 
@@ -58,10 +68,12 @@ def types(module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dty
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights_of(module)}
 
 
-def both(family: str, component: str, *passes: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module]:
+def both(
+    family: str, component: str, *passes: dict[str, Any], target: Target = CPU
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The ghost and the real module after the passes."""
     plan, fake = ghost(family)
-    steps = checked(plan, *passes)
+    steps = checked(plan, *passes, target=target)
     plan, _ = manager.run(plan, steps, fake)
     module = real(family, component)
     manager.apply(module, component, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -57,6 +57,7 @@ def _four_bit(layer: torch.nn.Linear, settings: Settings) -> None:
         return store(layer, form)
     from bitsandbytes.functional import quantize_4bit
 
+    state: Any
     packed, state = quantize_4bit(
         layer.weight.detach(),
         blocksize=form.block_size,

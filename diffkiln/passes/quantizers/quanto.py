@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,6 @@ def _int8(layer: torch.nn.Linear) -> None:
 
     weight = layer.weight.detach()
     scale = absmax_scale(weight, qint8, axis=0)
-    quantized = quantize_weight(weight, qtype=qint8, axis=0, scale=scale, optimized=False)
+    quantized: Any = quantize_weight(weight, qtype=qint8, axis=0, scale=scale, optimized=False)
     parts = {"weight_data": quantized._data, "weight_scale": quantized._scale.to(torch.float32)}
     return store(layer, Int8(), parts)

@@ -70,7 +70,13 @@ def _int4(layer: torch.nn.Linear, group_size: int) -> None:
 
     twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     twin.weight = layer.weight
-    quantize_(twin, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size)))
+    quantize_(
+        twin,
+        IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, "int4"),  # noqa: B009  (torch's stubs lack it)
+            granularity=PerGroup(group_size),
+        ),
+    )
     numbers = (twin.weight.qdata + 8).to(torch.uint8)  # type: ignore[union-attr]
     packed = numbers[:, 0::2] | (numbers[:, 1::2] << 4)
     scale = twin.weight.scale.to(layer.weight.dtype)  # type: ignore[union-attr, operator]

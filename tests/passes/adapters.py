@@ -1,0 +1,39 @@
+"""LoRA adapters for tiny pipelines, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+
+def adapter(
+    path: Path, module: torch.nn.Module, prefix: str, *, ending: str = "to_q", rank: int = 4, seed: int = 0
+) -> Path:
+    """Save an adapter of the layers whose names end so, under the names that diffusers saves."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(ending):
+            down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+            up = torch.randn(layer.out_features, rank, generator=generator) * rank**-0.5
+            state[f"{prefix}.{name}.lora_A.weight"], state[f"{prefix}.{name}.lora_B.weight"] = down, up
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def kohya(path: Path, module: torch.nn.Module, *, ending: str = "to_q", rank: int = 4, alpha: float = 2.0) -> Path:
+    """The same for a UNet in the format of kohya's scripts, which has alphas."""
+    generator = torch.Generator().manual_seed(7)
+    state: dict[str, Any] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(ending):
+            key = "lora_unet_" + name.replace(".", "_")
+            state[f"{key}.lora_down.weight"] = torch.randn(rank, layer.in_features, generator=generator) * 0.1
+            state[f"{key}.lora_up.weight"] = torch.randn(layer.out_features, rank, generator=generator) * 0.1
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+    safetensors.torch.save_file(state, path)
+    return path

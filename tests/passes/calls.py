@@ -1,0 +1,61 @@
+"""How a pipeline calls its denoiser, and what a changed module gives for that call, as it is and as a program."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.record.components import Callee, record_component
+from diffkiln.record.structure import flatten, unflatten
+from diffkiln.record.tape import Constants
+from diffkiln.verification import compare_component
+from tests.pipelines import FAMILIES
+
+
+class _Seen(Exception):
+    """The call that was waited for."""
+
+
+@cache
+def call_of(family: str, component: str) -> tuple[list[Any], Any]:
+    """The flattened arguments of the component's first call in the family's pipeline."""
+    pipe = FAMILIES[family].build()
+    seen: list[Any] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        raise _Seen
+
+    getattr(pipe, component).forward = forward
+    try:
+        pipe(prompt="a prompt", generator=torch.Generator().manual_seed(0), **FAMILIES[family].call)
+    except _Seen:
+        pass
+    return flatten(seen[0])
+
+
+def result_of(module: torch.nn.Module, leaves: list[Any], structure: Any) -> torch.Tensor:
+    """The first tensor that the module gives, in its own type and as float32."""
+    dtype = next(tensor.dtype for tensor in module.parameters() if tensor.is_floating_point() and tensor.itemsize > 1)
+    cast = [leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    args, kwargs = unflatten(cast, structure)
+    with torch.inference_mode():
+        found = flatten(module(*args, **kwargs))[0]
+    return next(leaf for leaf in found if isinstance(leaf, torch.Tensor)).float()
+
+
+def replays(ghost: torch.nn.Module, module: torch.nn.Module, fake: FakeTensorMode, leaves: list[Any], structure: Any):
+    """The component's program gives bit for bit what the module gives; raises VerifyError if not."""
+    constants = Constants()
+    callee = Callee("tried", "forward", ghost, ghost.forward, leaves, structure, ([], None))
+    recorded = record_component([callee], fake, constants)
+    compare_component(callee, module, recorded, leaves, constants.tensors)
+    return recorded
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative L2."""
+    return float((found - wanted).norm() / wanted.norm())
