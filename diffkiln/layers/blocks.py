@@ -29,7 +29,10 @@ def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]
 
 
 def droppable_blocks(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The repeated blocks that stand in a list, by name: those that a model runs one after the other."""
+    """The blocks that diffusers declares to be repeated and that stand in a list, by name: a model runs them one after
+    the other."""
+    if not getattr(module, "_repeated_blocks", None):
+        return {}
     lists = {name for name, part in module.named_modules() if isinstance(part, torch.nn.ModuleList)}
     return {name: block for name, block in repeated_blocks(module) if name.rpartition(".")[0] in lists}
 

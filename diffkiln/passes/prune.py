@@ -35,7 +35,7 @@ class Prune(Pass):
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         blocks = droppable_blocks(module)
         if not blocks:
-            yield Problem(where, f"{type(module).__name__} has no list of repeated blocks to drop from", "Remove it.")
+            yield Problem(where, f"{type(module).__name__} declares no repeated blocks to drop from", "Remove it.")
             return
         names = list(blocks)
         for index, pattern in enumerate(self.blocks):

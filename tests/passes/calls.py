@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkiln.program import Module
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Constants
@@ -30,25 +33,29 @@ def call_of(family: str, component: str) -> tuple[list[Any], Any]:
         raise _Seen
 
     getattr(pipe, component).forward = forward
-    try:
+    with contextlib.suppress(_Seen), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries themselves
         pipe(prompt="a prompt", generator=torch.Generator().manual_seed(0), **FAMILIES[family].call)
-    except _Seen:
-        pass
     return flatten(seen[0])
 
 
+def cast(leaves: list[Any], dtype: torch.dtype) -> list[Any]:
+    """The arguments with their floating tensors in another type."""
+    return [leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+
+
 def result_of(module: torch.nn.Module, leaves: list[Any], structure: Any) -> torch.Tensor:
-    """The first tensor that the module gives, in its own type and as float32."""
-    dtype = next(tensor.dtype for tensor in module.parameters() if tensor.is_floating_point() and tensor.itemsize > 1)
-    cast = [leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
-    args, kwargs = unflatten(cast, structure)
+    """The first tensor that the module gives, as float32."""
+    args, kwargs = unflatten(list(leaves), structure)
     with torch.inference_mode():
         found = flatten(module(*args, **kwargs))[0]
     return next(leaf for leaf in found if isinstance(leaf, torch.Tensor)).float()
 
 
-def replays(ghost: torch.nn.Module, module: torch.nn.Module, fake: FakeTensorMode, leaves: list[Any], structure: Any):
-    """The component's program gives bit for bit what the module gives; raises VerifyError if not."""
+def replays(
+    ghost: torch.nn.Module, module: torch.nn.Module, fake: FakeTensorMode, leaves: list[Any], structure: Any
+) -> Module:
+    """The component's program, which gives bit for bit what the module gives; raises VerifyError if it does not."""
     constants = Constants()
     callee = Callee("tried", "forward", ghost, ghost.forward, leaves, structure, ([], None))
     recorded = record_component([callee], fake, constants)
