@@ -53,7 +53,7 @@ else:
     told = {"check": time.perf_counter() - started, "after_check": peak()}
     started = time.perf_counter()
     with quiet_libraries():
-        record(checked.pipe, checked.requests, checked.fake, Constants())
+        record(checked.pipe, checked.requests, Constants())
     told["record"] = time.perf_counter() - started
 print(json.dumps(told | {"imported": imported, "peak": peak()}))
 """

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
 from diffkiln.errors import PassError, Problem, RecordError
@@ -32,7 +31,7 @@ from diffkiln.packing import (
     weights_used,
 )
 from diffkiln.passes import manager
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import Fact, Plan
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
@@ -64,7 +63,6 @@ class Checked:
     source: SourceModel
     requests: tuple[Request, ...]
     placed: tuple[Placed, ...]
-    fake: FakeTensorMode
     pipe: Any
     plan: Plan
     report: tuple[manager.Ran, ...]
@@ -111,17 +109,16 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     home = _base(spec, base)
     source = open_source(parsed.source, home)
     placed = [replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in placed]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    pipe = ghost_pipeline(source, fake, parsed.source.dtype)
+    pipe = ghost_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = requests_of(parsed, pipe)
-    plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules})
-    manager.check(plan, placed, targets, _runtime_problems(parsed, targets))
+    facts = frozenset(Fact("gguf", name, "source.gguf") for name in source.gguf)
+    plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules}, facts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    plan, report = manager.run(plan, placed, fake)
+    plan, report = manager.run(plan, placed, targets, _runtime_problems(parsed, targets))
     after = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     return Checked(
-        parsed, targets, source, tuple(requests), tuple(placed), fake, pipe, plan, tuple(report), before, after,
+        parsed, targets, source, tuple(requests), tuple(placed), pipe, plan, tuple(report), before, after,
         tuple(source.notices),
     )  # fmt: skip
 
@@ -157,7 +154,7 @@ def compile(
         notices = list(checked.notices)
         with steps("record"), quiet_libraries():
             recording = _record(checked, notices)
-        verification = Verification(checked.pipe, checked.fake, recording)
+        verification = Verification(checked.pipe, recording)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("verify the recording"), quiet_libraries():
             for index, request in enumerate(checked.requests if recording.calls else ()):
@@ -182,7 +179,7 @@ def compile(
 def _record(checked: Checked, notices: list[str]) -> Recording:
     """The recording; one that is empty and says why, where the spec lets the bundle run as diffusers."""
     try:
-        recording = record(checked.pipe, checked.requests, checked.fake, Constants())
+        recording = record(checked.pipe, checked.requests, Constants())
     except RecordError as error:
         if checked.spec.runtime.on_unrecordable != "diffusers":
             mend = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.aten import Interpreter, type_of
 from diffkiln.errors import VerifyError
@@ -50,8 +49,8 @@ class Verification:
         recording: what was recorded.
     """
 
-    def __init__(self, pipe: Any, fake: FakeTensorMode, recording: Recording) -> None:
-        self._pipe, self._fake, self._recording = pipe, fake, recording
+    def __init__(self, pipe: Any, recording: Recording) -> None:
+        self._pipe, self._recording = pipe, recording
         self._keys = {_call_key(callee): callee for callee in recording.callees.values()}
         #: component program → the arguments of its first call, with real tensors
         self._seen: dict[tuple[str, str], list[Any]] = {}
@@ -182,7 +181,7 @@ class Verification:
         twin, ghost = shrunken(module), shrunken(callee.module)
         constants = Constants()
         alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
-        recorded = record_component([alike], self._fake, constants)
+        recorded = record_component([alike], self._recording.fake, constants)
         compare_component(alike, twin, recorded, leaves, constants.tensors)
 
 

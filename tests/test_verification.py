@@ -32,11 +32,11 @@ def checked(tmp_path_factory):
 @pytest.fixture
 def recording(checked):
     with quiet_libraries():
-        return record(checked.pipe, checked.requests, checked.fake, Constants())
+        return record(checked.pipe, checked.requests, Constants())
 
 
 def verified(checked, recording):
-    made = Verification(checked.pipe, checked.fake, recording)
+    made = Verification(checked.pipe, recording)
     with quiet_libraries():
         made.check_call(checked.requests[0], recording.calls[0])
     return made

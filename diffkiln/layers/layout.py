@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from diffkiln.layers.blocks import repeated_blocks
@@ -24,7 +26,7 @@ def to_channels_last(module: torch.nn.Module, try_only: bool = False) -> list[st
     for path, part in module.named_modules():
         if not isinstance(part, torch.nn.Conv2d) or id(part) in inside:
             continue
-        tables: list[dict[str, torch.Tensor | None]] = [part._parameters, part._buffers]
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
         for table in tables:
             for key, tensor in table.items():
                 if tensor is None or tensor.dim() != 4:

@@ -83,6 +83,19 @@ def described(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
+def form_of(name: str) -> Any:
+    """The form of this name. GGUF's needs libraries that the others do not.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name == "gguf":
+        from diffkiln.layers.gguf import GGUF
+
+        return GGUF
+    return FORMS[name]
+
+
 def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Make the layers of a module what `described` tells; their parts are empty.
 
@@ -96,4 +109,4 @@ def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str
             if parameter is not None:
                 wanted = getattr(torch, dtype)
                 layer._parameters[key] = torch.nn.Parameter(parameter.to(wanted), requires_grad=False)
-        store(layer, FORMS[row["form"]](**row["options"]))
+        store(layer, form_of(row["form"])(**row["options"]))

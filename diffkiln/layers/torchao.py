@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: Type → torchao's configuration of it, and the options that differ from its own defaults.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -16,7 +19,7 @@ TYPES = (*_CONFIGS, "float8_weight_only", "float8_dynamic")
 
 
 def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_row") -> None:
-    """Give a linear layer a weight of torchao's, in place; ghosts and layers on the meta device too.
+    """Give a linear layer a weight of torchao's, in place; layers on the meta device too.
 
     Args:
         kind: one of `TYPES`.
@@ -54,8 +57,40 @@ def _float8(weight: torch.Tensor, granularity: str, *, dynamic: bool) -> torch.T
     return Float8Tensor.from_hp(weight, mm_config=config, act_quant_kwargs=activations, **common)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """What a weight of one shape and type is stored as: the class around it, its parts, and what is no tensor."""
+
+    kind: Any
+    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    form: Any
+
+
+@lru_cache(maxsize=256)
+def _stored(shape: tuple[int, int], dtype: torch.dtype, kind: str, granularity: str) -> _Stored:
+    """Found out by quantizing an empty layer of that shape."""
+    with _disable_current_modes():
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
+        quantize_linear(layer, kind, granularity)
+        weight: Any = layer.weight
+        names, form = weight.__tensor_flatten__()
+        parts = {name: getattr(weight, name) for name in names}
+    specs = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
+    return _Stored(type(weight), specs, form)
+
+
+def ghost_linear(layer: torch.nn.Linear, kind: str, granularity: str) -> None:
+    """`quantize_linear` for a layer whose weight is a ghost: the same parts without computing anything."""
+    weight = layer.weight
+    stored = _stored((weight.shape[0], weight.shape[1]), weight.dtype, kind, granularity)
+    parts = {name: weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in stored.parts.items()}
+    made: Any = joined(weight, parts, kind, granularity)
+    made._is_param = True  # as nn.Parameter makes it, without its way through the dispatcher
+    layer._parameters["weight"] = made
+
+
 def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str, granularity: str) -> torch.Tensor:
-    """torchao's tensor around what it was stored as. Its form is that of an empty layer, quantized the same way.
+    """torchao's tensor around what it was stored as.
 
     Args:
         parameter: the weight that it stands for, of which shape and type count.
@@ -65,10 +100,8 @@ def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str
         ValueError: torchao stores the type as other parts.
     """
     rows, columns = parameter.shape
-    layer = torch.nn.Linear(columns, rows, bias=False, device="meta", dtype=parameter.dtype)
-    quantize_linear(layer, kind, granularity)
-    weight: Any = layer.weight
-    names, form = weight.__tensor_flatten__()
-    if set(names) != set(parts):
-        raise ValueError(f"torchao stores {kind} weights as {sorted(names)}, the bundle as {sorted(parts)}")
-    return type(weight).__tensor_unflatten__(dict(parts), form, weight.shape, weight.stride())
+    stored = _stored((rows, columns), parameter.dtype, kind, granularity)
+    given = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
+    if given != stored.parts:
+        raise ValueError(f"torchao stores {kind} weights as {stored.parts}, the bundle as {given}")
+    return stored.kind.__tensor_unflatten__(dict(parts), stored.form, torch.Size((rows, columns)), (columns, 1))

@@ -23,7 +23,10 @@ class Cast(Pass):
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "cast a component's weights to float32, bfloat16 or float16"
     repeats: ClassVar[bool] = True
-    requires_not: ClassVar = {"quantized": "quantized weights have the type that quantization gave them"}
+    requires_not: ClassVar = {
+        "quantized": "quantized weights have the type that quantization gave them",
+        "gguf": "a GGUF file has quantized weights. The type that they compute in is the source's dtype",
+    }
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="The type that the weights get.")
 

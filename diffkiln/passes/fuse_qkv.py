@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,10 @@ class FuseQKV(Pass):
 
     name: ClassVar[str] = "fuse_qkv"
     summary: ClassVar[str] = "fuse query, key and value projections; the originals are deleted"
-    requires_not: ClassVar = {"quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize"}
+    requires_not: ClassVar = {
+        "quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize",
+        "gguf": "a GGUF file has quantized projections, which cannot be concatenated. Give the original weights",
+    }
     restructures: ClassVar[bool] = True
 
     def provides(self) -> Iterable[Fact]:
@@ -50,8 +54,10 @@ class FuseQKV(Pass):
             yield Problem(where, f"{name} would give other results: {lost}", "Remove it.")
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        from diffusers.models.modeling_utils import no_init_weights
+
         fused: list[torch.nn.Module] = []
-        with _dropping_originals(module, fused):
+        with no_init_weights(), _dropping_originals(module, fused):
             module.fuse_qkv_projections()  # type: ignore[operator]
         return [f"{len(fused)} attentions fused, originals deleted"] if fused else []
 
@@ -121,7 +127,7 @@ def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     swaps_processors = _swapped_in(module) is not None
     for part in module.modules():
         if isinstance(part, AttentionModuleMixin):
-            if part._supports_qkv_fusion and _reads_fused(part.processor):  # type: ignore[attr-defined]
+            if part._supports_qkv_fusion and _reads_fused(type(part.processor)):  # type: ignore[attr-defined]
                 yield part
         elif isinstance(part, Attention) and swaps_processors:
             yield part
@@ -148,7 +154,7 @@ def _lost(module: torch.nn.Module) -> str:
     from diffusers.models.attention_processor import Attention
 
     processor = _swapped_in(module)
-    source = inspect.getsource(processor) if processor else ""
+    source = _source(processor) if processor else ""
     for path, part in module.named_modules():
         if processor is None or not isinstance(part, Attention):
             continue
@@ -160,14 +166,21 @@ def _lost(module: torch.nn.Module) -> str:
     return ""
 
 
-def _reads_fused(processor: object) -> bool:
+@cache
+def _reads_fused(processor: type) -> bool:
     """Whether the processor's own code, or a helper that it calls in its module, reads fused projections."""
-    try:
-        source = inspect.getsource(type(processor))
-    except (OSError, TypeError):
-        return False
+    source = _source(processor)
     if _READS_FUSED.search(source):
         return True
-    home = sys.modules[type(processor).__module__]
+    home = sys.modules[processor.__module__]
     called = {name for name in re.findall(r"\b(_\w+)\(", source) if inspect.isfunction(getattr(home, name, None))}
     return any(_READS_FUSED.search(inspect.getsource(getattr(home, name))) for name in called)
+
+
+@cache
+def _source(kind: type) -> str:
+    """The code of a class's own methods; of the whole class it would take a parse of its file. Empty if it has none."""
+    try:
+        return "\n".join(inspect.getsource(item) for item in vars(kind).values() if inspect.isfunction(item))
+    except OSError:
+        return ""

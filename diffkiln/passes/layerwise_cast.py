@@ -77,9 +77,10 @@ class LayerwiseCast(Pass):
                 return
             if isinstance(part, SUPPORTED):
                 weight = part._parameters.get("weight")
-                if weight is not None and not is_quantized(part) and owners[id(weight)] == 1:
-                    if weight.is_floating_point() and weight.itemsize > 1:
-                        found[name] = part
+                if weight is None or is_quantized(part) or owners[id(weight)] > 1:
+                    return
+                if weight.is_floating_point() and weight.itemsize > 1:
+                    found[name] = part
                 return
             for child, inner in part.named_children():
                 walk(inner, f"{name}.{child}" if name else child)

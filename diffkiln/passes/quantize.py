@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.errors import Problem
@@ -164,7 +163,7 @@ def is_quantized(part: torch.nn.Module) -> bool:
     weight = part._parameters.get("weight")
     if weight is None:
         return isinstance(part, Stored)
-    return not isinstance(weight, FakeTensor) and is_traceable_wrapper_subclass(weight)
+    return is_traceable_wrapper_subclass(weight)
 
 
 def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:

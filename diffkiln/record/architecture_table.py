@@ -287,10 +287,46 @@ _PIXART_SIGMA = Architecture(
     {},
 )
 
+_UMT5_XXL: Config = {**_T5_XXL, "model_type": "umt5", "vocab_size": 256384}
+
+
+def _wan(transformer: Config, *, experts: int = 1, **settings: Any) -> Architecture:
+    """Wan 2.x, text to video. 2.2 has two experts, one for the early steps and one for the late."""
+    denoiser = Part("diffusers", "WanTransformer3DModel", transformer)
+    names = ["transformer", "transformer_2"][:experts]
+    return Architecture(
+        "WanPipeline",
+        "bfloat16",
+        {
+            "scheduler": Part(
+                "diffusers",
+                "UniPCMultistepScheduler",
+                {
+                    "num_train_timesteps": 1000,
+                    "prediction_type": "flow_prediction",
+                    "use_flow_sigmas": True,
+                    "flow_shift": 3.0,
+                },
+            ),
+            "text_encoder": Part("transformers", "UMT5EncoderModel", _UMT5_XXL),
+            "tokenizer": Part("transformers", "T5Tokenizer", {"extra_ids": 300, "model_max_length": 512}),
+            **dict.fromkeys(names, denoiser),
+            "vae": Part("diffusers", "AutoencoderKLWan", {"base_dim": 96, "z_dim": 16}),
+        },
+        settings,
+    )
+
+
+_WAN_14B: Config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+_WAN_1_3B: Config = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "flux.1-dev": _FLUX_DEV,
     "sdxl-base-1.0": _SDXL_BASE,
     "sd-1.5": _SD_15,
     "sd3.5-medium": _SD35_MEDIUM,
     "pixart-sigma-1024": _PIXART_SIGMA,
+    "wan2.1-t2v-1.3b": _wan(_WAN_1_3B),
+    "wan2.1-t2v-14b": _wan(_WAN_14B),
+    "wan2.2-t2v-a14b": _wan(_WAN_14B, experts=2, boundary_ratio=0.875),
 }

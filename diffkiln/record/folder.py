@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,10 +32,12 @@ class Component:
     checkpoint: Checkpoint | None = None
 
 
-def read_folder(folder: Path, *, weights: bool = True) -> tuple[type, dict[str, Component], list[str]]:
+def read_folder(
+    folder: Path, *, weights: bool = True, elsewhere: Collection[str] = ()
+) -> tuple[type, dict[str, Component], list[str]]:
     """The pipeline class, the components that are used, and notices of those that are not.
 
-    Without `weights`, modules need a configuration only.
+    Without `weights`, modules need a configuration only; so do those whose weights are `elsewhere`.
 
     Raises:
         SourceError: with every problem that was found.
@@ -52,7 +54,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> tuple[type, dict[str, 
             notices.append(f"{name} is left out: {reason}")
             continue
         try:
-            components[name] = _component(folder, name, *entry, weights=weights)
+            components[name] = _component(folder, name, *entry, weights=weights and name not in elsewhere)
         except SourceError as error:
             problems.append(Problem("$.source", f"component {name}: {error}"))
     if problems:

@@ -1,8 +1,8 @@
 """Pipelines without weights, to record from, and modules with weights, to compile from.
 
 A ghost has the module tree, the names, shapes and types that `from_pretrained` would give, and takes no memory:
-parameters and persistent buffers are `FakeTensor`s. Buffers that no checkpoint holds (rotary frequencies, positions)
-are real and have their true values, since the recording folds them into constants.
+parameters and persistent buffers are on the meta device. Buffers that no checkpoint holds (rotary frequencies,
+positions) are real and have their true values, since the recording folds them into constants.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.errors import BuildError, SourceError
 from diffkiln.record.components import weights_of
 from diffkiln.record.folder import LEFT_OUT
+from diffkiln.record.gguf import put_gguf
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import SourceModel
 from diffkiln.record.stand_ins import fill_with_noise
@@ -35,20 +37,26 @@ _BUILD_TYPES = {
 }
 
 
-def ghost_pipeline(source: SourceModel, mode: FakeTensorMode, dtype: str | None = None) -> DiffusionPipeline:
+def ghost_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPipeline:
     """The pipeline with real tokenizers and scheduler, and a ghost of every module.
 
     Args:
-        mode: the mode that the fake tensors belong to; their device is the CPU.
         dtype: type of the weights, such as "bfloat16"; None is what each module was saved in.
 
     Raises:
         SourceError: a configuration does not build its class, or a tokenizer cannot be loaded.
     """
-    ghosts = {name: _haunt(skeleton(source, name, dtype), mode) for name in source.modules}
+    ghosts = {name: _ghost(source, name, dtype) for name in source.modules}
     absent = _left_out_arguments(source)
     with quiet_libraries(), _blamed("the pipeline"):
         return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **ghosts, **absent)
+
+
+def _ghost(source: SourceModel, name: str, dtype: str | None) -> nn.Module:
+    module = _emptied(skeleton(source, name, dtype))
+    if name in source.gguf:
+        put_gguf(module, name, source.gguf[name])
+    return module
 
 
 def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
@@ -88,6 +96,11 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
     """
     if (seed := source.origin.get("seed")) is not None:
         return _drawn(skeleton(source, name, dtype), f"{seed}/{name}")
+    if name in source.gguf:
+        module = skeleton(source, name, dtype)
+        _replace(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        put_gguf(module, name, source.gguf[name])
+        return module
     component = source.components[name]
     build_type = _build_type(source, name, dtype)
     options: dict[str, Any] = {"torch_dtype": build_type}
@@ -179,19 +192,33 @@ def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_ty
     return final
 
 
-def _haunt(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Make every parameter and persistent buffer a fake tensor on the CPU."""
-
-    cpu = torch.device("cpu")
-
-    def fake(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        made = FakeTensor(mode, tensor.detach() if tensor.is_meta else tensor.to("meta"), cpu)
-        # A parameter, as nn.Parameter makes of it; its constructor goes through the dispatcher several times.
-        made._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
-        return made
-
-    _replace(module, fake)
+def _emptied(module: nn.Module) -> nn.Module:
+    """Leave no data in any parameter or persistent buffer."""
+    _replace(module, lambda _, tensor: tensor.to("meta"))
     return module
+
+
+def haunt(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Make every parameter and persistent buffer of a ghost a fake tensor that pretends to lie on the CPU, in place.
+
+    Only a recording needs that: it is slower than the meta device, and knows devices.
+    """
+    _replace(module, lambda _, tensor: _fake(tensor, mode))
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    made: Any
+    if is_traceable_wrapper_subclass(tensor):
+        names, form = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: _fake(getattr(tensor, name), mode) for name in names}
+        made = type(tensor).__tensor_unflatten__(parts, form, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    else:
+        made = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+    # A parameter, as nn.Parameter makes of it; its constructor goes through the dispatcher several times.
+    made._is_param = isinstance(tensor, nn.Parameter)
+    return made
 
 
 def _replace(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:

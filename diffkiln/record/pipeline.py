@@ -18,6 +18,7 @@ from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
 from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
+from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Constants, Tape
@@ -43,7 +44,7 @@ class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
     `callees` are the ways in which components are called, by "component/program". `reason` says why nothing was
-    recorded, where the bundle is to run as diffusers.
+    recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors.
     """
 
     calls: list[dict[str, Program]]
@@ -53,20 +54,24 @@ class Recording:
     notices: list[str] = field(default_factory=list)
     callees: Mapping[str, Callee] = field(default_factory=dict)
     reason: str = ""
+    fake: FakeTensorMode = field(default_factory=FakeTensorMode)
 
 
-def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constants: Constants) -> Recording:
+def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
     """Record a pipeline's call for every variant, then the components that it calls.
 
     Args:
-        pipe: a ghost: its modules hold marked tensors of `fake` instead of weights.
+        pipe: a ghost, whose weights become fake tensors.
         requests: the variants.
-        fake: see `pipe`.
         constants: where folded tensors go.
 
     Raises:
         RecordError: the call cannot be written down; DataDependent says which value decides its shape.
     """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            haunt(module, fake)
     callees: dict[str, Callee] = {}
     notices: list[str] = []
     calls = [_record_variant(pipe, request, fake, constants, callees, notices) for request in requests]
@@ -81,7 +86,7 @@ def record(pipe: Any, requests: Sequence[Request], fake: FakeTensorMode, constan
             verify(program, modules=modules)
     fixed = [defaults(pipe, request) for request in requests]
     ways = {f"{callee.component}/{callee.program}": callee for callee in callees.values()}
-    return Recording(calls, modules, constants, fixed, notices, ways)
+    return Recording(calls, modules, constants, fixed, notices, ways, fake=fake)
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:

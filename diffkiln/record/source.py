@@ -31,13 +31,15 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, eq=False)
 class SourceModel:
-    """A pipeline that can be loaded. `origin` is what identifies it apart from its digest."""
+    """A pipeline that can be loaded. `origin` is what identifies it apart from its digest; `gguf`, the files that hold
+    components' weights in the place of checkpoints."""
 
     folder: Path
     pipeline_class: type
     components: Mapping[str, Component]
     notices: list[str] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    gguf: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def class_name(self) -> str:
@@ -50,8 +52,8 @@ class SourceModel:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The type that most of each module's weights were saved in, such as "bfloat16"."""
-        return {name: self.checkpoint(name).dtype for name in self.modules}
+        """The type that most of each module's weights were saved in, such as "bfloat16", which GGUF's compute in."""
+        return {name: "bfloat16" if name in self.gguf else self.checkpoint(name).dtype for name in self.modules}
 
     def checkpoint(self, name: str) -> Checkpoint:
         checkpoint = self.components[name].checkpoint
@@ -87,18 +89,22 @@ class SourceModel:
 
     def _identity(self) -> Any:
         """What the result depends on besides the files."""
-        return None
+        return self.gguf_digests() or None
+
+    def gguf_digests(self) -> dict[str, str]:
+        """ "sha256:…" of each GGUF file, by component."""
+        return {name: f"sha256:{self._row(str(path))[2]}" for name, path in sorted(self.gguf.items())}
 
     def _row(self, name: str) -> tuple[str, int, str]:
         try:
-            with (self.folder / name).open("rb") as file:
+            with (self.folder / name).open("rb") as file:  # an absolute name stays what it is
                 return name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise source_error(f"{name} cannot be read: {error.strerror}") from error
 
     def pinned(self) -> dict[str, Any]:
         """The source as a bundle names it: never a path of this machine."""
-        return {**self.origin, "digest": self.digest()}
+        return {**self.origin, "digest": self.digest()} | ({"gguf": self.gguf_digests()} if self.gguf else {})
 
 
 def open_source(source: Source, base: Path) -> SourceModel:
@@ -116,7 +122,7 @@ def open_source(source: Source, base: Path) -> SourceModel:
     try:
         folder = (base / Path(model).expanduser()).absolute()
         if folder.exists():
-            return _open_folder(model, folder, source.revision)
+            return _open_folder(source, folder, base)
     except (OSError, RuntimeError) as error:
         raise source_error(f"{model} cannot be read: {error}") from error
     if not HUB_ID.fullmatch(model):
@@ -129,10 +135,27 @@ def open_source(source: Source, base: Path) -> SourceModel:
             where="$.source.revision",
         )
     folder = _download(model, source.revision)
-    return SourceModel(folder, *read_folder(folder), {"model": model, "revision": source.revision})
+    return _opened(folder, source, base, {"model": model, "revision": source.revision})
 
 
-def _open_folder(model: str, folder: Path, revision: str | None) -> SourceModel:
+def _opened(folder: Path, source: Source, base: Path, origin: Mapping[str, Any]) -> SourceModel:
+    """The model in a folder, with the weights of some components in GGUF files."""
+    gguf = {name: (base / Path(file).expanduser()).absolute() for name, file in (source.gguf or {}).items()}
+    found = SourceModel(folder, *read_folder(folder, elsewhere=gguf), origin, gguf)
+    for name, path in gguf.items():
+        where = f"$.source.gguf.{name}"
+        component = found.components.get(name)
+        if component is None or component.library != "diffusers":
+            fitting = [other for other in found.modules if found.components[other].library == "diffusers"]
+            mend = f"A GGUF file can hold one of {', '.join(fitting)}"
+            raise source_error(f"{name!r} is no component that diffusers loads", mend, where)
+        if not path.is_file():
+            raise source_error(f"there is no file {path.name}", f"It was looked for at {path}", where)
+    return found
+
+
+def _open_folder(source: Source, folder: Path, base: Path) -> SourceModel:
+    model, revision = source.model or "", source.revision
     if not folder.is_dir():
         raise source_error(
             f"{model} is a file, not a folder in diffusers' format",
@@ -140,7 +163,7 @@ def _open_folder(model: str, folder: Path, revision: str | None) -> SourceModel:
         )
     if revision is not None:
         raise source_error(f"{model} is a local folder, which has no revisions", "Remove it", "$.source.revision")
-    return SourceModel(folder, *read_folder(folder))
+    return _opened(folder, source, base, {})
 
 
 def _download(repo: str, revision: str) -> Path:

@@ -41,6 +41,10 @@ class Source(Strict):
         default=None,
         description="A known architecture, such as `flux.1-dev`, to be filled with random weights of the true shapes.",
     )
+    gguf: Annotated[dict[str, Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="GGUF files, relative to the spec, that hold the weights of components: {component: file}.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
         description="Seed of the random weights of `architecture`.",
@@ -59,6 +63,8 @@ class Source(Strict):
             yield ("seed",), refuse("a model has weights of its own", 'Remove it, or give "architecture"')
         elif "architecture" in given and "seed" not in given:
             yield ("seed",), refuse("an architecture needs the seed of its random weights", 'Add it: "seed": 0')
+        if "gguf" in given and "model" not in given:
+            yield ("gguf",), refuse('only a "model" has components with files', "Remove it")
         if "revision" in given and "model" not in given:
             yield ("revision",), refuse('only a "model" has revisions', "Remove it")
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.program import Module
 from diffkiln.record.components import Callee, record_component
+from diffkiln.record.ghosts import haunt
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Constants
 from diffkiln.verification import compare_component
@@ -52,11 +53,10 @@ def result_of(module: torch.nn.Module, leaves: list[Any], structure: Any) -> tor
     return next(leaf for leaf in found if isinstance(leaf, torch.Tensor)).float()
 
 
-def replays(
-    ghost: torch.nn.Module, module: torch.nn.Module, fake: FakeTensorMode, leaves: list[Any], structure: Any
-) -> Module:
+def replays(ghost: torch.nn.Module, module: torch.nn.Module, leaves: list[Any], structure: Any) -> Module:
     """The component's program, which gives bit for bit what the module gives; raises VerifyError if it does not."""
-    constants = Constants()
+    constants, fake = Constants(), FakeTensorMode(allow_non_fake_inputs=True)
+    haunt(ghost, fake)
     callee = Callee("tried", "forward", ghost, ghost.forward, leaves, structure, ([], None))
     recorded = record_component([callee], fake, constants)
     compare_component(callee, module, recorded, leaves, constants.tensors)

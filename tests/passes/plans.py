@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -10,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
@@ -36,12 +36,11 @@ def source(family: str) -> SourceModel:
     return open_source(Source(model=str(build_folder(family, _root()))), Path())
 
 
-def ghost(family: str) -> tuple[Plan, FakeTensorMode]:
+def ghost(family: str) -> Plan:
     """A fresh plan; passes change its modules."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = source(family)
-    pipe = ghost_pipeline(model, fake)
-    return Plan(model.class_name, {name: pipe.components[name] for name in model.modules}), fake
+    pipe = ghost_pipeline(model)
+    return Plan(model.class_name, {name: pipe.components[name] for name in model.modules})
 
 
 def real(family: str, component: str) -> torch.nn.Module:
@@ -54,14 +53,23 @@ def placed(*passes: dict[str, Any]) -> list[Placed]:
 
 def prepared(class_name: str, *passes: dict[str, Any]) -> list[Placed]:
     """The passes with their files found, as the compiler does it."""
-    kind = getattr(diffusers, class_name)
+    kind = getattr(diffusers, class_name, object)
     return [replace(item, step=item.step.prepare(Path.cwd(), kind)) for item in placed(*passes)]
 
 
 def checked(plan: Plan, *passes: dict[str, Any], target: Target = CPU) -> list[Placed]:
+    """The passes, which are legal. They are tried out on a copy of the plan."""
     steps = prepared(plan.class_name, *passes)
-    manager.check(plan, steps, [target])
+    tried = {name: outline(module) for name, module in plan.modules.items()}
+    manager.run(replace(plan, modules=tried), steps, [target])
     return steps
+
+
+def outline(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the module tree that shares its tensors."""
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def types(module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -72,9 +80,9 @@ def both(
     family: str, component: str, *passes: dict[str, Any], target: Target = CPU
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The ghost and the real module after the passes."""
-    plan, fake = ghost(family)
-    steps = checked(plan, *passes, target=target)
-    plan, _ = manager.run(plan, steps, fake)
+    plan = ghost(family)
+    steps = prepared(plan.class_name, *passes)
+    plan, _ = manager.run(plan, steps, [target])
     module = real(family, component)
     manager.apply(module, component, steps)
     return plan.modules[component], module

@@ -12,21 +12,18 @@ LAST = {"name": "channels_last", "component": "unet"}
 
 
 def test_convolutions_are_laid_out_and_replay():
-    plan, fake = ghost("sdxl")
+    plan = ghost("sdxl")
     steps = checked(plan, LAST)
     shadow, module = plan.modules["unet"], real("sdxl", "unet")
-    with fake:
-        steps[0].step.apply(shadow)
+    steps[0].step.apply(shadow)
     steps[0].step.apply(module)
     assert types(shadow) == types(module)
-    kernels = {
-        name: part.weight for name, part in module.named_modules() if isinstance(part, torch.nn.Conv2d)
-    }
+    kernels = {name: part.weight for name, part in module.named_modules() if isinstance(part, torch.nn.Conv2d)}
     wide = {name for name, weight in kernels.items() if weight.shape[2:] != (1, 1)}
     assert wide == {name for name, weight in kernels.items() if is_channels_last(weight)}
     assert wide == {name for name in kernels if is_channels_last(shadow.get_submodule(name).weight)}
     leaves, structure = call_of("sdxl", "unet")
-    replays(shadow, module, fake, leaves, structure)
+    replays(shadow, module, leaves, structure)
     assert distance(result_of(module, leaves, structure), result_of(real("sdxl", "unet"), leaves, structure)) < 1e-5
 
 
@@ -36,6 +33,6 @@ def test_a_decoder_is_laid_out_too():
 
 
 def test_without_convolutions_it_is_refused():
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="has no 2D convolution outside of its repeated blocks"):
         checked(plan, LAST | {"component": "transformer"})

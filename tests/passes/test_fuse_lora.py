@@ -55,7 +55,9 @@ def test_adapters_are_added_as_diffusers_adds_them(tmp_path, family, component, 
     shadow, found = both(family, component, entry(component, *files))
     assert types(shadow) == types(found) == types(module), "no trace of the adapters' own weights"
     assert not any("lora" in name for name, _ in found.named_modules())
-    changed = [name for name, tensor in module.state_dict().items() if not torch.equal(tensor, found.state_dict()[name])]
+    changed = [
+        name for name, tensor in module.state_dict().items() if not torch.equal(tensor, found.state_dict()[name])
+    ]
     assert changed
     assert all(name.endswith(f"{ending}.weight") for name in changed)
     assert_same_weights(found, fused_by_diffusers(family, component, *files))
@@ -70,15 +72,15 @@ def test_kohyas_format_and_its_alphas_are_read(tmp_path):
 def test_the_notes_count_adapters_and_layers(tmp_path):
     module = real("flux", "transformer")
     file = adapter(tmp_path / "a.safetensors", module, "transformer")
-    plan, fake = ghost("flux")
-    _, report = manager.run(plan, checked(plan, entry("transformer", (file, 1.0))), fake)
+    plan = ghost("flux")
+    _, report = manager.run(plan, checked(plan, entry("transformer", (file, 1.0))))
     count = sum(name.endswith("to_q") for name, _ in module.named_modules())
     assert report[0].notes == (f"1 adapters added to {count} layers",)
 
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path):
     file = adapter(tmp_path / "sdxl.safetensors", real("sdxl", "unet"), "transformer")
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"adapters\[0\].*another architecture") as caught:
         checked(plan, entry("transformer", (file, 1.0)))
     assert "trained on this model" in caught.value.problems[0].mend
@@ -88,27 +90,27 @@ def test_an_adapter_of_another_width_is_refused(tmp_path):
     module = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([torch.nn.ModuleDict({})])})
     module["transformer_blocks"][0]["attn"] = torch.nn.ModuleDict({"to_q": torch.nn.Linear(48, 48)})
     file = adapter(tmp_path / "wide.safetensors", module, "transformer")
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"such as transformer_blocks\.0\.attn\.to_q"):
         checked(plan, entry("transformer", (file, 1.0)))
 
 
 def test_an_adapter_for_another_component_says_for_which(tmp_path):
     file = adapter(tmp_path / "te.safetensors", real("flux", "text_encoder"), "text_encoder", ending="q_proj")
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="no weights for transformer; it has some for text_encoder"):
         checked(plan, entry("transformer", (file, 1.0)))
 
 
 def test_a_file_that_is_not_there_names_the_place_where_it_was_looked_for(tmp_path):
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(SourceError, match=r"cannot be read at .*nowhere\.safetensors: No such file"):
         checked(plan, entry("transformer", (tmp_path / "nowhere.safetensors", 1.0)))
 
 
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not an adapter")
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"broken\.safetensors is no adapter that diffusers reads"):
         checked(plan, entry("transformer", (tmp_path / "broken.safetensors", 1.0)))
 
@@ -133,7 +135,7 @@ def test_adapters_are_exact(given, where):
 def test_after_what_changes_its_layers_it_is_refused_by_name(tmp_path, after):
     file = adapter(tmp_path / "a.safetensors", real("flux", "transformer"), "transformer")
     first = {"name": after, "component": "transformer"} | ({"type": "int8_weight_only"} if after == "quantize" else {})
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=rf"fuse_lora must come before {after}"):
         checked(plan, first, entry("transformer", (file, 1.0)))
 
@@ -142,14 +144,14 @@ def test_without_peft_the_extra_is_named(tmp_path, monkeypatch):
     file = adapter(tmp_path / "a.safetensors", real("flux", "transformer"), "transformer")
     found = importlib.util.find_spec
     monkeypatch.setattr("diffkiln.passes.fuse_lora.find_spec", lambda name: None if name == "peft" else found(name))
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"peft is not installed.*diffkiln\[lora\]"):
         checked(plan, entry("transformer", (file, 1.0)))
 
 
 def test_provenance_holds_the_digest_and_no_path(tmp_path):
     file = adapter(tmp_path / "a.safetensors", real("flux", "transformer"), "transformer")
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     (item,) = checked(plan, entry("transformer", (file, 0.5)))
     (row,) = item.step.options()["adapters"]
     assert row["scale"] == 0.5

@@ -12,15 +12,14 @@ MERGE = {"name": "merge_tokens", "component": "unet"}
 
 
 def test_ghost_and_module_come_out_alike_and_replay():
-    plan, fake = ghost("sdxl")
+    plan = ghost("sdxl")
     steps = checked(plan, MERGE)
     shadow, module = plan.modules["unet"], real("sdxl", "unet")
-    with fake:
-        steps[0].step.apply(shadow)
+    steps[0].step.apply(shadow)
     steps[0].step.apply(module)
     assert types(shadow) == types(module) == types(real("sdxl", "unet")), "no weight changes"
     leaves, structure = call_of("sdxl", "unet")
-    recorded = replays(shadow, module, fake, leaves, structure)
+    recorded = replays(shadow, module, leaves, structure)
     kinds = {op.name for region in recorded.regions.values() for op in region.ops}
     assert {"aten.scatter_add.default", "aten.argsort.stable"} <= kinds
 
@@ -62,13 +61,13 @@ def test_every_token_keeps_its_place():
 
 
 def test_it_is_for_unets():
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="for UNets, and FluxTransformer2DModel is none"):
         checked(plan, MERGE | {"component": "transformer"})
 
 
 def test_a_pattern_that_matches_no_block_is_refused():
-    plan, _ = ghost("sdxl")
+    plan = ghost("sdxl")
     with pytest.raises(IllegalPlan, match=r"blocks\[0\]: the pattern 'down_blocks\.9\.\*' matches no block"):
         checked(plan, MERGE | {"blocks": ["down_blocks.9.*"]})
 

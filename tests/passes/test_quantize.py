@@ -71,7 +71,7 @@ def test_norms_convolutions_and_embeddings_stay():
 
 
 def test_pattern_that_matches_nothing_is_refused_by_its_place():
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"\$\.passes\[0\]\.exclude\[1\].*nrom"):
         checked(plan, INT8 | {"exclude": ["*norm*", "*nrom*"]})
 
@@ -79,7 +79,7 @@ def test_pattern_that_matches_nothing_is_refused_by_its_place():
 @pytest.mark.parametrize("field", ["include", "exclude"])
 def test_pattern_that_names_what_holds_layers_is_refused_with_the_mend(field):
     """`*.attn` alone would exclude nothing: patterns are compared with the names of layers, not with their parents'."""
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=rf'{field}\[0\]: the pattern .* Did you mean "\*\.attn\.\*"') as caught:
         checked(plan, INT8 | {field: ["*.attn"]})
     assert caught.value.problems[0].where == f"$.passes[0].{field}[0]"
@@ -87,7 +87,7 @@ def test_pattern_that_names_what_holds_layers_is_refused_with_the_mend(field):
 
 
 def test_what_is_no_linear_layer_may_be_excluded():
-    plan, _ = ghost("sdxl")
+    plan = ghost("sdxl")
     checked(plan, INT8 | {"component": "unet", "exclude": ["*norm*"]})
 
 
@@ -103,13 +103,13 @@ def test_a_layer_that_shares_its_weight_stays():
 
 
 def test_nothing_left_to_quantize_is_refused():
-    plan, _ = ghost("flux")
+    plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="no linear layer"):
         checked(plan, INT8 | {"exclude": ["*"]})
 
 
 def test_notes_say_how_much_was_quantized():
-    plan, fake = ghost("flux")
-    _, report = manager.run(plan, checked(plan, INT8), fake)
+    plan = ghost("flux")
+    _, report = manager.run(plan, checked(plan, INT8))
     layers = sum(isinstance(part, torch.nn.Linear) for part in real("flux", "transformer").modules())
     assert report[0].notes[0].startswith(f"{layers} linear layers, ")

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from diffkiln.spec import Target
 
@@ -62,4 +61,5 @@ class Quantizer(ABC):
 
 
 def is_ghost(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor)
+    """Whether a tensor has a shape and no data."""
+    return tensor.is_meta

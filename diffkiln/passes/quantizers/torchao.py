@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from diffkiln.layers import Int4, store
-from diffkiln.layers.torchao import quantize_linear
+from diffkiln.layers.torchao import ghost_linear, quantize_linear
 from diffkiln.passes.quantizers.base import Layers, Quantizer, Settings, is_ghost
 from diffkiln.spec import Target
 
@@ -58,6 +58,8 @@ class TorchAO(Quantizer):
         for layer in layers.values():
             if settings.type == "int4_weight_only":
                 _int4(layer, settings.group_size)
+            elif is_ghost(layer.weight):
+                ghost_linear(layer, settings.type, settings.granularity)
             else:
                 quantize_linear(layer, settings.type, settings.granularity)
 
