@@ -23,8 +23,9 @@ demo: install
 	$(BIN)/diffkiln compile examples/digits/spec.json -o build/digits --force
 	PATH=/no-programs $(abspath $(BIN))/python examples/digits/draw.py build/digits build/digits.png
 
+# A file of tests stays in one process, so that what its tests share is made once.
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

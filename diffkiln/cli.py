@@ -6,7 +6,6 @@ Exit codes: 0 ok · 2 bad spec, usage or source · 3 illegal plan · 4 build fai
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from diffkiln.printing import (
     print_checked,
     print_json,
     print_manifest,
+    print_pass,
     print_program,
     print_table,
     save,
@@ -164,7 +164,7 @@ def run_(
 @cli.command("passes")
 @_JSON
 def passes_(as_json: bool) -> None:
-    """List the passes, their options and defaults."""
+    """List the passes: options, defaults, what they cannot follow, examples."""
     _needs_compiler()
     from diffkiln.passes.registry import option_models
 
@@ -172,11 +172,9 @@ def passes_(as_json: bool) -> None:
     if as_json:
         print_json({name: model.model_json_schema() for name, model in models.items()})
         return
+    click.echo("The passes, in the order in which a spec may list those of one component.\n")
     for name, model in models.items():
-        click.echo(f"{name}: {model.summary}")
-        for field, info in model.model_fields.items():
-            default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
-            click.echo(f"    {field}  ({default})  {info.description}")
+        print_pass(name, model)
 
 
 @cli.command("targets")

@@ -199,13 +199,20 @@ def _stream(
     refuse_nonfinite(module, name)
     if manager.apply(module, name, checked.placed):
         refuse_nonfinite(module, name, "after the passes")
-    _return_memory()
+    large = checked.bytes_before[name] > _LARGE
+    if large:
+        _return_memory()
     _same_weights(name, checked.plan.modules[name], module)
     verification.check_component(name, module)
     rows = pack_weights(writer, name, module, packed, used)
     del module
-    _return_memory()
+    if large:
+        _return_memory()
     return rows
+
+
+#: Bytes of a component from which on it is worth the time to give its memory back.
+_LARGE = 2**27
 
 
 def _return_memory() -> None:
@@ -231,13 +238,16 @@ def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) ->
 
 def _runtime_problems(spec: Spec, targets: Sequence[Target]) -> list[Problem]:
     """What the runtime section asks for and the targets would ignore."""
-    offload = spec.runtime.offload
-    if offload is None or offload.to != "host" or any(target.device != "cpu" for target in targets):
+    if any(target.device != "cpu" for target in targets):
         return []
-    mend = 'Remove it, or set it to "disk".'
-    return [
-        Problem("$.runtime.offload.to", "on a CPU weights are used where they would wait: in the host's memory", mend)
-    ]
+    problems: list[Problem] = []
+    offload = spec.runtime.offload
+    if offload is not None and offload.to == "host":
+        reason = "on a CPU weights are used where they would wait: in the host's memory"
+        problems.append(Problem("$.runtime.offload.to", reason, 'Remove it, or set it to "disk".'))
+    if spec.runtime.tf32 is not None:
+        problems.append(Problem("$.runtime.tf32", "a CPU has no TF32", "Remove it."))
+    return problems
 
 
 def _spec_source(spec: Any) -> Any:

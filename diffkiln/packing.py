@@ -313,6 +313,8 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         "on_incompatible": checked.spec.runtime.on_incompatible,
         "targets": {target.name: target.isa for target in checked.targets},
     }
+    if checked.spec.runtime.tf32 is not None:
+        runtime["tf32"] = checked.spec.runtime.tf32
     if packed.recording.reason:
         runtime["only_diffusers"] = packed.recording.reason
     major, minor = torch.__version__.split(".")[:2]

@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from diffkiln.bundle import Manifest
     from diffkiln.compiler import Checked
+    from diffkiln.passes.base import Pass
 
 
 class Watch:
@@ -57,7 +58,8 @@ def print_checked(checked: Checked) -> None:
     ]
     print_table(("component", "class", "weights", "after passes"), rows)
     for ran in checked.report:
-        click.echo(f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}")
+        done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
+        click.echo(f"{done} → {size_of(ran.nbytes)}")
     for notice in checked.notices:
         click.echo(f"note: {notice}")
     click.echo("legal")
@@ -81,6 +83,7 @@ def checked_json(checked: Checked) -> Mapping[str, Any]:
                 "name": ran.placed.step.name,
                 "component": ran.placed.step.component,
                 "notes": ran.notes,
+                "bytes_after": ran.nbytes,
             }
             for ran in checked.report
         ],
@@ -175,3 +178,18 @@ def giga(value: float | None) -> float | None:
 
 def word(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def print_pass(name: str, model: type[Pass]) -> None:
+    """A pass: its options with their defaults and choices, what it cannot follow, and an example."""
+    click.echo(f"{name}: {model.summary}")
+    properties = model.model_json_schema()["properties"]
+    for field, info in model.model_fields.items():
+        default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
+        choices = properties[field].get("enum")
+        among = f" One of {', '.join(choices)}." if choices else ""
+        click.echo(f"    {field}  ({default})  {info.description}{among}")
+    for fact, reason in model.requires_not.items():
+        click.echo(f"    not after {fact}: {reason}")
+    for example in model.examples:
+        click.echo(f"    example: {json.dumps(example)}")

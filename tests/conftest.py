@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,13 @@ import pytest
 from tests.exporters.regions import engine_cache
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+
+
+def pytest_configure(config):
+    """Engines that are built once are shared by the processes of a run, if the run has several."""
+    if "DIFFKILN_TEST_CACHE" not in os.environ:
+        os.environ["DIFFKILN_TEST_CACHE"] = tempfile.mkdtemp(prefix="diffkiln-test-")
+        atexit.register(shutil.rmtree, os.environ["DIFFKILN_TEST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

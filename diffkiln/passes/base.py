@@ -70,17 +70,16 @@ class Pass(Strict):
     """A pass. Its pydantic fields are its options: they give the JSON Schema, the help and the provenance.
 
     Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
-    `summary`, one line for a person; `requires_not`, facts that make it illegal, with the reason; `restructures`,
-    whether it adds, renames or deletes weights' names, so that later passes are checked against what it leaves;
-    `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a `mapping` of
-    components to options instead of one component.
+    `summary`, one line for a person; `examples`, entries of a spec; `requires_not`, facts that make it illegal, with
+    the reason; `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a
+    `mapping` of components to options instead of one component.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     summary: ClassVar[str]
+    examples: ClassVar[tuple[dict[str, Any], ...]]
     requires_not: ClassVar[Mapping[str, str]] = {}
-    restructures: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     maps: ClassVar[bool] = False
 

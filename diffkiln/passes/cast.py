@@ -27,6 +27,7 @@ class Cast(Pass):
         "quantized": "quantized weights have the type that quantization gave them",
         "gguf": "a GGUF file has quantized weights. The type that they compute in is the source's dtype",
     }
+    examples: ClassVar = ({"name": "cast", "component": "vae", "dtype": "bfloat16"},)
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="The type that the weights get.")
 

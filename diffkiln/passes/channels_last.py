@@ -22,6 +22,7 @@ class ChannelsLast(Pass):
 
     name: ClassVar[str] = "channels_last"
     summary: ClassVar[str] = "lay out the weights of 2D convolutions with channels last"
+    examples: ClassVar = ({"name": "channels_last", "component": "unet"},)
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("channels_last", self.component, self.name)]

@@ -28,6 +28,9 @@ class Compile(Pass):
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
         "original weights with torchao, or do not compile the component",
     }
+    examples: ClassVar = (
+        {"name": "compile", "component": "transformer", "backend": "aot_inductor", "scope": "blocks"},
+    )
 
     backend: Literal["aot_inductor"] = Field("aot_inductor", description="The backend that lowers the regions.")
     scope: Literal["blocks"] = Field("blocks", description="What a region is: a repeated block.")

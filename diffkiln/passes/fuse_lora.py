@@ -72,6 +72,9 @@ class FuseLoRA(Pass):
         "qkv_fused": "an adapter names the projections that fuse_qkv deletes. Put fuse_lora before fuse_qkv",
         "gguf": "a GGUF file has quantized weights, which nothing can be added to. Give the original weights",
     }
+    examples: ClassVar = (
+        {"name": "fuse_lora", "component": "unet", "adapters": [{"file": "detail.safetensors", "scale": 0.8}]},
+    )
 
     adapters: Annotated[tuple[Adapter, ...], Field(min_length=1, strict=False)] = Field(
         description="The adapters that are added, each with its scale."

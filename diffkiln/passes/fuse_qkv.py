@@ -35,7 +35,7 @@ class FuseQKV(Pass):
         "quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize",
         "gguf": "a GGUF file has quantized projections, which cannot be concatenated. Give the original weights",
     }
-    restructures: ClassVar[bool] = True
+    examples: ClassVar = ({"name": "fuse_qkv", "component": "transformer"},)
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("qkv_fused", self.component, self.name)]

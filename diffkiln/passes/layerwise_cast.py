@@ -26,11 +26,11 @@ class LayerwiseCast(Pass):
 
     name: ClassVar[str] = "layerwise_cast"
     summary: ClassVar[str] = "store weights in float8, compute in their own type"
-    restructures: ClassVar[bool] = True
     requires_not: ClassVar = {
         "sparse": "sparsify has stored the weights as half of their values. Choose one of the two",
         "gguf": "a GGUF file has quantized weights already. Give the original weights, or leave them as they are",
     }
+    examples: ClassVar = ({"name": "layerwise_cast", "component": "transformer", "storage": "float8_e4m3fn"},)
 
     storage: Literal["float8_e4m3fn", "float8_e5m2"] = Field(
         "float8_e4m3fn", description="The type that the weights are stored in."

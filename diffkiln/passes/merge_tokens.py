@@ -23,6 +23,9 @@ class MergeTokens(Pass):
 
     name: ClassVar[str] = "merge_tokens"
     summary: ClassVar[str] = "token merging in a UNet's self-attention"
+    examples: ClassVar = (
+        {"name": "merge_tokens", "component": "unet", "ratio": 0.5, "blocks": ["down_blocks.0.*", "up_blocks.3.*"]},
+    )
 
     ratio: Annotated[float, Field(gt=0, le=MOST)] = Field(0.5, description="Share of the tokens that are merged.")
     blocks: tuple[str, ...] = Field(

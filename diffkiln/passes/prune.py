@@ -23,7 +23,9 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "drop blocks by name"
-    restructures: ClassVar[bool] = True
+    examples: ClassVar = (
+        {"name": "prune", "component": "transformer", "blocks": ["single_transformer_blocks.3[0-7]"]},
+    )
 
     blocks: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
         description="Patterns of the names of the blocks to drop, such as transformer_blocks.3."

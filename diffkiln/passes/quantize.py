@@ -40,7 +40,6 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "quantize the linear layers of a component"
-    restructures: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
     maps: ClassVar[bool] = True
     requires_not: ClassVar = {
@@ -48,6 +47,16 @@ class Quantize(Pass):
         "stored_smaller": "layerwise_cast has stored the weights in a smaller type. Choose one of the two",
         "gguf": "a GGUF file has quantized weights already. Give the original weights, or do not quantize",
     }
+    examples: ClassVar = (
+        {"name": "quantize", "component": "transformer", "type": "int8_weight_only", "exclude": ["*norm*"]},
+        {
+            "name": "quantize",
+            "mapping": {
+                "transformer": {"type": "float8_dynamic", "granularity": "per_tensor"},
+                "text_encoder_2": {"backend": "bitsandbytes", "type": "nf4", "double_quant": True},
+            },
+        },
+    )
 
     backend: Backend = Field("torchao", description="The library that quantizes.")
     type: Type = Field(description="What becomes of the weights.")

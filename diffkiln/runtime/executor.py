@@ -14,6 +14,7 @@ from diffkiln.errors import CallError
 from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program
 from diffkiln.runtime.engines import Engine
 from diffkiln.runtime.noise import Generators, draw
+from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
 
 #: What is called at the end of a step: (step, timestep, latents) → latents.
@@ -29,6 +30,7 @@ class Executor:
         constants: folded tensors by key, on the CPU.
         engines: (component, region) → engine; regions without one are replayed.
         device: where everything runs.
+        tf32: whether a GPU may compute float32 products in TF32; None leaves torch's settings alone.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Executor:
         constants: Mapping[str, torch.Tensor],
         engines: Mapping[tuple[str, str], Engine],
         device: torch.device,
+        tf32: bool | None = None,
     ) -> None:
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
+        self.tf32 = tf32
         self.constants = {key: _placed(tensor, device) for key, tensor in constants.items()}
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, tuple[Program, Interpreter, list[Key]]] = {}
@@ -66,7 +70,7 @@ class Executor:
             CallError: another thread is running this pipeline, or the callback gives latents of another shape.
         """
         interpreter, schedule = self._call(program)
-        with self.running(schedule, generator, step_end), torch.inference_mode():
+        with self.running(schedule, generator, step_end), torch.inference_mode(), float32_precision(self.tf32):
             self.last_latents = None
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
             weights = {name: self._weight(name) for name in program.weights}
@@ -82,7 +86,7 @@ class Executor:
     def run_component(self, name: str, program: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one component by itself (for verification): tensors in the order of its program's inputs."""
         component = self.component(name, program)
-        with self.running(component.schedule), torch.inference_mode():
+        with self.running(component.schedule), torch.inference_mode(), float32_precision(self.tf32):
             return component(*inputs)
 
     @contextlib.contextmanager

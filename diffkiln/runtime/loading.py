@@ -81,7 +81,8 @@ def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bo
     engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
     offload: Any = manifest.runtime.get("offload")
     store = WeightStore(verified, manifest.weights, place, offload)
-    executor = Executor(modules, store, constants, engines, place)
+    tf32: Any = manifest.runtime.get("tf32")
+    executor = Executor(modules, store, constants, engines, place, tf32)
     variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
     tokenizers = {
         Path(row.path).stem: verified.read(row.path).decode()

@@ -21,6 +21,10 @@ MAX_VALUES = 100_000
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
 
+#: Longer than a path is on any system; what is longer is something else.
+_MAX_PATH = 1024
+
+
 class _Repeating(dict[str, Any]):
     """An object that names some of its keys twice."""
 
@@ -36,11 +40,17 @@ def read_file(path: Path) -> bytes:
             return file.read(MAX_BYTES + 1)  # one byte more tells a file that is too large
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(problems=[Problem(show(str(path)), f"cannot be read: {reason}")]) from error
+        raise SpecError(problems=[Problem(_quoted(path), f"cannot be read: {reason}")]) from error
+
+
+def _quoted(path: Path) -> str:
+    """The path as JSON, whole: its end is what tells files apart. Text that is no path is shown short."""
+    text = str(path)
+    return json.dumps(text, ensure_ascii=True) if len(text) <= _MAX_PATH and "\n" not in text else show(text)
 
 
 def _not_a_file(path: Path) -> Problem:
-    where = show(str(path))
+    where = _quoted(path)
     if str(path).lstrip().startswith("{"):
         return Problem(where, "is not a path", "A str is taken as a path; give JSON as bytes or as a dict")
     if path.is_dir():

@@ -224,6 +224,10 @@ class Runtime(Strict):
         default=None,
         description="Offloading of weights. Absent: all weights stay on the device.",
     )
+    tf32: bool | None = Field(
+        default=None,
+        description="Whether a GPU may compute float32 products in TF32. Absent: as torch is set.",
+    )
     on_incompatible: Literal["error", "eager"] = Field(
         default="error",
         description="On a machine that the engines do not fit: stop, or run operation by operation.",

@@ -22,7 +22,9 @@ def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     names, schema = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     definitions: dict[str, Any] = schema["$defs"]
     defined = {model: definitions[names[model, "validation"]["$ref"].removeprefix("#/$defs/")] for model in models}
-    entries = [_entry(name, defined[options]) for name, options in sorted(pass_options.items())]
+    entries = [
+        _entry(name, defined[model], getattr(model, "maps", False)) for name, model in sorted(pass_options.items())
+    ]
     if entries:
         defined[PassEntry].clear()
         defined[PassEntry].update({"title": "Pass", "oneOf": entries})
@@ -31,21 +33,36 @@ def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     return {"$schema": DIALECT, "$id": SCHEMA_ID, **whole, "$defs": _used(definitions, whole)}
 
 
-def _entry(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The schema of one pass in a spec: the constant name, and the fields of its options."""
+def _entry(name: str, options: dict[str, Any], maps: bool) -> dict[str, Any]:
+    """The schema of one pass in a spec: the constant name, and the fields of its options.
+
+    One that `maps` takes a mapping of components to options in the place of one component.
+    """
     described = {"description": options["description"]} if "description" in options else {}
     rest = {
         key: value for key, value in options.items() if key not in ("title", "description", "properties", "required")
     }
-    return {
+    fields, required = options.get("properties", {}), list(options.get("required", ()))
+    entry = {
         "title": name,
         **described,
         **rest,
         "type": "object",
-        "properties": {"name": {"const": name}, **options.get("properties", {})},
-        "required": ["name", *options.get("required", ())],
+        "properties": {"name": {"const": name}, **fields},
+        "required": ["name", *required],
         "additionalProperties": False,
     }
+    if maps:
+        own = {key: value for key, value in fields.items() if key != "component"}
+        entry["properties"]["mapping"] = {
+            "type": "object",
+            "description": "Options for each of several components, in the place of one component.",
+            "minProperties": 1,
+            "additionalProperties": {"type": "object", "properties": own, "additionalProperties": False},
+        }
+        entry["required"] = ["name"]
+        entry["oneOf"] = [{"required": required}, {"required": ["mapping"]}]
+    return entry
 
 
 def _name_gpus(field: dict[str, Any]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffkiln.bundle import Manifest, Requires
-from diffkiln.passes.registry import option_models
+from diffkiln.passes.quantizers import quantizer
+from diffkiln.passes.registry import option_models, read_passes
+from diffkiln.spec import PassEntry
 from diffkiln.spec.model import Inputs, Offload, Runtime, Source, Spec, TargetSpec
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +42,30 @@ def test_every_field_of_the_manifest_is_explained(model):
 def test_links_between_documents_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
         assert (document.parent / link).exists(), link
+
+
+def _json_in(document: str) -> list[Any]:
+    """The indented blocks of a document that are JSON, or members of an object."""
+    blocks = re.findall(r"(?:^    \S.*\n(?:    .*\n)*)", (ROOT / "docs" / document).read_text(), flags=re.M)
+    found = []
+    for block in blocks:
+        for text in (block, "{" + block + "}"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(text))
+                break
+    return found
+
+
+def test_the_examples_of_passes_are_read():
+    found = _json_in("passes.md")
+    entries = [item for item in found if "name" in item]
+    assert len(entries) >= 3
+    read_passes([PassEntry.model_validate(item) for item in entries])
+    (source,) = [item["source"] for item in found if "source" in item]
+    assert Source.model_validate(source).gguf
+
+
+def test_every_type_of_quantization_is_explained():
+    text = (ROOT / "docs" / "passes.md").read_text()
+    for backend in ("torchao", "bitsandbytes", "quanto"):
+        assert all(f"`{kind}`" in text for kind in quantizer(backend).options)

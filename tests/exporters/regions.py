@@ -5,10 +5,7 @@ Set DIFFKILN_TEST_CACHE to a folder to keep engines, and what they share, betwee
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -129,11 +126,7 @@ def stated(specs: tuple[TensorSpec, ...]) -> list[tuple[str, tuple[int, ...], tu
 @cache
 def engine_cache() -> EngineCache:
     """The cache that the whole test run shares."""
-    if kept := os.environ.get("DIFFKILN_TEST_CACHE"):
-        return EngineCache(Path(kept))
-    root = tempfile.mkdtemp(prefix="diffkiln-test-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return EngineCache(Path(root))
+    return EngineCache(Path(os.environ["DIFFKILN_TEST_CACHE"]))
 
 
 @cache

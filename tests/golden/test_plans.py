@@ -15,7 +15,8 @@ import pytest
 from diffkiln.compiler import check
 from diffkiln.passes import manager
 from diffkiln.record.components import weights_of
-from tests.passes.plans import checked, ghost
+from tests.passes.adapters import adapter
+from tests.passes.plans import CPU, H200, checked, ghost
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -30,6 +31,30 @@ SPECS = {
     "sdxl-bf16": ("sdxl", [{"name": "cast", "component": "unet", "dtype": "bfloat16"}, FUSE | {"component": "unet"}]),
     "sd3-text-int8": ("sd3", [INT8 | {"component": "text_encoder_3", "exclude": []}, COMPILE]),
     "pixart": ("pixart_sigma", [FUSE, COMPILE]),
+    "flux-prune": ("flux", [{"name": "prune", "component": "transformer", "blocks": ["single_transformer_blocks.0"]}]),
+    "flux-layerwise": ("flux", [{"name": "layerwise_cast", "component": "transformer"}, COMPILE]),
+    "flux-mixed": (
+        "flux",
+        [
+            FUSE,
+            {
+                "name": "quantize",
+                "mapping": {
+                    "transformer": {"type": "int4_weight_only", "group_size": 32},
+                    "text_encoder_2": {"backend": "bitsandbytes", "type": "nf4", "double_quant": True},
+                },
+            },
+            COMPILE,
+        ],
+    ),
+    "sdxl-layout": (
+        "sdxl",
+        [{"name": "merge_tokens", "component": "unet"}, {"name": "channels_last", "component": "unet"}],
+    ),
+}
+ON_GPUS = {
+    "flux-sparse": ("flux", [FUSE, {"name": "sparsify", "component": "transformer", "exclude": ["*norm*"]}]),
+    "flux-float8": ("flux", [FUSE, INT8 | {"type": "float8_dynamic", "granularity": "per_tensor"}]),
 }
 
 
@@ -48,11 +73,19 @@ def _described(module) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *ON_GPUS])
 def test_plan_is_as_it_was(name):
-    family, passes = SPECS[name]
+    family, passes = (SPECS | ON_GPUS)[name]
     plan = ghost(family)
-    _compare(name, *manager.run(plan, checked(plan, *passes)))
+    _compare(name, *manager.run(plan, checked(plan, *passes, target=H200 if name in ON_GPUS else CPU)))
+
+
+def test_plan_with_an_adapter_is_as_it_was(tmp_path):
+    """The file's digest is part of the plan, its path is not."""
+    plan = ghost("sdxl")
+    file = adapter(tmp_path / "adapter.safetensors", plan.modules["unet"], "unet", ending="attn2.to_k")
+    entry = {"name": "fuse_lora", "component": "unet", "adapters": [{"file": str(file), "scale": 0.5}]}
+    _compare("sdxl-lora", *manager.run(plan, checked(plan, entry, FUSE | {"component": "unet"})))
 
 
 @pytest.mark.parametrize(("name", "spec"), [("digits", "spec.json"), ("digits-int8", "spec-int8.json")])

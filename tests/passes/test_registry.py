@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffkiln.passes import registry
-from diffkiln.passes.registry import PASSES, REASONS, option_models
+from diffkiln.passes.registry import PASSES, REASONS, option_models, pass_class, read_passes
+from diffkiln.spec import PassEntry
 
 HERE = Path(__file__).parent
 
@@ -42,3 +43,12 @@ def test_reasons_speak_of_passes_in_their_order():
     order = list(PASSES)
     for first, second in REASONS:
         assert order.index(first) < order.index(second)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_examples_are_entries_of_a_spec(name):
+    examples = pass_class(name).examples
+    assert examples
+    for example in examples:
+        assert example["name"] == name
+        assert read_passes([PassEntry.model_validate(example)])
