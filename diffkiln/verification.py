@@ -200,7 +200,7 @@ def compare_component(
     program = recorded.programs[callee.program]
     args, kwargs = unflatten(list(leaves), callee.structure)
     with torch.inference_mode():
-        with tracing():
+        with tracing(), _blamed(callee, module):
             result = getattr(module, callee.method)(*args, **kwargs)
         expected = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         inputs = [leaves[position] for position in callee.tensors if position not in callee.folded]
@@ -211,6 +211,19 @@ def compare_component(
                 f"component {callee.component!r}, program {callee.program!r}: output {index} of the replay differs "
                 f"from {type(module).__name__}.{callee.method}: {difference(want, got)}"
             )
+
+
+@contextmanager
+def _blamed(callee: Callee, module: torch.nn.Module) -> Iterator[None]:
+    """What a component's own code raises becomes a VerifyError that says which, and what may be the cause."""
+    try:
+        yield
+    except Exception as error:
+        who = f"component {callee.component!r} ({type(module).__name__}.{callee.method})"
+        raise VerifyError(
+            f"{who} fails on what the call gives it: {type(error).__name__}: {error}. The pipeline itself would fail "
+            "too. If components are cast to different types, cast those that take each other's results to the same"
+        ) from error
 
 
 def replay(

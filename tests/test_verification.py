@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import diffkiln
 from diffkiln import verification
 from diffkiln.compiler import check
 from diffkiln.errors import VerifyError
@@ -18,6 +20,7 @@ from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.tape import Constants
 from diffkiln.verification import Verification, difference, same, shrunken
+from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
 
@@ -138,3 +141,12 @@ def test_equal_means_type_shape_and_every_bit_that_counts():
     assert not same(a, torch.tensor([1.0, 2.0]))
     assert "1 of 2 values differ, by up to 1.000e+00" in difference(torch.zeros(2), torch.tensor([0.0, 1.0]))
     assert Ref("%x") == Ref("%x")
+
+
+def test_types_that_do_not_go_together_are_told_with_the_mend(tmp_path):
+    """diffusers fails too where only one of two text encoders is cast: its transformer takes both results."""
+    spec = json.loads((DIGITS / "spec.json").read_text())
+    spec["passes"] = [{"name": "cast", "component": "text_encoder_2", "dtype": "bfloat16"}]
+    with pytest.raises(VerifyError, match=r"component 'transformer' .* fails on what .* to the same"):
+        diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS)
+    assert not (tmp_path / "bundle").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import type_of
+from diffkiln.aten import dtype_of, type_of
 from diffkiln.errors import CallError, IntegrityError
 from diffkiln.program import REGION, Module, Program, Ref
 from diffkiln.runtime.executor import Engine
@@ -15,6 +15,23 @@ from diffkiln.runtime.executor import Engine
 
 class Mismatch(Exception):
     """Arguments that a region was not compiled for; says what differs."""
+
+
+class _Weight:
+    """One weight of a block, looked up at each call and compared with what was compiled: an engine compares nothing."""
+
+    def __init__(self, block: torch.nn.Module, name: str, region: Program) -> None:
+        type_ = region.types[f"@{name}"]
+        self._get, self._name, self._type = weight_getter(block, name), name, type_
+        self._dtype, self._shape = dtype_of(type_.dtype), torch.Size(type_.shape)
+
+    def __call__(self, device: torch.device | None) -> torch.Tensor:
+        tensor = self._get()
+        if tensor.dtype is not self._dtype or tensor.shape != self._shape:
+            raise Mismatch(f"the weight {self._name} is {type_of(tensor)} by now, compiled for {self._type}")
+        if device is not None and tensor.device != device:
+            raise Mismatch(f"the weight {self._name} is on {tensor.device}, the arguments on {device}")
+        return tensor
 
 
 class BlockShim:
@@ -38,7 +55,7 @@ class BlockShim:
     ) -> None:
         self._original, self._name, self._eager = block.forward, name, eager
         self._ways = [
-            (region, engine, [weight_getter(block, weight) for weight in region.weights],
+            (region, engine, [_Weight(block, name, region) for name in region.weights],
              [constants[key] for key in region.constants])
             for region, engine in engines
         ]  # fmt: skip
@@ -48,11 +65,13 @@ class BlockShim:
         for region, engine, weights, constants in self._ways:
             try:
                 values = arguments(region, args, kwargs)
+                inputs = [values[item.name] for item in region.inputs]
+                device = inputs[0].device if inputs else None
+                held = [weight(device) for weight in weights]
             except Mismatch as error:
                 reasons.append(str(error))
                 continue
-            inputs = [values[item.name] for item in region.inputs]
-            outputs = engine([*inputs, *(get() for get in weights), *constants])
+            outputs = engine([*inputs, *held, *constants])
             named = values | {ref.name: tensor for ref, tensor in zip(region.outputs, outputs, strict=True)}
             return _built(region.signature["result"], named)
         if self._eager:

@@ -38,6 +38,14 @@ PARAMETERS = {
         "vae": 83_819_683,
     },
     "pixart-sigma-1024": {"text_encoder": 4_762_310_656, "transformer": 610_856_096, "vae": 83_653_863},
+    "wan2.1-t2v-1.3b": {"text_encoder": 5_680_910_336, "transformer": 1_418_996_800, "vae": 126_892_531},
+    "wan2.1-t2v-14b": {"text_encoder": 5_680_910_336, "transformer": 14_288_491_584, "vae": 126_892_531},
+    "wan2.2-t2v-a14b": {
+        "text_encoder": 5_680_910_336,
+        "transformer": 14_288_491_584,
+        "transformer_2": 14_288_491_584,
+        "vae": 126_892_531,
+    },
 }
 
 
@@ -74,7 +82,9 @@ def assert_true_shapes(ghost, source):
     assert {getattr(ghost, part).dtype for part in counts} == {getattr(torch, ARCHITECTURES[name].dtype)}
 
 
-@pytest.mark.parametrize("name", ["sdxl-base-1.0", "sd-1.5", "pixart-sigma-1024"])
+@pytest.mark.parametrize(
+    "name", ["sdxl-base-1.0", "sd-1.5", "pixart-sigma-1024", *(name for name in PARAMETERS if name.startswith("wan"))]
+)
 def test_shapes_are_the_true_ones(name):
     source = opened(name)
     assert_true_shapes(ghost_pipeline(source), source)

@@ -95,6 +95,18 @@ def test_another_size_is_refused_with_the_shapes(loaded):
     assert np.isfinite(image(loaded)).all()
 
 
+def test_weights_of_another_type_are_refused_and_no_engine_sees_them(digits_bundle):
+    """An engine reads the memory that it is given, whatever lies there."""
+    pipe = diffkiln.load(digits_bundle, as_diffusers=True)
+    pipe.set_progress_bar_config(disable=True)
+    norm = pipe.transformer.transformer_blocks[0].attn.norm_q
+    norm.weight = torch.nn.Parameter(norm.weight.to(torch.float64), requires_grad=False)
+    with pytest.raises(
+        CallError, match=r"the weight attn\.norm_q\.weight is float64\[\d+\] by now, compiled for float32"
+    ):
+        image(pipe)
+
+
 def test_int8_cannot_be_offloaded_to_disk_and_the_error_says_what_to_do(digits_int8_bundle):
     with pytest.raises(Incompatible, match="without offloading"):
         diffkiln.load(digits_int8_bundle, as_diffusers=True)
@@ -164,10 +176,10 @@ def test_missing_and_unknown_weights_are_named():
     with quiet_libraries():
         weights = dict(AutoencoderKL.from_pretrained(folder, local_files_only=True).state_dict())
         with pytest.raises(IntegrityError, match=r"encoder\.tail"):
-            build(folder, AutoencoderKL, weights | {"encoder.tail": torch.ones(1)}, {})
+            build(folder, AutoencoderKL, weights | {"encoder.tail": torch.ones(1)}, [])
         del weights["decoder.conv_in.bias"]
         with pytest.raises(IntegrityError, match=r"decoder\.conv_in\.bias"):
-            build(folder, AutoencoderKL, weights, {})
+            build(folder, AutoencoderKL, weights, [])
 
 
 REGION = Program(
