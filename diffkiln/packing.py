@@ -61,6 +61,7 @@ class Packed:
     variants: list[Variant] = field(default_factory=list)
     engines: list[EngineRow] = field(default_factory=list)
     weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
+    features: set[str] = field(default_factory=set)
     glibc: str | None = None
 
 
@@ -271,6 +272,7 @@ def pack_weights(
     for name, tensors in _groups(module, packed.offload, used).items():
         path = f"weights/{component}/{name}.safetensors"
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
+        packed.features |= {CHANNELS_LAST} if turned else set()
         flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
         metadata = {"format": "pt"} | ({CHANNELS_LAST: json.dumps(turned)} if turned else {})
         safetensors.torch.save_file(flat, writer.path(path), metadata=metadata)
@@ -319,6 +321,7 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         runtime["only_diffusers"] = packed.recording.reason
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
+        features_required=tuple(sorted(packed.features)),
         source=checked.source.pinned(),
         requires=Requires(
             python=">=3.11",

@@ -33,7 +33,8 @@ FORMAT_NAME = "diffkiln-bundle"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 # What a bundle may demand of its reader by name. A feature is added here together with the code that honours it.
-KNOWN_FEATURES: frozenset[str] = frozenset()
+# channels_last: tensors that weights' files hold as [N, H, W, C] and programs take as [N, C, H, W].
+KNOWN_FEATURES: frozenset[str] = frozenset({"channels_last"})
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"

@@ -21,6 +21,7 @@ from diffkiln.passes import manager
 from diffkiln.record.components import weights_of
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import run
+from tests.end_to_end.test_families import spec_of
 from tests.passes.adapters import adapter
 from tests.record.test_gguf import write
 
@@ -193,6 +194,15 @@ def test_the_bundles_weights_are_the_transformed_ones(name, bundles, files):
             assert not any(".to_q." in key or ".to_k." in key or ".to_v." in key for key in held)
 
 
+def test_a_reader_that_knows_no_layouts_is_told(bundles):
+    """It would take [N, H, W, C] for [N, C, H, W]."""
+    needs = {
+        name: json.loads((path / "manifest.json").read_text())["features_required"] for name, path in bundles.items()
+    }
+    assert {name for name, features in needs.items() if features} == {"channels_last"}
+    assert needs["channels_last"] == ["channels_last"]
+
+
 def test_a_quantized_bundle_is_not_quantized_again(drawn, bundles):
     """The runtime process imported nothing that could quantize; the weights are of the quantized types."""
     assert drawn.keys() == bundles.keys()
@@ -209,3 +219,20 @@ def test_two_specs_in_one_process_do_not_influence_each_other(bundles, files, tm
     for name in ("plain", "int8_weight_only"):
         again = diffkiln.compile(spec(name, files), tmp_path / name, base=DIGITS)
         assert (bundles[name] / "manifest.sha256").read_text().split()[0] == again.id
+
+
+def test_a_unet_with_merged_tokens_in_a_fresh_process(tmp_path):
+    """The digits have no UNet; a small Stable Diffusion has."""
+    given = spec_of("sd", tmp_path / "model")
+    given["passes"] = [entry("merge_tokens", "unet"), entry("channels_last", "unet"), entry("channels_last", "vae")]
+    bundle = diffkiln.compile(given, tmp_path / "bundle").path
+    run("draw_all.py", {"bundles": {"sd": bundle}, "requests": REQUESTS, "out": tmp_path})
+    as_diffusers = {"bundles": {"pipe": bundle}, "requests": REQUESTS, "out": tmp_path, "load": {"as_diffusers": True}}
+    inputs = given["inputs"]
+    call = {**{key: value for key, value in inputs.items() if key != "call"}, **inputs.get("call", {})}
+    run("draw_all.py", as_diffusers | {"call": call})
+    drawn, again = np.load(tmp_path / "sd.npy"), np.load(tmp_path / "pipe.npy")
+    assert np.abs(drawn - again).max() <= 2 / 255
+    plain = diffkiln.compile({**given, "passes": []}, tmp_path / "plain").path
+    run("draw_all.py", {"bundles": {"plain": plain}, "requests": REQUESTS, "out": tmp_path})
+    assert np.abs(drawn - np.load(tmp_path / "plain.npy")).max() > 2 / 255, "merging changes the image"

@@ -157,3 +157,28 @@ def test_provenance_holds_the_digest_and_no_path(tmp_path):
     assert row["scale"] == 0.5
     assert row["digest"].startswith("sha256:")
     assert str(tmp_path) not in str(item.step.options())
+
+
+REPO = {"file": "lora.safetensors", "repo": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"}
+
+
+def test_an_adapter_on_the_hub_is_fetched_at_its_commit(tmp_path, monkeypatch):
+    file = adapter(tmp_path / "lora.safetensors", real("flux", "transformer"), "transformer")
+    asked = []
+
+    def fetched(repo, name, *, revision):
+        asked.append((repo, name, revision))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    (item,) = checked(ghost("flux"), {"name": "fuse_lora", "component": "transformer", "adapters": [REPO]})
+    assert asked == [("owner/name", "lora.safetensors", REPO["revision"])]
+    (row,) = item.step.options()["adapters"]
+    assert {key: row[key] for key in REPO} == REPO
+    assert row["digest"].startswith("sha256:")
+
+
+def test_an_adapter_that_the_hub_does_not_give_says_why():
+    """The tests run with HF_HUB_OFFLINE: nothing is in the cache, and nothing may be fetched."""
+    with pytest.raises(SourceError, match=r"owner/name at 0123456789ab cannot be had from the Hub"):
+        checked(ghost("flux"), {"name": "fuse_lora", "component": "transformer", "adapters": [REPO]})

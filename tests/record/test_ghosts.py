@@ -143,3 +143,14 @@ def test_finds_a_value_that_is_not_finite(dtype, value):
     module[1].weight = torch.nn.Parameter(module[1].weight.to(dtype), requires_grad=False)
     with pytest.raises(BuildError, match=r"component unet: 1 of the 16 values of 1\.weight"):
         refuse_nonfinite(module, "unet")
+
+
+def test_what_a_pass_made_infinite_is_told_with_the_mend():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4)).requires_grad_(False)
+    module[0].weight[0, 0] = 1e6
+    refuse_nonfinite(module, "unet")
+    module.half()
+    with pytest.raises(
+        BuildError, match=r"1 of the 16 values of 0\.weight are NaN or infinite after the passes.*bfloat16"
+    ):
+        refuse_nonfinite(module, "unet", "after the passes")
