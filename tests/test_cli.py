@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln.cli import main
+from tests.bundle.test_writer import heeds_interrupts
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
 
@@ -136,7 +137,8 @@ def test_usage_errors_have_code_two(capsys):
 
 def test_interrupted_compile_leaves_nothing_and_says_so(spec, tmp_path):
     command = [sys.executable, "-m", "diffkiln", "compile", str(spec(passes=[])), "-o", str(tmp_path / "bundle")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts)
     assert process.stderr is not None
     for line in process.stderr:
         if line.strip() == "record":

@@ -399,12 +399,18 @@ from diffkiln.bundle import BundleWriter
 """
 
 
+def heeds_interrupts() -> None:
+    """For a child process: whoever started the tests in the background may have had SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(code: str, output: Path) -> subprocess.Popen[str]:
     child = subprocess.Popen(
         [sys.executable, "-c", WRITE + code, str(output)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
+        preexec_fn=heeds_interrupts,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"
