@@ -147,6 +147,7 @@ def compile(
         BuildError: the build failed; its subclasses say where.
     """
     steps = Steps(progress)
+    _keep_large_tensors_apart()
     with BundleWriter(output, force) as writer:
         with steps("check"):
             checked = check(spec, base=base)
@@ -210,6 +211,20 @@ def _stream(
         _return_memory()
     return rows
 
+
+def _keep_large_tensors_apart() -> None:
+    """Have glibc map memory of a mebibyte and more by itself, so that a tensor's memory is given back when it is freed.
+
+    Left alone it raises that limit while tensors come and go, and quantizing layer by layer then leaves holes: the peak
+    was 1.33 times the largest component instead of 1.18 (SD 1.5, int8).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+#: mallopt's name for the limit, in glibc's malloc.h.
+_M_MMAP_THRESHOLD = -3
 
 #: Bytes of a component from which on it is worth the time to give its memory back.
 _LARGE = 2**27
