@@ -98,7 +98,7 @@ getattr(diffusers, sys.argv[3])
 import diffkiln.compiler as compiler
 from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
-from diffkiln.record.tape import Constants
+from diffkiln.record.constants import Constants
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 imported = peak()
 started = time.perf_counter()

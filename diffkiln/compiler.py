@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Plan
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
+from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
 from diffkiln.record.pipeline import Recording, Request, record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
-from diffkiln.record.tape import Constants
 from diffkiln.spec import Spec, Target, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
 from diffkiln.verification import Verification
@@ -103,6 +104,11 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
         SpecError: the spec or its source is wrong.
         IllegalPlan: passes that the model or the target does not allow, all of them.
     """
+    with _collection_paused():
+        return _check(spec, base)
+
+
+def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
     placed = read_passes(parsed.passes)
     targets = resolve_targets(parsed)
@@ -116,7 +122,7 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules}, facts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(plan, placed, targets, _runtime_problems(parsed, targets))
-    after = {name: manager.nbytes(module) for name, module in plan.modules.items()}
+    after = before | {ran.placed.step.component: ran.nbytes for ran in report}
     return Checked(
         parsed, targets, source, tuple(requests), tuple(placed), pipe, plan, tuple(report), before, after,
         tuple(source.notices),
@@ -153,7 +159,7 @@ def compile(
             checked = check(spec, base=base)
             writer.require_space(sum(checked.bytes_after.values()))
         notices = list(checked.notices)
-        with steps("record"), quiet_libraries():
+        with steps("record"), quiet_libraries(), _collection_paused():
             recording = _record(checked, notices)
         verification = Verification(checked.pipe, recording)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
@@ -210,6 +216,22 @@ def _stream(
     if large:
         _return_memory()
     return rows
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """While it lasts, cyclic garbage is left alone.
+
+    The ghosts and tokenizers are hundreds of thousands of objects that live, and Python looks through all of them again
+    and again while they are made: a fifth of a check.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _keep_large_tensors_apart() -> None:

@@ -23,9 +23,9 @@ from diffkiln.errors import VerifyError
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import REGION, Module, Op, Program
 from diffkiln.record.components import Callee, record_component, repeated_blocks, tracing, weights_of
+from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Recording, Request, component_methods, defaults
 from diffkiln.record.structure import flatten, key_of, unflatten
-from diffkiln.record.tape import Constants
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
 from diffkiln.runtime.text import TextEnd

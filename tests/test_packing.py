@@ -94,7 +94,7 @@ def test_an_engine_that_is_wrong_is_not_published(tmp_path, monkeypatch):
     def wrong(*_):
         raise VerifyError("the engine holds values that are not finite")
 
-    monkeypatch.setattr("diffkiln.packing.self_test", wrong)
+    monkeypatch.setattr("diffkiln.packing.engines.self_test", wrong)
     spec = json.loads((DIGITS / "spec.json").read_text())
     with pytest.raises(VerifyError):
         diffkiln.compile(spec, tmp_path / "bundle", base=DIGITS, cache=engine_cache())

@@ -15,10 +15,10 @@ from diffkiln.compiler import check
 from diffkiln.errors import VerifyError
 from diffkiln.program import Op, Ref
 from diffkiln.record.components import repeated_blocks
+from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import load_module
 from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
-from diffkiln.record.tape import Constants
 from diffkiln.verification import Verification, difference, same, shrunken
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of

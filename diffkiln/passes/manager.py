@@ -118,9 +118,18 @@ def verify(plan: Plan, item: Placed, before: Plan) -> None:
     if plan.modules.keys() != before.modules.keys():
         raise PassError(f"{who} the components {', '.join(plan.modules)} of {', '.join(before.modules)}")
     for name, module in plan.modules.items():
-        for weight, tensor in module.named_parameters():
+        for weight, tensor in _own_tensors(module):
             if tensor.requires_grad:
                 raise PassError(f"{who} {name}.{weight} with a gradient")
-        for weight, tensor in weights_of(module):
             if not tensor.is_meta:
                 raise PassError(f"{who} {name}.{weight} with data, which a ghost has not")
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, quantized ones as they are: `weights_of` without looking for ties."""
+    for path, part in module.named_modules():
+        passing = part._non_persistent_buffers_set
+        for table in (part._parameters, part._buffers):
+            for leaf, tensor in table.items():
+                if tensor is not None and leaf not in passing:
+                    yield f"{path}.{leaf}".removeprefix("."), tensor

@@ -21,9 +21,10 @@ from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.layers import repeated_blocks
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
+from diffkiln.record.constants import Constants
 from diffkiln.record.likeness import likeness
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
-from diffkiln.record.tape import Constants, Tape
+from diffkiln.record.tape import Tape
 
 
 @dataclass

@@ -12,7 +12,6 @@ that storage is taken again from the base when it is next used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
 from diffkiln.program.operators import RESHAPES, allowed
+from diffkiln.record.constants import Constants
 
 #: Operators that turn a value into a Python number or choose a shape by it.
 _READS = {
@@ -52,26 +52,6 @@ class _Storage:
     base: torch.Tensor
     version: int = 0
     twin: torch.Tensor | None = None  # of a real storage that was written to: a marked one, so that its views alias
-
-
-class Constants:
-    """Tensors by the digest of their content; shared by all programs of a bundle."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def add(self, tensor: torch.Tensor) -> str:
-        """Keep a copy of a real tensor; gives its key. The same content, dtype and shape give the same key."""
-        with _disable_current_modes():
-            data = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-            return self._add(data)
-
-    def _add(self, data: torch.Tensor) -> str:
-        head = f"{dtype_name(data.dtype)}{tuple(data.shape)}".encode()
-        body = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-        key = hashlib.blake2b(head + body, digest_size=12).hexdigest()
-        self.tensors.setdefault(key, data)
-        return key
 
 
 class Tape(TorchDispatchMode):

@@ -26,3 +26,12 @@ def output(tmp_path: Path) -> Path:
 def made(output: Path) -> Path:
     making.make(output)
     return output
+
+
+@pytest.fixture
+def private_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where native copies go, so that a test can see that none is left."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from diffkiln.bundle import (
@@ -81,3 +82,11 @@ def make(output: Path, extra: bytes = b"", force: bool = False) -> str:
     with BundleWriter(output, force=force) as writer:
         fill(writer, extra)
         return writer.publish(manifest_of)
+
+
+def left_beside(output: Path) -> list[str]:
+    return sorted(entry.name for entry in output.parent.iterdir() if entry.name != output.name)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

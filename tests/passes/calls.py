@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.program import Module
 from diffkiln.record.components import Callee, record_component
+from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import haunt
 from diffkiln.record.structure import flatten, unflatten
-from diffkiln.record.tape import Constants
 from diffkiln.verification import compare_component
 from tests.pipelines import FAMILIES
 

@@ -63,27 +63,28 @@ def test_a_pass_that_raises_is_named_with_its_place(monkeypatch):
         manager.apply(torch.nn.Linear(1, 1), "vae", steps)
 
 
-def test_a_pass_that_leaves_gradients_breaks_the_plan(monkeypatch):
-    def careless(self, module):
-        next(module.parameters()).requires_grad_(True)
-        return ["done"]
+def _gives_gradients(self, module):
+    next(module.parameters()).requires_grad_(True)
+    return ["done"]
 
+
+def _gives_data(self, module):
+    module.encoder.conv_in.bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+    return ["done"]
+
+
+@pytest.mark.parametrize(
+    ("careless", "reason"),
+    [
+        (_gives_gradients, r"cast left vae\..* with a gradient"),
+        (_gives_data, r"cast left vae\.encoder\.conv_in\.bias with data"),
+    ],
+)
+def test_a_pass_that_leaves_what_no_ghost_has_breaks_the_plan(monkeypatch, careless, reason):
     monkeypatch.setattr(Cast, "apply", careless)
     plan = ghost("flux")
     steps = placed({"name": "cast", "component": "vae", "dtype": "float16"})
-    with pytest.raises(PassError, match=r"cast left vae\..* with a gradient"):
-        manager.run(plan, steps, [CPU])
-
-
-def test_a_pass_that_leaves_data_in_a_ghost_breaks_the_plan(monkeypatch):
-    def careless(self, module):
-        module.encoder.conv_in.bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
-        return ["done"]
-
-    monkeypatch.setattr(Cast, "apply", careless)
-    plan = ghost("flux")
-    steps = placed({"name": "cast", "component": "vae", "dtype": "float16"})
-    with pytest.raises(PassError, match=r"cast left vae\.encoder\.conv_in\.bias with data"):
+    with pytest.raises(PassError, match=reason):
         manager.run(plan, steps, [CPU])
 
 

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffkiln.aten import Interpreter, type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Program, verify
-from diffkiln.record.tape import Constants, Tape
+from diffkiln.record.constants import Constants
+from diffkiln.record.tape import Tape
 
 
 def recorded(function, *examples: torch.Tensor) -> tuple[Program, dict[str, torch.Tensor]]:

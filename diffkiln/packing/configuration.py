@@ -1,0 +1,63 @@
+"""`pipeline/` and `spec.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffkiln.bundle import BundleWriter
+from diffkiln.layers import described
+from diffkiln.packing.packed import as_json
+from diffkiln.passes.registry import Placed
+from diffkiln.record.source import SourceModel
+from diffkiln.runtime.loading import LAYERS
+
+if TYPE_CHECKING:
+    from diffkiln.compiler import Checked
+
+
+def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
+    """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
+    `spec.json`, with the source and the files of the passes pinned."""
+    source, spec = checked.source, checked.spec
+    for name in source.files():
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        writer.write(f"pipeline/{name}", _portable(source, name), "config")
+    for name, module in checked.plan.modules.items():
+        if layers := described(module):
+            writer.write(f"pipeline/{name}/{LAYERS}", as_json(layers), "config")
+    written = spec.as_json()
+    written["passes"] = [_pinned(index, entry, checked.placed) for index, entry in enumerate(written["passes"])]
+    written.pop("$schema", None)
+    kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
+    written["source"] = kept | source.pinned()
+    writer.write("spec.json", as_json(written), "config")
+
+
+def _pinned(index: int, entry: dict[str, Any], placed: Sequence[Placed]) -> dict[str, Any]:
+    """A pass as the spec gave it, with digests in the place of local paths."""
+    own = [item.step.options() for item in placed if item.index == index and not item.key]
+    return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
+
+
+def _portable(source: SourceModel, name: str) -> bytes:
+    """A configuration file without paths of the machine that it was made on, and without left-out components."""
+    data = (source.folder / name).read_bytes()
+    if Path(name).name not in ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json"):
+        return data
+    config = json.loads(data)
+    if isinstance(config, dict):
+        for key in ("_name_or_path", "name_or_path"):
+            config.pop(key, None)
+        if name == "model_index.json":
+            config |= {
+                key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
+            }
+    return as_json(config)
+
+
+def _is_component(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2

@@ -1,0 +1,30 @@
+"""What has gone into a bundle so far, and how its JSON is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffkiln.bundle import EngineRow, GroupRow, Variant
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import Offload
+
+
+@dataclass
+class Packed:
+    """What has gone into the bundle so far, as far as the manifest has to tell."""
+
+    recording: Recording
+    offload: Offload | None
+    notices: list[str]
+    variants: list[Variant] = field(default_factory=list)
+    engines: list[EngineRow] = field(default_factory=list)
+    weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
+    features: set[str] = field(default_factory=set)
+    glibc: str | None = None
+
+
+def as_json(data: Any) -> bytes:
+    """Indented, with sorted keys: files that people read."""
+    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,128 @@
+"""The manifest, and what stands beside it: `build.json` and the card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import diffkiln
+from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires
+from diffkiln.errors import MissingDependency
+from diffkiln.packing.packed import Packed, as_json
+from diffkiln.passes.manager import Ran
+from diffkiln.record.pipeline import Recording
+from diffkiln.record.source import SourceModel
+
+if TYPE_CHECKING:
+    from diffkiln.compiler import Checked
+
+
+def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> Manifest:
+    """The manifest of what was packed."""
+    import diffusers
+
+    offload = packed.offload.model_dump(mode="json", exclude_none=True) if packed.offload else None
+    runtime: dict[str, Any] = {
+        "device": checked.targets[0].device,
+        "offload": offload,
+        "on_incompatible": checked.spec.runtime.on_incompatible,
+        "targets": {target.name: target.isa for target in checked.targets},
+    }
+    if checked.spec.runtime.tf32 is not None:
+        runtime["tf32"] = checked.spec.runtime.tf32
+    if packed.recording.reason:
+        runtime["only_diffusers"] = packed.recording.reason
+    major, minor = torch.__version__.split(".")[:2]
+    return Manifest(
+        features_required=tuple(sorted(packed.features)),
+        source=checked.source.pinned(),
+        requires=Requires(
+            python=">=3.11",
+            torch=f"=={major}.{minor}.*",
+            cpu_isa=min(target.isa for target in checked.targets) if packed.engines else None,
+            glibc=packed.glibc,
+            packages=_packages(packed.recording),
+        ),
+        pipeline=Pipeline(
+            class_name=checked.source.class_name,
+            diffusers_version=diffusers.__version__,
+            variants=tuple(packed.variants),
+        ),
+        files=rows,
+        engines=tuple(packed.engines),
+        passes=tuple(
+            PassRow(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
+            for ran in checked.report
+            for step in (ran.placed.step,)
+        ),
+        runtime=runtime,
+        weights=dict(packed.weights),
+    )
+
+
+def _packages(recording: Recording) -> dict[str, str]:
+    """Packages that the runtime needs beyond its own: ftfy, where the pipeline mends its prompts with it."""
+    texts = [text for programs in recording.calls for program in programs.values() for text in program.texts]
+    if not any("ftfy" in text["transforms"] for text in texts):
+        return {}
+    try:
+        import ftfy  # noqa: F401
+    except ImportError:
+        raise MissingDependency("this pipeline mends its prompts with ftfy: pip install ftfy") from None
+    return {"ftfy": ">=6.1"}
+
+
+def pack_report(
+    writer: BundleWriter, packed: Packed, source: SourceModel, report: Sequence[Ran], seconds: Mapping[str, float]
+) -> None:
+    """`build.json` and `README.md`: what differs from build to build, outside the id and the digests."""
+    import diffusers
+
+    build = {
+        "diffkiln": diffkiln.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "host": {"machine": platform.machine(), "system": platform.platform()},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1),
+        "passes": [
+            {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)} for ran in report
+        ],
+        "notices": packed.notices,
+    }
+    writer.write_unhashed("build.json", as_json(build))
+    writer.write_unhashed("README.md", _card(packed, source, report).encode())
+
+
+def _card(packed: Packed, source: SourceModel, report: Sequence[Ran]) -> str:
+    origin = source.origin.get("model") or source.origin.get("architecture") or "a local folder"
+    size = sum(row.bytes for rows in packed.weights.values() for row in rows)
+    lines = [
+        "---",
+        "library_name: diffkiln",
+        "tags: [diffkiln, text-to-image, compiled]",
+        "---",
+        f"# {source.class_name}, compiled by diffkiln {diffkiln.__version__}",
+        "",
+        f"Made from {origin}. Weights: {size / 1e6:.1f} MB in {len(packed.weights)} components; "
+        f"{len(packed.engines)} engines.",
+        "",
+        "    import diffkiln",
+        '    pipe = diffkiln.load("this/folder")',
+        '    image = pipe("a prompt").images[0]',
+        "",
+        "| variant | fixed |",
+        "|---|---|",
+    ]
+    lines += [f"| {v.name} | `{json.dumps(v.fixed, sort_keys=True)}` |" for v in packed.variants]
+    lines += ["", "| pass | component | what it did |", "|---|---|---|"]
+    lines += [f"| {r.placed.step.name} | {r.placed.step.component} | {'; '.join(r.notes)} |" for r in report]
+    lines += ["", *(f"- {notice}" for notice in packed.notices)]
+    return "\n".join(lines) + "\n"
