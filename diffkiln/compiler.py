@@ -41,6 +41,7 @@ from diffkiln.record.pipeline import Recording, Request, record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
+from diffkiln.record.steps import steps_of
 from diffkiln.spec import Spec, Target, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
 from diffkiln.verification import Verification
@@ -120,6 +121,8 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     requests = requests_of(parsed, pipe)
     facts = frozenset(Fact("gguf", name, "source.gguf") for name in source.gguf)
     plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules}, facts)
+    if len(plan.denoisers) == 1:
+        plan = replace(plan, steps=tuple(dict.fromkeys(steps_of(pipe, request) for request in requests)))
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(plan, placed, targets, _runtime_problems(parsed, targets))
     after = before | {ran.placed.step.component: ran.nbytes for ran in report}
@@ -162,10 +165,12 @@ def compile(
         with steps("record"), quiet_libraries(), _collection_paused():
             recording = _record(checked, notices)
         verification = Verification(checked.pipe, recording)
-        packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("verify the recording"), quiet_libraries():
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
+        if recording.calls:
+            recording, _ = manager.rewrite(recording, checked.placed)
+        packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)

@@ -11,13 +11,16 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.spec import Strict, Target, suggest
+
+if TYPE_CHECKING:
+    from diffkiln.record.pipeline import Recording
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,22 @@ class CompileRequest:
 class Plan:
     """The compiler's state between passes. A pass returns a new one.
 
-    `modules` are ghosts: modules of true structure, shapes and dtypes without weights.
+    `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `steps` are the numbers of steps
+    in which the variants call the denoiser; empty where two of them share the run.
     """
 
     class_name: str
     modules: Mapping[str, torch.nn.Module]
     facts: frozenset[Fact] = frozenset()
     compile: tuple[CompileRequest, ...] = ()
+    steps: tuple[int, ...] = ()
+
+    @property
+    def denoisers(self) -> list[str]:
+        """The components that a denoising step calls: models of diffusers that decode nothing."""
+        models = {name: type(module) for name, module in self.modules.items()}
+        own = [name for name, kind in models.items() if kind.__module__.startswith("diffusers.")]
+        return [name for name in own if not hasattr(models[name], "decode")]
 
     def with_facts(self, facts: Iterable[Fact]) -> Plan:
         return replace(self, facts=self.facts | frozenset(facts))
@@ -119,6 +131,10 @@ class Pass(Strict):
 
     def provides(self) -> Iterable[Fact]:
         return ()
+
+    def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """The recording with its programs rewritten, and notes on what was done; most passes leave it alone."""
+        return recording, ()
 
     @abstractmethod
     def apply(self, module: torch.nn.Module) -> Sequence[str]:

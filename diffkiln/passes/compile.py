@@ -25,6 +25,8 @@ class Compile(Pass):
     summary: ClassVar[str] = "lower a component's repeated blocks ahead of time"
     requires_not: ClassVar = {
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
+        "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
+        "blocks, or do not compile the component",
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
         "original weights with torchao, or do not compile the component",
     }

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem
+from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, VerifyError
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, order_problems
+from diffkiln.program import CALL, verify_module, verify_types
+from diffkiln.program import verify as verify_program
 from diffkiln.record.components import weights_of
+from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target
 
 
@@ -77,6 +80,54 @@ def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
     seconds = time.perf_counter() - started
     left = nbytes(outcome.plan.modules[item.step.component])
     return outcome.plan, Ran(item, outcome.changed, outcome.notes, seconds, left)
+
+
+def rewrite(recording: Recording, placed: Sequence[Placed]) -> tuple[Recording, list[str]]:
+    """Have the passes rewrite the programs, in order; gives what they note.
+
+    Raises:
+        PassError: a pass raised, or left programs that break the IR's rules; names the pass and its place.
+    """
+    notes: list[str] = []
+    for item in placed:
+        with guarded(item):
+            changed, told = item.step.rewrite(recording)
+        if changed is not recording:
+            recording = _without_unused(changed)
+            _verify_programs(recording, item)
+        notes += [f"{item.step.name} of {item.step.component}: {note}" for note in told]
+    return recording, notes
+
+
+def _without_unused(recording: Recording) -> Recording:
+    """Without the components' programs that no call calls any more."""
+    called = {
+        (op.attrs["component"], op.attrs["program"])
+        for programs in recording.calls
+        for program in programs.values()
+        for op in program.ops
+        if op.name == CALL
+    }
+    modules = {
+        name: replace(module, programs={key: p for key, p in module.programs.items() if (name, key) in called})
+        for name, module in recording.modules.items()
+    }
+    return replace(recording, modules=modules)
+
+
+def _verify_programs(recording: Recording, item: Placed) -> None:
+    programs = {key: program for module in recording.modules.values() for key, program in module.programs.items()}
+    try:
+        for module in recording.modules.values():
+            verify_module(module)
+            for program in module.programs.values():
+                verify_types(program, module.regions)
+        for calls in recording.calls:
+            for call in calls.values():
+                verify_program(call, modules=recording.modules)
+                verify_types(call, programs)
+    except VerifyError as error:
+        raise PassError(f"{item.where}: {item.step.name} left a program that is not well formed: {error}") from None
 
 
 def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> bool:

@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "quantize": "diffkiln.passes.quantize:Quantize",
     "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
     "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
+    "cache_schedule": "diffkiln.passes.cache_schedule:CacheSchedule",
     "compile": "diffkiln.passes.compile:Compile",
 }
 

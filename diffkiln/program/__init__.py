@@ -30,7 +30,7 @@ from diffkiln.program.serial import (
     program_from_json,
     program_to_json,
 )
-from diffkiln.program.verify import verify, verify_module
+from diffkiln.program.verify import verify, verify_module, verify_types
 
 __all__ = [
     "CALL",
@@ -62,4 +62,5 @@ __all__ = [
     "rename_values",
     "verify",
     "verify_module",
+    "verify_types",
 ]

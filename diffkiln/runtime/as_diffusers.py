@@ -59,6 +59,9 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
         pipe.to(place)
     else:
         _offload(pipe, place, offload)
+    for row in manifest.passes:
+        if row.name == "cache_schedule":
+            _enable_cache(pipe, row.options)  # after offloading, so that a step that reuses moves no weights
     weakref.finalize(pipe, verified.close)  # engines live in files that the bundle holds
     return pipe
 
@@ -99,6 +102,66 @@ def _from(folder: Path, verified: Verified) -> Any:
         passes = [row for row in manifest.passes if row.options.get("component") == component]
         parts[component] = build(folder / component, class_of(library, name), weights, passes)
     return kind.from_pretrained(folder, local_files_only=True, **parts)
+
+
+def _enable_cache(pipe: Any, options: Any) -> None:
+    """diffusers' own hook for a schedule.
+
+    Raises:
+        Incompatible: diffusers has none that does what the bundle's programs do, or not for this model.
+    """
+    method, component = str(options["method"]), str(options["component"])
+    config = _cache_config(pipe, method, options)
+    if config is None:
+        raise Incompatible(
+            f"diffusers has no hook that does what this schedule of {component} does ({method}). Load the bundle "
+            "without as_diffusers"
+        )
+    try:
+        pipe.components[component].enable_cache(config)
+    except Exception as error:  # whatever diffusers raises for a model that its hooks do not know
+        kind = type(pipe.components[component]).__name__
+        raise Incompatible(f"diffusers' hook for {method} does not fit {kind}: {error}") from error
+
+
+def _cache_config(pipe: Any, method: str, options: Any) -> Any:
+    """diffusers' configuration that means the same, or None."""
+    from diffusers import hooks as library
+
+    hooks: Any = library  # its names are found when they are asked for
+    timestep = {"current_timestep_callback": lambda: pipe.current_timestep}
+    match method:
+        case "first_block" if options["dynamic"]:
+            return hooks.FirstBlockCacheConfig(threshold=options["threshold"])
+        case "seacache":
+            return hooks.SeaCacheConfig(threshold=options["threshold"])
+        case "pab":
+            return hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=options["interval"], **timestep
+            )
+        case "fastercache":
+            return hooks.FasterCacheConfig(spatial_attention_block_skip_range=options["interval"], **timestep)
+        case "magcache":
+            return hooks.MagCacheConfig(
+                threshold=options["threshold"],
+                max_skip_steps=options["max_reused"],
+                retention_ratio=options["retention"],
+                num_inference_steps=len(options["ratios"]),
+                mag_ratios=list(options["ratios"]),
+            )
+        case "taylorseer" if "interval" in options and (options["keep"], options["start"], options["end"]) == _PLAIN:
+            return hooks.TaylorSeerCacheConfig(
+                cache_interval=options["interval"],
+                disable_cache_before_step=-1,  # so that step 0 is one of the interval's
+                max_order=options["order"],
+                taylor_factors_dtype=torch.float32,
+                use_lite_mode=True,
+            )
+    return None
+
+
+#: What is kept, how many steps at the beginning compute, and at the end: what diffusers' TaylorSeer can do as well.
+_PLAIN = ("output", 1, 0)
 
 
 def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: Any) -> None:

@@ -69,9 +69,8 @@ def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bo
     manifest = verified.manifest
     if manifest.runtime.get("only_diffusers"):
         raise Incompatible(
-            f"{manifest.pipeline.class_name} could not be recorded as a program "
-            f"({manifest.runtime['only_diffusers']}), so this bundle runs only as diffusers: "
-            "load(..., as_diffusers=True)"
+            f"this bundle of {manifest.pipeline.class_name} runs only as diffusers, by load(..., as_diffusers=True): "
+            f"{manifest.runtime['only_diffusers']}"
         )
     check_manifest(manifest)
     place = torch.device(device or str(manifest.runtime.get("device", "cpu")))

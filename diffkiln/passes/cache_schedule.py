@@ -1,0 +1,271 @@
+"""Compute some steps of the denoising run, and let the others reuse what those kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import PassError, Problem
+from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.passes.caching import (
+    Kept,
+    Lanes,
+    Mask,
+    Split,
+    deep_features,
+    every,
+    lanes_of,
+    magnitude,
+    outputs_of,
+    residuals,
+    split,
+    symbols,
+    weave,
+)
+from diffkiln.program import Module, Program
+from diffkiln.record.components import repeated_blocks
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import Conflict, Target, refuse
+
+Method = Literal[
+    "mask", "fora", "first_block", "dbcache", "taylorseer", "magcache", "deepcache", "seacache", "pab", "fastercache"
+]
+
+_BY_INTERVAL = ("interval", "start", "end")
+#: method → the options that say something about it.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "mask": ("steps", "keep"),
+    "fora": ("steps", *_BY_INTERVAL),
+    "first_block": ("steps", *_BY_INTERVAL),
+    "dbcache": ("steps", *_BY_INTERVAL, "front", "back"),
+    "taylorseer": ("steps", *_BY_INTERVAL, "keep", "order"),
+    "magcache": ("ratios", "threshold", "max_reused", "retention"),
+    "deepcache": ("steps", *_BY_INTERVAL, "depth"),
+}
+#: The same for criteria that diffusers' hooks evaluate at each step.
+DYNAMIC: dict[str, tuple[str, ...]] = {
+    "first_block": ("threshold",),
+    "seacache": ("threshold",),
+    "pab": ("interval",),
+    "fastercache": ("interval",),
+}
+#: Those whose hooks are inside the blocks.
+_INSIDE = ("pab", "fastercache")
+
+
+class CacheSchedule(Pass):
+    """Let steps of the denoising run reuse what earlier ones kept; which steps do is decided when it is compiled.
+
+    `mask`: the steps that `steps` names compute, the others reuse the denoiser's last output, and call nothing; with
+    `keep` "blocks", what its repeated blocks added. `fora`: every `interval`-th step computes, the others reuse what
+    the blocks added. `first_block`: the same, and every step computes the first block. `dbcache`: every step computes
+    the blocks in front and back, and reuses what those between added. `taylorseer`: what was kept is extrapolated by a
+    polynomial of `order`. `magcache`: which steps compute follows from `ratios`, the size of what the blocks add
+    against that of the step before. `deepcache`: for UNets; a step that reuses computes the last `depth` layers of the
+    way up, and takes what comes from below from an earlier step.
+
+    With `dynamic`, diffusers' own hooks decide at each step, so the bundle runs only as diffusers and what a request
+    costs is not known before: `first_block` and `seacache` by a `threshold`, `pab` (pyramid attention broadcast) and
+    `fastercache` every `interval` calls of an attention.
+    """
+
+    name: ClassVar[str] = "cache_schedule"
+    summary: ClassVar[str] = "let steps reuse what earlier steps computed"
+    examples: ClassVar = (
+        {"name": "cache_schedule", "component": "transformer", "method": "fora", "interval": 2},
+        {"name": "cache_schedule", "component": "transformer", "method": "taylorseer", "interval": 3, "order": 2},
+        {"name": "cache_schedule", "component": "transformer", "method": "mask", "steps": [1, 1, 0, 1, 0, 1, 0, 1]},
+        {"name": "cache_schedule", "component": "unet", "method": "deepcache", "interval": 3, "depth": 2},
+    )
+
+    method: Method = Field(description="What is kept, and what becomes of it.")
+    steps: tuple[Literal[0, 1], ...] | None = Field(
+        None, description="For each step whether it computes (1) or reuses (0), in the place of an interval."
+    )
+    interval: Annotated[int, Field(ge=2)] | None = Field(None, description="Every how many steps one computes.")
+    start: int = Field(1, ge=1, description="How many steps at the beginning compute.")
+    end: int = Field(0, ge=0, description="How many steps at the end compute.")
+    keep: Literal["output", "blocks"] = Field(
+        "output", description="For mask and taylorseer: the denoiser's output, or what its blocks add."
+    )
+    front: int = Field(1, ge=1, description="For dbcache: how many of the first blocks every step computes.")
+    back: int = Field(0, ge=0, description="For dbcache: how many of the last blocks every step computes.")
+    order: Literal[0, 1, 2] = Field(1, description="For taylorseer: the order of the polynomial.")
+    ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="For magcache: one for each step; the first is not read."
+    )
+    threshold: float = Field(0.06, ge=0, description="For magcache: the most error that may add up.")
+    max_reused: int = Field(3, ge=1, description="For magcache: the most steps in a row that may reuse.")
+    retention: float = Field(0.2, ge=0, lt=1, description="For magcache: the share of the first steps that compute.")
+    depth: int = Field(1, ge=1, description="For deepcache: how many layers of the way up every step computes.")
+    dynamic: bool = Field(False, description="Let diffusers' hooks decide at each step, in as_diffusers only.")
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        method, dynamic = given.get("method"), given.get("dynamic") is True
+        known = DYNAMIC if dynamic else OPTIONS
+        if not isinstance(method, str) or method not in (*OPTIONS, *DYNAMIC):
+            return
+        if method not in known:
+            if dynamic:
+                yield ("dynamic",), refuse(f"diffusers has no hook that decides {method} at each step", "Remove it")
+            else:
+                yield ("method",), refuse(f"{method} decides at each step, in diffusers only", 'Add "dynamic": true')
+            return
+        for name in given:
+            if name in cls.model_fields and name not in ("component", "method", "dynamic", *known[method]):
+                yield (name,), refuse(f"says nothing about {'dynamic ' * dynamic}{method}", "Remove it")
+        if dynamic:
+            needed = known[method][0]
+            if needed not in given:
+                yield (needed,), refuse(f"is needed by dynamic {method}", "Add it")
+            return
+        steps = given.get("steps")
+        if isinstance(steps, list | tuple) and steps and steps[0] == 0:
+            yield ("steps",), refuse("its first step reuses, and nothing was kept before it", "Begin it with 1")
+        needed = "ratios" if method == "magcache" else "steps" if method == "mask" else "interval"
+        if needed == "interval" and "steps" in given:
+            for name in _BY_INTERVAL:
+                if name in given:
+                    yield (name,), refuse("says nothing beside steps, which name each one", "Remove one of the two")
+        elif needed not in given:
+            yield (needed,), refuse(f"is needed by {method}", "Add it")
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON, without those that say nothing about the method."""
+        known = DYNAMIC if self.dynamic else OPTIONS
+        used = ("component", "method", "dynamic", *known[self.method])
+        return {key: value for key, value in self.model_dump(mode="json").items() if key in used and value is not None}
+
+    def provides(self) -> Iterable[Fact]:
+        yield Fact("scheduled", self.component, self.name)
+        if self.method in _INSIDE:
+            yield Fact("hooked_inside", self.component, self.name)
+
+    def mask(self, count: int) -> Mask:
+        """Which of `count` steps compute.
+
+        Raises:
+            ValueError: the options name another number of steps.
+        """
+        given = self.ratios if self.method == "magcache" else self.steps
+        if given is not None and len(given) != count:
+            raise ValueError(f"names {len(given)} steps, and {self.component} is called in {count}")
+        if self.ratios is not None:
+            return magnitude(self.ratios, self.threshold, self.max_reused, self.retention)
+        if self.steps is not None:
+            return tuple(bool(step) for step in self.steps)
+        assert self.interval is not None
+        return every(count, self.interval, self.start, self.end)
+
+    # -- from configuration --
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        blocks = len(repeated_blocks(module))
+        if self.component not in plan.denoisers:
+            yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
+        elif self.method == "deepcache" and not hasattr(module, "up_blocks"):
+            reason = f"deepcache is for UNets, and {type(module).__name__} has no skip connections"
+            yield Problem(f"{where}.method", reason, "Choose dbcache, fora or taylorseer.")
+        elif self._of_blocks and not blocks:
+            reason = f"{type(module).__name__} declares no repeated blocks whose results could be kept"
+            yield Problem(f"{where}.method", reason, "Choose mask or taylorseer.")
+        elif self._of_blocks and self._front + self._back >= blocks:
+            reason = f"{self._front} blocks in front and {self._back} in back leave none of {blocks} to reuse"
+            yield Problem(where, reason, "Keep fewer.")
+        if self.dynamic:
+            if not hasattr(module, "enable_cache"):
+                reason = f"diffusers gives {type(module).__name__} no enable_cache"
+                yield Problem(where, reason, "Choose a fixed schedule.")
+            return
+        field = "ratios" if self.method == "magcache" else "steps"
+        for count in plan.steps:
+            try:
+                self.mask(count)
+            except ValueError as error:
+                yield Problem(f"{where}.{field}", str(error), f"Give one for each of {count} steps.")
+
+    @property
+    def _of_blocks(self) -> bool:
+        by_option = self.method in ("mask", "taylorseer") and self.keep == "blocks"
+        return by_option or self.method in ("fora", "first_block", "dbcache", "magcache")
+
+    @property
+    def _front(self) -> int:
+        return {"first_block": 1, "dbcache": self.front}.get(self.method, 0)
+
+    @property
+    def _back(self) -> int:
+        return self.back if self.method == "dbcache" else 0
+
+    def run(self, plan: Plan) -> Outcome:
+        if self.dynamic:
+            return Outcome(plan.with_facts(self.provides()), True, ("decided at each step, by diffusers' hooks",))
+        return self._foretell(plan)
+
+    def _foretell(self, plan: Plan) -> Outcome:
+        """Say which steps will compute; where the number of steps is known, and none reuses, nothing changes."""
+        masks = [self.mask(count) for count in plan.steps]
+        notes = tuple(map(_told, masks)) or ("a schedule of the steps that call it",)
+        return Outcome(plan.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        return ()
+
+    # -- the programs --
+
+    def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        if self.dynamic:
+            return replace(recording, reason=f"{self.method} decides at each step what to compute"), ()
+        module = recording.modules[self.component]
+        splits = {name: self._split(program, module) for name, program in module.programs.items()}
+        notes: list[str] = []
+        calls: list[dict[str, Program]] = []
+        for programs in recording.calls:
+            woven: dict[str, Program] = {}
+            for name, call in programs.items():
+                lanes = lanes_of(call, self.component)
+                mask = self._mask_for(lanes)
+                woven[name] = weave(call, self.component, mask, splits, self._order)
+                if _told(mask) not in notes:
+                    notes.append(_told(mask))
+            calls.append(woven)
+        programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
+        module = replace(module, programs={**module.programs, **programs})
+        return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
+
+    @property
+    def _order(self) -> int:
+        return self.order if self.method == "taylorseer" else 0
+
+    def _mask_for(self, lanes: Lanes) -> Mask:
+        try:
+            return self.mask(lanes.steps)
+        except ValueError as error:
+            raise PassError(f"cache_schedule {error}") from None
+
+    def _split(self, program: Program, module: Module) -> Split:
+        kept: tuple[Kept, ...]
+        if self.method == "deepcache":
+            kept = deep_features(program, self.depth)
+        elif self._of_blocks:
+            kept = residuals(program, module.regions, self._front, self._back)
+        else:
+            kept = outputs_of(program)
+        if not kept:
+            raise PassError(f"{self.method} finds nothing to keep in {program.name} of {self.component}")
+        return split(program, kept)
+
+
+def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
+    yield part.keeping.name, part.keeping
+    if part.reusing is not None:
+        yield part.reusing.name, part.reusing
+
+
+def _told(mask: Mask) -> str:
+    return f"{sum(mask)} of {len(mask)} steps compute: {symbols(mask)}"

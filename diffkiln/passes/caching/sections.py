@@ -1,0 +1,185 @@
+"""A component's program in two: one that keeps values, and one that reuses them and computes less.
+
+What is kept stands for a part of the program: the part's results less what came into it (its residual), or the results
+themselves. The reusing program has kept values in the part's place; what nothing needs any more falls away by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from diffkiln.program import REGION, Input, Op, Program, Ref, drop_dead, map_refs, refs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A value of a program that a later step does not compute.
+
+    With a `base`, the difference is kept, and added to the later step's own base.
+    """
+
+    value: str
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The programs of a step that keeps and of one that reuses.
+
+    `keeping` gives what the original gives, and then what it keeps. `reusing` takes the inputs of the original whose
+    positions `takes` lists, and then what was kept; it is None where what was kept is the result itself.
+    """
+
+    keeping: Program
+    reusing: Program | None
+    takes: tuple[int, ...]
+    kept: int
+
+
+def split(program: Program, kept: Sequence[Kept]) -> Split:
+    """Cut a component's program where values are kept."""
+    return Split(_keeping(program, kept), *_reusing(program, kept), len(kept))
+
+
+def _keeping(program: Program, kept: Sequence[Kept]) -> Program:
+    ops, types, outputs = list(program.ops), dict(program.types), list(program.outputs)
+    for index, item in enumerate(kept):
+        name = item.value
+        if item.base is not None:
+            name = f"%kept.{index}"
+            types[name] = types[item.value]
+            ops.append(Op("aten.sub.Tensor", (Ref(item.value), Ref(item.base)), (name,)))
+        outputs.append(Ref(name))
+    return replace(program, name=f"{program.name}.keeping", ops=tuple(ops), outputs=tuple(outputs), types=types)
+
+
+def _reusing(program: Program, kept: Sequence[Kept]) -> tuple[Program | None, tuple[int, ...]]:
+    types, inputs = dict(program.types), [Input(f"%kept.{i}", program.types[k.value]) for i, k in enumerate(kept)]
+    given = {item.value: (source.name, item.base) for item, source in zip(kept, inputs, strict=True)}
+    types |= {item.name: item.type for item in inputs}
+    ops: list[Op] = []
+    for op in program.ops:
+        replaced = [name for name in op.outputs if name in given]
+        unread = {name: f"{name}.unread" for name in replaced}
+        types |= {new: types[old] for old, new in unread.items()}
+        ops.append(replace(op, outputs=tuple(unread.get(name, name) for name in op.outputs)))
+        for name in replaced:
+            source, base = given[name]
+            if base is not None:
+                ops.append(Op("aten.add.Tensor", (Ref(base), Ref(source)), (name,)))
+    same = {value: source for value, (source, base) in given.items() if base is None}
+
+    def renamed(arg: object) -> object:
+        return map_refs(arg, lambda ref: Ref(same.get(ref.name, ref.name)))
+
+    reusing = drop_dead(
+        replace(
+            program,
+            name=f"{program.name}.reusing",
+            inputs=(*program.inputs, *inputs),
+            ops=tuple(replace(op, args=renamed(op.args), kwargs=renamed(op.kwargs)) for op in ops),
+            outputs=tuple(renamed(program.outputs)),  # type: ignore[arg-type]
+            types=types,
+        )
+    )
+    if not reusing.ops and [ref.name for ref in reusing.outputs] == [item.name for item in inputs]:
+        return None, ()
+    used = set(reusing.uses())
+    takes = tuple(index for index, item in enumerate(program.inputs) if item.name in used)
+    inputs = [*(program.inputs[index] for index in takes), *inputs]
+    named = used | {item.name for item in inputs} | {name for op in reusing.ops for name in op.outputs}
+    types = {name: type_ for name, type_ in reusing.types.items() if name in named}
+    return replace(reusing, inputs=tuple(inputs), types=types), takes
+
+
+# -- what may be kept --
+
+
+def outputs_of(program: Program) -> tuple[Kept, ...]:
+    """The program's results themselves: a step that reuses them calls nothing."""
+    return tuple(Kept(ref.name) for ref in program.outputs)
+
+
+def residuals(program: Program, regions: Mapping[str, Program], front: int, back: int) -> tuple[Kept, ...]:
+    """What its repeated blocks add, without the first `front` and the last `back` of them.
+
+    A result of a block that is no later form of one of its arguments is kept as it is.
+    """
+    blocks = [op for op in program.ops if op.name == REGION]
+    inside = blocks[front : len(blocks) - back]
+    carried = _carried(blocks, regions)
+    made = {name: (op, index) for op in inside for index, name in enumerate(op.outputs)}
+    outer = [op for op in program.ops if id(op) not in {id(block) for block in inside}]
+    read = {ref.name for op in outer for ref in refs((op.args, op.kwargs))} | {ref.name for ref in program.outputs}
+
+    def origin(name: str) -> str | None:
+        while name in made:
+            op, index = made[name]
+            slot = carried.get((op.attrs["region"], index))
+            if slot is None:
+                return None
+            (ref,) = refs(op.args[slot])
+            name = ref.name
+        return name
+
+    kept: list[Kept] = []
+    for name in made:
+        if name in read:
+            base = origin(name)
+            alike = base is not None and program.types[base] == program.types[name]
+            kept.append(Kept(name, base if alike else None))
+    return tuple(kept)
+
+
+def _carried(blocks: Sequence[Op], regions: Mapping[str, Program]) -> Mapping[tuple[str, int], int]:
+    """(region, result) → the argument that the result takes the place of, as neighbours of one kind show.
+
+    Where no two neighbours show it, the only result of a block takes the place of its hidden states, or of its first
+    argument.
+    """
+    found: dict[tuple[str, int], int] = {}
+    for before, after in itertools.pairwise(blocks):
+        if before.attrs["region"] != after.attrs["region"]:
+            continue
+        places = {ref.name: slot for slot, arg in enumerate(after.args) for ref in refs(arg)}
+        for index, name in enumerate(before.outputs):
+            if name in places:
+                found.setdefault((before.attrs["region"], index), places[name])
+    for op in blocks:
+        if len(op.outputs) == 1:
+            names = [item.name for item in regions[op.attrs["region"]].inputs]
+            slot = names.index("%hidden_states") if "%hidden_states" in names else 0
+            found.setdefault((op.attrs["region"], 0), slot)
+    return found
+
+
+def deep_features(program: Program, depth: int) -> tuple[Kept, ...]:
+    """What a UNet's upper path gets from below where it takes its last `depth` skip connections.
+
+    Source: Ma, Fang and Wang, "DeepCache: Accelerating Diffusion Models for Free", 2023,
+    https://arxiv.org/abs/2312.00858.
+    """
+    joints = skips(program)
+    if depth > len(joints):
+        return ()
+    (deep, _) = tuple(refs(joints[-depth].args[0]))
+    return (Kept(deep.name),)
+
+
+def skips(program: Program) -> list[Op]:
+    """Where a UNet's upper path joins what the way down left: (deep, skip) concatenated over channels, before a
+    residual block's first norm."""
+    normed: Collection[str] = {
+        ref.name
+        for op in program.ops
+        if op.name == "aten.group_norm.default" and any("up_blocks." in use.name for use in refs(op.args))
+        for ref in list(refs(op.args))[:1]
+    }
+    return [
+        op
+        for op in program.ops
+        if op.name == "aten.cat.default" and op.args[1:] == (1,) and op.outputs[0] in normed
+        if len(list(refs(op.args[0]))) == 2
+    ]

@@ -1,0 +1,51 @@
+"""Which steps of a denoising run compute, and which reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: A step that computes, and one that reuses, in a line of symbols.
+COMPUTES, REUSES = "●", "○"
+
+Mask = tuple[bool, ...]
+
+
+def every(count: int, interval: int, start: int = 1, end: int = 0) -> Mask:
+    """Of `count` steps the first `start` and the last `end` compute, and from the former on every `interval`-th.
+
+    Source: Selvaraju and others, "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration", 2024,
+    https://arxiv.org/abs/2407.01425.
+    """
+    return tuple(step < start or step >= count - end or (step - start + 1) % interval == 0 for step in range(count))
+
+
+def magnitude(ratios: Sequence[float], threshold: float, most: int, retention: float) -> Mask:
+    """A step reuses while the error that the ratios foretell stays within the threshold, `most` steps in a row.
+
+    Args:
+        ratios: for each step, the size of its residual against that of the step before; the first is not read.
+        threshold: of the error that adds up from step to step.
+        most: steps that may reuse one after the other.
+        retention: the share of the steps, from the first, that always compute.
+
+    Source: Ma and others, "MagCache: Fast Video Generation with Magnitude-Aware Cache", 2025,
+    https://arxiv.org/abs/2506.09045.
+    """
+    first = max(1, int(retention * len(ratios) + 0.5))
+    mask: list[bool] = []
+    product, error, reused = 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        if step >= first:
+            product *= ratio
+            reused += 1
+            error += abs(1.0 - product)
+        computes = step < first or error > threshold or reused > most
+        if computes:
+            product, error, reused = 1.0, 0.0, 0
+        mask.append(computes)
+    return tuple(mask)
+
+
+def symbols(mask: Sequence[bool]) -> str:
+    """One symbol a step."""
+    return "".join(COMPUTES if computes else REUSES for computes in mask)
