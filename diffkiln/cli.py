@@ -24,9 +24,12 @@ from diffkiln.printing import (
     print_manifest,
     print_pass,
     print_program,
+    print_schedules,
     print_table,
     save,
     say,
+    schedules,
+    schedules_json,
     size_of,
     word,
 )
@@ -97,10 +100,13 @@ def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
         if name is not None:
             with opened.verify(roles={"program"}) as verified:
                 print_program(verified, name, as_json)
-        elif as_json:
-            print_json({"id": opened.id, **opened.manifest.model_dump(mode="json")})
+            return
+        found = schedules(opened)
+        if as_json:
+            print_json({"id": opened.id, **opened.manifest.model_dump(mode="json"), "schedules": schedules_json(found)})
         else:
             print_manifest(opened.id, opened.manifest)
+            print_schedules(found)
 
 
 @cli.command("verify")

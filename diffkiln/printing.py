@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from diffkiln.bundle import Manifest
+    from diffkiln.bundle import Bundle, Manifest
     from diffkiln.compiler import Checked
     from diffkiln.passes.base import Pass
+    from diffkiln.program.schedule import Step
 
 
 class Watch:
@@ -107,6 +109,49 @@ def print_manifest(identity: str, manifest: Manifest) -> None:
         click.echo(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
     for engine in manifest.engines:
         click.echo(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
+
+
+Schedules = Mapping[str, Mapping[str, "list[Step]"]]
+"""variant → component → what each of its steps computes."""
+
+
+def schedules(bundle: Bundle) -> Schedules:
+    """What each step of each variant computes, of the components that a caching schedule was made for."""
+    from diffkiln.program import module_from_json, program_from_json
+    from diffkiln.program.schedule import schedule
+
+    rows = [row.options for row in bundle.manifest.passes if row.name == "cache_schedule"]
+    names = sorted({str(options["component"]) for options in rows if not options.get("dynamic")})
+    if not names:
+        return {}
+    with bundle.verify(roles={"program"}) as verified:
+
+        def read(path: str) -> Any:
+            return json.loads(verified.read(path))
+
+        modules = {name: module_from_json(read(f"programs/{name}.json")) for name in names}
+        calls = {
+            variant.name: program_from_json(read(variant.programs["call"])["programs"]["call"])
+            for variant in bundle.manifest.pipeline.variants
+        }
+    return {name: {part: schedule(call, modules, part) for part in names} for name, call in calls.items()}
+
+
+def schedules_json(found: Schedules) -> Any:
+    return {
+        variant: {component: [asdict(step) for step in steps] for component, steps in components.items()}
+        for variant, components in found.items()
+    }
+
+
+def print_schedules(found: Schedules) -> None:
+    from diffkiln.program.schedule import line
+
+    for variant, components in found.items():
+        for component, steps in components.items():
+            click.echo(f"schedule  {variant}  {component}  {line(steps)}")
+            rows = [[str(step.number), f"{step.timestep:g}", str(step.calls), str(step.blocks)] for step in steps]
+            print_table(("step", "timestep", "calls", "blocks"), rows)
 
 
 def print_program(verified: Any, name: str, as_json: bool) -> None:

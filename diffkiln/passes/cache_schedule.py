@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -181,6 +184,9 @@ class CacheSchedule(Pass):
             if not hasattr(module, "enable_cache"):
                 reason = f"diffusers gives {type(module).__name__} no enable_cache"
                 yield Problem(where, reason, "Choose a fixed schedule.")
+            elif self.method == "seacache" and not _tells_sigma(plan.class_name):
+                reason = f"{plan.class_name} does not tell seacache its steps and sigmas, so it would reuse nothing"
+                yield Problem(f"{where}.method", reason, "Choose first_block.")
             return
         field = "ratios" if self.method == "magcache" else "steps"
         for count in plan.steps:
@@ -265,6 +271,12 @@ def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
     yield part.keeping.name, part.keeping
     if part.reusing is not None:
         yield part.reusing.name, part.reusing
+
+
+def _tells_sigma(class_name: str) -> bool:
+    """Whether a pipeline gives its cache context what seacache reads."""
+    kind = getattr(importlib.import_module("diffusers"), class_name, None)
+    return kind is not None and bool(re.search(r"cache_context\([^)]*sigma=", inspect.getsource(kind)))
 
 
 def _told(mask: Mask) -> str:

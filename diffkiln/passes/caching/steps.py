@@ -7,6 +7,9 @@ from collections.abc import Sequence
 #: A step that computes, and one that reuses, in a line of symbols.
 COMPUTES, REUSES = "●", "○"
 
+#: An error that reaches the threshold is within it, whatever the last bit of a sum says.
+_ROUNDING = 1 + 1e-6
+
 Mask = tuple[bool, ...]
 
 
@@ -39,7 +42,7 @@ def magnitude(ratios: Sequence[float], threshold: float, most: int, retention: f
             product *= ratio
             reused += 1
             error += abs(1.0 - product)
-        computes = step < first or error > threshold or reused > most
+        computes = step < first or error > threshold * _ROUNDING or reused > most
         if computes:
             product, error, reused = 1.0, 0.0, 0
         mask.append(computes)

@@ -91,10 +91,10 @@ def blocks(run: Run, front: int = 0, back: int = 0) -> Iterator[None]:
             key = id(block), run.lane
             if not run.computes:
                 streams = _streams(block, args, kwargs, len(added[key]))
-                given = tuple(stream + more for stream, more in zip(streams, added[key], strict=True))
-                return given if len(given) > 1 else given[0]
+                given = [stream + more for stream, more in zip(streams, added[key], strict=True)]
+                return tuple(given) if len(given) > 1 else given[0]
             result = original(*args, **kwargs)
-            values = result if isinstance(result, tuple) else (result,)
+            values = [value for value in (result if isinstance(result, tuple) else (result,)) if value is not None]
             streams = _streams(block, args, kwargs, len(values))
             added[key] = [value - stream for value, stream in zip(values, streams, strict=True)]
             return result
