@@ -84,6 +84,7 @@ def output(run: Run, order: int = 0) -> Iterator[None]:
 def blocks(run: Run, front: int = 0, back: int = 0) -> Iterator[None]:
     """In a step that reuses, each block between those in front and in back gives its input and what it last added."""
     added: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    drops_text: dict[int, bool] = {}
     every = [block for _, block in repeated_blocks(run.module)]
 
     def cached(block: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,8 +93,9 @@ def blocks(run: Run, front: int = 0, back: int = 0) -> Iterator[None]:
             if not run.computes:
                 streams = _streams(block, args, kwargs, len(added[key]))
                 given = [stream + more for stream, more in zip(streams, added[key], strict=True)]
-                return tuple(given) if len(given) > 1 else given[0]
+                return tuple(given) if len(given) > 1 else (None, *given) if drops_text[id(block)] else given[0]
             result = original(*args, **kwargs)
+            drops_text[id(block)] = isinstance(result, tuple) and result[0] is None
             values = [value for value in (result if isinstance(result, tuple) else (result,)) if value is not None]
             streams = _streams(block, args, kwargs, len(values))
             added[key] = [value - stream for value, stream in zip(values, streams, strict=True)]
