@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
+from diffkiln.calibration import Metric, calibrated
 from diffkiln.errors import PassError, Problem, RecordError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.packing import (
     Packed,
+    as_json,
     manifest_of,
     pack_configuration,
     pack_engines,
@@ -32,7 +34,9 @@ from diffkiln.packing import (
     weights_used,
 )
 from diffkiln.passes import manager
-from diffkiln.passes.base import Fact, Plan
+from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.cache_schedule import CacheSchedule
+from diffkiln.passes.calibrate import Calibrate
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.constants import Constants
@@ -75,6 +79,14 @@ class Checked:
     @property
     def dtype(self) -> str | None:
         return self.spec.source.dtype
+
+    def with_step(self, place: Placed, step: Pass) -> Checked:
+        """The same with another pass in one place."""
+        new = replace(place, step=step)
+        placed = tuple(new if item is place else item for item in self.placed)
+        notes = step.run(self.plan).notes
+        report = tuple(replace(r, placed=new, notes=notes) if r.placed is place else r for r in self.report)
+        return replace(self, placed=placed, report=report)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,9 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     if len(plan.denoisers) == 1:
         plan = replace(plan, steps=tuple(dict.fromkeys(steps_of(pipe, request) for request in requests)))
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    plan, report = manager.run(plan, placed, targets, _runtime_problems(parsed, targets))
+    plan, report = manager.run(
+        plan, placed, targets, [*_runtime_problems(parsed, targets), *_calibration_problems(placed)]
+    )
     after = before | {ran.placed.step.component: ran.nbytes for ran in report}
     return Checked(
         parsed, targets, source, tuple(requests), tuple(placed), pipe, plan, tuple(report), before, after,
@@ -140,6 +154,7 @@ def compile(
     base: str | Path | None = None,
     progress: Progress | None = None,
     cache: EngineCache | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Built:
     """Compile a spec into a bundle. The output appears whole, at the end, or not at all.
 
@@ -150,6 +165,7 @@ def compile(
         base: folder that the source's relative path starts from; the spec file's by default.
         progress: called with the name of each step when it begins.
         cache: of engines; the user's by default.
+        metrics: what a `calibrate` may name besides psnr: functions of images [n, …] from 0 to 1 and their prompts.
 
     Raises:
         SpecError, IllegalPlan: as `check`; also for an output that exists.
@@ -168,8 +184,9 @@ def compile(
         with steps("verify the recording"), quiet_libraries():
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
+        chosen = _calibrate(checked, recording, metrics or {}, steps, writer)
         if recording.calls:
-            recording, _ = manager.rewrite(recording, checked.placed)
+            recording, _ = manager.rewrite(recording, chosen.placed)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)
@@ -182,8 +199,8 @@ def compile(
             with steps(f"weights of {name}"):
                 packed.weights[name] = _stream(checked, name, writer, packed, verification, used.get(name, frozenset()))
         with steps("publish"):
-            pack_report(writer, packed, checked.source, checked.report, steps.seconds)
-            identity = writer.publish(lambda rows: manifest_of(rows, packed, checked))
+            pack_report(writer, packed, chosen.source, chosen.report, steps.seconds)
+            identity = writer.publish(lambda rows: manifest_of(rows, packed, chosen))
     write_receipt(identity)
     return Built(writer.output, identity, tuple(notices), dict(steps.seconds))
 
@@ -201,6 +218,39 @@ def _record(checked: Checked, notices: list[str]) -> Recording:
         return Recording([], {}, Constants(), [], [], reason=str(error))
     notices += recording.notices
     return recording
+
+
+def _calibrate(
+    checked: Checked, recording: Recording, metrics: Mapping[str, Metric], steps: Steps, writer: BundleWriter
+) -> Checked:
+    """The plan with the steps of schedules chosen, by the real pipeline; what was measured goes into the bundle."""
+    for item in checked.placed:
+        if not isinstance(item.step, Calibrate) or not recording.calls:
+            continue
+        component = item.step.component
+        place = next(place for place in checked.placed if _is_schedule(place, component))
+        with steps(f"calibrate the schedule of {component}"), quiet_libraries():
+            modules = {name: load_module(checked.source, name, checked.dtype) for name in checked.plan.modules}
+            for name, module in modules.items():
+                manager.apply(module, name, checked.placed)
+            assert isinstance(place.step, CacheSchedule)
+            evidence = calibrated(recording, checked.pipe, modules, item.step, place.step, metrics)
+        writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
+        chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
+        checked = checked.with_step(place, chosen)
+    return checked
+
+
+def _is_schedule(place: Placed, component: str) -> bool:
+    return isinstance(place.step, CacheSchedule) and place.step.component == component
+
+
+def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
+    """Calibrations that nothing follows."""
+    calibrations = [item for item in placed if isinstance(item.step, Calibrate)]
+    lonely = [item for item in calibrations if not any(_is_schedule(other, item.step.component) for other in placed)]
+    mend = 'Add a cache_schedule with "steps": "calibrated".'
+    return [Problem(item.where, "no cache_schedule of the component would use it", mend) for item in lonely]
 
 
 def _stream(

@@ -2,13 +2,14 @@
 
 from diffkiln.packing.configuration import pack_configuration
 from diffkiln.packing.engines import pack_engines
-from diffkiln.packing.packed import Packed
+from diffkiln.packing.packed import Packed, as_json
 from diffkiln.packing.programs import every_program, pack_programs, tokenizers_of
 from diffkiln.packing.report import manifest_of, pack_report
 from diffkiln.packing.weights import as_stored, pack_weights, weights_used
 
 __all__ = [
     "Packed",
+    "as_json",
     "as_stored",
     "every_program",
     "manifest_of",

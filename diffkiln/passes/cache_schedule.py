@@ -86,8 +86,10 @@ class CacheSchedule(Pass):
     )
 
     method: Method = Field(description="What is kept, and what becomes of it.")
-    steps: tuple[Literal[0, 1], ...] | None = Field(
-        None, description="For each step whether it computes (1) or reuses (0), in the place of an interval."
+    steps: tuple[Literal[0, 1], ...] | Literal["calibrated"] | None = Field(
+        None,
+        description='For each step whether it computes (1) or reuses (0), in the place of an interval; "calibrated" if '
+        "a calibrate before it chooses them.",
     )
     interval: Annotated[int, Field(ge=2)] | None = Field(None, description="Every how many steps one computes.")
     start: int = Field(1, ge=1, description="How many steps at the beginning compute.")
@@ -155,15 +157,20 @@ class CacheSchedule(Pass):
         Raises:
             ValueError: the options name another number of steps.
         """
-        given = self.ratios if self.method == "magcache" else self.steps
+        given = self.ratios if self.method == "magcache" else None if self.is_calibrated else self.steps
         if given is not None and len(given) != count:
             raise ValueError(f"names {len(given)} steps, and {self.component} is called in {count}")
         if self.ratios is not None:
             return magnitude(self.ratios, self.threshold, self.max_reused, self.retention)
-        if self.steps is not None:
+        if isinstance(self.steps, tuple):
             return tuple(bool(step) for step in self.steps)
-        assert self.interval is not None
+        assert self.interval is not None, "calibrate has chosen by now"
         return every(count, self.interval, self.start, self.end)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a calibrate chooses the steps."""
+        return self.steps == "calibrated"
 
     # -- from configuration --
 
@@ -187,6 +194,16 @@ class CacheSchedule(Pass):
             elif self.method == "seacache" and not _tells_sigma(plan.class_name):
                 reason = f"{plan.class_name} does not tell seacache its steps and sigmas, so it would reuse nothing"
                 yield Problem(f"{where}.method", reason, "Choose first_block.")
+            return
+        waits = any(fact.name == "calibrated" and fact.component == self.component for fact in plan.facts)
+        if self.is_calibrated != waits:
+            told = "no calibrate of the component stands before it" if self.is_calibrated else "calibrate chooses them"
+            mend = "Add one." if self.is_calibrated else 'Set them to "calibrated", and remove the interval.'
+            yield Problem(f"{where}.steps", told, mend)
+        elif waits and self._order:
+            reason = "costs are measured for reuse of the last value, not for an extrapolation"
+            yield Problem(f"{where}.order", reason, "Set it to 0, or name the steps.")
+        if self.is_calibrated:
             return
         field = "ratios" if self.method == "magcache" else "steps"
         for count in plan.steps:
@@ -215,6 +232,8 @@ class CacheSchedule(Pass):
 
     def _foretell(self, plan: Plan) -> Outcome:
         """Say which steps will compute; where the number of steps is known, and none reuses, nothing changes."""
+        if self.is_calibrated:
+            return Outcome(plan.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",))
         masks = [self.mask(count) for count in plan.steps]
         notes = tuple(map(_told, masks)) or ("a schedule of the steps that call it",)
         return Outcome(plan.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
@@ -228,7 +247,7 @@ class CacheSchedule(Pass):
         if self.dynamic:
             return replace(recording, reason=f"{self.method} decides at each step what to compute"), ()
         module = recording.modules[self.component]
-        splits = {name: self._split(program, module) for name, program in module.programs.items()}
+        splits = self.splits(recording)
         notes: list[str] = []
         calls: list[dict[str, Program]] = []
         for programs in recording.calls:
@@ -243,6 +262,11 @@ class CacheSchedule(Pass):
         programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
         module = replace(module, programs={**module.programs, **programs})
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
+
+    def splits(self, recording: Recording) -> dict[str, Split]:
+        """The component's programs by name, each cut where this schedule keeps values."""
+        module = recording.modules[self.component]
+        return {name: self._split(program, module) for name, program in module.programs.items()}
 
     @property
     def _order(self) -> int:

@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "quantize": "diffkiln.passes.quantize:Quantize",
     "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
     "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
+    "calibrate": "diffkiln.passes.calibrate:Calibrate",
     "cache_schedule": "diffkiln.passes.cache_schedule:CacheSchedule",
     "compile": "diffkiln.passes.compile:Compile",
 }
@@ -48,6 +49,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("fuse_qkv", "sparsify"): "sparse projections cannot be concatenated",
     ("fuse_qkv", "layerwise_cast"): "diffusers concatenates weights in the type that they compute in",
     ("prune", "quantize"): "what is dropped need not be quantized, and patterns name the blocks that are left",
+    ("calibrate", "cache_schedule"): "it chooses the schedule's steps",
     ("sparsify", "quantize"): "quantized weights cannot be made sparse",
     ("quantize", "layerwise_cast"): "layerwise_cast takes the layers that quantize leaves",
 }

@@ -1,0 +1,106 @@
+"""Measure what reuse costs at each step of the real pipeline, and choose the steps of a caching schedule by it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, PrivateAttr
+
+from diffkiln.errors import Problem, SourceError
+from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.spec import Conflict, Target, refuse
+
+#: A prompts file is read whole; one that is larger is something else.
+_MAX_BYTES = 2**20
+
+
+class Calibrate(Pass):
+    """Choose the steps of the `cache_schedule` that follows, whose `steps` are "calibrated".
+
+    The real pipeline draws the prompts once and keeps what every step would keep. Then each step is computed again from
+    what every earlier one kept, and what that does to its latents is its cost. Dynamic programming finds the steps
+    whose costs add up to the least: as many as `computed` allows, or as few as the `metric` needs to stay `at_least`
+    so high, which is measured on the images that the schedule draws.
+
+    The metric `psnr` is in dB, against the images without a schedule, the mean over the prompts. Other metrics are
+    functions that a caller of `diffkiln.compile` gives by name.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    summary: ClassVar[str] = "measure what reuse costs, and choose a schedule's steps by it"
+    examples: ClassVar = (
+        {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "computed": 14},
+        {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "metric": "psnr", "at_least": 30.0},
+    )
+
+    prompts: str = Field(min_length=1, description="A text file with a prompt a line; relative to the spec.")
+    seed: int = Field(0, ge=0, description="Of the first prompt's noise; each next prompt has the next one.")
+    computed: int | None = Field(None, ge=1, description="How many steps compute.")
+    metric: str = Field("psnr", min_length=1, description="What must stay, on the images of the prompts.")
+    at_least: float | None = Field(None, description="The value below which the metric must not fall.")
+
+    _texts: tuple[str, ...] = PrivateAttr(default=())
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if "computed" in given and "at_least" in given:
+            yield ("at_least",), refuse("is a floor, beside a budget of computed steps", "Remove one of the two")
+        elif "computed" not in given and "at_least" not in given:
+            yield ("computed",), refuse("neither a budget of steps is given, nor a floor", "Add computed or at_least")
+        if "computed" in given and "metric" in given:
+            yield ("metric",), refuse("says nothing beside a budget of computed steps", "Remove it")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, once the pass is prepared."""
+        return self._texts
+
+    def prepare(self, base: Path, pipeline_class: type) -> Pass:
+        path = base / self.prompts
+        try:
+            data = path.read_bytes() if path.stat().st_size <= _MAX_BYTES else None
+            lines = data.decode().splitlines() if data is not None else None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"the prompts file {path} cannot be read: {error}") from None
+        if lines is None:
+            raise SourceError(f"the prompts file {path} is larger than {_MAX_BYTES} bytes")
+        ready = self.model_copy()
+        ready._texts = tuple(line.strip() for line in lines if line.strip())
+        if not ready._texts:
+            raise SourceError(f"the prompts file {path} holds no prompt")
+        return ready
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON, with the prompts' digest in the place of a local path."""
+        written = {key: value for key, value in super().options().items() if value is not None}
+        if self.computed is not None:
+            del written["metric"]
+        if self._texts:
+            digest = hashlib.sha256("\n".join(self._texts).encode()).hexdigest()
+            written |= {"prompts": f"sha256:{digest}", "count": len(self._texts)}
+        return written
+
+    def provides(self) -> Iterable[Fact]:
+        return [Fact("calibrated", self.component, self.name)]
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        if self.component not in plan.denoisers:
+            yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
+        elif len(plan.steps) != 1:
+            reason = f"one schedule is for one number of steps, and the variants have {list(plan.steps) or 'several'}"
+            yield Problem(where, reason, "Compile them into bundles of their own.")
+        elif self.computed is not None and self.computed >= plan.steps[0]:
+            reason = f"of {plan.steps[0]} steps {self.computed} compute, so none reuses"
+            yield Problem(f"{where}.computed", reason, "Give fewer.")
+
+    def run(self, plan: Plan) -> Outcome:
+        wanted = f"{self.computed} computed steps" if self.computed else f"{self.metric} of at least {self.at_least:g}"
+        note = f"on {len(self._texts)} prompts, for {wanted}"
+        return Outcome(plan.with_facts(self.provides()), True, (note,))
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        return ()
