@@ -45,7 +45,7 @@ from diffkiln.record.pipeline import Recording, Request, record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
-from diffkiln.record.steps import steps_of
+from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
 from diffkiln.verification import Verification
@@ -132,14 +132,24 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     pipe.set_progress_bar_config(disable=True)
     requests = requests_of(parsed, pipe)
     facts = frozenset(Fact("gguf", name, "source.gguf") for name in source.gguf)
-    plan = Plan(source.class_name, {name: pipe.components[name] for name in source.modules}, facts)
+    plan = Plan(
+        source.class_name,
+        {name: pipe.components[name] for name in source.modules},
+        facts,
+        variants=tuple({**request.fixed, "batch_size": request.batch_size} for request in requests),
+        scheduler=getattr(pipe, "scheduler", None),
+    )
     if len(plan.denoisers) == 1:
-        plan = replace(plan, steps=tuple(dict.fromkeys(steps_of(pipe, request) for request in requests)))
+        wanted = tuple(dict.fromkeys(wanted_steps(pipe, request) for request in requests))
+        counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted))
+        plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(
         plan, placed, targets, [*_runtime_problems(parsed, targets), *_calibration_problems(placed)]
     )
-    after = before | {ran.placed.step.component: ran.nbytes for ran in report}
+    if plan.scheduler is not None:
+        pipe.register_modules(scheduler=plan.scheduler)
+    after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}
     return Checked(
         parsed, targets, source, tuple(requests), tuple(placed), pipe, plan, tuple(report), before, after,
         tuple(source.notices),

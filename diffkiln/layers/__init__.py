@@ -5,6 +5,7 @@ it. `as_diffusers` builds the same modules again. Nothing here knows of specs, p
 """
 
 from diffkiln.layers.blocks import drop_blocks, droppable_blocks, matching, repeated_blocks
+from diffkiln.layers.decoding import decode_in_parts, parts_problem, tile_side
 from diffkiln.layers.forms import FORMS, Cast, Form, FourBit, Int4, Int8, Sparse24
 from diffkiln.layers.layout import is_channels_last, to_channels_last
 from diffkiln.layers.merging import MOST, merge_tokens, self_attentions
@@ -20,15 +21,18 @@ __all__ = [
     "Int8",
     "Sparse24",
     "Stored",
+    "decode_in_parts",
     "described",
     "drop_blocks",
     "droppable_blocks",
     "is_channels_last",
     "matching",
     "merge_tokens",
+    "parts_problem",
     "repeated_blocks",
     "self_attentions",
     "store",
     "store_as_described",
+    "tile_side",
     "to_channels_last",
 ]

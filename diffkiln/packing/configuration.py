@@ -17,6 +17,9 @@ from diffkiln.runtime.loading import LAYERS
 if TYPE_CHECKING:
     from diffkiln.compiler import Checked
 
+SCHEDULER = "scheduler"
+_PATHS = ("_name_or_path", "name_or_path")
+
 
 def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
     """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
@@ -25,7 +28,10 @@ def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
     for name in source.files():
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
-        writer.write(f"pipeline/{name}", _portable(source, name), "config")
+        if name.partition("/")[0] != SCHEDULER:
+            writer.write(f"pipeline/{name}", _portable(source, name, checked.plan.scheduler), "config")
+    if checked.plan.scheduler is not None:
+        writer.write(f"pipeline/{SCHEDULER}/scheduler_config.json", _scheduler(checked.plan.scheduler), "config")
     for name, module in checked.plan.modules.items():
         if layers := described(module):
             writer.write(f"pipeline/{name}/{LAYERS}", as_json(layers), "config")
@@ -43,19 +49,29 @@ def _pinned(index: int, entry: dict[str, Any], placed: Sequence[Placed]) -> dict
     return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
 
 
-def _portable(source: SourceModel, name: str) -> bytes:
-    """A configuration file without paths of the machine that it was made on, and without left-out components."""
+def _scheduler(scheduler: Any) -> bytes:
+    config = json.loads(scheduler.to_json_string())
+    return as_json({key: value for key, value in config.items() if key not in _PATHS})
+
+
+def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
+    """A configuration file without paths of the machine that it was made on, and without left-out components.
+
+    The pipeline's index names the scheduler that the passes left.
+    """
     data = (source.folder / name).read_bytes()
     if Path(name).name not in ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json"):
         return data
     config = json.loads(data)
     if isinstance(config, dict):
-        for key in ("_name_or_path", "name_or_path"):
+        for key in _PATHS:
             config.pop(key, None)
         if name == "model_index.json":
             config |= {
                 key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
             }
+            if scheduler is not None:
+                config[SCHEDULER] = ["diffusers", type(scheduler).__name__]
     return as_json(config)
 
 

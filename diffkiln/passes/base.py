@@ -48,15 +48,19 @@ class CompileRequest:
 class Plan:
     """The compiler's state between passes. A pass returns a new one.
 
-    `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `steps` are the numbers of steps
-    in which the variants call the denoiser; empty where two of them share the run.
+    `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `variants` are the keywords that
+    each variant fixes, and its `batch_size`. `wanted_steps` are their numbers of steps, and `steps` those in which they
+    call the denoiser, which the `scheduler` decides; empty where two denoisers share the run.
     """
 
     class_name: str
     modules: Mapping[str, torch.nn.Module]
     facts: frozenset[Fact] = frozenset()
     compile: tuple[CompileRequest, ...] = ()
+    wanted_steps: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    scheduler: Any = None
 
     @property
     def denoisers(self) -> list[str]:

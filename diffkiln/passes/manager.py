@@ -78,7 +78,8 @@ def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
         outcome = item.step.run(plan)
     verify(outcome.plan, item, plan)
     seconds = time.perf_counter() - started
-    left = nbytes(outcome.plan.modules[item.step.component])
+    module = outcome.plan.modules.get(item.step.component)
+    left = nbytes(module) if module is not None else 0
     return outcome.plan, Ran(item, outcome.changed, outcome.notes, seconds, left)
 
 

@@ -28,6 +28,8 @@ PASSES: dict[str, str] = {
     "quantize": "diffkiln.passes.quantize:Quantize",
     "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
     "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
+    "vae": "diffkiln.passes.vae:VAE",
+    "scheduler": "diffkiln.passes.scheduler:Scheduler",
     "calibrate": "diffkiln.passes.calibrate:Calibrate",
     "cache_schedule": "diffkiln.passes.cache_schedule:CacheSchedule",
     "compile": "diffkiln.passes.compile:Compile",

@@ -10,13 +10,17 @@ from typing import Any
 from diffkiln.record.pipeline import Request, defaults
 
 
-def steps_of(pipe: Any, request: Request) -> int:
-    """The number of steps that the pipeline's scheduler makes of `num_inference_steps`.
+def wanted_steps(pipe: Any, request: Request) -> int:
+    """The variant's `num_inference_steps`, or the pipeline's own."""
+    return int(defaults(pipe, request).get("num_inference_steps") or 1)
 
-    Most schedulers make as many; some, such as PNDM and Heun, take more.
+
+def steps_with(scheduler: Any, wanted: int) -> int:
+    """The number of steps that a scheduler makes of `num_inference_steps`.
+
+    Most make as many; some, such as PNDM and Heun, take more.
     """
-    wanted = int(defaults(pipe, request).get("num_inference_steps") or 1)
-    scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
+    scheduler = copy.deepcopy(scheduler)
     set_timesteps = getattr(scheduler, "set_timesteps", None)
     if set_timesteps is None:
         return wanted

@@ -19,7 +19,7 @@ import torch
 
 from diffkiln.bundle import GroupRow, PassRow, Verified
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
-from diffkiln.layers import drop_blocks, matching, merge_tokens, store_as_described
+from diffkiln.layers import decode_in_parts, drop_blocks, matching, merge_tokens, store_as_described
 from diffkiln.runtime.loading import LAYERS
 from diffkiln.runtime.weights import read_header
 
@@ -91,6 +91,8 @@ def _restructure(module: torch.nn.Module, passes: Sequence[PassRow]) -> None:
             drop_blocks(module, options["blocks"])
         elif row.name == "merge_tokens":
             merge_tokens(module, options["ratio"], options["blocks"])
+        elif row.name == "vae":
+            decode_in_parts(module, options["slicing"], options["tiling"], options["tile"])
 
 
 def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:

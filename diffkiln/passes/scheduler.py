@@ -1,0 +1,102 @@
+"""Replace the scheduler, or change its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.passes.base import Outcome, Pass, Plan
+from diffkiln.record.steps import steps_with
+from diffkiln.spec import Json, Target, suggest
+
+
+class Scheduler(Pass):
+    """Replace the pipeline's scheduler by another of diffusers', or change how it is configured.
+
+    It is made by `from_config` of the one that the model has, so what both know is kept. Its schedule is computed once,
+    when the call is recorded: timesteps and coefficients are constants of the program, and nothing waits for the GPU
+    between steps. Few-step distillations are a `fuse_lora` and this.
+    """
+
+    name: ClassVar[str] = "scheduler"
+    summary: ClassVar[str] = "replace the scheduler, or change its configuration"
+    examples: ClassVar = (
+        {"name": "scheduler", "type": "EulerDiscreteScheduler", "options": {"timestep_spacing": "trailing"}},
+        {"name": "scheduler", "options": {"shift": 3.0, "use_dynamic_shifting": False}},
+    )
+
+    component: str = Field("scheduler", pattern="^scheduler$", description="The component: the pipeline's scheduler.")
+    type: str | None = Field(None, min_length=1, description="A class of diffusers; the model's own by default.")
+    settings: Mapping[str, Json] = Field(
+        default_factory=dict, alias="options", description="Fields of its configuration, over the model's."
+    )
+
+    def options(self) -> dict[str, Any]:
+        return {"component": self.component, "type": self.type, "options": dict(self.settings)}
+
+    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+        if plan.scheduler is None:
+            return [Problem(where, f"{plan.class_name} has no scheduler", "Remove it.")]
+        known = _compatible(plan.scheduler)
+        if self.type is not None and self.type not in known:
+            mend = suggest(self.type, known) or f"There are {', '.join(sorted(known))}."
+            mine = type(plan.scheduler).__name__
+            return [Problem(f"{where}.type", f"{self.type} is no scheduler that can take the place of {mine}", mend)]
+        names = set(inspect.signature(known[self.type or type(plan.scheduler).__name__]).parameters)
+        problems = [
+            Problem(
+                f"{where}.options.{key}",
+                f"{self.type or type(plan.scheduler).__name__} has no option {key!r}",
+                suggest(key, names) or f"It has {', '.join(sorted(names))}.",
+            )
+            for key in self.settings
+            if key not in names
+        ]
+        if not problems:
+            try:
+                self._made(plan)
+            except Exception as error:  # whatever diffusers raises for values that do not fit
+                problems.append(Problem(f"{where}.options", f"diffusers refuses them: {error}"))
+        return problems
+
+    def _made(self, plan: Plan) -> Any:
+        kind = _compatible(plan.scheduler)[self.type or type(plan.scheduler).__name__]
+        return kind.from_config(plan.scheduler.config, **self.settings)
+
+    def run(self, plan: Plan) -> Outcome:
+        before, after = plan.scheduler, self._made(plan)
+        changed = {key: value for key, value in dict(after.config).items() if dict(before.config).get(key) != value}
+        same = type(after) is type(before) and not changed
+        told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.settings)
+        note = type(after).__name__ + (f" with {told}" if told else "")
+        steps = tuple(dict.fromkeys(steps_with(after, count) for count in plan.wanted_steps)) if plan.steps else ()
+        return Outcome(replace(plan, scheduler=after, steps=steps), not same, (note,))
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        return ()
+
+
+def _compatible(scheduler: Any) -> dict[str, Any]:
+    """The schedulers that diffusers lists beside it, and those that read the same betas, such as LCM's, by name."""
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    mine = type(scheduler)
+    kinds = [getattr(diffusers.schedulers, name, None) for name in dir(diffusers.schedulers)]
+    every = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, SchedulerMixin)]
+    names = {kind.__name__ for kind in scheduler.compatibles}
+    return {
+        kind.__name__: kind
+        for kind in every
+        if kind is mine or kind.__name__ in names or (_reads_betas(kind) and _reads_betas(mine))
+    }
+
+
+def _reads_betas(kind: type) -> bool:
+    return "beta_schedule" in inspect.signature(kind).parameters

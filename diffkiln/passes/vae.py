@@ -1,0 +1,53 @@
+"""Decode in slices or tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkiln.errors import Problem
+from diffkiln.layers import decode_in_parts, parts_problem, tile_side
+from diffkiln.passes.base import Pass, Plan
+from diffkiln.spec import Conflict, Target, refuse
+
+
+class VAE(Pass):
+    """Decode the images of a batch one after the other (`slicing`), or each in overlapping tiles (`tiling`).
+
+    Both need less memory at once, and are diffusers' own. Tiles are blended where they overlap, so an image differs a
+    little from one that is decoded whole. What is recorded is a fixed number of tiles.
+    """
+
+    name: ClassVar[str] = "vae"
+    summary: ClassVar[str] = "decode in slices or tiles"
+    examples: ClassVar = ({"name": "vae", "component": "vae", "tiling": True, "tile": 512},)
+
+    slicing: bool = Field(False, description="Decode the images of a batch one by one.")
+    tiling: bool = Field(False, description="Decode images in overlapping tiles.")
+    tile: int | None = Field(None, ge=8, description="The side of a tile, in pixels of the image.")
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if not given.get("slicing") and not given.get("tiling"):
+            yield ("tiling",), refuse("neither slicing nor tiling is asked for", "Set one of them to true")
+        if "tile" in given and not given.get("tiling"):
+            yield ("tile",), refuse("says nothing without tiling", "Remove it")
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        if reason := parts_problem(module, self.slicing, self.tiling, self.tile):
+            yield Problem(where, reason, "Remove it.")
+            return
+        side = tile_side(module, self.tile)
+        sides = [max(v.get("height") or 0, v.get("width") or 0) for v in plan.variants]
+        if self.tiling and side is not None and all(0 < largest <= side for largest in sides):
+            reason = f"no variant is larger than a tile of {side} pixels, so there would be one tile"
+            yield Problem(f"{where}.tiling", reason, "Set a smaller tile, or remove it.")
+        batches = [v.get("batch_size", 1) * v.get("num_images_per_prompt", 1) for v in plan.variants]
+        if self.slicing and all(batch == 1 for batch in batches):
+            yield Problem(f"{where}.slicing", "every variant draws one image at a time", "Remove it.")
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        return decode_in_parts(module, self.slicing, self.tiling, self.tile)
