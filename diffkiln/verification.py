@@ -137,7 +137,8 @@ class Verification:
         digest = hashlib.blake2b(f"{callee.component}/{callee.program}".encode())
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                dense = leaf.clone(memory_format=torch.contiguous_format)  # of one value, too, whose stride may be 0
+                digest.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
         seed = digest.digest()
         return [
             _random(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf

@@ -10,7 +10,7 @@ from diffkiln.errors import DataDependent
 from diffkiln.record.quiet import quiet_libraries
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
-DATA_DEPENDENT = {"wan", "qwen_image", "z_image", "lumina2"}
+DATA_DEPENDENT = {"qwen_image", "z_image", "lumina2"}
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 _FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
