@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import diffkiln
-from diffkiln.errors import DataDependent
+from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.record import lengths
-from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths
+from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina2, qwen_image, z_image
 from diffkiln.record.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -22,63 +26,84 @@ LENGTH = 224
 #: Of 1, 20 and 200 tokens, and one that is cut.
 PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
-FAMILIES = {"wan": 0.0}
+FAMILIES = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def both(request, tmp_path_factory):
-    """The family's name, diffusers' own pipeline, the compiled one, and the keywords of both."""
-    from diffusers import DiffusionPipeline
+def compiled(family, root, **inputs):
+    """diffusers' own pipeline, the compiled one, and the keywords of both."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    root = tmp_path_factory.mktemp(request.param)
-    spec = spec_of(request.param, root)
-    spec["inputs"]["num_inference_steps"] = 2
-    spec["inputs"]["call"]["max_sequence_length"] = LENGTH
+    spec = spec_of(family, root)
+    call = spec["inputs"]["call"] | {"max_sequence_length": LENGTH}
+    spec["inputs"] |= {"num_inference_steps": 2, "call": call} | inputs
     built = diffkiln.compile(spec, root / "bundle")
     with quiet_libraries():
         reference = DiffusionPipeline.from_pretrained(spec["source"]["model"])
     reference.set_progress_bar_config(disable=True)
-    given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
-    with diffkiln.load(built.path) as pipe:
-        yield request.param, reference, pipe, given
+    given = {key: value for key, value in spec["inputs"].items() if key not in ("call", "batch_size")} | call
+    return reference, diffkiln.load(built.path), given
 
 
-def difference(both, **keywords):
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory):
+    """The family's name, and what `compiled` gives for it."""
+    made = compiled(request.param, tmp_path_factory.mktemp(request.param))
+    with made[1]:
+        yield request.param, *made
+
+
+def difference(reference, pipe, given, **keywords):
     """The largest difference of a value, of images in [0, 1]."""
-    _, reference, pipe, given = both
     with quiet_libraries():
         want, got = (
-            each(generator=torch.Generator().manual_seed(5), output_type="pt", return_dict=False, **given, **keywords)
+            each(
+                generator=torch.Generator().manual_seed(5),
+                output_type="pt",
+                return_dict=False,
+                **given,
+                **copy.deepcopy(keywords),
+            )[0]
             for each in (reference, pipe)
         )
-    assert want[0].shape == got[0].shape
-    assert want[0].isfinite().all()
-    return float((want[0] - got[0]).abs().max())
+    assert want.shape == got.shape
+    assert want.isfinite().all()
+    return float((want - got).abs().max())
 
 
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_prompts_of_every_length(both, count):
-    assert difference(both, prompt=PROMPTS[count]) <= FAMILIES[both[0]]
+    family, *pair = both
+    assert difference(*pair, prompt=PROMPTS[count]) <= FAMILIES[family]
 
 
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_negative_prompts_of_every_length(both, count):
-    assert difference(both, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= FAMILIES[both[0]]
+    family, *pair = both
+    assert difference(*pair, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= FAMILIES[family]
 
 
-@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.method)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
+    repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
+    reference, pipe, given = compiled(family, tmp_path, batch_size=2, **repeats)
+    with pipe:
+        for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
+            found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
+            assert found <= FAMILIES[family]
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.owners[0].partition(":")[2])
 def test_rewrites_are_made_for_the_diffusers_that_is_installed(rewrite):
-    import importlib
-
     for owner in rewrite.owners:
         importlib.import_module(f"diffusers.{owner.partition(':')[0]}")
     assert len(list(rewrite.classes())) == len(rewrite.owners)
     for owner in rewrite.classes():
-        assert {name: fingerprint(vars(owner)[name]) for name in rewrite.prints} == dict(rewrite.prints)
+        prints = {name: fingerprint(rewrite.stands_for(owner, name)) for name in rewrite.prints}
+        assert prints == dict(rewrite.prints)
 
 
 def test_methods_are_replaced_only_while_it_lasts():
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     before = WanPipeline._get_t5_prompt_embeds
     with fixed_lengths():
@@ -86,10 +111,71 @@ def test_methods_are_replaced_only_while_it_lasts():
     assert WanPipeline._get_t5_prompt_embeds is before
 
 
+def unzeroed(pipe, prompt, device=None, max_sequence_length=512, **_):
+    """Wan's rewrite without its point: what the text encoder gives for the padding stays."""
+    tokens = pipe.tokenizer(
+        prompt, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+    )
+    return pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+
+
+def test_a_rewrite_of_a_call_that_is_wrong_is_found(tmp_path, monkeypatch):
+    wrong = replace(REWRITES[0], replacement=unzeroed)
+    monkeypatch.setattr(lengths, "REWRITES", (wrong,))
+    with pytest.raises(VerifyError, match="the recorded call of WanPipeline differs from the pipeline's own"):
+        diffkiln.compile(spec_of("wan", tmp_path), tmp_path / "bundle")
+
+
+def test_a_mask_that_counts_the_padding_is_found(tmp_path, monkeypatch):
+    def ones(*args, **kwargs):
+        embeds, mask = right(*args, **kwargs)
+        return embeds, torch.ones_like(mask)
+
+    (rewrite,) = qwen_image.REWRITES
+    right = rewrite.replacement
+    monkeypatch.setattr(lengths, "REWRITES", (replace(rewrite, replacement=ones),))
+    with pytest.raises(VerifyError, match="the recorded call of QwenImagePipeline differs"):
+        diffkiln.compile(spec_of("qwen_image", tmp_path), tmp_path / "bundle")
+
+
+def test_a_component_that_sees_the_padding_is_found(tmp_path, monkeypatch):
+    """What diffusers' own code does with a mask is believed no more than our own."""
+    from diffusers.models.transformers import transformer_qwenimage
+
+    unmasked = lambda embeds, _mask: (embeds.shape[1], None, None)  # noqa: E731
+    monkeypatch.setattr(transformer_qwenimage, "compute_text_seq_len_from_mask", unmasked)
+    with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_of("qwen_image", tmp_path), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_position_that_is_off_by_one_is_found(tmp_path, monkeypatch):
+    right = lumina2._image_ids
+    monkeypatch.setattr(lumina2, "_image_ids", lambda lengths, *size: right(lengths + 1, *size))
+    with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_of("lumina2", tmp_path), tmp_path / "bundle")
+
+
+def test_another_multiple_of_the_length_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(z_image, "_MULTIPLE", 16)
+    with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_of("z_image", tmp_path), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_a_tokenizer_that_pads_on_the_left_is_refused(family, tmp_path):
+    spec = spec_of(family, tmp_path)
+    file = Path(spec["source"]["model"]) / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(RecordError, match="pads on the left"):
+        diffkiln.compile(spec, tmp_path / "bundle")
+
+
 def test_another_text_of_the_method_is_refused_and_told(tmp_path, monkeypatch):
     others = tuple(replace(rewrite, prints={rewrite.method: "another"}) for rewrite in REWRITES)
     monkeypatch.setattr(lengths, "REWRITES", others)
-    with pytest.raises(DataDependent, match=r"another version of diffusers' WanPipeline\._get_t5_prompt_embeds"):
+    told = r"another version of diffusers' WanPipeline\._get_t5_prompt_embeds.*on_unrecordable"
+    with pytest.raises(DataDependent, match=told):
         diffkiln.compile(spec_of("wan", tmp_path), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

@@ -7,12 +7,21 @@ verified at every build (diffkiln.verification): the call bit for bit, component
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffkiln.record.lengths import wan
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, fingerprint, replaced
+import torch
 
-REWRITES: tuple[Rewrite, ...] = (*wan.REWRITES,)
+from diffkiln.record.lengths import lumina2, qwen_image, wan, z_image
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, fingerprint, replaced, whole
+
+REWRITES: tuple[Rewrite, ...] = (*wan.REWRITES, *qwen_image.REWRITES, *lumina2.REWRITES, *z_image.REWRITES)
+
+#: pipeline class → what its components are given, from the pipeline and the fixed keywords of its call
+_PADDINGS: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Padding]]] = {
+    "QwenImagePipeline": qwen_image.paddings,
+    "ZImagePipeline": z_image.paddings,
+}
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:
@@ -20,11 +29,41 @@ def fixed_lengths() -> contextlib.AbstractContextManager[None]:
     return replaced(REWRITES)
 
 
+def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """The components of a pipeline that its program calls with other arguments than diffusers does.
+
+    Args:
+        pipe: the pipeline.
+        fixed: the keywords of its call, with defaults.
+    """
+    made = _PADDINGS.get(type(pipe).__name__)
+    return made(pipe, fixed) if made else {}
+
+
+def is_rewritten(module: torch.nn.Module) -> bool:
+    """Whether `fixed_lengths` replaces a method of a component."""
+    return any(owner in type(module).__mro__ and rewrite.fits(owner) for rewrite, owner in _owners())
+
+
 def outdated(pipe: Any) -> str:
     """The methods of a pipeline and its components that have a rewrite, made for another text of them; "" if none."""
     classes = {base for part in (pipe, *pipe.components.values()) for base in type(part).__mro__}
-    known = [(rewrite, owner) for rewrite in REWRITES for owner in rewrite.classes() if owner in classes]
-    return ", ".join(f"{owner.__name__}.{rewrite.method}" for rewrite, owner in known if not rewrite.fits(owner))
+    names = [f"{o.__name__}.{rewrite.method}" for rewrite, o in _owners() if o in classes and not rewrite.fits(o)]
+    return ", ".join(names)
 
 
-__all__ = ["REWRITES", "Padding", "Rewrite", "fingerprint", "fixed_lengths", "outdated"]
+def _owners() -> list[tuple[Rewrite, type]]:
+    return [(rewrite, owner) for rewrite in REWRITES for owner in rewrite.classes()]
+
+
+__all__ = [
+    "REWRITES",
+    "Padding",
+    "Rewrite",
+    "fingerprint",
+    "fixed_lengths",
+    "is_rewritten",
+    "outdated",
+    "paddings",
+    "whole",
+]

@@ -25,7 +25,8 @@ class Rewrite:
     Attributes:
         owners: "module:Class" of the classes that have it, under `diffusers`.
         method: its name.
-        prints: `fingerprint` of every method that the rewrite stands for, by name.
+        prints: `fingerprint` of every method that the rewrite stands for: by its name, or by "Class.name" for a method
+            of another class of the owner's module.
         replacement: a function that takes the method's place.
     """
 
@@ -44,7 +45,18 @@ class Rewrite:
 
     def fits(self, owner: type) -> bool:
         """Whether the methods of this class are those that the rewrite was made for."""
-        return all(fingerprint(vars(owner).get(name)) == known for name, known in self.prints.items())
+        return all(fingerprint(self.stands_for(owner, name)) == known for name, known in self.prints.items())
+
+    def stands_for(self, owner: type, name: str) -> Any:
+        """The method that a key of `prints` names; None where there is none."""
+        other, _, method = name.rpartition(".")
+        holder = getattr(sys.modules[owner.__module__], other, None) if other else owner
+        return getattr(holder, "__dict__", {}).get(method)
+
+
+def whole(tensor: Any, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
+    """The tensor as it is."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,8 @@ class Padding:
     """
 
     pad: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-    cut: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda tensor, _args, _kwargs: tensor
-    used: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda tensor, _args, _kwargs: tensor
+    cut: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = whole
+    used: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = whole
 
 
 def fingerprint(function: Any) -> str:
