@@ -12,12 +12,15 @@ import pytest
 import torch
 
 import diffkiln
+from diffkiln import verification
+from diffkiln.compiler import _record, check
 from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.record import lengths
-from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina2, qwen_image, z_image
+from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina2, of_fixed_length, qwen_image, z_image
 from diffkiln.record.quiet import quiet_libraries
+from diffkiln.verification import Verification, close
 from tests.end_to_end.test_families import spec_of
-from tests.pipelines import WARNING_FILTERS
+from tests.pipelines import FAMILIES, WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -26,7 +29,7 @@ LENGTH = 224
 #: Of 1, 20 and 200 tokens, and one that is cut.
 PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
-FAMILIES = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
+ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 
 
 def compiled(family, root, **inputs):
@@ -44,7 +47,7 @@ def compiled(family, root, **inputs):
     return reference, diffkiln.load(built.path), given
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ROUNDING)
 def both(request, tmp_path_factory):
     """The family's name, and what `compiled` gives for it."""
     made = compiled(request.param, tmp_path_factory.mktemp(request.param))
@@ -73,23 +76,31 @@ def difference(reference, pipe, given, **keywords):
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_prompts_of_every_length(both, count):
     family, *pair = both
-    assert difference(*pair, prompt=PROMPTS[count]) <= FAMILIES[family]
+    assert difference(*pair, prompt=PROMPTS[count]) <= ROUNDING[family]
 
 
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_negative_prompts_of_every_length(both, count):
     family, *pair = both
-    assert difference(*pair, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= FAMILIES[family]
+    assert difference(*pair, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= ROUNDING[family]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_diffusers_for_another_guidance(both):
+    family, reference, pipe, given = both
+    if "guidance_scale" in given:
+        given = given | {"guidance_scale": 1.5 * given["guidance_scale"]}
+    found = difference(reference, pipe, given, prompt=PROMPTS[20], negative_prompt=PROMPTS[1])
+    assert found <= ROUNDING[family]
+
+
+@pytest.mark.parametrize("family", ROUNDING)
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
     reference, pipe, given = compiled(family, tmp_path, batch_size=2, **repeats)
     with pipe:
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
             found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
-            assert found <= FAMILIES[family]
+            assert found <= ROUNDING[family]
 
 
 @pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.owners[0].partition(":")[2])
@@ -162,6 +173,21 @@ def test_another_multiple_of_the_length_is_found(tmp_path, monkeypatch):
         diffkiln.compile(spec_of("z_image", tmp_path), tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("family", ["qwen_image", "lumina2", "z_image"])
+def test_large_components_in_other_types_are_verified_too(family, tmp_path, monkeypatch):
+    """As twins; lengths are compared in float32, so that what bfloat16 and int8 activations round does not count."""
+    check = Verification.check_component
+    monkeypatch.setattr(verification, "WHOLE_UP_TO", 0)
+    monkeypatch.setattr(Verification, "check_component", lambda *args: args[1] == "vae" or check(*args))
+    compared = []
+    monkeypatch.setattr(verification, "close", lambda want, got: compared.append(want.dtype) or close(want, got))
+    spec = spec_of(family, tmp_path)
+    spec["source"]["dtype"] = "bfloat16"
+    spec["passes"] = [{"name": "quantize", "mapping": {"transformer": {"type": "int8_dynamic"}}}]
+    diffkiln.compile(spec, tmp_path / "bundle")
+    assert set(compared) == {torch.float32}
+
+
 @pytest.mark.parametrize("family", ["qwen_image", "z_image"])
 def test_a_tokenizer_that_pads_on_the_left_is_refused(family, tmp_path):
     spec = spec_of(family, tmp_path)
@@ -169,6 +195,22 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(family, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
     with pytest.raises(RecordError, match="pads on the left"):
         diffkiln.compile(spec, tmp_path / "bundle")
+
+
+def test_components_of_fixed_length_are_named():
+    expected = {"wan": set(), "qwen_image": {"text_encoder", "transformer"}, "lumina2": {"transformer"}}
+    for family, names in expected.items():
+        assert of_fixed_length(FAMILIES[family].build(), {"max_sequence_length": LENGTH}) == names
+
+
+def test_engines_that_do_not_fit_diffusers_own_call_are_told(tmp_path):
+    notices = []
+    with quiet_libraries():
+        for family in ("wan", "z_image"):
+            spec = spec_of(family, tmp_path) | {"passes": [{"name": "compile", "component": "transformer"}]}
+            _record(check(spec), notices)
+    assert len(notices) == 1
+    assert "the engines of transformer are for prompts padded to a fixed length" in notices[0]
 
 
 def test_another_text_of_the_method_is_refused_and_told(tmp_path, monkeypatch):
@@ -196,3 +238,14 @@ def test_fingerprints_tell_code_and_not_words():
 
     prints = [fingerprint(kind.method) for kind in (First, Second, Third)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_close_means_type_shape_and_rounding_of_the_largest():
+    a = torch.tensor([100.0, 1.0])
+    assert close(a, a + torch.tensor([0.0, 5e-4]))
+    assert not close(a, a + torch.tensor([0.0, 5e-3]))
+    assert not close(a, a.double())
+    assert not close(a, a[:1])
+    for broken in (float("nan"), float("inf")):
+        assert not close(a, torch.tensor([100.0, broken]))
+        assert not close(torch.tensor([100.0, broken]), a)

@@ -45,6 +45,12 @@ def is_rewritten(module: torch.nn.Module) -> bool:
     return any(owner in type(module).__mro__ and rewrite.fits(owner) for rewrite, owner in _owners())
 
 
+def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
+    """The components that a program calls at another length than diffusers, or that compute at another one."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {name for name, module in modules.items() if is_rewritten(module)} | paddings(pipe, fixed).keys()
+
+
 def outdated(pipe: Any) -> str:
     """The methods of a pipeline and its components that have a rewrite, made for another text of them; "" if none."""
     classes = {base for part in (pipe, *pipe.components.values()) for base in type(part).__mro__}
@@ -63,6 +69,7 @@ __all__ = [
     "fingerprint",
     "fixed_lengths",
     "is_rewritten",
+    "of_fixed_length",
     "outdated",
     "paddings",
     "whole",
