@@ -41,6 +41,7 @@ from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
+from diffkiln.record.lengths import of_fixed_length
 from diffkiln.record.pipeline import Recording, Request, record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
@@ -227,6 +228,12 @@ def _record(checked: Checked, notices: list[str]) -> Recording:
             notices.append("no engines are built, since the call could not be recorded")
         return Recording([], {}, Constants(), [], [], reason=str(error))
     notices += recording.notices
+    fixed = {name for each in recording.fixed for name in of_fixed_length(checked.pipe, each)}
+    for name in sorted(fixed & {request.component for request in checked.plan.compile}):
+        notices.append(
+            f"the engines of {name} are for prompts padded to a fixed length: they do not fit the blocks of a pipeline "
+            'that is loaded with as_diffusers, which needs "on_incompatible": "eager" in "runtime"'
+        )
     return recording
 
 

@@ -1,9 +1,14 @@
-"""Recordings are believed only after they were compared with what they were recorded from, bit for bit.
+"""Recordings are believed only after they were compared with what they were recorded from.
 
 The call: the pipeline's own `__call__` runs with *stand-ins* for its components, functions that give pseudo-random
 tensors which depend on every bit of their arguments; so does the program, through the runtime that will run it in
 production. The components: each is run as diffusers runs it and replayed from its program, on what the call gave it;
-whole where its weights are small enough, else as a twin with one block of each kind.
+whole where its weights are small enough, else as a twin with one block of each kind. Both bit for bit.
+
+Where a call has a fixed length that diffusers' own has not (diffkiln.record.lengths), what diffusers gives a component
+is padded first, so that the call is compared bit for bit all the same. Each such component is then compared with
+itself, as a twin in float32 with a block of each list: as diffusers has it, on what diffusers gives it, and at the
+fixed length; within rounding.
 """
 
 from __future__ import annotations
@@ -11,12 +16,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.aten import Interpreter, type_of
 from diffkiln.errors import VerifyError
@@ -24,6 +31,7 @@ from diffkiln.packing import tokenizers_of
 from diffkiln.program import REGION, Module, Op, Program
 from diffkiln.record.components import Callee, record_component, repeated_blocks, tracing, weights_of
 from diffkiln.record.constants import Constants
+from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings, whole
 from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Recording, Request, component_methods, defaults
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.runtime.executor import Executor
@@ -39,6 +47,21 @@ TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n",
 
 CPU = torch.device("cpu")
 
+#: How much of its largest value a float32 result may differ by where a length is fixed: sums have another order.
+ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What one call of a component was given: as diffusers does, and the program's leaves; both are the same where the
+    component is not padded."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    padding: Padding | None
+    case: int
+
 
 class Verification:
     """Compares one recording with its pipeline.
@@ -52,8 +75,10 @@ class Verification:
     def __init__(self, pipe: Any, recording: Recording) -> None:
         self._pipe, self._recording = pipe, recording
         self._keys = {_call_key(callee): callee for callee in recording.callees.values()}
-        #: component program → the arguments of its first call, with real tensors
-        self._seen: dict[tuple[str, str], list[Any]] = {}
+        self._paddings: dict[str, Padding] = {}
+        self._case = 0
+        #: component program → the arguments of its first call in each of the first cases, with real tensors
+        self._seen: dict[tuple[str, str], list[_Given]] = {}
 
     # -- the call --
 
@@ -66,11 +91,13 @@ class Verification:
         read = self._call_weights(programs.values())
         executor = _StandInExecutor(self, read)
         fixed = defaults(self._pipe, request)
+        self._paddings = paddings(self._pipe, fixed)
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
         with self._stand_ins(read), _unheard(logging.getLogger("diffkiln.runtime.text")):
-            for keywords, seed in _cases(programs, request):
+            for case, (keywords, seed) in enumerate(_cases(programs, request)):
+                self._case = case
                 self._compare(compiled, request, keywords, seed)
 
     def _compare(self, compiled: CompiledPipeline, request: Request, keywords: dict[str, Any], seed: int) -> None:
@@ -78,8 +105,10 @@ class Verification:
             return torch.Generator().manual_seed(seed)
 
         given = dict(request.fixed) | keywords
+        # Z-Image writes to the caller's own list of prompts.
+        own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
         with torch.inference_mode():
-            reference = self._pipe(**given, generator=generator(), output_type="pt")
+            reference = self._pipe(**own, generator=generator(), output_type="pt")
         (expected,) = [leaf for leaf in flatten(reference)[0][:1] if isinstance(leaf, torch.Tensor)]
         found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
         if not same(expected, found):
@@ -118,8 +147,10 @@ class Verification:
                 table[leaf] = before
 
     def _stand_in(self, component: str, method: str) -> Callable[..., Any]:
+        padding = self._paddings.get(component) if method == "forward" else None
+
         def called(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = flatten((args, kwargs))
+            leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
             # Some pipelines hand the generator on; recording refuses components that draw from it.
             leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
             callee = self._keys.get(f"{component}.{method}|{key_of(leaves, structure)}")
@@ -127,17 +158,25 @@ class Verification:
                 raise VerifyError(
                     f"the pipeline calls {component}.{method} with arguments of types that were not recorded"
                 )
-            return unflatten(self._give(callee, leaves), callee.result[1])
+            seen = self._seen.setdefault((callee.component, callee.program), [])
+            if len(seen) < len(TEXTS) and all(given.case != self._case for given in seen):
+                seen.append(_Given(args, kwargs, leaves, padding, self._case))
+            result = self._give(callee, leaves)
+            if padding:
+                result = [
+                    padding.cut(leaf, args, kwargs) if isinstance(leaf, torch.Tensor) else leaf for leaf in result
+                ]
+            return unflatten(result, callee.result[1])
 
         return called
 
     def _give(self, callee: Callee, leaves: Sequence[Any]) -> list[Any]:
         """What the stand-in gives: the recorded result with tensors drawn from a digest of all arguments."""
-        self._seen.setdefault((callee.component, callee.program), list(leaves))
         digest = hashlib.blake2b(f"{callee.component}/{callee.program}".encode())
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                dense = leaf.clone(memory_format=torch.contiguous_format)  # of one value, too, whose stride may be 0
+                digest.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
         seed = digest.digest()
         return [
             _random(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf
@@ -170,19 +209,83 @@ class Verification:
         size = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
         for program in recorded.programs:
             callee = self._recording.callees[f"{name}/{program}"]
-            leaves = self._seen[name, program]
-            if size <= WHOLE_UP_TO:
-                compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
-            else:
-                self._check_twin(callee, module, leaves)
+            seen = self._seen[name, program]
+            with fixed_lengths():
+                if size <= WHOLE_UP_TO:
+                    compare_component(callee, module, recorded, seen[0].leaves, self._recording.constants.tensors)
+                else:
+                    self._check_twin(callee, module, seen[0].leaves)
+            if is_rewritten(module) or seen[0].padding:
+                _compare_lengths(callee, module, seen)
 
     def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any]) -> None:
         """The same with a twin that has one block of each kind, recorded anew."""
-        twin, ghost = shrunken(module), shrunken(callee.module)
+        each = is_rewritten(module)  # as its code joins what several lists of blocks give
+        twin, ghost = shrunken(module, each), shrunken(callee.module, each)
         constants = Constants()
         alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
         recorded = record_component([alike], self._recording.fake, constants)
         compare_component(alike, twin, recorded, leaves, constants.tensors)
+
+
+def _compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[_Given]) -> None:
+    """Compare a component at the fixed length with itself as diffusers has and calls it.
+
+    Raises:
+        VerifyError: what the call uses of the results differs by more than rounding.
+    """
+    twin, dtype = _in_float32(shrunken(module, in_each_list=True))
+    for given in seen:
+        args, kwargs = _cast((given.args, given.kwargs), dtype)
+        padded = unflatten(_cast(given.leaves, dtype), callee.structure)
+        with torch.inference_mode(), _blamed(callee, module):
+            expected = getattr(twin, callee.method)(*args, **kwargs)
+            with fixed_lengths(), tracing():
+                found = getattr(twin, callee.method)(*padded[0], **padded[1])
+        for index, pair in enumerate(zip(_tensors(expected), _tensors(found), strict=True)):
+            used = given.padding.used if given.padding else whole
+            want, got = (used(leaf, args, kwargs) for leaf in pair)
+            if not close(want, got):
+                raise VerifyError(
+                    f"component {callee.component!r} at a fixed length: output {index} differs from "
+                    f"{type(module).__name__}.{callee.method} by more than rounding: {difference(want, got)}"
+                )
+
+
+def _in_float32(twin: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
+    """A copy of a twin in float32, and that type; the twin itself and None where its weights are not torch's own types.
+
+    Quantized weights become what they stand for: quantized activations would turn rounding into whole steps.
+    """
+    if {tensor.dtype for tensor in twin.parameters()} == {torch.float32} and not _quantized(twin):
+        return twin, torch.float32
+    made = copy.deepcopy(twin)
+    for table, key in _quantized(made):
+        table[key] = torch.nn.Parameter(table[key].dequantize().float(), requires_grad=False)
+    if not {tensor.dtype for tensor in made.parameters()} <= {torch.float32, torch.bfloat16, torch.float16}:
+        return twin, None
+    return made.float(), torch.float32
+
+
+def _quantized(module: torch.nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module's quantized weights are: a table of parameters and the name in it."""
+    tables = [part._parameters for part in module.modules()]
+    return [(table, key) for table in tables for key, weight in table.items() if is_traceable_wrapper_subclass(weight)]
+
+
+def _cast(nest: Any, dtype: torch.dtype | None) -> Any:
+    leaves, structure = flatten(nest)
+    return unflatten(
+        [
+            leaf.to(dtype) if dtype and isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+            for leaf in leaves
+        ],
+        structure,
+    )
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def compare_component(
@@ -239,14 +342,15 @@ def replay(
     return lambda inputs: interpreter(inputs, weights, constants)
 
 
-def shrunken(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module that shares its weights and keeps one block of each kind."""
-    kept: set[type] = set()
+def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Module:
+    """A copy of a module that shares its weights and keeps one block of each kind, or one in each list of blocks."""
+    kept: set[tuple[type, str]] = set()
     gone: set[int] = set()
-    for _, block in repeated_blocks(module):
-        if type(block) in kept:
+    for name, block in repeated_blocks(module):
+        kind = type(block), name.rpartition(".")[0] if in_each_list else ""
+        if kind in kept:
             gone.add(id(block))
-        kept.add(type(block))
+        kept.add(kind)
     memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin_lists = [
         (name, [child for child in part if id(child) not in gone])
@@ -361,6 +465,17 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def close(want: torch.Tensor, got: torch.Tensor) -> bool:
+    """Equal in type and shape, and every value within rounding of the largest; NaN and infinity are never close."""
+    if want.dtype != got.dtype or want.shape != got.shape:
+        return False
+    if not want.numel():
+        return True
+    allowed = max(ROUNDING, 4 * torch.finfo(want.dtype).eps) * float(want.abs().max())
+    gap = float((want.double() - got.double()).abs().max())
+    return math.isfinite(gap) and gap <= allowed
+
+
 def difference(want: torch.Tensor, got: torch.Tensor) -> str:
     """How two tensors differ, for a message."""
     if want.dtype != got.dtype or want.shape != got.shape:
@@ -373,4 +488,4 @@ def _shown(keywords: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
 
 
-__all__ = ["Verification", "compare_component", "replay", "same", "shrunken"]
+__all__ = ["Verification", "close", "compare_component", "replay", "same", "shrunken"]

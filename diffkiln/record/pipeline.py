@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from diffkiln.aten import dtype_name, type_of
-from diffkiln.errors import DiffkilnError, RecordError, SpecError
+from diffkiln.errors import DataDependent, DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
 from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
+from diffkiln.record.lengths import fixed_lengths, outdated
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
@@ -69,6 +70,18 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Reco
     Raises:
         RecordError: the call cannot be written down; DataDependent says which value decides its shape.
     """
+    try:
+        with fixed_lengths():
+            return _record(pipe, requests, constants)
+    except DataDependent as error:
+        if names := outdated(pipe):
+            raise DataDependent(
+                f"{error}. diffkiln records it at a fixed length, but knows another version of diffusers' {names}"
+            ) from error
+        raise
+
+
+def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):

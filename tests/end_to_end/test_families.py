@@ -1,4 +1,4 @@
-"""Every family that records: the bundle's programs, replayed without engines, equal diffusers bit for bit."""
+"""Every family: the bundle's programs, replayed without engines, equal diffusers bit for bit or within rounding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.errors import DataDependent
 from diffkiln.record.quiet import quiet_libraries
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
-DATA_DEPENDENT = {"wan", "qwen_image", "z_image", "lumina2"}
+#: Families whose denoiser is called at another length than by diffusers, so that its sums have another order.
+PADDED = {"qwen_image", "z_image", "lumina2"}
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 _FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
@@ -22,8 +22,8 @@ def spec_of(name: str, root) -> dict:
     return {"spec_version": 1, "source": source, "target": {"device": "cpu"}, "inputs": inputs}
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - DATA_DEPENDENT))
-def test_bundle_equals_diffusers_bit_for_bit(name, tmp_path):
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_bundle_equals_diffusers(name, tmp_path):
     from diffusers import DiffusionPipeline
 
     spec = spec_of(name, tmp_path)
@@ -38,11 +38,4 @@ def test_bundle_equals_diffusers_bit_for_bit(name, tmp_path):
     with diffkiln.load(built.path) as pipe:
         got = pipe("A small red Fox", generator=torch.Generator().manual_seed(5), output_type="pt", **given)
     field = next(iter(want.keys()))
-    assert torch.equal(want[field], got[field])
-
-
-@pytest.mark.parametrize("name", sorted(DATA_DEPENDENT))
-def test_data_dependent_call_is_refused_with_the_mend(name, tmp_path):
-    with pytest.raises(DataDependent, match="on_unrecordable"):
-        diffkiln.compile(spec_of(name, tmp_path), tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
+    assert float((want[field] - got[field]).abs().max()) <= (1e-5 if name in PADDED else 0.0)

@@ -1,0 +1,109 @@
+"""Qwen-Image: prompts are padded to the longest, split by their lengths, and given without a mask where all are as
+long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from diffkiln.errors import RecordError
+from diffkiln.record.lengths.rewriting import Padding, Rewrite
+
+
+def _encode_prompt(
+    self: Any,
+    prompt: Any,
+    device: Any = None,
+    num_images_per_prompt: int = 1,
+    prompt_embeds: Any = None,
+    prompt_embeds_mask: Any = None,
+    max_sequence_length: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every prompt has `max_sequence_length` tokens, of which the mask says which count.
+
+    The text encoder is causal and padded on the right: no token sees what stands behind it, so that neither the padding
+    nor what diffusers reads beyond that length changes a token that counts.
+    """
+    if prompt_embeds is not None or prompt_embeds_mask is not None:
+        raise RecordError("prompt_embeds of QwenImagePipeline are not recorded")
+    if self.tokenizer.padding_side != "right" or self.tokenizer.num_special_tokens_to_add():
+        raise RecordError("the tokenizer of QwenImagePipeline pads on the left or adds tokens: its length is not fixed")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    start = self.prompt_template_encode_start_idx
+    tokens = self.tokenizer(
+        [self.prompt_template_encode.format(text) for text in prompts],
+        max_length=_text_length(self, max_sequence_length),
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    hidden = self.text_encoder(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+    ).hidden_states[-1]
+    mask = tokens.attention_mask[:, start:]
+    embeds = hidden[:, start:].masked_fill(mask.eq(0).unsqueeze(-1), 0.0).to(dtype=self.text_encoder.dtype)
+    batch, length, _ = embeds.shape
+    embeds = embeds.repeat(1, num_images_per_prompt, 1).view(batch * num_images_per_prompt, length, -1)
+    mask = mask.repeat(1, num_images_per_prompt, 1).view(batch * num_images_per_prompt, length)
+    return embeds, mask
+
+
+def _text_length(pipe: Any, max_sequence_length: int) -> int:
+    """Tokens of a prompt in its template, as far as the denoiser sees them."""
+    return pipe.prompt_template_encode_start_idx + min(max_sequence_length, pipe.tokenizer_max_length)
+
+
+def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """Both components follow the prompt's length."""
+    text = _text_length(pipe, fixed["max_sequence_length"])
+    length = text - pipe.prompt_template_encode_start_idx
+    pad_id = pipe.tokenizer.pad_token_id
+
+    def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        return args, kwargs | {"input_ids": _resized(ids, text, pad_id), "attention_mask": _resized(mask, text)}
+
+    def cut_text(tensor: torch.Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        return _resized(tensor, kwargs["input_ids"].shape[1]) if tensor.ndim == 3 else tensor
+
+    def used_text(tensor: torch.Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        mask = _resized(kwargs["attention_mask"], text).bool()
+        return _resized(tensor, text)[mask]
+
+    def pad_embeds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeds, mask = kwargs["encoder_hidden_states"], kwargs["encoder_hidden_states_mask"]
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+        padded = {
+            "encoder_hidden_states": _resized(embeds, length),
+            "encoder_hidden_states_mask": _resized(mask, length),
+        }
+        return args, kwargs | padded
+
+    return {
+        "text_encoder": Padding(pad_tokens, cut_text, used_text),
+        "transformer": Padding(pad_embeds),
+    }
+
+
+def _resized(tensor: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
+    """[batch, length, …]: cut, or filled with `value`."""
+    missing = length - tensor.shape[1]
+    return functional.pad(tensor, (*([0, 0] * (tensor.ndim - 2)), 0, missing), value=value)
+
+
+REWRITES = (
+    Rewrite(
+        owners=("pipelines.qwenimage.pipeline_qwenimage:QwenImagePipeline",),
+        method="encode_prompt",
+        prints={
+            "encode_prompt": "4cc93fb6792a8967",
+            "_get_qwen_prompt_embeds": "66eceb75cb9ea32d",
+            "_extract_masked_hidden": "c1c5a9cc25e1ed0c",
+        },
+        replacement=_encode_prompt,
+    ),
+)
