@@ -16,7 +16,7 @@ from diffkiln.aten import Interpreter
 from diffkiln.errors import BuildError, SpecError
 from diffkiln.packing import tokenizers_of
 from diffkiln.passes.cache_schedule import CacheSchedule
-from diffkiln.passes.caching import Mask, Split, cheapest, lanes_of, weave
+from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
 from diffkiln.passes.calibrate import Calibrate
 from diffkiln.program import CALL, STEP, Op, Program, Ref
 from diffkiln.record.components import weights_of
@@ -35,22 +35,27 @@ class Evidence:
 
     Attributes:
         mask: which steps compute.
-        costs: costs[kept][step], the mean over the prompts of what reuse does to the latents after a step, as relative
-            L2; 0 where nothing is reused.
-        measured: the metric on the images of the schedule, by the number of computed steps that was tried.
+        costs: costs[kept][last], how far the latents drift when all steps after `kept` up to `last` reuse what it has
+            kept: the square of the sum of what each does to them, against the last latents, mean over the prompts.
+        measured: the metric on the images of each schedule that was tried.
     """
 
     mask: Mask
     costs: list[list[float]]
-    measured: dict[int, float]
+    measured: Mapping[Mask, float]
 
     def as_json(self, calibrate: Calibrate) -> dict[str, Any]:
+        tried = [{"steps": list(map(int, mask)), "metric": _short(value)} for mask, value in self.measured.items()]
         return {
             **calibrate.options(),
-            "steps": [int(step) for step in self.mask],
-            "costs": [[float(f"{cost:.6g}") for cost in row] for row in self.costs],
-            "measured": {str(count): float(f"{value:.6g}") for count, value in sorted(self.measured.items())},
+            "steps": list(map(int, self.mask)),
+            "costs": [list(map(_short, row)) for row in self.costs],
+            "tried": tried,
         }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def calibrated(
@@ -77,11 +82,18 @@ def calibrated(
     """
     run = _Real(recording, pipe, modules, calibrate)
     splits = schedule.splits(recording)
-    costs = _costs(run, splits, calibrate.component)
-    if calibrate.computed is not None:
-        return Evidence(cheapest(costs, calibrate.computed), costs, {})
     measure = _metric(calibrate, metrics, run)
-    return _fewest(costs, measure, calibrate, lambda mask: run.images(mask, splits))
+    costs = _costs(run, splits, calibrate.component)
+    measured: dict[Mask, float] = {}
+
+    def value(mask: Mask) -> float:
+        if mask not in measured:
+            measured[mask] = float(measure(run.images(mask, splits), calibrate.texts))
+        return measured[mask]
+
+    count = calibrate.computed or _fewest(costs, value, calibrate)
+    tried = [*cheapest(costs, count, calibrate.tried), evenly(len(costs), count)]
+    return Evidence(max(tried, key=value), costs, measured)
 
 
 def _metric(calibrate: Calibrate, metrics: Mapping[str, Metric], run: _Real) -> Metric:
@@ -99,24 +111,21 @@ def _metric(calibrate: Calibrate, metrics: Mapping[str, Metric], run: _Real) -> 
     return psnr
 
 
-def _fewest(
-    costs: list[list[float]], measure: Metric, calibrate: Calibrate, draw: Callable[[Mask], torch.Tensor]
-) -> Evidence:
+def _fewest(costs: list[list[float]], value: Callable[[Mask], float], calibrate: Calibrate) -> int:
     """The fewest computed steps whose images keep the metric: by halving, since more steps give better images."""
     floor, count = float(calibrate.at_least or 0.0), len(costs)
-    measured: dict[int, float] = {}
-    low, high = 1, count
+    low, high, best = 1, count, float("-inf")
     while low < high:
         middle = (low + high) // 2
-        measured[middle] = float(measure(draw(cheapest(costs, middle)), calibrate.texts))
-        low, high = (low, middle) if measured[middle] >= floor else (middle + 1, high)
+        found = value(cheapest(costs, middle)[0])
+        best = max(best, found)
+        low, high = (low, middle) if found >= floor else (middle + 1, high)
     if low == count:
-        best = max(measured.values(), default=float("nan"))
         raise BuildError(
             f"calibrate: {calibrate.metric} stays below {floor:g} for every schedule that reuses a step (the best gave "
             f"{best:g}). Lower at_least, or remove the schedule"
         )
-    return Evidence(cheapest(costs, low), costs, measured)
+    return low
 
 
 # -- running --
@@ -203,9 +212,12 @@ def _costs(run: _Real, splits: Mapping[str, Split], component: str) -> list[list
     total = torch.zeros(count, count, dtype=torch.float64)
     for prompt in range(len(run._calibrate.texts)):
         values = dict(zip(traced.names, run.run(traced.program, splits, prompt), strict=True))
+        size = traced.latents(values, count - 1).norm()
         for kept in range(count):
+            drift = torch.zeros((), dtype=torch.float64)
             for step in range(kept + 1, count):
-                total[kept, step] += traced.cost(run, values, kept, step)
+                drift = drift + traced.change(run, values, kept, step)
+                total[kept, step] += float((drift.norm() / size) ** 2)
     return (total / len(run._calibrate.texts)).tolist()
 
 
@@ -275,8 +287,12 @@ class _Traced:
         )
         return Program(f"step {step}", inputs, tuple(ops), (latents,), self._call.types)
 
-    def cost(self, run: _Real, values: Mapping[str, torch.Tensor], kept: int, step: int) -> float:
-        """How far the latents after `step` are from what they were, as relative L2, if it reuses what `kept` kept."""
+    def latents(self, values: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
+        """The latents after a step, float64."""
+        return values[self._tails[step].outputs[0].name].double()
+
+    def change(self, run: _Real, values: Mapping[str, torch.Tensor], kept: int, step: int) -> torch.Tensor:
+        """How the latents after `step` differ from what they were, if it reuses what `kept` kept; float64."""
         constants = run.recording.constants.tensors
 
         def value(arg: Any) -> torch.Tensor:
@@ -291,8 +307,7 @@ class _Traced:
         inputs = [changed[item.name] if item.name in changed else values[item.name] for item in tail.inputs]
         with torch.inference_mode():
             (found,) = Interpreter(tail, "cpu")(inputs, {}, constants)
-        wanted = values[tail.outputs[0].name]
-        return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+        return found.double() - self.latents(values, step)
 
 
 __all__ = ["Evidence", "Metric", "calibrated"]

@@ -22,9 +22,10 @@ class Calibrate(Pass):
     """Choose the steps of the `cache_schedule` that follows, whose `steps` are "calibrated".
 
     The real pipeline draws the prompts once and keeps what every step would keep. Then each step is computed again from
-    what every earlier one kept, and what that does to its latents is its cost. Dynamic programming finds the steps
-    whose costs add up to the least: as many as `computed` allows, or as few as the `metric` needs to stay `at_least`
-    so high, which is measured on the images that the schedule draws.
+    what every earlier one kept, and what that does to its latents is its cost. Dynamic programming finds the schedules
+    whose costs add up to the least: with as many computed steps as `computed` says, or as few as the `metric` needs to
+    stay `at_least` so high. The `tried` cheapest of them, and the one that computes at even distances, then draw the
+    prompts, and the one with the best metric is taken.
 
     The metric `psnr` is in dB, against the images without a schedule, the mean over the prompts. Other metrics are
     functions that a caller of `diffkiln.compile` gives by name.
@@ -40,6 +41,7 @@ class Calibrate(Pass):
     prompts: str = Field(min_length=1, description="A text file with a prompt a line; relative to the spec.")
     seed: int = Field(0, ge=0, description="Of the first prompt's noise; each next prompt has the next one.")
     computed: int | None = Field(None, ge=1, description="How many steps compute.")
+    tried: int = Field(8, ge=1, le=256, description="How many of the cheapest schedules are drawn and compared.")
     metric: str = Field("psnr", min_length=1, description="What must stay, on the images of the prompts.")
     at_least: float | None = Field(None, description="The value below which the metric must not fall.")
 
@@ -51,8 +53,6 @@ class Calibrate(Pass):
             yield ("at_least",), refuse("is a floor, beside a budget of computed steps", "Remove one of the two")
         elif "computed" not in given and "at_least" not in given:
             yield ("computed",), refuse("neither a budget of steps is given, nor a floor", "Add computed or at_least")
-        if "computed" in given and "metric" in given:
-            yield ("metric",), refuse("says nothing beside a budget of computed steps", "Remove it")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -77,8 +77,6 @@ class Calibrate(Pass):
     def options(self) -> dict[str, Any]:
         """The options as JSON, with the prompts' digest in the place of a local path."""
         written = {key: value for key, value in super().options().items() if value is not None}
-        if self.computed is not None:
-            del written["metric"]
         if self._texts:
             digest = hashlib.sha256("\n".join(self._texts).encode()).hexdigest()
             written |= {"prompts": f"sha256:{digest}", "count": len(self._texts)}

@@ -3,7 +3,7 @@
 
 from diffkiln.passes.caching.choosing import cheapest
 from diffkiln.passes.caching.sections import Kept, Split, deep_features, outputs_of, residuals, split
-from diffkiln.passes.caching.steps import Mask, every, magnitude, symbols
+from diffkiln.passes.caching.steps import Mask, evenly, every, magnitude, symbols
 from diffkiln.passes.caching.weaving import Lanes, lanes_of, weave
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "cheapest",
     "deep_features",
+    "evenly",
     "every",
     "lanes_of",
     "magnitude",

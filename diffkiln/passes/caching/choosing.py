@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from diffkiln.passes.caching.steps import Mask
 
 
-def cheapest(costs: Sequence[Sequence[float]], computed: int) -> Mask:
-    """The mask with this many computed steps whose reused steps cost the least together, by dynamic programming.
+def cheapest(costs: Sequence[Sequence[float]], computed: int, wanted: int = 1) -> list[Mask]:
+    """The masks with this many computed steps whose reused steps cost the least together, by dynamic programming.
 
     Args:
-        costs: costs[kept][step], what it costs when `step` reuses what `kept`, an earlier step, has kept.
+        costs: costs[kept][last], what it costs when all steps after `kept` up to `last` reuse what it has kept.
         computed: how many steps compute; the first always does.
+        wanted: how many masks, the cheapest first.
     """
     count = len(costs)
-    reused = [[0.0] * (count + 1) for _ in range(count)]  # reused[kept][end]: all steps after kept and before end
-    for kept in range(count):
-        for end in range(kept + 2, count + 1):
-            reused[kept][end] = reused[kept][end - 1] + costs[kept][end - 1]
-    best = {0: (0.0, (0,))}
+    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {0: [(0.0, (0,))]}  # by the last step that computes
     for _ in range(computed - 1):
-        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for last, (cost, steps) in best.items():
+        longer: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+        for last, ways in best.items():
             for step in range(last + 1, count):
-                total = cost + reused[last][step]
-                if total < longer.get(step, (math.inf,))[0]:
-                    longer[step] = total, (*steps, step)
+                more = [(cost + costs[last][step - 1], (*steps, step)) for cost, steps in ways]
+                longer[step] = sorted([*longer.get(step, []), *more])[:wanted]
         best = longer
-    chosen = min(best.items(), key=lambda item: item[1][0] + reused[item[0]][count])[1][1]
-    return tuple(step in chosen for step in range(count))
+    ends = [(cost + costs[last][count - 1], steps) for last, ways in best.items() for cost, steps in ways]
+    return [tuple(step in steps for step in range(count)) for _, steps in sorted(ends)[:wanted]]

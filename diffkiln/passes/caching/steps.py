@@ -22,6 +22,12 @@ def every(count: int, interval: int, start: int = 1, end: int = 0) -> Mask:
     return tuple(step < start or step >= count - end or (step - start + 1) % interval == 0 for step in range(count))
 
 
+def evenly(count: int, computed: int) -> Mask:
+    """Of `count` steps the first computes, and others at distances that are as even as they can be."""
+    chosen = {step * count // computed for step in range(computed)}
+    return tuple(step in chosen for step in range(count))
+
+
 def magnitude(ratios: Sequence[float], threshold: float, most: int, retention: float) -> Mask:
     """A step reuses while the error that the ratios foretell stays within the threshold, `most` steps in a row.
 
