@@ -49,6 +49,12 @@ def digits_int8_bundle(tmp_path_factory) -> Path:
     return _compiled(DIGITS / "spec-int8.json", tmp_path_factory.mktemp("digits-int8") / "bundle")
 
 
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> Path:
+    """Where tiny pipelines are saved, each once."""
+    return tmp_path_factory.mktemp("families")
+
+
 @pytest.fixture
 def production(tmp_path) -> dict[str, str]:
     """The environment of a machine that serves: no compiler on the PATH, empty compiler caches."""

@@ -27,18 +27,13 @@ class Scheduler(Pass):
     name: ClassVar[str] = "scheduler"
     summary: ClassVar[str] = "replace the scheduler, or change its configuration"
     examples: ClassVar = (
-        {"name": "scheduler", "type": "EulerDiscreteScheduler", "options": {"timestep_spacing": "trailing"}},
-        {"name": "scheduler", "options": {"shift": 3.0, "use_dynamic_shifting": False}},
+        {"name": "scheduler", "type": "EulerDiscreteScheduler", "config": {"timestep_spacing": "trailing"}},
+        {"name": "scheduler", "config": {"shift": 3.0, "use_dynamic_shifting": False}},
     )
 
     component: str = Field("scheduler", pattern="^scheduler$", description="The component: the pipeline's scheduler.")
     type: str | None = Field(None, min_length=1, description="A class of diffusers; the model's own by default.")
-    settings: Mapping[str, Json] = Field(
-        default_factory=dict, alias="options", description="Fields of its configuration, over the model's."
-    )
-
-    def options(self) -> dict[str, Any]:
-        return {"component": self.component, "type": self.type, "options": dict(self.settings)}
+    config: Mapping[str, Json] = Field(default_factory=dict, description="Its configuration, over the model's own.")
 
     def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
         if plan.scheduler is None:
@@ -51,29 +46,29 @@ class Scheduler(Pass):
         names = set(inspect.signature(known[self.type or type(plan.scheduler).__name__]).parameters)
         problems = [
             Problem(
-                f"{where}.options.{key}",
+                f"{where}.config.{key}",
                 f"{self.type or type(plan.scheduler).__name__} has no option {key!r}",
                 suggest(key, names) or f"It has {', '.join(sorted(names))}.",
             )
-            for key in self.settings
+            for key in self.config
             if key not in names
         ]
         if not problems:
             try:
                 self._made(plan)
             except Exception as error:  # whatever diffusers raises for values that do not fit
-                problems.append(Problem(f"{where}.options", f"diffusers refuses them: {error}"))
+                problems.append(Problem(f"{where}.config", f"diffusers refuses them: {error}"))
         return problems
 
     def _made(self, plan: Plan) -> Any:
         kind = _compatible(plan.scheduler)[self.type or type(plan.scheduler).__name__]
-        return kind.from_config(plan.scheduler.config, **self.settings)
+        return kind.from_config(plan.scheduler.config, **self.config)
 
     def run(self, plan: Plan) -> Outcome:
         before, after = plan.scheduler, self._made(plan)
         changed = {key: value for key, value in dict(after.config).items() if dict(before.config).get(key) != value}
         same = type(after) is type(before) and not changed
-        told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.settings)
+        told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.config)
         note = type(after).__name__ + (f" with {told}" if told else "")
         steps = tuple(dict.fromkeys(steps_with(after, count) for count in plan.wanted_steps)) if plan.steps else ()
         return Outcome(replace(plan, scheduler=after, steps=steps), not same, (note,))

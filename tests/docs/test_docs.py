@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from diffkiln.bundle import Manifest, Requires
+from diffkiln.passes.cache_schedule import DYNAMIC, OPTIONS
 from diffkiln.passes.quantizers import quantizer
 from diffkiln.passes.registry import option_models, read_passes
 from diffkiln.spec import PassEntry
@@ -63,6 +64,17 @@ def test_the_examples_of_passes_are_read():
     read_passes([PassEntry.model_validate(item) for item in entries])
     (source,) = [item["source"] for item in found if "source" in item]
     assert Source.model_validate(source).gguf
+
+
+def test_the_examples_of_schedules_are_read():
+    entries = [item for item in _json_in("schedules.md") if "name" in item]
+    assert {entry["name"] for entry in entries} >= {"scheduler", "vae", "cache_schedule"}
+    read_passes([PassEntry.model_validate(item) for item in entries])
+
+
+def test_every_method_of_a_schedule_is_explained():
+    text = (ROOT / "docs" / "schedules.md").read_text()
+    assert all(f"`{method}`" in text for method in (*OPTIONS, *DYNAMIC))
 
 
 def test_every_type_of_quantization_is_explained():

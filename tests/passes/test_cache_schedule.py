@@ -110,9 +110,9 @@ METHODS: dict[str, tuple[str, str, dict[str, Any], Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_its_definition(name, tmp_path):
+def test_a_method_is_its_definition(name, families, tmp_path):
     family, component, options, definition, more = METHODS[name]
-    made = spec(tmp_path, family, component, **options)
+    made = spec(families, family, component, **options)
     made["inputs"]["call"] |= {key: value for key, value in more.items() if "prompt" not in key}
     if family == "sd":
         made["inputs"]["num_inference_steps"] = STEPS - 1  # PNDM takes one more
@@ -130,9 +130,9 @@ def test_a_method_is_its_definition(name, tmp_path):
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.05])
-def test_magcache_is_what_diffusers_hook_computes(threshold, tmp_path):
+def test_magcache_is_what_diffusers_hook_computes(threshold, families, tmp_path):
     ratios = [1.0, 1.02, 0.99, 1.01, 1.03, 0.97]
-    made = spec(tmp_path, "flux", method="magcache", ratios=ratios, threshold=threshold, retention=0.1)
+    made = spec(families, "flux", method="magcache", ratios=ratios, threshold=threshold, retention=0.1)
     built = diffkiln.compile(made, tmp_path / "bundle")
     with quiet_libraries():
         hooked = diffkiln.load(built.path, as_diffusers=True)
@@ -141,8 +141,8 @@ def test_magcache_is_what_diffusers_hook_computes(threshold, tmp_path):
         assert torch.equal(draw(hooked, made), draw(compiled, made))
 
 
-def test_taylorseer_is_what_diffusers_hook_computes(tmp_path):
-    made = spec(tmp_path, "flux", method="taylorseer", interval=2, order=2)
+def test_taylorseer_is_what_diffusers_hook_computes(families, tmp_path):
+    made = spec(families, "flux", method="taylorseer", interval=2, order=2)
     built = diffkiln.compile(made, tmp_path / "bundle")
     with quiet_libraries():
         hooked = diffkiln.load(built.path, as_diffusers=True)
@@ -151,16 +151,16 @@ def test_taylorseer_is_what_diffusers_hook_computes(tmp_path):
         assert float((draw(hooked, made) - draw(compiled, made)).abs().max()) <= 2e-5
 
 
-def test_a_schedule_that_diffusers_has_no_hook_for_is_refused_there(tmp_path):
-    built = diffkiln.compile(spec(tmp_path, "flux", method="fora", interval=2), tmp_path / "bundle")
+def test_a_schedule_that_diffusers_has_no_hook_for_is_refused_there(families, tmp_path):
+    built = diffkiln.compile(spec(families, "flux", method="fora", interval=2), tmp_path / "bundle")
     with pytest.raises(Incompatible, match=r"no hook that does what this schedule of transformer does \(fora\)"):
         diffkiln.load(built.path, as_diffusers=True)
 
 
 @pytest.mark.parametrize("method", ["first_block", "pab"])
-def test_a_dynamic_criterion_runs_in_diffusers_alone(method, tmp_path):
+def test_a_dynamic_criterion_runs_in_diffusers_alone(method, families, tmp_path):
     option = {"threshold": 10.0} if method == "first_block" else {"interval": 2}
-    made = spec(tmp_path, "flux", method=method, dynamic=True, **option)
+    made = spec(families, "flux", method=method, dynamic=True, **option)
     built = diffkiln.compile(made, tmp_path / "bundle")
     with pytest.raises(Incompatible, match=f"only as diffusers.*{method} decides at each step"):
         diffkiln.load(built.path)
@@ -198,10 +198,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_options_are_refused_by_path(name, tmp_path):
+def test_wrong_options_are_refused_by_path(name, families):
     options, where, reason = WRONG[name]
     with pytest.raises(SpecError) as caught:
-        diffkiln.check(spec(tmp_path, "flux", **options))
+        diffkiln.check(spec(families, "flux", **options))
     assert [problem.where for problem in caught.value.problems] == [where]
     assert reason in str(caught.value)
 
@@ -235,27 +235,27 @@ ILLEGAL = {
 
 
 @pytest.mark.parametrize("name", ILLEGAL)
-def test_what_the_model_does_not_allow_is_refused_by_path(name, tmp_path):
+def test_what_the_model_does_not_allow_is_refused_by_path(name, families):
     family, component, options, where, reason = ILLEGAL[name]
     with pytest.raises(IllegalPlan) as caught:
-        diffkiln.check(spec(tmp_path, family, component, **options))
+        diffkiln.check(spec(families, family, component, **options))
     assert [problem.where for problem in caught.value.problems] == [where]
     assert reason in str(caught.value)
 
 
-def test_hooks_inside_of_blocks_exclude_engines(tmp_path):
-    made = spec(tmp_path, "flux", method="pab", dynamic=True, interval=2)
+def test_hooks_inside_of_blocks_exclude_engines(families):
+    made = spec(families, "flux", method="pab", dynamic=True, interval=2)
     made["passes"].append({"name": "compile", "component": "transformer"})
     with pytest.raises(IllegalPlan, match="compile cannot follow cache_schedule: its hooks are inside the blocks"):
         diffkiln.check(made)
 
 
-def test_check_foretells_the_schedule_and_inspect_shows_it(tmp_path):
+def test_check_foretells_the_schedule_and_inspect_shows_it(families, tmp_path):
     from click.testing import CliRunner
 
     from diffkiln.cli import cli
 
-    made = spec(tmp_path, "flux", method="dbcache", interval=2)
+    made = spec(families, "flux", method="dbcache", interval=2)
     (ran,) = diffkiln.check(made).report
     assert ran.notes == ("3 of 6 steps compute: ●○●○●○",)
     diffkiln.compile(made, tmp_path / "bundle")

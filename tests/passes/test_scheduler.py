@@ -23,22 +23,22 @@ def with_scheduler(root, family: str, **options) -> dict:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("sdxl", {"type": "EulerDiscreteScheduler", "options": {"timestep_spacing": "trailing"}}),
-        ("sdxl", {"type": "LCMScheduler", "options": {"original_inference_steps": 12}}),
-        ("sd", {"type": "DPMSolverMultistepScheduler", "options": {"use_karras_sigmas": True}}),
-        ("flux", {"options": {"shift": 3.0, "use_dynamic_shifting": False}}),
+        ("sdxl", {"type": "EulerDiscreteScheduler", "config": {"timestep_spacing": "trailing"}}),
+        ("sdxl", {"type": "LCMScheduler", "config": {"original_inference_steps": 12}}),
+        ("sd", {"type": "DPMSolverMultistepScheduler", "config": {"use_karras_sigmas": True}}),
+        ("flux", {"config": {"shift": 3.0, "use_dynamic_shifting": False}}),
     ],
     ids=["Euler", "LCM", "DPM++", "shift"],
 )
-def test_the_bundle_runs_as_diffusers_with_that_scheduler(family, options, tmp_path):
+def test_the_bundle_runs_as_diffusers_with_that_scheduler(family, options, families, tmp_path):
     import diffusers
 
-    made = with_scheduler(tmp_path, family, **options)
+    made = with_scheduler(families, family, **options)
     built = diffkiln.compile(made, tmp_path / "bundle")
     pipe = eager(made)
     kind = getattr(diffusers, options.get("type", type(pipe.scheduler).__name__))
     plain = draw(pipe, made)
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options["options"])
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options["config"])
     wanted = draw(pipe, made)
     assert not torch.equal(wanted, plain)
     with diffkiln.load(built.path) as compiled:
@@ -50,8 +50,8 @@ def test_the_bundle_runs_as_diffusers_with_that_scheduler(family, options, tmp_p
     assert torch.equal(draw(again, made), wanted)
 
 
-def test_the_number_of_steps_is_the_new_schedulers(tmp_path):
-    made = with_scheduler(tmp_path, "sd", type="EulerDiscreteScheduler")
+def test_the_number_of_steps_is_the_new_schedulers(families):
+    made = with_scheduler(families, "sd", type="EulerDiscreteScheduler")
     made["passes"].append({"name": "cache_schedule", "component": "unet", "method": "mask", "steps": [1, 0] * 3})
     assert diffkiln.check(made).plan.steps == (6,)
     del made["passes"][0]
@@ -59,9 +59,9 @@ def test_the_number_of_steps_is_the_new_schedulers(tmp_path):
         diffkiln.check(made)
 
 
-def test_nothing_in_the_loop_waits_for_a_value(tmp_path):
+def test_nothing_in_the_loop_waits_for_a_value(families, tmp_path):
     """All that the schedule decides is a constant: the program of a step has no operation that reads one."""
-    made = with_scheduler(tmp_path, "sdxl", type="DPMSolverMultistepScheduler")
+    made = with_scheduler(families, "sdxl", type="DPMSolverMultistepScheduler")
     built = diffkiln.compile(made, tmp_path / "bundle")
     (path,) = (built.path / "programs").glob("*steps.json")
     names = {op["name"] for op in json.loads(path.read_text())["programs"]["call"]["ops"] if "name" in op}
@@ -73,19 +73,19 @@ def test_nothing_in_the_loop_waits_for_a_value(tmp_path):
     [
         ({"type": "EulerScheduler"}, "$.passes[0].type", "EulerDiscreteScheduler"),
         ({"type": "FlowMatchEulerDiscreteScheduler"}, "$.passes[0].type", "no scheduler that can take the place"),
-        ({"options": {"timestep_spaceing": "trailing"}}, "$.passes[0].options.timestep_spaceing", "timestep_spacing"),
-        ({"options": {"beta_schedule": "none"}}, "$.passes[0].options", "diffusers refuses them"),
+        ({"config": {"timestep_spaceing": "trailing"}}, "$.passes[0].config.timestep_spaceing", "timestep_spacing"),
+        ({"config": {"beta_schedule": "none"}}, "$.passes[0].config", "diffusers refuses them"),
         ({}, "$.passes[0]", "would have no effect"),
     ],
     ids=["a near name", "another kind", "a near option", "a wrong value", "no change"],
 )
-def test_what_does_not_fit_is_refused_by_path(options, where, reason, tmp_path):
+def test_what_does_not_fit_is_refused_by_path(options, where, reason, families):
     with pytest.raises(IllegalPlan) as caught:
-        diffkiln.check(with_scheduler(tmp_path, "sdxl", **options))
+        diffkiln.check(with_scheduler(families, "sdxl", **options))
     assert [problem.where for problem in caught.value.problems] == [where]
     assert reason in str(caught.value)
 
 
-def test_it_is_for_the_scheduler_alone(tmp_path):
+def test_it_is_for_the_scheduler_alone(families):
     with pytest.raises(SpecError, match=r"\$\.passes\[0\]\.component"):
-        diffkiln.check(with_scheduler(tmp_path, "sdxl", component="unet", type="EulerDiscreteScheduler"))
+        diffkiln.check(with_scheduler(families, "sdxl", component="unet", type="EulerDiscreteScheduler"))

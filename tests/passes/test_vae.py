@@ -26,8 +26,8 @@ def side(made: dict) -> int:
 
 
 @pytest.mark.parametrize("family", ["flux", "cogvideox"])
-def test_tiles_are_diffusers_tiles(family, tmp_path):
-    made = with_vae(tmp_path, family, tiling=True)
+def test_tiles_are_diffusers_tiles(family, families, tmp_path):
+    made = with_vae(families, family, tiling=True)
     made["passes"][0]["tile"] = side(made) // 2
     built = diffkiln.compile(made, tmp_path / "bundle")
     pipe = eager(made)
@@ -43,8 +43,8 @@ def test_tiles_are_diffusers_tiles(family, tmp_path):
     assert torch.equal(draw(again, made), wanted)
 
 
-def test_slices_give_the_same_images(tmp_path):
-    made = with_vae(tmp_path, "flux", batch=2, slicing=True)
+def test_slices_give_the_same_images(families, tmp_path):
+    made = with_vae(families, "flux", batch=2, slicing=True)
     built = diffkiln.compile(made, tmp_path / "bundle")
     del made["inputs"]["batch_size"]
     wanted = draw(eager(made), made, prompt=["a fox", "a hen"])
@@ -60,14 +60,14 @@ def test_slices_give_the_same_images(tmp_path):
         ({"component": "transformer", "tiling": True}, "$.passes[0]", "no enable_tiling"),
     ],
 )
-def test_what_would_do_nothing_is_refused(options, where, reason, tmp_path):
+def test_what_would_do_nothing_is_refused(options, where, reason, families):
     with pytest.raises(IllegalPlan) as caught:
-        diffkiln.check(with_vae(tmp_path, "flux", **options))
+        diffkiln.check(with_vae(families, "flux", **options))
     assert [problem.where for problem in caught.value.problems] == [where]
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize(("options", "where"), [({}, "tiling"), ({"slicing": True, "tile": 64}, "tile")])
-def test_wrong_options_are_refused_by_path(options, where, tmp_path):
+def test_wrong_options_are_refused_by_path(options, where, families):
     with pytest.raises(SpecError, match=rf"\$\.passes\[0\]\.{where}"):
-        diffkiln.check(with_vae(tmp_path, "flux", **options))
+        diffkiln.check(with_vae(families, "flux", **options))

@@ -1,0 +1,48 @@
+"""Programs as schedules rewrite them, against what they were. Constants are left out: they depend on the machine.
+
+DIFFKILN_UPDATE_GOLDEN=1 writes the files anew; read the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from diffkiln.compiler import check
+from diffkiln.passes import manager
+from diffkiln.program import listing
+from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import record
+from diffkiln.record.quiet import quiet_libraries
+from tests.passes.test_cache_schedule import spec
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+HERE = Path(__file__).parent
+SCHEDULES = {
+    "flux-fora": ("flux", "transformer", {"method": "fora", "interval": 2}),
+    "flux-dbcache": ("flux", "transformer", {"method": "dbcache", "interval": 3, "back": 1}),
+    "flux-taylorseer": ("flux", "transformer", {"method": "taylorseer", "interval": 2, "order": 2}),
+    "sdxl-deepcache": ("sdxl", "unet", {"method": "deepcache", "interval": 3}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_program_is_as_it_was(name, families):
+    family, component, options = SCHEDULES[name]
+    checked = check(spec(families, family, component, **options))
+    with quiet_libraries():
+        recording = record(checked.pipe, checked.requests, Constants())
+    before = listing(recording.calls[0]["call"])
+    recording, _ = manager.rewrite(recording, checked.placed)
+    programs = recording.modules[component].programs
+    reusing = [listing(program) for key, program in programs.items() if key.endswith(".reusing")]
+    told = "\n\n".join(["before:", before, "after:", listing(recording.calls[0]["call"]), *reusing]) + "\n"
+    told = re.sub(r"(timestep=\d+)\.\d+", r"\1", re.sub(r"#[0-9a-f]{12,}", "#constant", told))
+    file = HERE / f"{name}.txt"
+    if os.environ.get("DIFFKILN_UPDATE_GOLDEN"):
+        file.write_text(told)
+    assert file.read_text() == told
