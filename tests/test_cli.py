@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln.cli import main
-from tests.bundle.test_writer import heeds_interrupts
+from tests.bundle.test_writers_at_once import heeds_interrupts
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
 
