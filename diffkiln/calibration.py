@@ -18,7 +18,7 @@ from diffkiln.packing import tokenizers_of
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
 from diffkiln.passes.calibrate import Calibrate
-from diffkiln.program import CALL, STEP, Op, Program, Ref
+from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
@@ -48,6 +48,7 @@ class Evidence:
         tried = [{"steps": list(map(int, mask)), "metric": _short(value)} for mask, value in self.measured.items()]
         return {
             **calibrate.options(),
+            "texts": list(calibrate.texts),
             "steps": list(map(int, self.mask)),
             "costs": [list(map(_short, row)) for row in self.costs],
             "tried": tried,
@@ -83,6 +84,11 @@ def calibrated(
     run = _Real(recording, pipe, modules, calibrate)
     splits = schedule.splits(recording)
     measure = _metric(calibrate, metrics, run)
+    if not any(op.name == STEP for op in run.call.ops):
+        raise BuildError(f"calibrate: the call of {type(pipe).__name__} does not tell where its steps end")
+    count = lanes_of(run.call, calibrate.component).steps
+    if count < 2 or (calibrate.computed or 1) >= count:
+        raise BuildError(f"calibrate: {calibrate.component} is called in {count} steps, so none would reuse")
     costs = _costs(run, splits, calibrate.component)
     measured: dict[Mask, float] = {}
 
@@ -146,7 +152,7 @@ class _Real:
     def images(self, mask: Mask | None, splits: Mapping[str, Split]) -> torch.Tensor:
         """What the call draws, with a schedule or without: [prompts, …] from 0 to 1."""
         component = self._calibrate.component
-        call = self.call if mask is None else weave(self.call, component, mask, splits)
+        call = self.call if mask is None else weave(self.call, component, lanes_of(self.call, component), mask, splits)
         return torch.cat([self.run(call, splits, index)[0].float() for index in range(len(self._calibrate.texts))])
 
     def run(self, call: Program, splits: Mapping[str, Split], prompt: int) -> list[torch.Tensor]:
@@ -270,8 +276,6 @@ class _Traced:
 
     def _tail(self, step: int) -> Program:
         """From the component's results to the latents at the step's end."""
-        from diffkiln.program import Input, refs
-
         own = {id(site.op) for site in self.steps[step]}
         last = max(index for index, op in enumerate(self._call.ops) if id(op) in own)
         end = next(

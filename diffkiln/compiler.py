@@ -142,7 +142,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     )
     if len(plan.denoisers) == 1:
         wanted = tuple(dict.fromkeys(wanted_steps(pipe, request) for request in requests))
-        counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted))
+        counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted)) if all(wanted) else ()
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(
@@ -196,8 +196,7 @@ def compile(
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
         chosen = _calibrate(checked, recording, metrics or {}, steps, writer)
-        if recording.calls:
-            recording, _ = manager.rewrite(recording, chosen.placed)
+        recording, _ = manager.rewrite(recording, chosen.placed)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)

@@ -122,7 +122,7 @@ def schedules(bundle: Bundle) -> Schedules:
 
     rows = [row.options for row in bundle.manifest.passes if row.name == "cache_schedule"]
     names = sorted({str(options["component"]) for options in rows if not options.get("dynamic")})
-    if not names:
+    if not names or not all(variant.programs for variant in bundle.manifest.pipeline.variants):
         return {}
     with bundle.verify(roles={"program"}) as verified:
 

@@ -5,7 +5,7 @@ it. `as_diffusers` builds the same modules again. Nothing here knows of specs, p
 """
 
 from diffkiln.layers.blocks import drop_blocks, droppable_blocks, matching, repeated_blocks
-from diffkiln.layers.decoding import decode_in_parts, parts_problem, tile_side
+from diffkiln.layers.decoding import decode_in_parts, parts_problem, tile_side, tile_unit
 from diffkiln.layers.forms import FORMS, Cast, Form, FourBit, Int4, Int8, Sparse24
 from diffkiln.layers.layout import is_channels_last, to_channels_last
 from diffkiln.layers.merging import MOST, merge_tokens, self_attentions
@@ -34,5 +34,6 @@ __all__ = [
     "store",
     "store_as_described",
     "tile_side",
+    "tile_unit",
     "to_channels_last",
 ]

@@ -28,6 +28,19 @@ def tile_side(module: torch.nn.Module, tile: int | None) -> int | None:
     return int(max(side)) if isinstance(side, (list, tuple)) else side
 
 
+def tile_unit(module: torch.nn.Module) -> int:
+    """What the side of a tile must be a multiple of, in pixels: four latents, so that tiles overlap by whole ones.
+
+    1 for a decoder whose overlap is another.
+    """
+    latent = getattr(module, "tile_latent_min_size", None)
+    if latent and getattr(module, "tile_overlap_factor", None) == 1 - _STRIDE:
+        return 4 * round(getattr(module, "tile_sample_min_size", latent) / latent)
+    if hasattr(module, "tile_sample_stride_height"):
+        return 4 * int(getattr(module, "spatial_compression_ratio", 1))
+    return 1
+
+
 def decode_in_parts(module: Any, slicing: bool, tiling: bool, tile: int | None) -> list[str]:
     """Have a decoder work in slices or tiles from now on; gives notes."""
     notes: list[str] = []

@@ -136,6 +136,11 @@ class Pass(Strict):
     def provides(self) -> Iterable[Fact]:
         return ()
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether the pass is nothing without a program to rewrite."""
+        return False
+
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
         """The recording with its programs rewritten, and notes on what was done; most passes leave it alone."""
         return recording, ()

@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from diffkiln.errors import PassError, Problem
+from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Outcome, Pass, Plan
 from diffkiln.passes.caching import (
     Kept,
-    Lanes,
     Mask,
     Split,
     deep_features,
@@ -36,6 +35,11 @@ from diffkiln.spec import Conflict, Target, refuse
 
 Method = Literal[
     "mask", "fora", "first_block", "dbcache", "taylorseer", "magcache", "deepcache", "seacache", "pab", "fastercache"
+]
+
+_Steps = Annotated[
+    Annotated[tuple[Literal[0, 1], ...], Tag("list")] | Annotated[Literal["calibrated"], Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
 ]
 
 _BY_INTERVAL = ("interval", "start", "end")
@@ -86,7 +90,7 @@ class CacheSchedule(Pass):
     )
 
     method: Method = Field(description="What is kept, and what becomes of it.")
-    steps: tuple[Literal[0, 1], ...] | Literal["calibrated"] | None = Field(
+    steps: _Steps | None = Field(
         None,
         description='For each step whether it computes (1) or reuses (0), in the place of an interval; "calibrated" if '
         "a calibrate before it chooses them.",
@@ -175,42 +179,69 @@ class CacheSchedule(Pass):
     # -- from configuration --
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
-        blocks = len(repeated_blocks(module))
         if self.component not in plan.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
-        elif self.method == "deepcache" and not hasattr(module, "up_blocks"):
-            reason = f"deepcache is for UNets, and {type(module).__name__} has no skip connections"
+        elif self.dynamic:
+            yield from self._dynamic_problems(module, plan, where)
+        else:
+            yield from self._part_problems(module, where)
+        calibrates = any(fact.name == "calibrated" and fact.component == self.component for fact in plan.facts)
+        if calibrates or self.is_calibrated:
+            yield from self._calibration_problems(calibrates, where)
+        elif not self.dynamic:
+            yield from self._length_problems(plan, where)
+
+    def _part_problems(self, module: torch.nn.Module, where: str) -> Iterable[Problem]:
+        """Whether the module has the part that is to be reused."""
+        kind, blocks = type(module).__name__, len(repeated_blocks(module))
+        if self.method == "deepcache" and not hasattr(module, "up_blocks"):
+            reason = f"deepcache is for UNets, and {kind} has no skip connections"
             yield Problem(f"{where}.method", reason, "Choose dbcache, fora or taylorseer.")
+        elif self.method == "deepcache" and self.depth > (layers := _layers_up(module)):
+            yield Problem(f"{where}.depth", f"the way up of {kind} has {layers} layers", f"Choose 1 to {layers}.")
         elif self._of_blocks and not blocks:
-            reason = f"{type(module).__name__} declares no repeated blocks whose results could be kept"
+            reason = f"{kind} declares no repeated blocks whose results could be kept"
             yield Problem(f"{where}.method", reason, "Choose mask or taylorseer.")
         elif self._of_blocks and self._front + self._back >= blocks:
             reason = f"{self._front} blocks in front and {self._back} in back leave none of {blocks} to reuse"
             yield Problem(where, reason, "Keep fewer.")
-        if self.dynamic:
-            if not hasattr(module, "enable_cache"):
-                reason = f"diffusers gives {type(module).__name__} no enable_cache"
-                yield Problem(where, reason, "Choose a fixed schedule.")
-            elif self.method == "seacache" and not _tells_sigma(plan.class_name):
-                reason = f"{plan.class_name} does not tell seacache its steps and sigmas, so it would reuse nothing"
-                yield Problem(f"{where}.method", reason, "Choose first_block.")
-            return
-        waits = any(fact.name == "calibrated" and fact.component == self.component for fact in plan.facts)
-        if self.is_calibrated != waits:
-            told = "no calibrate of the component stands before it" if self.is_calibrated else "calibrate chooses them"
-            mend = "Add one." if self.is_calibrated else 'Set them to "calibrated", and remove the interval.'
-            yield Problem(f"{where}.steps", told, mend)
-        elif waits and self._order:
+
+    def _calibration_problems(self, calibrates: bool, where: str) -> Iterable[Problem]:
+        """Whether a calibrate stands before it exactly where it waits for one."""
+        if not calibrates:
+            yield Problem(f"{where}.steps", "no calibrate of the component stands before it", "Add one.")
+        elif self.dynamic or "steps" not in OPTIONS[self.method]:
+            reason = "calibrate chooses steps, and this has none to choose"
+            yield Problem(f"{where}.method", reason, "Remove calibrate.")
+        elif not self.is_calibrated:
+            mend = 'Set them to "calibrated", and remove the interval.'
+            yield Problem(f"{where}.steps", "calibrate chooses them", mend)
+        elif self._order:
             reason = "costs are measured for reuse of the last value, not for an extrapolation"
             yield Problem(f"{where}.order", reason, "Set it to 0, or name the steps.")
-        if self.is_calibrated:
-            return
+
+    def _length_problems(self, plan: Plan, where: str) -> Iterable[Problem]:
         field = "ratios" if self.method == "magcache" else "steps"
         for count in plan.steps:
             try:
                 self.mask(count)
             except ValueError as error:
                 yield Problem(f"{where}.{field}", str(error), f"Give one for each of {count} steps.")
+
+    def _dynamic_problems(self, module: torch.nn.Module, plan: Plan, where: str) -> Iterable[Problem]:
+        source = _source_of(plan.class_name)
+        if not hasattr(module, "enable_cache"):
+            reason = f"diffusers gives {type(module).__name__} no enable_cache"
+            yield Problem(where, reason, "Choose a fixed schedule.")
+        elif self.method == "seacache" and not re.search(r"cache_context\([^)]*sigma=", source):
+            reason = f"{plan.class_name} does not tell seacache its steps and sigmas, so it would reuse nothing"
+            yield Problem(f"{where}.method", reason, "Choose first_block.")
+        elif self.method == "first_block" and "cache_context(" not in source:
+            reason = f"{plan.class_name} does not tell diffusers' hooks which of its calls is which"
+            yield Problem(f"{where}.method", reason, "Choose a fixed schedule.")
+        elif self.method == "fastercache" and not re.search(r"\[latents\] \* 2", source):
+            reason = f"fastercache splits a doubled batch, and {plan.class_name} does not guide with one"
+            yield Problem(f"{where}.method", reason, "Choose first_block.")
 
     @property
     def _of_blocks(self) -> bool:
@@ -243,22 +274,32 @@ class CacheSchedule(Pass):
 
     # -- the programs --
 
+    @property
+    def rewrites(self) -> bool:
+        return not self.dynamic
+
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
         if self.dynamic:
             return replace(recording, reason=f"{self.method} decides at each step what to compute"), ()
+        if self.component not in recording.modules:
+            raise ValueError(f"the call never calls {self.component}")
         module = recording.modules[self.component]
         splits = self.splits(recording)
         notes: list[str] = []
         calls: list[dict[str, Program]] = []
-        for programs in recording.calls:
+        reuses = False
+        for fixed, programs in zip(recording.fixed, recording.calls, strict=True):
             woven: dict[str, Program] = {}
             for name, call in programs.items():
-                lanes = lanes_of(call, self.component)
-                mask = self._mask_for(lanes)
-                woven[name] = weave(call, self.component, mask, splits, self._order)
+                lanes = lanes_of(call, self.component, fixed.get("num_inference_steps"))
+                mask = self.mask(lanes.steps)
+                reuses = reuses or not all(mask)
+                woven[name] = weave(call, self.component, lanes, mask, splits, self._order)
                 if _told(mask) not in notes:
                     notes.append(_told(mask))
             calls.append(woven)
+        if not reuses:
+            raise ValueError(f"no step that calls {self.component} would reuse one before it")
         programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
         module = replace(module, programs={**module.programs, **programs})
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
@@ -272,12 +313,6 @@ class CacheSchedule(Pass):
     def _order(self) -> int:
         return self.order if self.method == "taylorseer" else 0
 
-    def _mask_for(self, lanes: Lanes) -> Mask:
-        try:
-            return self.mask(lanes.steps)
-        except ValueError as error:
-            raise PassError(f"cache_schedule {error}") from None
-
     def _split(self, program: Program, module: Module) -> Split:
         kept: tuple[Kept, ...]
         if self.method == "deepcache":
@@ -287,7 +322,7 @@ class CacheSchedule(Pass):
         else:
             kept = outputs_of(program)
         if not kept:
-            raise PassError(f"{self.method} finds nothing to keep in {program.name} of {self.component}")
+            raise ValueError(f"{self.method} finds nothing to keep in {program.name} of {self.component}")
         return split(program, kept)
 
 
@@ -297,10 +332,14 @@ def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
         yield part.reusing.name, part.reusing
 
 
-def _tells_sigma(class_name: str) -> bool:
-    """Whether a pipeline gives its cache context what seacache reads."""
+def _layers_up(module: Any) -> int:
+    return sum(len(block.resnets) for block in module.up_blocks)
+
+
+def _source_of(class_name: str) -> str:
+    """The code of a pipeline's class; empty if diffusers does not have it."""
     kind = getattr(importlib.import_module("diffusers"), class_name, None)
-    return kind is not None and bool(re.search(r"cache_context\([^)]*sigma=", inspect.getsource(kind)))
+    return inspect.getsource(kind) if kind is not None else ""
 
 
 def _told(mask: Mask) -> str:

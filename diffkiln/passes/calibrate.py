@@ -27,6 +27,8 @@ class Calibrate(Pass):
     stay `at_least` so high. The `tried` cheapest of them, and the one that computes at even distances, then draw the
     prompts, and the one with the best metric is taken.
 
+    It is done for the first variant; others, which have as many steps, get the same ones.
+
     The metric `psnr` is in dB, against the images without a schedule, the mean over the prompts. Other metrics are
     functions that a caller of `diffkiln.compile` gives by name.
     """
@@ -91,6 +93,8 @@ class Calibrate(Pass):
         elif len(plan.steps) != 1:
             reason = f"one schedule is for one number of steps, and the variants have {list(plan.steps) or 'several'}"
             yield Problem(where, reason, "Compile them into bundles of their own.")
+        elif plan.steps[0] < 2:
+            yield Problem(where, "there is one step, so none can reuse", "Remove it.")
         elif self.computed is not None and self.computed >= plan.steps[0]:
             reason = f"of {plan.steps[0]} steps {self.computed} compute, so none reuses"
             yield Problem(f"{where}.computed", reason, "Give fewer.")
@@ -99,6 +103,10 @@ class Calibrate(Pass):
         wanted = f"{self.computed} computed steps" if self.computed else f"{self.metric} of at least {self.at_least:g}"
         note = f"on {len(self._texts)} prompts, for {wanted}"
         return Outcome(plan.with_facts(self.provides()), True, (note,))
+
+    @property
+    def rewrites(self) -> bool:
+        return True
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return ()

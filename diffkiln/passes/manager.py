@@ -91,6 +91,13 @@ def rewrite(recording: Recording, placed: Sequence[Placed]) -> tuple[Recording, 
     """
     notes: list[str] = []
     for item in placed:
+        if not recording.calls:
+            if item.step.rewrites:
+                raise PassError(
+                    f"{item.where}: {item.step.name} rewrites the program, and there is none: {recording.reason}. "
+                    "Remove it, or let diffusers decide at each step"
+                )
+            continue
         with guarded(item):
             changed, told = item.step.rewrite(recording)
         if changed is not recording:

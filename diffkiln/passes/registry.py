@@ -30,6 +30,7 @@ PASSES: dict[str, str] = {
     "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
     "vae": "diffkiln.passes.vae:VAE",
     "scheduler": "diffkiln.passes.scheduler:Scheduler",
+    "guidance": "diffkiln.passes.guidance:Guidance",
     "calibrate": "diffkiln.passes.calibrate:Calibrate",
     "cache_schedule": "diffkiln.passes.cache_schedule:CacheSchedule",
     "compile": "diffkiln.passes.compile:Compile",
@@ -51,6 +52,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("fuse_qkv", "sparsify"): "sparse projections cannot be concatenated",
     ("fuse_qkv", "layerwise_cast"): "diffusers concatenates weights in the type that they compute in",
     ("prune", "quantize"): "what is dropped need not be quantized, and patterns name the blocks that are left",
+    **{("scheduler", later): "the scheduler decides how many steps there are" for later in ("guidance", "calibrate")},
+    ("scheduler", "cache_schedule"): "the scheduler decides how many steps there are",
+    ("guidance", "cache_schedule"): "a schedule counts the calls of a step",
     ("calibrate", "cache_schedule"): "it chooses the schedule's steps",
     ("sparsify", "quantize"): "quantized weights cannot be made sparse",
     ("quantize", "layerwise_cast"): "layerwise_cast takes the layers that quantize leaves",
@@ -130,13 +134,23 @@ def _spread(
                 yield component, {**common, **row, "component": component}
 
 
+#: What counts the steps that the scheduler makes.
+_COUNTS_STEPS = ("guidance", "calibrate", "cache_schedule")
+
+
+def _of_the_run(first: Pass, second: Pass) -> bool:
+    """Whether one is the scheduler and the other counts its steps, whatever the component."""
+    names = {first.name, second.name}
+    return "scheduler" in names and bool(names & set(_COUNTS_STEPS))
+
+
 def order_problems(placed: Sequence[Placed]) -> list[Problem]:
     """Passes of one component that stand in the wrong order, or twice."""
     order = list(PASSES)
     problems: list[Problem] = []
     for later, item in enumerate(placed):
         for before in placed[:later]:
-            if before.step.component != item.step.component:
+            if before.step.component != item.step.component and not _of_the_run(before.step, item.step):
                 continue
             first, second = before.step.name, item.step.name
             if first == second and not item.step.repeats:

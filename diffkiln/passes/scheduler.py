@@ -66,7 +66,8 @@ class Scheduler(Pass):
 
     def run(self, plan: Plan) -> Outcome:
         before, after = plan.scheduler, self._made(plan)
-        changed = {key: value for key, value in dict(after.config).items() if dict(before.config).get(key) != value}
+        old = dict(before.config)
+        changed = {k: v for k, v in dict(after.config).items() if not k.startswith("_") and old.get(k) != v}
         same = type(after) is type(before) and not changed
         told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.config)
         note = type(after).__name__ + (f" with {told}" if told else "")

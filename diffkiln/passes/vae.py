@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,8 +10,9 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import decode_in_parts, parts_problem, tile_side
+from diffkiln.layers import decode_in_parts, parts_problem, tile_side, tile_unit
 from diffkiln.passes.base import Pass, Plan
+from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
 
 
@@ -40,14 +42,36 @@ class VAE(Pass):
         if reason := parts_problem(module, self.slicing, self.tiling, self.tile):
             yield Problem(where, reason, "Remove it.")
             return
+        fits = tile_unit(module)
+        if self.tile is not None and self.tile % fits:
+            reason = f"tiles of {self.tile} pixels do not overlap by whole latents"
+            yield Problem(f"{where}.tile", reason, f"Choose a multiple of {fits}.")
+            return
         side = tile_side(module, self.tile)
         sides = [max(v.get("height") or 0, v.get("width") or 0) for v in plan.variants]
         if self.tiling and side is not None and all(0 < largest <= side for largest in sides):
             reason = f"no variant is larger than a tile of {side} pixels, so there would be one tile"
             yield Problem(f"{where}.tiling", reason, "Set a smaller tile, or remove it.")
-        batches = [v.get("batch_size", 1) * v.get("num_images_per_prompt", 1) for v in plan.variants]
+        many = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
+        batches = [math.prod(v.get(name) or 1 for name in many) for v in plan.variants]
         if self.slicing and all(batch == 1 for batch in batches):
             yield Problem(f"{where}.slicing", "every variant draws one image at a time", "Remove it.")
+
+    def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """The recording as it is.
+
+        Raises:
+            ValueError: the tiles do not fit together: diffusers would give images of another size.
+        """
+        for fixed, programs in zip(recording.fixed, recording.calls, strict=True):
+            for call in programs.values():
+                given, wanted = call.types[call.outputs[0].name].shape[-2:], (fixed.get("height"), fixed.get("width"))
+                if None not in wanted and tuple(given) != wanted:
+                    raise ValueError(
+                        f"tiles of {self.tile} pixels overlap so that diffusers gives {given[0]} × {given[1]} in the "
+                        f"place of {wanted[0]} × {wanted[1]}. Choose a multiple of 32, or leave tile out"
+                    )
+        return recording, ()
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return decode_in_parts(module, self.slicing, self.tiling, self.tile)

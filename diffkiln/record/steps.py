@@ -9,9 +9,21 @@ from typing import Any
 
 from diffkiln.record.pipeline import Request, defaults
 
+#: Keywords that leave out steps of the schedule.
+_PARTIAL = ("strength", "denoising_start", "denoising_end")
+
 
 def wanted_steps(pipe: Any, request: Request) -> int:
-    """The variant's `num_inference_steps`, or the pipeline's own."""
+    """How many steps the variant's keywords ask for: as many as its own schedule has, or `num_inference_steps`.
+
+    0 where a keyword such as `strength` leaves some of them out.
+    """
+    if any(name in request.fixed for name in _PARTIAL):
+        return 0
+    for name in ("sigmas", "timesteps"):
+        given = request.fixed.get(name)
+        if isinstance(given, (list, tuple)):
+            return len(given)
     return int(defaults(pipe, request).get("num_inference_steps") or 1)
 
 

@@ -5,6 +5,7 @@ This and `originals` are the only parts of the runtime that import diffusers and
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import tempfile
@@ -117,6 +118,11 @@ def _enable_cache(pipe: Any, options: Any) -> None:
             f"diffusers has no hook that does what this schedule of {component} does ({method}). Load the bundle "
             "without as_diffusers"
         )
+    if method not in _WITHOUT_CONTEXT and "cache_context(" not in inspect.getsource(type(pipe)):
+        raise Incompatible(
+            f"{type(pipe).__name__} does not tell diffusers' hooks which of its calls is which, which {method} needs. "
+            "Load the bundle without as_diffusers"
+        )
     try:
         pipe.components[component].enable_cache(config)
     except Exception as error:  # whatever diffusers raises for a model that its hooks do not know
@@ -159,6 +165,9 @@ def _cache_config(pipe: Any, method: str, options: Any) -> Any:
             )
     return None
 
+
+#: Hooks of attentions, which need not know which call of a step they are in.
+_WITHOUT_CONTEXT = ("pab", "fastercache")
 
 #: What is kept, how many steps at the beginning compute, and at the end: what diffusers' TaylorSeer can do as well.
 _PLAIN = ("output", 1, 0)

@@ -223,6 +223,13 @@ ILLEGAL = {
     ),
     "not the denoiser": ("flux", "vae", {"method": "fora", "interval": 2}, "$.passes[0]", "denoising run"),
     "no UNet": ("flux", "transformer", {"method": "deepcache", "interval": 2}, "$.passes[0].method", "is for UNets"),
+    "deeper than it is": (
+        "sd", "unet", {"method": "deepcache", "interval": 2, "depth": 99}, "$.passes[0].depth", "the way up of",
+    ),
+    "a batch that is not doubled": (
+        "flux", "transformer", {"method": "fastercache", "dynamic": True, "interval": 2}, "$.passes[0].method",
+        "splits a doubled batch",
+    ),
     "no such component": ("flux", "unet", {"method": "fora", "interval": 2}, "$.passes[0].component", "no component"),
     "a hook that nothing feeds": (
         "flux", "transformer", {"method": "seacache", "dynamic": True, "threshold": 0.1}, "$.passes[0].method",
@@ -265,3 +272,46 @@ def test_check_foretells_the_schedule_and_inspect_shows_it(families, tmp_path):
     (steps,) = (components["transformer"] for components in rows.values())
     whole = steps[0]["blocks"]
     assert [step["blocks"] for step in steps] == [whole, 1, whole, 1, whole, 1]
+
+
+def test_its_own_sigmas_are_counted(families):
+    made = spec(families, "flux", method="mask", steps=[1, 0, 1, 0])
+    made["inputs"]["call"]["sigmas"] = [1.0, 0.7, 0.5, 0.2]
+    assert diffkiln.check(made).plan.steps == (4,)
+
+
+def test_the_scheduler_comes_first(families):
+    made = spec(families, "sd", "unet", method="fora", interval=2)
+    made["passes"].append({"name": "scheduler", "type": "EulerDiscreteScheduler"})
+    with pytest.raises(IllegalPlan, match=r"scheduler must come before cache_schedule .*how many steps"):
+        diffkiln.check(made)
+
+
+def test_a_call_without_marks_has_as_many_calls_a_step_as_fit(families, tmp_path):
+    """PixArt has no callback at the end of a step."""
+    made = spec(families, "pixart_sigma", method="mask", steps=[1, 0, 1, 0, 1, 0])
+    built = diffkiln.compile(made, tmp_path / "bundle")
+    pipe = eager(made)
+    with definitions.output(Run(pipe.transformer, MASK)):
+        wanted = draw(pipe, made)
+    with diffkiln.load(built.path) as compiled:
+        assert float((draw(compiled, made) - wanted).abs().max()) <= 2e-5
+
+
+def test_without_a_program_there_is_nothing_to_rewrite(families, tmp_path, monkeypatch):
+    from diffkiln.errors import PassError, RecordError
+
+    def unrecordable(*_: Any) -> Any:
+        raise RecordError("it cannot be")
+
+    monkeypatch.setattr("diffkiln.compiler.record", unrecordable)
+    made = spec(families, "flux", method="fora", interval=2) | {"runtime": {"on_unrecordable": "diffusers"}}
+    with pytest.raises(PassError, match=r"\$\.passes\[0\]: cache_schedule rewrites the program, and there is none: it"):
+        diffkiln.compile(made, tmp_path / "bundle")
+
+
+def test_a_pipeline_that_tells_the_hooks_nothing_is_refused_with_them(families, tmp_path):
+    made = spec(families, "chroma", method="taylorseer", interval=2)
+    built = diffkiln.compile(made, tmp_path / "bundle")
+    with quiet_libraries(), pytest.raises(Incompatible, match="which of its calls is which, which taylorseer needs"):
+        diffkiln.load(built.path, as_diffusers=True)

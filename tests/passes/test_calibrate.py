@@ -146,6 +146,19 @@ ILLEGAL: dict[str, tuple[dict[str, Any], str, str]] = {
         "$.passes[1].order",
         "not for an extrapolation",
     ),
+    "ratios": (
+        spec(CALIBRATE | {"computed": 4}, {**SCHEDULE, "steps": None, "method": "magcache", "ratios": [1.0] * 8}),
+        "$.passes[1].method",
+        "has none to choose",
+    ),
+    "a dynamic criterion": (
+        spec(
+            CALIBRATE | {"computed": 4},
+            {**SCHEDULE, "steps": None, "method": "first_block", "dynamic": True, "threshold": 0.1},
+        ),
+        "$.passes[1].method",
+        "has none to choose",
+    ),
     "two numbers of steps": (
         spec(CALIBRATE | {"computed": 3}, SCHEDULE, inputs=VARIANTS), "$.passes[0]", "one number of steps",
     ),

@@ -58,6 +58,7 @@ def test_slices_give_the_same_images(families, tmp_path):
     ("options", "where", "reason"),
     [
         ({"tiling": True, "tile": 4096}, "$.passes[0].tiling", "there would be one tile"),
+        ({"tiling": True, "tile": 24}, "$.passes[0].tile", "do not overlap by whole latents"),
         ({"slicing": True}, "$.passes[0].slicing", "one image at a time"),
         ({"component": "transformer", "tiling": True}, "$.passes[0]", "no enable_tiling"),
     ],

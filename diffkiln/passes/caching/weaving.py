@@ -22,34 +22,45 @@ class Lanes:
     place: Mapping[int, tuple[int, int]]  # index of a CALL operation → (step, lane)
 
 
-def lanes_of(call: Program, component: str) -> Lanes:
-    """The steps that call the component are numbered from 0; where the call marks no steps, every call is one."""
+def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
+    """The steps that call the component, numbered from 0.
+
+    Where the call marks no steps, each call is one; where there are a multiple of the `wanted` number of steps, that
+    many calls are one.
+    """
     place: dict[int, tuple[int, int]] = {}
     marked = any(op.name == STEP for op in call.ops)
+    if not marked:
+        sites = [i for i, op in enumerate(call.ops) if op.name == CALL and op.attrs["component"] == component]
+        per = len(sites) // wanted if wanted and len(sites) % wanted == 0 else 1
+        place = {site: divmod(index, max(per, 1)) for index, site in enumerate(sites)}
+        return Lanes(len({step for step, _ in place.values()}), place)
     segment, numbers, counts = 0, {}, {}
     for index, op in enumerate(call.ops):
         if op.name == STEP:
             segment += 1
         elif op.name == CALL and op.attrs["component"] == component:
-            key = segment if marked else index
-            step = numbers.setdefault(key, len(numbers))
-            lane = counts.get(key, 0)
-            counts[key] = lane + 1
+            step = numbers.setdefault(segment, len(numbers))
+            lane = counts.get(segment, 0)
+            counts[segment] = lane + 1
             place[index] = (step, lane)
     return Lanes(len(numbers), place)
 
 
-def weave(call: Program, component: str, mask: Mask, splits: Mapping[str, Split], order: int = 0) -> Program:
+def weave(
+    call: Program, component: str, lanes: Lanes, mask: Mask, splits: Mapping[str, Split], order: int = 0
+) -> Program:
     """Rewrite a call.
 
     Args:
         call: the pipeline's call.
         component: whose calls are rewritten.
+        lanes: where they are.
         mask: which of its steps compute; the first does.
         splits: of the component's programs, by name.
         order: of the Taylor polynomial through what was kept; 0 reuses the last.
     """
-    place = lanes_of(call, component).place
+    place = lanes.place
     history: dict[tuple[int, str], list[tuple[int, tuple[Ref, ...]]]] = {}
     types, ops = dict(call.types), []
     renamed: dict[str, Ref] = {}
