@@ -38,3 +38,4 @@ bench: install
 	$(BIN)/python benchmarks/steady_state.py
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/quantization.py
+	$(BIN)/python benchmarks/schedules.py
