@@ -36,6 +36,8 @@ def tile_unit(module: torch.nn.Module) -> int:
     latent = getattr(module, "tile_latent_min_size", None)
     if latent and getattr(module, "tile_overlap_factor", None) == 1 - _STRIDE:
         return 4 * round(getattr(module, "tile_sample_min_size", latent) / latent)
+    if hasattr(module, "tile_overlap_factor_height"):
+        return 4 * round(module.tile_sample_min_height / module.tile_latent_min_height)
     if hasattr(module, "tile_sample_stride_height"):
         return 4 * int(getattr(module, "spatial_compression_ratio", 1))
     return 1
@@ -50,8 +52,9 @@ def decode_in_parts(module: Any, slicing: bool, tiling: bool, tile: int | None) 
     if tiling:
         if tile is not None and _takes_sides(module):
             known = inspect.signature(module.enable_tiling).parameters
-            given = {f"tile_sample_min_{side}": tile for side in ("height", "width")}
+            given: dict[str, float] = {f"tile_sample_min_{side}": tile for side in ("height", "width")}
             given |= {f"tile_sample_stride_{side}": int(tile * _STRIDE) for side in ("height", "width")}
+            given |= {f"tile_overlap_factor_{side}": 1 - _STRIDE for side in ("height", "width")}
             module.enable_tiling(**{name: value for name, value in given.items() if name in known})
         else:
             module.enable_tiling()
