@@ -47,7 +47,7 @@ from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
 from diffkiln.record.steps import steps_with, wanted_steps
-from diffkiln.spec import Spec, Target, parse_spec, resolve_targets
+from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
 from diffkiln.verification import Verification
 
@@ -139,6 +139,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         facts,
         variants=tuple({**request.fixed, "batch_size": request.batch_size} for request in requests),
         scheduler=getattr(pipe, "scheduler", None),
+        ranged=any(entry.has_ranges for entry in as_tuple(parsed.inputs)),
     )
     if len(plan.denoisers) == 1:
         wanted = tuple(dict.fromkeys(wanted_steps(pipe, request) for request in requests))

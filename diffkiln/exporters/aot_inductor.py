@@ -28,6 +28,7 @@ from diffkiln.exporters import toolchain
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, spec_of, unknown_options
 from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.program import Input, Op, Program, Ref, TensorType
+from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
 
 #: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
@@ -45,14 +46,25 @@ _SMALLEST = Program(
 _INDUCTOR = threading.Lock()
 
 
+#: Inductor's flags that a caller may set.
+FLAGS = (
+    "conv_1x1_as_mm",
+    "coordinate_descent_check_all_directions",
+    "coordinate_descent_tuning",
+    "epilogue_fusion",
+    "force_fuse_int_mm_with_mul",
+    "max_autotune",
+)
+
+
 class AotInductor:
-    """The backend `aot_inductor`. It has no options."""
+    """The backend `aot_inductor`. Its options are those of Inductor's flags that diffusers' guides recommend."""
 
     name: ClassVar[str] = "aot_inductor"
     version: ClassVar[int] = 1
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
-        problems = unknown_options(options, ())
+        problems = unknown_options(options, FLAGS)
         if target.device != "cpu":
             problems.append(Problem("$.target", "aot_inductor builds for the CPU only", "Choose another backend."))
         elif target.isa not in _ISAS:
@@ -97,7 +109,7 @@ class AotInductor:
 
     def _build(self, lowering: Lowering, compiler: toolchain.Compiler, cache: EngineCache, scratch: Path) -> Artefact:
         isa = lowering.target.isa
-        outputs, files = _generate(lowering.region, isa, compiler, scratch)
+        outputs, files = _generate(lowering, compiler, scratch)
         flags = toolchain.Flags.from_inductor(
             compiler, isa, _json(files, "_compile_flags.json"), _json(files, "_linker_flags.json")
         )
@@ -114,33 +126,37 @@ class AotInductor:
 class _Traced(torch.nn.Module):
     """A region as a module of its flat inputs. Outputs are contiguous, as the inputs of the next region must be."""
 
-    def __init__(self, region: Program) -> None:
+    def __init__(self, region: Program, family: Family | None = None) -> None:
         super().__init__()
-        self.interpreter = Interpreter(region)
+        self.region, self.family = region, family
 
     def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        region = self.interpreter.program
+        region = self.region
+        if self.family:
+            region = self.family.at(lambda dimension: flat[dimension[0]].shape[dimension[1]])
         values = iter(flat)
         inputs = [next(values) for _ in region.inputs]
         weights = {name: next(values) for name in region.weights}
         constants = {key: next(values) for key in region.constants}
-        outputs = self.interpreter(inputs, weights, constants)
+        outputs = Interpreter(region)(inputs, weights, constants)
         return tuple(out.clone() if any(out is x for x in flat) else out.contiguous() for out in outputs)
 
 
 def _generate(
-    region: Program, isa: str, compiler: toolchain.Compiler, scratch: Path
+    lowering: Lowering, compiler: toolchain.Compiler, scratch: Path
 ) -> tuple[tuple[TensorSpec, ...], list[Path]]:
     """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    region, isa = lowering.region, lowering.target.isa
 
     with _INDUCTOR, _quiet(), torch.no_grad(), _told(isa, scratch / "inductor"):
         try:
             with FakeTensorMode():
                 flat = tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype)) for t in engine_inputs(region))
-            exported = torch.export.export(_Traced(region), flat, strict=False)
-            outputs = _outputs(exported)
-            options = _options(isa, compiler, scratch / "inductor" / "out")
+            exported = _exported(lowering, flat)
+            outputs = _outputs(exported) if not lowering.family else _stated(region)
+            options = _options(isa, compiler, scratch / "inductor" / "out") | dict(lowering.options)
             files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
         except DiffkilnError:
             raise
@@ -153,6 +169,31 @@ def _generate(
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ExportError("Inductor did not return the files that it wrote; this torch is not supported")
     return outputs, [Path(str(file)) for file in files]
+
+
+def _exported(lowering: Lowering, flat: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    """The region as torch's own program; where it is one of a family, with symbols for the sizes that differ.
+
+    Raises:
+        ExportError: an operator takes one size only.
+    """
+    family = lowering.family
+    if not family:
+        return torch.export.export(_Traced(lowering.region), flat, strict=False)
+    shapes: list[Any] = [{} for _ in flat]
+    for (position, dimension), (smallest, largest) in family.ranges.items():
+        shapes[position][dimension] = torch.export.Dim.AUTO(min=smallest, max=largest)
+    traced = _Traced(lowering.region, family)
+    exported = torch.export.export(traced, flat, strict=False, dynamic_shapes=(tuple(shapes),))
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"]
+    for position, dimension in family.ranges:
+        if isinstance(values[position].shape[dimension], int):
+            raise ExportError(f"its input {position} can have one size only in dimension {dimension}")
+    return exported
+
+
+def _stated(region: Program) -> tuple[TensorSpec, ...]:
+    return tuple(contiguous(region.types[ref.name]) for ref in region.outputs)
 
 
 def _outputs(exported: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:

@@ -18,6 +18,7 @@ import torch
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import Problem
 from diffkiln.program import Program, TensorType
+from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class Lowering:
     """One region to lower.
 
+    `family` holds the regions that differ from it by sizes alone, itself first, where one engine is for all of them.
     `constants` holds the region's `#` constants by key, for backends that build them in; `options` are the compile
     pass's, already known to be JSON.
     """
@@ -36,6 +38,7 @@ class Lowering:
     target: Target
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    family: Family | None = None
 
 
 @dataclass(frozen=True)

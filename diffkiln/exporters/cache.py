@@ -43,6 +43,7 @@ def engine_key(backend: str, version: int, lowering: Lowering, tools: Mapping[st
     decisive = {
         "backend": [backend, version],
         "region": fingerprint(lowering.region),
+        "family": [fingerprint(member) for member in lowering.family.members] if lowering.family else [],
         "target": [target.device, target.isa, target.sm],
         "options": dict(lowering.options),
         "tools": dict(tools),

@@ -37,7 +37,7 @@ def tile_unit(module: torch.nn.Module) -> int:
     if latent and getattr(module, "tile_overlap_factor", None) == 1 - _STRIDE:
         return 4 * round(getattr(module, "tile_sample_min_size", latent) / latent)
     if hasattr(module, "tile_overlap_factor_height"):
-        return 4 * round(module.tile_sample_min_height / module.tile_latent_min_height)
+        return 4 * round(float(module.tile_sample_min_height) / float(module.tile_latent_min_height))  # type: ignore[arg-type]
     if hasattr(module, "tile_sample_stride_height"):
         return 4 * int(getattr(module, "spatial_compression_ratio", 1))
     return 1

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from diffkiln.bundle import BundleWriter, EngineRow, TensorSpec
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.errors import ExportError, VerifyError
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.packing.packed import Packed
 from diffkiln.passes.base import CompileRequest
-from diffkiln.program import Program
+from diffkiln.program import Module, Program
+from diffkiln.program.sizes import Family, families
 from diffkiln.runtime.compatibility import missing_flags
 from diffkiln.runtime.engines import engine
 from diffkiln.runtime.self_test import self_test
@@ -22,34 +24,89 @@ from diffkiln.spec import Target
 def pack_engines(
     writer: BundleWriter, packed: Packed, request: CompileRequest, targets: Sequence[Target], cache: EngineCache
 ) -> None:
-    """`engines/<target>/<component>/<Region>/`: a component's regions for every target, tried where they can run."""
+    """`engines/<target>/<component>/<Region>/`: a component's regions for every target, tried where they can run.
+
+    Regions that differ by sizes alone share an engine, where that is asked for and the backend can.
+    """
     module = packed.recording.modules.get(request.component)
-    for region in module.regions.values() if module else ():
-        constants = {key: packed.recording.constants.tensors[key] for key in region.constants}
+    for family in _families(module, request.dynamic) if module else ():
         for target in targets:
-            lowering = Lowering(region, target, constants, dict(request.options))
-            artefact = exporter(request.backend).export(lowering, cache)
-            path = f"engines/{target.name}/{request.component}/{region.name}"
-            _try_out(artefact, region, constants, target, path, packed.notices)
-            for file in sorted(artefact.directory.rglob("*")):
-                if file.is_file():
-                    relative = file.relative_to(artefact.directory).as_posix()
-                    writer.write(f"{path}/{relative}", file.read_bytes(), "native")
-            packed.glibc = max(filter(None, (packed.glibc, artefact.requires.get("glibc"))), key=_numbers, default=None)
-            packed.engines.append(_engine_row(artefact, region, request, target, path))
+            for members in _built_together(family, packed, request, target, cache):
+                _pack(writer, packed, request, target, *members)
+
+
+def _families(module: Module, dynamic: bool) -> list[Family]:
+    regions = list(module.regions.values())
+    return families(regions) if dynamic else [Family((region,), {}, {}) for region in regions]
+
+
+def _built_together(
+    family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache
+) -> Iterator[tuple[Artefact, tuple[Program, ...]]]:
+    """Engines, each with the regions that it is for: one for all of them, or one for each."""
+
+    def built(region: Program, whole: Family | None) -> Artefact:
+        constants = _constants(packed, region)
+        lowering = Lowering(region, target, constants, dict(request.options), whole)
+        artefact = exporter(request.backend).export(lowering, cache)
+        for member in whole.members if whole else (region,):
+            path = f"engines/{target.name}/{request.component}/{member.name}"
+            _try_out(artefact, member, constants, target, path, packed.notices)
+        return artefact
+
+    if family.ranges:
+        try:
+            yield built(family.members[0], family), family.members
+            return
+        except (ExportError, VerifyError) as error:
+            names = ", ".join(member.name for member in family.members)
+            packed.notices.append(f"{request.component}: each of {names} has an engine of its own: {error}")
+    for region in family.members:
+        yield built(region, None), (region,)
+
+
+def _constants(packed: Packed, region: Program) -> dict[str, torch.Tensor]:
+    return {key: packed.recording.constants.tensors[key] for key in region.constants}
+
+
+def _pack(
+    writer: BundleWriter,
+    packed: Packed,
+    request: CompileRequest,
+    target: Target,
+    artefact: Artefact,
+    regions: tuple[Program, ...],
+) -> None:
+    """An engine's files, and a row for each region that it is for."""
+    path = f"engines/{target.name}/{request.component}/{regions[0].name}"
+    for file in sorted(artefact.directory.rglob("*")):
+        if file.is_file():
+            relative = file.relative_to(artefact.directory).as_posix()
+            writer.write(f"{path}/{relative}", file.read_bytes(), "native")
+    packed.glibc = max(filter(None, (packed.glibc, artefact.requires.get("glibc"))), key=_numbers, default=None)
+    for region in regions:
+        packed.engines.append(_engine_row(artefact, region, request, target, path))
 
 
 def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineRow:
+    outputs = tuple(
+        spec if spec.shape == region.types[ref.name].shape else contiguous(region.types[ref.name])
+        for spec, ref in zip(artefact.outputs, region.outputs, strict=True)
+    )
     return EngineRow(
         target=target.name,
         component=request.component,
         region=region.name,
         backend=artefact.backend,
         path=path,
-        inputs=tuple(TensorSpec.model_validate(spec) for spec in artefact.inputs),
-        outputs=tuple(TensorSpec.model_validate(spec) for spec in artefact.outputs),
+        inputs=_inputs(region),
+        outputs=outputs,
         options=dict(artefact.options),
     )
+
+
+def _inputs(region: Program) -> tuple[TensorSpec, ...]:
+    return tuple(contiguous(type_) for type_ in engine_inputs(region))
 
 
 def _try_out(
@@ -67,7 +124,7 @@ def _try_out(
             notices.append(notice)
         return
     device = torch.device("cpu")
-    loaded = engine(artefact.backend)(artefact.directory, artefact.inputs, device)
+    loaded = engine(artefact.backend)(artefact.directory, _inputs(region), device)
     self_test(loaded, region, constants, device, path)
 
 

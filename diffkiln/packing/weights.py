@@ -10,6 +10,7 @@ import torch
 from diffkiln.bundle import BundleWriter, GroupRow
 from diffkiln.layers import is_channels_last, repeated_blocks
 from diffkiln.packing.packed import Packed
+from diffkiln.program import REGION, weight_in
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
@@ -23,9 +24,9 @@ def weights_used(recording: Recording) -> dict[str, frozenset[str]]:
         for program in module.programs.values():
             used[name].update(program.weights)
             for op in program.ops:
-                if "region" in op.attrs:
-                    instance, region = op.attrs["instance"], module.regions[op.attrs["region"]]
-                    used[name].update(f"{instance}.{weight}" for weight in region.weights)
+                if op.name == REGION:
+                    region = module.regions[op.attrs["region"]]
+                    used[name].update(weight_in(op, weight) for weight in region.weights)
     for programs in recording.calls:
         for weight in (weight for program in programs.values() for weight in program.weights):
             component, _, name = weight.partition("/")

@@ -37,11 +37,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """A component whose regions are to be lowered, and how."""
+    """A component whose regions are to be lowered, and how: with one engine for all sizes if `dynamic`."""
 
     component: str
     backend: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Plan:
 
     `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `variants` are the keywords that
     each variant fixes, and its `batch_size`. `wanted_steps` are their numbers of steps, and `steps` those in which they
-    call the denoiser, which the `scheduler` decides; empty where two denoisers share the run.
+    call the denoiser, which the `scheduler` decides; empty where two denoisers share the run. `ranged` says that sizes
+    come from a range.
     """
 
     class_name: str
@@ -61,6 +63,7 @@ class Plan:
     steps: tuple[int, ...] = ()
     variants: tuple[Mapping[str, Any], ...] = ({},)
     scheduler: Any = None
+    ranged: bool = False
 
     @property
     def denoisers(self) -> list[str]:

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
+from diffkiln.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
+from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
-from diffkiln.spec import Target
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import Conflict, Strict, Target, refuse
+
+
+class Flags(Strict):
+    """Flags of torch's Inductor, by its own names, that diffusers' guides recommend. Absent: as this torch has them.
+
+    Source: https://huggingface.co/docs/diffusers/optimization/fp16 and .../tutorials/fast_diffusion.
+    """
+
+    conv_1x1_as_mm: bool | None = Field(None, description="Compute convolutions of one pixel as matrix products.")
+    epilogue_fusion: bool | None = Field(None, description="Fuse what follows a matrix product into its kernel.")
+    max_autotune: bool | None = Field(None, description="Time several kernels for each product, and take the fastest.")
+    coordinate_descent_tuning: bool | None = Field(None, description="Tune each kernel's block sizes one by one.")
+    coordinate_descent_check_all_directions: bool | None = Field(
+        None, description="Tune neighbouring block sizes together, too."
+    )
+    force_fuse_int_mm_with_mul: bool | None = Field(
+        None, description="Multiply an int8 product by its scale in the product's own kernel."
+    )
+
+    #: What decides nothing where no kernel is written by Triton.
+    gpu_only: ClassVar = (
+        "epilogue_fusion",
+        "max_autotune",
+        "coordinate_descent_tuning",
+        "coordinate_descent_check_all_directions",
+        "force_fuse_int_mm_with_mul",
+    )
 
 
 class Compile(Pass):
     """Have the regions of a component lowered by a backend; what is not lowered is replayed operation by operation.
 
-    With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`.
+    With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`; with
+    `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
+    all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
     """
 
     name: ClassVar[str] = "compile"
-    summary: ClassVar[str] = "lower a component's repeated blocks ahead of time"
+    summary: ClassVar[str] = "lower a component ahead of time: its repeated blocks, or the whole of it"
     requires_not: ClassVar = {
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
@@ -32,30 +64,99 @@ class Compile(Pass):
     }
     examples: ClassVar = (
         {"name": "compile", "component": "transformer", "backend": "aot_inductor", "scope": "blocks"},
+        {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
+        {"name": "compile", "component": "scheduler"},
     )
 
     backend: Literal["aot_inductor"] = Field("aot_inductor", description="The backend that lowers the regions.")
-    scope: Literal["blocks"] = Field("blocks", description="What a region is: a repeated block.")
+    scope: Literal["blocks", "whole"] | None = Field(
+        None, description="What a region is: a repeated block, or the whole component. Absent: blocks."
+    )
+    between: bool = Field(False, description="Lower what lies between the blocks, too.")
+    dynamic: bool | None = Field(
+        None,
+        description="Build one engine for all the sizes that a region is called with, where it can be, instead of one "
+        "for each. Absent: where the inputs give a range of sizes.",
+    )
+    fullgraph: bool = Field(True, description="Demand that a region is one graph, without breaks.")
+    flags: Flags | None = Field(None, description="Flags of torch's Inductor.")
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if given.get("fullgraph") is False:
+            yield ("fullgraph",), refuse("an engine that is built ahead of time has no graph breaks", "Remove it")
+        if given.get("between") and given.get("scope") == "whole":
+            yield ("between",), refuse("the whole component is one region already", "Remove it")
+        if given.get("component") == SCHEDULER:
+            for name in ("scope", "between"):
+                if given.get(name):
+                    yield (name,), refuse("a scheduler has no blocks", "Remove it")
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
 
+    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+        if self.component != SCHEDULER or SCHEDULER in plan.modules or plan.scheduler is None:
+            return super().check(plan, target, where)
+        return list(self._problems(None, plan, target, where))
+
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        yield from self._problems(module, plan, target, where)
+        if self.scope != "whole" and not repeated_blocks(module):
+            reason = f"{type(module).__name__} declares no repeated blocks to compile"
+            yield Problem(where, reason, 'Set "scope" to "whole", or remove it.')
+
+    def _problems(self, module: torch.nn.Module | None, plan: Plan, target: Target, where: str) -> Iterator[Problem]:
+        if self.dynamic and len(plan.variants) == 1:
+            yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
+        yield from self._flag_problems(module, target, where)
         if target.device != "cpu":
             yield Problem(
                 where,
                 f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
                 "Choose a CPU target.",
             )
-        from diffkiln.record.components import repeated_blocks
 
-        if not repeated_blocks(module):
-            yield Problem(where, f"{type(module).__name__} declares no repeated blocks to compile", "Remove it.")
+    def _flags(self) -> dict[str, bool]:
+        return self.flags.model_dump(exclude_none=True) if self.flags else {}
+
+    def _flag_problems(self, module: torch.nn.Module | None, target: Target, where: str) -> Iterator[Problem]:
+        """Flags that would decide nothing."""
+        for name, value in self._flags().items():
+            at = f"{where}.flags.{name}"
+            if name in Flags.gpu_only and target.device == "cpu":
+                yield Problem(at, f"it is for Triton's kernels, and {target.name} has none", "Remove it.")
+            elif name == "conv_1x1_as_mm" and value and not (module and _has_convolutions_of_one(module)):
+                yield Problem(at, f"{self.component} has no convolution of one pixel", "Remove it.")
 
     def run(self, plan: Plan) -> Outcome:
-        request = CompileRequest(self.component, self.backend)
+        dynamic = plan.ranged if self.dynamic is None else self.dynamic
+        request = CompileRequest(self.component, self.backend, self._flags(), dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
-        return Outcome(plan, True, (f"blocks by {self.backend}",))
+        what = "whole" if self.scope == "whole" else "blocks and what lies between" if self.between else "blocks"
+        return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return ()
+
+    @property
+    def rewrites(self) -> bool:
+        return self.component == SCHEDULER
+
+    def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """The recording with what is to be lowered as regions.
+
+        Raises:
+            ValueError: there is nothing to lower between the denoiser's calls.
+        """
+        if self.component == SCHEDULER:
+            recording = between_calls(recording)
+        elif (module := recording.modules.get(self.component)) and (self.scope == "whole" or self.between):
+            outlined = whole(module) if self.scope == "whole" else between_blocks(module)
+            recording = replace(recording, modules={**recording.modules, self.component: outlined})
+        return recording, ()
+
+
+def _has_convolutions_of_one(module: torch.nn.Module) -> bool:
+    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return any(isinstance(part, kinds) and set(part.kernel_size) == {1} for part in module.modules())

@@ -20,6 +20,7 @@ from diffkiln.program.ir import (
     map_refs,
     refs,
     rename_values,
+    weight_in,
 )
 from diffkiln.program.listing import listing, module_listing
 from diffkiln.program.serial import (
@@ -63,4 +64,5 @@ __all__ = [
     "verify",
     "verify_module",
     "verify_types",
+    "weight_in",
 ]

@@ -93,7 +93,8 @@ class Op:
     """One operation. `name` is an ATen operator or one of CALL, REGION, NOISE, STEP; `attrs` belongs to the latter.
 
     CALL    attrs {"component", "program"}, args = the component program's inputs in order
-    REGION  attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s
+    REGION  attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
+            empty for a region that is no block: its weights are the component's
     NOISE   attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it
     STEP    attrs {"step", "timestep"}, args = (latents,): the end of a denoising step, where a caller may replace them
     """
@@ -152,6 +153,11 @@ class Module:
     component: str
     programs: Mapping[str, Program]
     regions: Mapping[str, Program] = field(default_factory=dict)
+
+
+def weight_in(op: Op, weight: str) -> str:
+    """The name in its component of a weight of the region that a REGION operation calls."""
+    return f"{op.attrs['instance']}.{weight}" if op.attrs["instance"] else weight
 
 
 def refs(arg: Any) -> Iterator[Ref]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffkiln.errors import Problem, SpecError
 from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Request
-from diffkiln.spec import Inputs, Spec, suggest
+from diffkiln.spec import Inputs, Spec, as_tuple, suggest
 
 _BY_THE_CALLER = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback"}
 
@@ -21,17 +21,18 @@ def requests_of(spec: Spec, pipe: Any) -> list[Request]:
     known = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     problems: list[Problem] = []
     requests: list[Request] = []
-    for index, variant in enumerate(spec.variants):
-        where = "$.inputs" if len(spec.variants) == 1 else f"$.inputs[{index}]"
-        fixed = _fixed(variant)
-        for name in fixed:
-            place = f"{where}.call.{name}" if name in variant.call else f"{where}.{name}"
+    entries = as_tuple(spec.inputs)
+    for index, entry in enumerate(entries):
+        where = "$.inputs" if len(entries) == 1 else f"$.inputs[{index}]"
+        variants = entry.each()
+        for name in _fixed(variants[0]):
+            place = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
             if name in _BY_THE_CALLER:
                 problems.append(Problem(place, "whoever calls the bundle gives this keyword", "Remove it."))
             elif name not in known:
                 mend = suggest(name, known) or f"It takes {', '.join(sorted(known))}."
                 problems.append(Problem(place, f"the call of {type(pipe).__name__} has no keyword {name!r}", mend))
-        requests.append(Request(fixed, variant.batch_size))
+        requests += [Request(_fixed(variant), variant.batch_size) for variant in variants]
     if problems:
         raise SpecError(problems=problems)
     return requests

@@ -55,7 +55,8 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     eager = manifest.runtime.get("on_incompatible") == "eager"
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
-        plug_in(pipe.components[name], recorded, own, constants, eager)
+        if name in manifest.weights:
+            plug_in(pipe.components[name], recorded, own, constants, eager)
     if offload is None:
         pipe.to(place)
     else:

@@ -11,7 +11,7 @@ import torch
 
 from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import CallError
-from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program
+from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.engines import Engine
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
@@ -174,20 +174,28 @@ class _Component:
         self._executor, self._name, self._program = executor, name, program
         self._module = executor.modules[name]
         self._interpreter = Interpreter(program, executor.device, {REGION: self._region})
-        self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in program.weights))
+        self._held: dict[str, torch.Tensor] = {}
+        self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
         self.schedule = [*self._own, *self._block_order()]
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         run = self._executor.run
-        weights: dict[str, torch.Tensor] = {}
         for key in self._own:
-            weights.update(run.cursor.enter(key))
+            self._held.update(run.cursor.enter(key))
         try:
-            return self._interpreter(inputs, weights, self._executor.constants)
+            return self._interpreter(inputs, self._held, self._executor.constants)
         finally:
+            self._held.clear()
             self._enter_block(None)
             for key in self._own:
                 run.cursor.leave(key)
+
+    def _weights(self) -> Iterator[str]:
+        """Those that are needed throughout: of the operators around the blocks, and of regions that are no blocks."""
+        yield from self._program.weights
+        for op in self._program.ops:
+            if op.name == REGION and not op.attrs["instance"]:
+                yield from self._module.regions[op.attrs["region"]].weights
 
     def _block_order(self) -> list[Key]:
         """The groups of the regions in the order of their use; a group that serves neighbours comes once."""
@@ -199,10 +207,9 @@ class _Component:
         return order
 
     def _group_of(self, op: Op) -> Key | None:
-        region = self._module.regions[op.attrs["region"]]
-        for weight in region.weights:
-            return self._executor.store.key_of(self._name, f"{op.attrs['instance']}.{weight}")
-        return None
+        """The group of a block's weights; None for a region that is no block, or has none."""
+        weights = self._module.regions[op.attrs["region"]].weights if op.attrs["instance"] else ()
+        return self._executor.store.key_of(self._name, weight_in(op, weights[0])) if weights else None
 
     def _enter_block(self, key: Key | None) -> Mapping[str, torch.Tensor]:
         """Make a block's group the one that is in use; the one before it may leave."""
@@ -213,17 +220,17 @@ class _Component:
         if before is not None and before != key:
             run.cursor.leave(before)
         if key is None:
-            return {}
+            return self._held
         return run.cursor.enter(key) if before != key else self._executor.store.get(key)
 
     def _region(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
-        name, instance = op.attrs["region"], op.attrs["instance"]
+        name, prefix = op.attrs["region"], weight_in(op, "")
         region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
             replay = Interpreter(region, self._executor.device)
-            return lambda *args: replay(args, self._enter_block(key), constants, f"{instance}.")
-        names = [f"{instance}.{weight}" for weight in region.weights]
+            return lambda *args: replay(args, self._enter_block(key), constants, prefix)
+        names = [weight_in(op, weight) for weight in region.weights]
         folded = [constants[item] for item in region.constants]
 
         def call(*args: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -106,11 +106,12 @@ def read_json(verified: Verified, path: str) -> Any:
 def read_modules(verified: Verified) -> dict[str, Module]:
     """Every component's programs, verified."""
     modules = {}
-    present = {row.path for row in verified.manifest.files}
-    for component in verified.manifest.weights:
-        if (path := f"programs/{component}.json") not in present:
-            continue  # no call uses it
-        module = module_from_json(read_json(verified, path))
+    calls = {path for variant in verified.manifest.pipeline.variants for path in variant.programs.values()}
+    for row in verified.manifest.files:
+        if row.role != "program" or not row.path.endswith(".json") or row.path in calls or row.path == SCHEMAS:
+            continue
+        module = module_from_json(read_json(verified, row.path))
+        component = Path(row.path).stem
         verify_module(module)
         for program in module.programs.values():
             verify_types(program, module.regions)
@@ -194,10 +195,14 @@ def open_engines(
         target = choose_target(manifest, place)
         rows = [row for row in manifest.engines if row.target == target]
         permit = authorise_native(verified, allow_native)
-        return {
-            (row.component, row.region): _open(permit.verified, row, modules, constants, place, check_engines)
-            for row in rows
-        }
+        opened: dict[str, Engine] = {}  # by path: one engine may be for several regions
+        found = {}
+        for row in rows:
+            region = _region_of(row, modules)
+            if row.path not in opened:
+                opened[row.path] = _open(permit.verified, row, region, constants, place, check_engines)
+            found[row.component, row.region] = opened[row.path]
+        return found
     except Incompatible as error:
         if manifest.runtime.get("on_incompatible") != "eager":
             raise
@@ -208,21 +213,12 @@ def open_engines(
 def _open(
     verified: Verified,
     row: EngineRow,
-    modules: Mapping[str, Module],
+    region: Program,
     constants: Mapping[str, torch.Tensor],
     place: torch.device,
     check: bool,
 ) -> Engine:
     what = f"engine {row.path}"
-    region = modules[row.component].regions.get(row.region) if row.component in modules else None
-    if region is None:
-        raise ManifestInvalid(f"{what} is for {row.component}/{row.region}, which the bundle does not have")
-    kinds = [item.type for item in region.inputs]
-    kinds += [region.types[f"@{name}"] for name in region.weights] + [
-        region.types[f"#{key}"] for key in region.constants
-    ]
-    if [(item.dtype, tuple(item.shape)) for item in row.inputs] != [(kind.dtype, kind.shape) for kind in kinds]:
-        raise ManifestInvalid(f"{what} takes other inputs than its region")
     engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, place)
     if check:
         try:
@@ -232,3 +228,21 @@ def _open(
         except RuntimeError as error:
             raise Incompatible(f"{what} does not run here: {error}") from error
     return engine
+
+
+def _region_of(row: EngineRow, modules: Mapping[str, Module]) -> Program:
+    """The region that an engine is for.
+
+    Raises:
+        ManifestInvalid: the bundle does not have it, or it takes other inputs.
+    """
+    what = f"engine {row.path}"
+    region = modules[row.component].regions.get(row.region) if row.component in modules else None
+    if region is None:
+        raise ManifestInvalid(f"{what} is for {row.component}/{row.region}, which the bundle does not have")
+    kinds = [item.type for item in region.inputs]
+    kinds += [region.types[f"@{name}"] for name in region.weights]
+    kinds += [region.types[f"#{key}"] for key in region.constants]
+    if [(item.dtype, tuple(item.shape)) for item in row.inputs] != [(kind.dtype, kind.shape) for kind in kinds]:
+        raise ManifestInvalid(f"{what} takes other inputs than its region")
+    return region

@@ -151,12 +151,24 @@ class CompiledPipeline:
             taken = ", ".join(sorted(known))
             return f"{unknown[0]}: {self.class_name} was not compiled with this keyword. It takes {taken}"
         asked = {"batch of prompts": batch, **fixed}
+        if len(self.variants) > _FEW:
+            many = f"{len(self.variants)} variants, with {self._span()}"
+            return f"no variant was compiled for {_words(asked)}. The bundle has {many}"
         differing = {name for name in fixed if any(v.fixed.get(name, _MISSING) != fixed[name] for v in self.variants)}
         rows = []
         for variant in self.variants:
             shown = {k: variant.fixed[k] for k in sorted(_SHOWN | differing) if variant.fixed.get(k) is not None}
             rows.append(f"  {variant.name}: batch of prompts {variant.batch_size}, " + _words(shown))
         return f"no variant was compiled for {_words(asked)}. The bundle has\n" + "\n".join(rows)
+
+    def _span(self) -> str:
+        """What many variants differ in."""
+        parts = []
+        for name in sorted(_SHOWN):
+            values: list[Any] = sorted({v.fixed[name] for v in self.variants if v.fixed.get(name) is not None})
+            if len(values) > 1:
+                parts.append(f"{name} of {', '.join(map(str, values))}")
+        return "; ".join(parts)
 
     def _program(self, variant: CompiledVariant, prompts: Mapping[str, list[str]], latents: bool) -> Program:
         name = "call"
@@ -217,6 +229,8 @@ def _texts(keyword: str, value: Any) -> list[str]:
 
 
 _MISSING = object()
+#: So many variants are listed one by one in an error.
+_FEW = 8
 _SHOWN = {"height", "width", "num_frames", "num_inference_steps", "num_images_per_prompt"}
 
 

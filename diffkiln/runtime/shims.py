@@ -89,7 +89,7 @@ def plug_in(
     constants: Mapping[str, torch.Tensor],
     eager: bool,
 ) -> int:
-    """Give every block that has an engine a shim.
+    """Give every block that has an engine a shim. What is no block runs as diffusers has it.
 
     Args:
         component: the diffusers module.
@@ -104,7 +104,7 @@ def plug_in(
     regions: dict[str, dict[str, None]] = {}
     for program in recorded.programs.values():
         for op in program.ops:
-            if op.name == REGION and op.attrs["region"] in engines:
+            if op.name == REGION and op.attrs["instance"] and op.attrs["region"] in engines:
                 regions.setdefault(op.attrs["instance"], {})[op.attrs["region"]] = None
     for instance, names in regions.items():
         block = component.get_submodule(instance)

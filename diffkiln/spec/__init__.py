@@ -5,7 +5,7 @@ from diffkiln.spec.model import Inputs, Offload, PassEntry, Runtime, Source, Spe
 from diffkiln.spec.parse import parse_spec
 from diffkiln.spec.problems import problems_from, refuse, suggest
 from diffkiln.spec.schema import json_schema
-from diffkiln.spec.strict import Conflict, Json, Strict, freeze
+from diffkiln.spec.strict import Conflict, Json, Strict, as_tuple, freeze
 from diffkiln.spec.targets import CPU_FLAGS, CPUS, GPUS, TARGETS, Target, find_gpu, resolve_target, resolve_targets
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Strict",
     "Target",
     "TargetSpec",
+    "as_tuple",
     "find_gpu",
     "freeze",
     "json_schema",

@@ -5,20 +5,20 @@ Docstrings and descriptions of fields are those of the JSON Schema, and of the m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
 from diffkiln.spec.problems import refuse
+from diffkiln.spec.ranges import MAX_SIZES, Count, Range, Size, sizes_of
 from diffkiln.spec.strict import Conflict, Json, OneOrMany, Strict, as_tuple
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Isa = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4"]
 
 Text = Annotated[str, Field(min_length=1)]
-# Far above what any pipeline or machine has; a slip of the finger is caught here and not by an allocation.
-Count = Annotated[int, Field(ge=1, le=65_536)]
 Gigabytes = Annotated[float, Field(gt=0, le=1_000_000)]
 
 
@@ -138,12 +138,12 @@ class TargetSpec(Strict):
 
 
 class Inputs(Strict):
-    """The fixed inputs of one variant of the pipeline's call. Sizes are in pixels."""
+    """The fixed inputs of one variant of the pipeline's call, or of one for each size. Sizes are in pixels."""
 
     unknown_field_mend: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
 
-    height: Count = Field(description="Height of the images or frames in pixels.")
-    width: Count = Field(description="Width of the images or frames in pixels.")
+    height: Size = Field(description="Height of the images or frames in pixels, or a range of them.")
+    width: Size = Field(description="Width of the images or frames in pixels, or a range of them.")
     num_frames: Count | None = Field(
         default=None,
         description="Number of frames, for a pipeline that makes videos.",
@@ -169,6 +169,26 @@ class Inputs(Strict):
         for name in cls.model_fields:
             if isinstance(call, dict) and name in call:
                 yield ("call", name), refuse("has a field of its own in the inputs", f'Move "{name}" out of "call"')
+        count = _count(given.get("height")) * _count(given.get("width"))
+        if count > MAX_SIZES:
+            reason = f"the ranges give {count} sizes, and each is recorded; {MAX_SIZES} are the most"
+            yield ("height",), refuse(reason, "Choose larger steps")
+
+    def each(self) -> tuple[Inputs, ...]:
+        """One for each size of the ranges; itself where there are none."""
+        sizes = itertools.product(sizes_of(self.height), sizes_of(self.width))
+        return tuple(self.model_copy(update={"height": height, "width": width}) for height, width in sizes)
+
+    @property
+    def has_ranges(self) -> bool:
+        return isinstance(self.height, Range) or isinstance(self.width, Range)
+
+
+def _count(size: Any) -> int:
+    """How many sizes something that is not validated yet stands for."""
+    numbers = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
+    smallest, largest, step = [number for number in numbers if type(number) is int and number > 0] or [1, 1, 1]
+    return max((largest - smallest) // step + 1, 1)
 
 
 class PassEntry(Strict):
@@ -266,7 +286,8 @@ class Spec(Strict):
 
     @property
     def variants(self) -> tuple[Inputs, ...]:
-        return as_tuple(self.inputs)
+        """One for each choice of the fixed inputs."""
+        return tuple(variant for entry in as_tuple(self.inputs) for variant in entry.each())
 
     def as_json(self) -> dict[str, Any]:
         """The spec as a JSON value with every default written out; `parse_spec` gives back an equal spec."""
