@@ -30,8 +30,8 @@ def self_test(
         VerifyError: a value that is not finite, another shape or dtype, or a difference beyond the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [_sample(item.type, generator).to(device) for item in region.inputs]
-    weights = {name: _sample(region.types[f"@{name}"], generator).to(device) for name in region.weights}
+    inputs = [sample(item.type, generator).to(device) for item in region.inputs]
+    weights = {name: sample(region.types[f"@{name}"], generator).to(device) for name in region.weights}
     with torch.inference_mode():
         expected = Interpreter(region, device)(inputs, weights, constants)
         flat = [*inputs, *weights.values(), *(constants[key] for key in region.constants)]
@@ -56,7 +56,8 @@ def self_test(
     return worst
 
 
-def _sample(type_: TensorType, generator: torch.Generator) -> torch.Tensor:
+def sample(type_: TensorType, generator: torch.Generator) -> torch.Tensor:
+    """Pseudo-random values of a size that keeps those of a network around one; masks that leave everything in."""
     dtype = dtype_of(type_.dtype)
     if dtype.is_floating_point:
         values = torch.randn(type_.shape, generator=generator)

@@ -187,7 +187,9 @@ class Inputs(Strict):
 def _count(size: Any) -> int:
     """How many sizes something that is not validated yet stands for."""
     numbers = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
-    smallest, largest, step = [number for number in numbers if type(number) is int and number > 0] or [1, 1, 1]
+    if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
+        return 1
+    smallest, largest, step = numbers
     return max((largest - smallest) // step + 1, 1)
 
 

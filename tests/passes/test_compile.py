@@ -1,9 +1,11 @@
 """compile: which regions a backend gets, from configuration alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from diffkiln.errors import IllegalPlan
+from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
 from diffkiln.spec import TargetSpec, resolve_target
@@ -37,3 +39,70 @@ def test_twice_for_one_component_is_refused():
     plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="stands twice"):
         checked(plan, COMPILE, COMPILE)
+
+
+def test_whole_component_needs_no_blocks():
+    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
+    after, report = manager.run(plan, checked(plan, COMPILE | {"scope": "whole"}))
+    assert [request.component for request in after.compile] == ["transformer"]
+    assert report[0].notes == ("whole by aot_inductor",)
+
+
+def test_arithmetic_of_the_scheduler_is_a_component():
+    plan = replace(ghost("flux"), scheduler=object())
+    after, _ = manager.run(plan, checked(plan, {"name": "compile", "component": "scheduler"}))
+    assert [request.component for request in after.compile] == ["scheduler"]
+    with pytest.raises(IllegalPlan, match="no component 'scheduler'"):
+        checked(ghost("flux"), {"name": "compile", "component": "scheduler"})
+
+
+def test_sizes_of_a_range_share_engines_unless_the_spec_says_otherwise():
+    plan = replace(ghost("flux"), variants=({}, {}))
+
+    def dynamic(plan, **options):
+        return manager.run(plan, placed(COMPILE | options))[0].compile[0].dynamic
+
+    assert not dynamic(plan)
+    assert dynamic(replace(plan, ranged=True))
+    assert dynamic(plan, dynamic=True)
+    assert not dynamic(replace(plan, ranged=True), dynamic=False)
+
+
+def test_flags_are_recorded_as_options_of_the_engines():
+    plan = ghost("sd")
+    compiled = {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}}
+    after, _ = manager.run(plan, checked(plan, compiled))
+    assert after.compile[0].options == {"conv_1x1_as_mm": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "reason"),
+    [
+        ({"dynamic": True}, "$.passes[0].dynamic", "one variant"),
+        ({"flags": {"max_autotune": True}}, "$.passes[0].flags.max_autotune", "Triton"),
+        ({"flags": {"conv_1x1_as_mm": True}}, "$.passes[0].flags.conv_1x1_as_mm", "no convolution of one pixel"),
+    ],
+)
+def test_what_would_decide_nothing_is_refused(options, where, reason):
+    plan = ghost("flux")
+    with pytest.raises(IllegalPlan) as caught:
+        checked(plan, COMPILE | options)
+    assert [problem.where for problem in caught.value.problems] == [where]
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"fullgraph": False}, "fullgraph"),
+        ({"scope": "whole", "between": True}, "between"),
+        ({"component": "scheduler", "scope": "blocks"}, "scope"),
+        ({"component": "scheduler", "between": True}, "between"),
+        ({"flags": {"conv_1x1_as_mn": True}}, "flags.conv_1x1_as_mn"),
+        ({"flags": {"conv_1x1_as_mm": 1}}, "flags.conv_1x1_as_mm"),
+        ({"scope": "block"}, "scope"),
+    ],
+)
+def test_wrong_options_are_refused_by_path(options, where):
+    with pytest.raises(SpecError, match=rf"\$\.passes\[0\]\.{where}"):
+        placed(COMPILE | options)

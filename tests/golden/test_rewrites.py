@@ -1,4 +1,4 @@
-"""Programs as schedules rewrite them, against what they were. Constants are left out: they depend on the machine.
+"""Programs as passes rewrite them, against what they were. Constants are left out: they depend on the machine.
 
 DIFFKILN_UPDATE_GOLDEN=1 writes the files anew; read the difference before you commit it.
 """
@@ -22,17 +22,19 @@ from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 HERE = Path(__file__).parent
-SCHEDULES = {
+#: (family, component, options); a cache_schedule where the options name no pass.
+REWRITES = {
     "flux-fora": ("flux", "transformer", {"method": "fora", "interval": 2}),
     "flux-dbcache": ("flux", "transformer", {"method": "dbcache", "interval": 3, "back": 1}),
     "flux-taylorseer": ("flux", "transformer", {"method": "taylorseer", "interval": 2, "order": 2}),
     "sdxl-deepcache": ("sdxl", "unet", {"method": "deepcache", "interval": 3}),
+    "flux-arithmetic": ("flux", "scheduler", {"name": "compile"}),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", REWRITES)
 def test_the_program_is_as_it_was(name, families):
-    family, component, options = SCHEDULES[name]
+    family, component, options = REWRITES[name]
     checked = check(spec(families, family, component, **options))
     with quiet_libraries():
         recording = record(checked.pipe, checked.requests, Constants())
