@@ -20,6 +20,7 @@ from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.verification import Verification, close
 from tests.end_to_end.test_families import spec_of
+from tests.exporters.regions import engine_cache
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
 
@@ -32,14 +33,14 @@ PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 
 
-def compiled(family, root, **inputs):
+def compiled(family, root, passes=(), **inputs):
     """diffusers' own pipeline, the compiled one, and the keywords of both."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     spec = spec_of(family, root)
     call = spec["inputs"]["call"] | {"max_sequence_length": LENGTH}
     spec["inputs"] |= {"num_inference_steps": 2, "call": call} | inputs
-    built = diffkiln.compile(spec, root / "bundle")
+    built = diffkiln.compile(spec | {"passes": list(passes)}, root / "bundle", cache=engine_cache())
     with quiet_libraries():
         reference = DiffusionPipeline.from_pretrained(spec["source"]["model"])
     reference.set_progress_bar_config(disable=True)
