@@ -83,7 +83,7 @@ def test_devices_that_a_kernel_is_for(name, device, capability, reason):
             "flash_3",
             {"keys": 8},
             {"is_causal": True},
-            "a causal mask of 16 queries on 8 keys, and it takes square ones",
+            "of 16 queries on 8 keys, and it takes square ones",
         ),
         ("flash_3", {"keys": 8}, {}, ""),
         ("xformers", {"keys": 8}, {"is_causal": True}, ""),
