@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from diffkiln.attention import by_kernel
 from diffkiln.errors import Incompatible, VerifyError
-from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, refs
+from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, kernel_of, refs
 from diffkiln.program.operators import allowed
 
 #: Gives for an operation that is not ATen's the function that runs it: tensors in, a sequence of tensors out.
@@ -101,7 +102,7 @@ class Interpreter:
     Args:
         program: verified.
         device: what the symbolic device stands for.
-        special: for CALL, REGION, NOISE and STEP, by the operation's name.
+        special: for CALL, REGION, NOISE, STEP and ATTENTION, by the operation's name.
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class Interpreter:
 
     def _step(self, op: Op, special: Mapping[str, Special]) -> tuple[Callable[[list[Any]], Any], Any]:
         function = overload(op.name) if op.is_aten else special[op.name](op)
-        run = self._bind(function, op)
+        kernel = kernel_of(op) if op.is_aten else None
+        run = self._bind(by_kernel(function, kernel, self.program.name) if kernel else function, op)
         outs: Any = [self._slot(name) for name in op.outputs]
         if op.is_aten and _gives_one_tensor(function):
             outs = outs[0]

@@ -192,6 +192,7 @@ def compile(
         notices = list(checked.notices)
         with steps("record"), quiet_libraries(), _collection_paused():
             recording = _record(checked, notices)
+            manager.check_recording(recording, checked.placed, checked.targets)
         verification = Verification(checked.pipe, recording)
         with steps("verify the recording"), quiet_libraries():
             for index, request in enumerate(checked.requests if recording.calls else ()):

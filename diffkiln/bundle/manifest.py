@@ -34,7 +34,8 @@ FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 # What a bundle may demand of its reader by name. A feature is added here together with the code that honours it.
 # channels_last: tensors that weights' files hold as [N, H, W, C] and programs take as [N, C, H, W].
-KNOWN_FEATURES: frozenset[str] = frozenset({"channels_last"})
+# attention_kernels: operations that name the kernel of their attention, and the pass attention_backend.
+KNOWN_FEATURES: frozenset[str] = frozenset({"attention_kernels", "channels_last"})
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"

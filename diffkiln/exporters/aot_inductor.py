@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.attention import kernel_for
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, Problem
 from diffkiln.exporters import toolchain
@@ -150,7 +151,7 @@ def _generate(
 
     region, isa = lowering.region, lowering.target.isa
 
-    with _INDUCTOR, _quiet(), torch.no_grad(), _told(isa, scratch / "inductor"):
+    with _INDUCTOR, _quiet(), torch.no_grad(), _told(isa, scratch / "inductor"), kernel_for(region):
         try:
             with FakeTensorMode():
                 flat = tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype)) for t in engine_inputs(region))

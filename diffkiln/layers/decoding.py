@@ -28,7 +28,7 @@ def tile_side(module: torch.nn.Module, tile: int | None) -> int | None:
     return int(max(side)) if isinstance(side, (list, tuple)) else side
 
 
-def tile_unit(module: torch.nn.Module) -> int:
+def tile_unit(module: Any) -> int:
     """What the side of a tile must be a multiple of, in pixels: four latents, so that tiles overlap by whole ones.
 
     1 for a decoder whose overlap is another.

@@ -15,6 +15,7 @@ import diffkiln
 from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires
 from diffkiln.errors import MissingDependency
 from diffkiln.packing.packed import Packed, as_json
+from diffkiln.passes.base import Pass
 from diffkiln.passes.manager import Ran
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.source import SourceModel
@@ -38,16 +39,17 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         runtime["tf32"] = checked.spec.runtime.tf32
     if packed.recording.reason:
         runtime["only_diffusers"] = packed.recording.reason
+    steps = [ran.placed.step for ran in checked.report]
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
-        features_required=tuple(sorted(packed.features)),
+        features_required=tuple(sorted(packed.features.union(*(step.features for step in steps)))),
         source=checked.source.pinned(),
         requires=Requires(
             python=">=3.11",
             torch=f"=={major}.{minor}.*",
             cpu_isa=min(target.isa for target in checked.targets) if packed.engines else None,
             glibc=packed.glibc,
-            packages=_packages(packed.recording),
+            packages=_packages(packed.recording, steps),
         ),
         pipeline=Pipeline(
             class_name=checked.source.class_name,
@@ -66,16 +68,17 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
     )
 
 
-def _packages(recording: Recording) -> dict[str, str]:
-    """Packages that the runtime needs beyond its own: ftfy, where the pipeline mends its prompts with it."""
+def _packages(recording: Recording, steps: Sequence[Pass]) -> dict[str, str]:
+    """Packages that the runtime needs beyond its own: those of passes, and ftfy, where prompts are mended with it."""
+    needed = {name: versions for step in steps for name, versions in step.packages().items()}
     texts = [text for programs in recording.calls for program in programs.values() for text in program.texts]
     if not any("ftfy" in text["transforms"] for text in texts):
-        return {}
+        return needed
     try:
         import ftfy  # noqa: F401
     except ImportError:
         raise MissingDependency("this pipeline mends its prompts with ftfy: pip install ftfy") from None
-    return {"ftfy": ">=6.1"}
+    return needed | {"ftfy": ">=6.1"}
 
 
 def pack_report(

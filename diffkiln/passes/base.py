@@ -91,7 +91,7 @@ class Pass(Strict):
     Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
     `summary`, one line for a person; `examples`, entries of a spec; `requires_not`, facts that make it illegal, with
     the reason; `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a
-    `mapping` of components to options instead of one component.
+    `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know.
     """
 
     name: ClassVar[str]
@@ -101,6 +101,7 @@ class Pass(Strict):
     requires_not: ClassVar[Mapping[str, str]] = {}
     repeats: ClassVar[bool] = False
     maps: ClassVar[bool] = False
+    features: ClassVar[frozenset[str]] = frozenset()
 
     component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
 
@@ -139,10 +140,18 @@ class Pass(Strict):
     def provides(self) -> Iterable[Fact]:
         return ()
 
+    def packages(self) -> dict[str, str]:
+        """Packages that the bundle needs where it runs, each with a version specifier."""
+        return {}
+
     @property
     def rewrites(self) -> bool:
         """Whether the pass is nothing without a program to rewrite."""
         return False
+
+    def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
+        """What makes the pass illegal and only the recorded programs show; `where` is its JSON path."""
+        return ()
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
         """The recording with its programs rewritten, and notes on what was done; most passes leave it alone."""

@@ -59,6 +59,8 @@ class Compile(Pass):
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
         "blocks, or do not compile the component",
+        "attention_by_package": "an engine holds torch's operators alone, and a package computes the attention. Choose "
+        "a native kernel, or do not compile the component",
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
         "original weights with torchao, or do not compile the component",
     }

@@ -83,6 +83,20 @@ def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
     return outcome.plan, Ran(item, outcome.changed, outcome.notes, seconds, left)
 
 
+def check_recording(recording: Recording, placed: Sequence[Placed], targets: Sequence[Target]) -> None:
+    """Check every pass against what was recorded, if anything was.
+
+    Raises:
+        IllegalPlan: all problems together.
+    """
+    if not recording.calls:
+        return
+    pairs = [(item, target) for item in placed for target in targets]
+    problems = [p for item, target in pairs for p in item.step.check_recording(recording, target, item.where)]
+    if problems:
+        raise IllegalPlan(problems=list(dict.fromkeys(problems)))
+
+
 def rewrite(recording: Recording, placed: Sequence[Placed]) -> tuple[Recording, list[str]]:
     """Have the passes rewrite the programs, in order; gives what they note.
 

@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "sparsify": "diffkiln.passes.sparsify:Sparsify",
     "quantize": "diffkiln.passes.quantize:Quantize",
     "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
+    "attention_backend": "diffkiln.passes.attention_backend:AttentionBackend",
     "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
     "vae": "diffkiln.passes.vae:VAE",
     "scheduler": "diffkiln.passes.scheduler:Scheduler",
@@ -56,6 +57,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("scheduler", "cache_schedule"): "the scheduler decides how many steps there are",
     ("guidance", "cache_schedule"): "a schedule counts the calls of a step",
     ("calibrate", "cache_schedule"): "it chooses the schedule's steps",
+    ("attention_backend", "cache_schedule"): "a schedule is woven from programs that have their kernels",
     ("sparsify", "quantize"): "quantized weights cannot be made sparse",
     ("quantize", "layerwise_cast"): "layerwise_cast takes the layers that quantize leaves",
 }

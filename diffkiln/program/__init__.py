@@ -1,6 +1,8 @@
 """The program: a pipeline's call, its components and their regions as data. No torch."""
 
+from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
 from diffkiln.program.ir import (
+    ATTENTION,
     CALL,
     NOISE,
     REGION,
@@ -34,9 +36,14 @@ from diffkiln.program.serial import (
 from diffkiln.program.verify import verify, verify_module, verify_types
 
 __all__ = [
+    "ATTENTION",
     "CALL",
+    "KERNELS",
+    "NATIVE",
     "NOISE",
+    "PACKAGED",
     "REGION",
+    "SDPA",
     "STEP",
     "Arg",
     "DType",
@@ -52,6 +59,7 @@ __all__ = [
     "drop_dead",
     "dumps",
     "fingerprint",
+    "kernel_of",
     "listing",
     "map_refs",
     "module_from_json",
@@ -59,6 +67,7 @@ __all__ = [
     "module_to_json",
     "program_from_json",
     "program_to_json",
+    "read_attention",
     "refs",
     "rename_values",
     "verify",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Operations that are not ATen operators.
-CALL, REGION, NOISE, STEP = "call", "region", "noise", "step_end"
+CALL, REGION, NOISE, STEP, ATTENTION = "call", "region", "noise", "step_end", "attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +90,16 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation. `name` is an ATen operator or one of CALL, REGION, NOISE, STEP; `attrs` belongs to the latter.
+    """One operation. `name` is an ATen operator or one of CALL, REGION, NOISE, STEP, ATTENTION; `attrs` belongs to the
+    latter, and to `scaled_dot_product_attention`, where {"kernel"} names the one of torch's kernels that is to run.
 
-    CALL    attrs {"component", "program"}, args = the component program's inputs in order
-    REGION  attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
-            empty for a region that is no block: its weights are the component's
-    NOISE   attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it
-    STEP    attrs {"step", "timestep"}, args = (latents,): the end of a denoising step, where a caller may replace them
+    CALL       attrs {"component", "program"}, args = the component program's inputs in order
+    REGION     attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
+               empty for a region that is no block: its weights are the component's
+    NOISE      attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it
+    STEP       attrs {"step", "timestep"}, args = (latents,): the end of a step, where a caller may replace them
+    ATTENTION  attrs {"kernel", "causal", "scale"}, args = (query, key, value), each [batch, heads, tokens, channels]:
+               attention by a package's kernel; `causal` masks the keys after the query's own place, `scale` may be null
     """
 
     name: str

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffkiln.errors import VerifyError
-from diffkiln.program.ir import CALL, NOISE, REGION, STEP, Input, Module, Op, Program, Ref, refs
+from diffkiln.program.attention import NATIVE, PACKAGED, SDPA
+from diffkiln.program.ir import ATTENTION, CALL, NOISE, REGION, STEP, Input, Module, Op, Program, Ref, refs
 from diffkiln.program.operators import allowed
 
 #: More operations than any pipeline needs; a guard against hostile files.
@@ -29,19 +30,32 @@ def _shape(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_index, value))
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _scale(value: Any) -> bool:
+    return value is None or _number(value)
+
+
+def _packaged(value: Any) -> bool:
+    return _text(value) and value in PACKAGED
+
+
 _ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
     CALL: {"component": _text, "program": _text},
     REGION: {"region": _text, "instance": _text},
     NOISE: {"shape": _shape, "dtype": _text},
     STEP: {"step": _index, "timestep": _number},
+    ATTENTION: {"kernel": _packaged, "causal": _flag, "scale": _scale},
 }
 _SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokens": {"text": _index, "key": _text},
     "scalar": {"keyword": _text, "default": _number},
     "tensor": {"keyword": _text},
 }
-#: How many values NOISE and STEP take and give.
-_COUNTS = {NOISE: (0, 1), STEP: (1, 1)}
+#: How many values these take and give.
+_COUNTS = {NOISE: (0, 1), STEP: (1, 1), ATTENTION: (3, 1)}
 
 
 def verify(
@@ -130,6 +144,7 @@ def _verify_kind(
     if op.is_aten:
         if not allowed(op.name):
             raise VerifyError(f"{where}: this operator is not in the closed list of diffkiln.program.operators")
+        _verify_kernel(op, where)
         return
     if op.name not in _ATTRS:
         raise VerifyError(f"{where}: there is no such operation")
@@ -141,10 +156,20 @@ def _verify_kind(
         _verify_call(op, program, where, f"component program {op.attrs['component']}/{op.attrs['program']}")
     elif op.name == REGION:
         _verify_call(op, (regions or {}).get(op.attrs["region"]), where, f"region {op.attrs['region']}")
-    elif modules is None:
+    elif modules is None and op.name != ATTENTION:
         raise VerifyError(f"{where}: only the call of a pipeline may hold this operation")
     else:
         _verify_counts(op, *_COUNTS[op.name], where, op.name)
+
+
+def _verify_kernel(op: Op, where: str) -> None:
+    """An operator has no attributes, but for the attention's that names its kernel."""
+    if not op.attrs:
+        return
+    if op.name != SDPA or op.attrs.keys() != {"kernel"}:
+        raise VerifyError(f"{where}: an operator has no attributes, this one has {', '.join(map(repr, op.attrs))}")
+    if op.attrs["kernel"] not in NATIVE:
+        raise VerifyError(f"{where}: torch has no attention kernel {op.attrs['kernel']!r}, only {', '.join(NATIVE)}")
 
 
 def _verify_call(op: Op, callee: Program | None, where: str, what: str) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
+from diffkiln.attention import by_kernel
 from diffkiln.bundle import Manifest, Verified
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
+from diffkiln.program import NATIVE
+from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
 from diffkiln.runtime.originals import build, class_of, quiet, read_weights
@@ -48,10 +51,18 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
     offload: Any = manifest.runtime.get("offload")
     _refuse_quantized_on_disk(manifest, place, offload)
+    attentions = {
+        str(row.options["component"]): str(row.options["backend"])
+        for row in manifest.passes
+        if row.name == "attention_backend"
+    }
+    check_kernels({component: [kernel] for component, kernel in attentions.items()}, place)
     modules = read_modules(verified)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
     engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
     pipe = _pipeline(verified)
+    for component, kernel in attentions.items():
+        _choose_attention(pipe.components[component], component, kernel)
     eager = manifest.runtime.get("on_incompatible") == "eager"
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
@@ -104,6 +115,51 @@ def _from(folder: Path, verified: Verified) -> Any:
         passes = [row for row in manifest.passes if row.options.get("component") == component]
         parts[component] = build(folder / component, class_of(library, name), weights, passes)
     return kind.from_pretrained(folder, local_files_only=True, **parts)
+
+
+#: Methods of a component that a pipeline calls.
+_METHODS = ("forward", "encode", "decode")
+
+#: What diffusers calls the kernels of packages. It has the fourth FlashAttention from the Hub alone.
+_IN_DIFFUSERS = {"flash_2": "flash", "flash_3": "_flash_3", "sage": "sage", "xformers": "xformers"}
+
+
+def _choose_attention(module: torch.nn.Module, component: str, kernel: str) -> None:
+    """Have a module's attention computed by this kernel.
+
+    torch's own are switched on around the module's methods: diffusers' `set_attention_backend` does nothing for UNets,
+    VAEs, text encoders and older transformers, and changes all pipelines of the process besides.
+
+    Raises:
+        Incompatible: diffusers has no such kernel for the module, or it cannot be used.
+    """
+    if kernel in NATIVE:
+        for name in _METHODS:
+            if callable(method := getattr(module, name, None)):
+                setattr(module, name, by_kernel(method, kernel, component))
+        return
+    if kernel not in _IN_DIFFUSERS or not _heeds_backends(module):
+        raise Incompatible(
+            f"diffusers cannot compute the attention of {component} ({type(module).__name__}) by {kernel}. Load the "
+            "bundle without as_diffusers"
+        )
+    from diffusers.models.attention_dispatch import attention_backend
+
+    own: Any = module
+    try:
+        with quiet(), attention_backend("native"):  # which puts back what is set for the whole process
+            own.set_attention_backend(_IN_DIFFUSERS[kernel])
+    except (RuntimeError, ImportError) as error:
+        raise Incompatible(f"diffusers cannot use {kernel} for {component}: {error}") from error
+
+
+def _heeds_backends(module: torch.nn.Module) -> bool:
+    """Whether all attention of a module asks diffusers which kernel to use."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, MochiAttention
+
+    parts = [part for part in module.modules() if isinstance(part, (Attention, MochiAttention, AttentionModuleMixin))]
+    return bool(parts) and all(hasattr(part.processor, "_attention_backend") for part in parts)
 
 
 def _enable_cache(pipe: Any, options: Any) -> None:

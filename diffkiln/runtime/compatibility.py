@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,7 +11,9 @@ from importlib import metadata
 import torch
 
 from diffkiln.bundle import Manifest, Requires
-from diffkiln.errors import Incompatible, Problem
+from diffkiln.bundle.versions import fits, numbers
+from diffkiln.errors import Incompatible, MissingDependency, Problem
+from diffkiln.program.attention import install_line
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
 ISA_FLAGS: dict[str, frozenset[str]] = {
@@ -42,11 +43,12 @@ def check_target(requires: Requires, isa: str | None, native: bool) -> None:
         native: whether native code will be loaded; without it torch's version and the CPU do not matter.
 
     Raises:
-        Incompatible: all differences together.
+        Incompatible: all differences together; MissingDependency where they are of packages alone.
     """
     problems = list(_differences(requires, isa, native))
     if problems:
-        raise Incompatible("this machine does not fit the bundle:\n" + "\n".join(map(str, problems)), problems=problems)
+        kind = MissingDependency if all(problem.where in requires.packages for problem in problems) else Incompatible
+        raise kind("this machine does not fit the bundle:\n" + "\n".join(map(str, problems)), problems=problems)
 
 
 def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[Problem]:
@@ -63,7 +65,7 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
             yield Problem(
                 "cpu_isa", f"found a CPU without {', '.join(lacking)}, required {isa}", "Compile for this CPU's level"
             )
-        if requires.glibc and (found := _glibc()) and _numbers(found) < _numbers(requires.glibc):
+        if requires.glibc and (found := _glibc()) and numbers(found) < numbers(requires.glibc):
             yield Problem("glibc", f"found {found}, required {requires.glibc} or later")
     if requires.sm:
         found = _sm()
@@ -73,9 +75,9 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
             )
     for package, wanted in requires.packages.items():
         try:
-            yield from _version(package, metadata.version(package), wanted)
+            yield from _version(package, metadata.version(package), wanted, install_line(package))
         except metadata.PackageNotFoundError:
-            yield Problem(package, f"found nothing, required {wanted or 'any version'}", f"pip install {package}")
+            yield Problem(package, f"found nothing, required {wanted or 'any version'}", install_line(package))
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -84,23 +86,11 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Problem]:
-    for part in filter(None, (piece.strip() for piece in wanted.split(","))):
-        match = re.fullmatch(r"(==|>=|<)\s*([0-9.]+?)(\.\*)?", part)
-        if match is None:
-            yield Problem(what, f"required {wanted!r}, which this diffkiln cannot read", "Install a later diffkiln")
-            return
-        operator, version, any_patch = match.groups()
-        a, b = _numbers(found), _numbers(version)
-        if any_patch:
-            a = a[: len(b)]
-        fits = {"==": a == b, ">=": a >= b, "<": a < b}[operator]
-        if not fits:
+    try:
+        if not fits(found, wanted):
             yield Problem(what, f"found {found}, required {wanted}", mend)
-            return
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    except ValueError:
+        yield Problem(what, f"required {wanted!r}, which this diffkiln cannot read", "Install a later diffkiln")
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -11,7 +11,8 @@ import torch
 
 from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import CallError
-from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
+from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
+from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
@@ -173,7 +174,7 @@ class _Component:
     def __init__(self, executor: Executor, name: str, program: Program) -> None:
         self._executor, self._name, self._program = executor, name, program
         self._module = executor.modules[name]
-        self._interpreter = Interpreter(program, executor.device, {REGION: self._region})
+        self._interpreter = Interpreter(program, executor.device, {REGION: self._region, ATTENTION: packaged})
         self._held: dict[str, torch.Tensor] = {}
         self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
         self.schedule = [*self._own, *self._block_order()]
@@ -228,7 +229,7 @@ class _Component:
         region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
-            replay = Interpreter(region, self._executor.device)
+            replay = Interpreter(region, self._executor.device, {ATTENTION: packaged})
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
         names = [weight_in(op, weight) for weight in region.weights]
         folded = [constants[item] for item in region.constants]

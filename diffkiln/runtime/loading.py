@@ -16,6 +16,7 @@ from diffkiln.bundle import EngineRow, Manifest, Verified, authorise_native, ope
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
+from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.compatibility import check_manifest, check_target
 from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine, Executor
@@ -75,6 +76,7 @@ def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bo
     check_manifest(manifest)
     place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
     modules = read_modules(verified)
+    check_kernels(kernels_of(modules), place)
     check_schemas(read_json(verified, SCHEMAS))
     constants = read_constants(verified)
     engines = open_engines(verified, modules, constants, place, allow_native, check_engines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.exporters.aot_inductor import AotInductor
 from diffkiln.exporters.base import Artefact, Lowering, engine_inputs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.program import Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
+from diffkiln.program import SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
 from diffkiln.spec.targets import Target
 
 CPU = Target(name="cpu-x86-64-v3", device="cpu", isa="x86-64-v3")
@@ -82,6 +83,13 @@ def block(dim: int = 32, heads: int = 2, tokens: int = 16) -> Program:
     h = w.op("gelu.default", w.op("linear.default", x, weight["up"], bias["up"]), approximate="tanh")
     x = w.op("add.Tensor", x, w.op("linear.default", h, weight["down"], bias["down"]))
     return w.program("Block", x, w.op("transpose.int", x, 1, 2))
+
+
+def block_of_math() -> Program:
+    """The same with every score of its attention computed."""
+    program = block()
+    ops = (replace(op, attrs={"kernel": "native_math"}) if op.name == SDPA else op for op in program.ops)
+    return replace(program, name="BlockOfMath", ops=tuple(ops))
 
 
 def int8_linear() -> Program:

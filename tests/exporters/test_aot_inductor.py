@@ -17,8 +17,20 @@ from diffkiln.exporters.aot_inductor import AotInductor
 from diffkiln.exporters.base import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.program import REGION, Op, Ref
+from diffkiln.runtime.engines.aot_inductor import AotInductorEngine
+from diffkiln.runtime.self_test import self_test
 from diffkiln.spec.targets import Target
-from tests.exporters.regions import CPU, Writer, block, built, engine_cache, int8_linear, stated, total
+from tests.exporters.regions import (
+    CPU,
+    Writer,
+    block,
+    block_of_math,
+    built,
+    engine_cache,
+    int8_linear,
+    stated,
+    total,
+)
 
 LIBRARY = Path("data", "aotinductor", "model", "engine.so")
 
@@ -36,6 +48,17 @@ class TestBuilding:
     def test_only_what_the_loader_needs_travels(self) -> None:
         _, artefact = built(block)
         assert sorted(files(artefact.directory)) == [str(LIBRARY), str(LIBRARY.with_name("engine_metadata.json"))]
+
+    def test_attention_is_lowered_by_the_kernel_that_the_region_names(self) -> None:
+        """As the first engine here shows, torch's own choice on a CPU is its form of FlashAttention."""
+        fused = b"scaled_dot_product_flash_attention_for_cpu"
+        for make, has in ((block, True), (block_of_math, False)):
+            _, artefact = built(make)
+            assert (fused in (artefact.directory / LIBRARY).read_bytes()) is has
+        region, artefact = built(block_of_math)
+        engine = AotInductorEngine(artefact.directory, artefact.inputs)
+        constants = {"gate": torch.rand(16, 1)}
+        assert self_test(engine, region, constants, torch.device("cpu"), "the engine") < 1e-5
 
     def test_layouts_are_recorded_in_order(self) -> None:
         region, artefact = built(block)

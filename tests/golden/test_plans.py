@@ -53,6 +53,17 @@ SPECS = {
     ),
 }
 ON_GPUS = {
+    "sdxl-attention": (
+        "sdxl",
+        [
+            {"name": "cast", "component": "unet", "dtype": "bfloat16"},
+            {
+                "name": "attention_backend",
+                "mapping": {"unet": {"backend": "_native_cudnn"}, "text_encoder": {"backend": "native_efficient"}},
+            },
+            {"name": "channels_last", "component": "unet"},
+        ],
+    ),
     "flux-sparse": ("flux", [FUSE, {"name": "sparsify", "component": "transformer", "exclude": ["*norm*"]}]),
     "flux-float8": ("flux", [FUSE, INT8 | {"type": "float8_dynamic", "granularity": "per_tensor"}]),
 }

@@ -1,0 +1,35 @@
+"""Version specifiers as manifests have them: `>=2.6.3,<3`, `==2.13.*`.
+
+Of a version the first three numbers count, so that 4.0.0b36 is a 4: what is required may exist as a beta alone.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PART = re.compile(r"(==|>=|<)\s*([0-9.]+?)(\.\*)?", re.ASCII)
+
+
+def fits(found: str, wanted: str) -> bool:
+    """Whether a version is one that the specifier wants; an empty one wants any.
+
+    Raises:
+        ValueError: this diffkiln cannot read the specifier.
+    """
+    return all(_fits(numbers(found), part) for part in filter(None, (piece.strip() for piece in wanted.split(","))))
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _fits(found: tuple[int, ...], part: str) -> bool:
+    match = _PART.fullmatch(part)
+    if match is None:
+        raise ValueError(f"{part!r} is no version specifier")
+    operator, version, any_patch = match.groups()
+    wanted = numbers(version)
+    if any_patch:
+        found = found[: len(wanted)]
+    return {"==": found == wanted, ">=": found >= wanted, "<": found < wanted}[operator]

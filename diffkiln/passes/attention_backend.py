@@ -1,0 +1,184 @@
+"""Choose the kernel that computes a component's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from diffkiln.bundle.versions import fits
+from diffkiln.errors import Problem
+from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.program import ATTENTION, KERNELS, SDPA, Module, Op, Program, read_attention
+from diffkiln.program.attention import Kernel, call_problems, device_problem
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import Target, refuse
+
+#: Words that diffusers has as well and that choose nothing here: why, and what to write.
+_REFUSED = {
+    "native": ("torch chooses a kernel at each call without this pass as well", "Remove it"),
+    "flash": (
+        "may be torch's own FlashAttention-2 or the package flash-attn, as in diffusers",
+        "Choose native_flash for torch's, flash_2 for the package's",
+    ),
+    "flex": (
+        "flex_attention is a kernel only where torch.compile makes one, and a bundle compiles nothing when it is "
+        "loaded; run as it is, it computes every score",
+        "Choose native_efficient, or native_math to compute every score",
+    ),
+}
+_FROM_THE_HUB = ("is fetched from the Hub when it is first used, and a bundle fetches nothing", "Choose the package's")
+
+
+def _spelling(word: Any) -> Any:
+    """A kernel by diffusers' name: there, an underscore in front says that it may change."""
+    if not isinstance(word, str):
+        return word
+    if word in _REFUSED or word.endswith("_hub"):
+        raise refuse(*_REFUSED.get(word, _FROM_THE_HUB))
+    return word.removeprefix("_")
+
+
+Backend = Literal[
+    "native_math",
+    "native_flash",
+    "native_efficient",
+    "native_cudnn",
+    "flash_2",
+    "flash_3",
+    "flash_4",
+    "sage",
+    "xformers",
+]
+
+
+class AttentionBackend(Pass):
+    """Have a component's attention computed by one kernel, where torch would choose one at each call.
+
+    torch's own: `native_math` (every score, any device), `native_flash` (FlashAttention-2; its own form on CPUs),
+    `native_efficient` and `native_cudnn`. Of packages, which the bundle then requires: `flash_2`, `flash_3`, `flash_4`
+    (flash-attn), `sage` (SageAttention, in int8) and `xformers`. A kernel that cannot take what it is given raises; no
+    other takes its place.
+    """
+
+    name: ClassVar[str] = "attention_backend"
+    summary: ClassVar[str] = "choose the kernel of a component's attention"
+    maps: ClassVar[bool] = True
+    features: ClassVar[frozenset[str]] = frozenset({"attention_kernels"})
+    examples: ClassVar = (
+        {"name": "attention_backend", "component": "transformer", "backend": "native_math"},
+        {"name": "attention_backend", "mapping": {"unet": {"backend": "sage"}, "vae": {"backend": "native_efficient"}}},
+    )
+
+    backend: Annotated[Backend, BeforeValidator(_spelling)] = Field(description="The kernel.")
+
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.backend]
+
+    def provides(self) -> Iterable[Fact]:
+        yield Fact("attention_chosen", self.component, self.name)
+        if self.kernel.package:
+            yield Fact("attention_by_package", self.component, self.name)
+
+    def packages(self) -> dict[str, str]:
+        return {self.kernel.package: self.kernel.versions} if self.kernel.package else {}
+
+    # -- from configuration --
+
+    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+        where = f"{where}.backend"
+        if reason := device_problem(self.backend, target.device, target.capability):
+            yield Problem(where, f"{reason}, and the target is {target.name}", self._others(target))
+        if reason := self._package_problem():
+            yield Problem(where, reason, self.kernel.install)
+        if reason := no_attention(module):
+            yield Problem(where, reason, "Remove it.")
+        types = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point() and tensor.itemsize > 1}
+        names = {str(dtype).removeprefix("torch.") for dtype in types}
+        if target.device != "cpu" and self.kernel.dtypes and names and names.isdisjoint(self.kernel.dtypes):
+            reason = f"{self.backend} takes {' and '.join(self.kernel.dtypes)}, and {self.component} is in"
+            mend = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "bfloat16"}} before it.'
+            yield Problem(where, f"{reason} {', '.join(sorted(names))}", mend)
+
+    def _others(self, target: Target) -> str:
+        fit = [name for name in KERNELS if not device_problem(name, target.device, target.capability)]
+        return f"Choose one of {', '.join(fit)}."
+
+    def _package_problem(self) -> str:
+        """Why the package is not what the kernel needs; nothing is imported."""
+        package, wanted = self.kernel.package, self.kernel.versions
+        if not package:
+            return ""
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return f"{self.backend} needs {package} {wanted}, which is not installed"
+        return "" if fits(found, wanted) else f"{self.backend} needs {package} {wanted}, found {found}"
+
+    def run(self, plan: Plan) -> Outcome:
+        return Outcome(plan.with_facts(self.provides()), True, (f"attention by {self.backend}",))
+
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        return ()
+
+    # -- from the recording --
+
+    def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
+        where = f"{where}.backend"
+        if self.component not in recording.modules:
+            yield Problem(where, f"the call never calls {self.component}", "Remove it.")
+            return
+        found = list(_attentions(recording.modules[self.component]))
+        if not found:
+            yield Problem(where, f"{self.component} computes nothing by scaled_dot_product_attention", "Remove it.")
+        reasons = {
+            f"{self.component} has attention with {problem}": None
+            for program, op in found
+            for problem in call_problems(self.backend, op, program.types, target.device)
+        }
+        for reason in reasons:
+            yield Problem(where, f"{self.backend} cannot compute all of it: {reason}", "Choose another kernel.")
+
+    def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        module = recording.modules[self.component]
+        count = sum(1 for _ in _attentions(module))
+        changed = replace(module, programs=self._rewritten(module.programs), regions=self._rewritten(module.regions))
+        modules = {**recording.modules, self.component: changed}
+        return replace(recording, modules=modules), [f"{count} operations by {self.backend}"]
+
+    def _rewritten(self, programs: Any) -> dict[str, Program]:
+        return {name: replace(p, ops=tuple(map(self._chosen, p.ops))) for name, p in programs.items()}
+
+    def _chosen(self, op: Op) -> Op:
+        if op.name != SDPA:
+            return op
+        if not self.kernel.package:
+            return replace(op, attrs={"kernel": self.backend})
+        call = read_attention(op)
+        attrs = {"kernel": self.backend, "causal": call.causal, "scale": call.scale}
+        return Op(ATTENTION, (call.query, call.key, call.value), op.outputs, attrs=attrs)
+
+
+def no_attention(module: torch.nn.Module) -> str:
+    """Why a module computes nothing by `scaled_dot_product_attention`, as far as its classes show; empty if it may."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, MochiAttention
+
+    kind = type(module).__name__
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if isinstance(chosen, str):  # transformers'
+        return "" if chosen == "sdpa" else f"{kind} computes its attention itself ({chosen}), not by torch's"
+    attentions = (Attention, MochiAttention, AttentionModuleMixin)
+    return "" if any(isinstance(part, attentions) for part in module.modules()) else f"{kind} has no attention"
+
+
+def _attentions(module: Module) -> Iterator[tuple[Program, Op]]:
+    for program in (*module.programs.values(), *module.regions.values()):
+        for op in program.ops:
+            if op.name == SDPA:
+                yield program, op
