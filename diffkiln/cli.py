@@ -106,6 +106,8 @@ def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
             print_json({"id": opened.id, **opened.manifest.model_dump(mode="json"), "schedules": schedules_json(found)})
         else:
             print_manifest(opened.id, opened.manifest)
+            if not opened.whole:
+                click.echo(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
             print_schedules(found)
 
 
@@ -116,9 +118,10 @@ def verify_(bundle: Path) -> None:
     from diffkiln.bundle import has_receipt, open_bundle
 
     with open_bundle(bundle) as opened, opened.verify():
-        size = sum(row.size for row in opened.manifest.files)
+        size = sum(row.size for row in opened.files)
         origin = "built here by you" if has_receipt(opened.id) else "no receipt: not known to be built here"
-        click.echo(f"{opened.id}  {len(opened.manifest.files)} files, {size_of(size)}, all as hashed; {origin}")
+        part = "" if opened.whole else f"; partial: engines for {', '.join(opened.targets) or 'no target'} alone"
+        click.echo(f"{opened.id}  {len(opened.files)} files, {size_of(size)}, all as hashed{part}; {origin}")
 
 
 @cli.command("run")

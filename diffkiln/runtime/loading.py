@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,13 @@ _SAFETENSORS = {
 }  # fmt: skip
 
 
-def choose_target(manifest: Manifest, place: torch.device) -> str | None:
+def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
     """The bundle's target that fits this machine best: the highest CPU level that it has.
+
+    Args:
+        manifest: the bundle's.
+        place: where to run.
+        here: the targets whose engines are here; all of them by default.
 
     Raises:
         Incompatible: none fits; each is listed with found against required.
@@ -172,9 +177,14 @@ def choose_target(manifest: Manifest, place: torch.device) -> str | None:
     for name in sorted(used, key=lambda item: targets[item], reverse=True):
         try:
             check_target(manifest.requires, targets[name], native=True)
-            return name
         except Incompatible as error:
             reasons.append(f"target {name}:\n" + "\n".join(f"  {problem}" for problem in error.problems))
+            continue
+        if here is None or name in here:
+            return name
+        reasons.append(
+            f"target {name}:\n  its engines were left out when the bundle was pulled. Pull it again with them"
+        )
     raise Incompatible("this machine fits none of the bundle's targets\n" + "\n".join(reasons))
 
 
@@ -191,7 +201,7 @@ def open_engines(
     if not manifest.engines:
         return {}
     try:
-        target = choose_target(manifest, place)
+        target = choose_target(manifest, place, verified.targets)
         rows = [row for row in manifest.engines if row.target == target]
         permit = authorise_native(verified, allow_native)
         return {
