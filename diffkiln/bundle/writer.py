@@ -123,13 +123,19 @@ class BundleWriter:
                 f"{self.output.parent}. Make room or write elsewhere"
             )
 
-    def publish(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> str:
+    def publish(
+        self, build: Callable[[tuple[FileRow, ...]], Manifest], report: Callable[[Manifest], None] | None = None
+    ) -> str:
         """Write the manifest that `build` makes of `rows`, sync everything, take the output's place.
+
+        `report` is called with the manifest once it is known to be one, and may still `write_unhashed`.
 
         Gives the bundle's id. Raises `BuildError`, with the output as it was before.
         """
         self._check_staged()
-        data = self._manifest(build)
+        data, manifest = self._manifest(build)
+        if report is not None:
+            report(manifest)
         root = self._staging.root
         _write(root / MANIFEST, data)
         _write(root / MANIFEST_DIGEST, digest_line(data))
@@ -139,7 +145,7 @@ class BundleWriter:
         self._staging.install()
         return bundle_id(data)
 
-    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> bytes:
+    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> tuple[bytes, Manifest]:
         rows = self.rows
         try:
             manifest = build(rows)
@@ -153,7 +159,7 @@ class BundleWriter:
             raise BuildError(f"the bundle's manifest is not valid: {error}") from error
         if manifest.files != rows:
             raise BuildError("the bundle's manifest does not list the files that were written")
-        return data
+        return data, manifest
 
     def _check_staged(self) -> None:
         """What is in the staging is what was registered, unchanged; empty directories go."""
