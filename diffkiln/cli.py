@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from diffkiln.cli_hub import pull_, push_
 from diffkiln.errors import DiffkilnError
 from diffkiln.printing import (
     Watch,
@@ -220,6 +221,10 @@ def schema_() -> None:
     from diffkiln.spec import json_schema
 
     print_json(json_schema(option_models()))
+
+
+cli.add_command(push_)
+cli.add_command(pull_)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,7 +100,13 @@ class OutputBusy(BuildError):
 
 
 class HubError(DiffkilnError):
+    """`status` is that of HTTP, where the Hub answered with one."""
+
     exit_code = 2
+
+    def __init__(self, message: str = "", *, problems: Sequence[Problem] = (), status: int | None = None) -> None:
+        super().__init__(message, problems=problems)
+        self.status = status
 
 
 class HubUnavailable(HubError):

@@ -47,8 +47,8 @@ def parse_partial(data: bytes, manifest: Manifest) -> tuple[str, ...]:
         raise ManifestInvalid(f"{PARTIAL}: {error}") from error
     named = raw.get("targets") if isinstance(raw, dict) else None
     known = engine_targets(manifest)
-    strings = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    if not strings or not (here := set(named)).issubset(known):
+    here = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
+    if not isinstance(named, list) or len(here) != len(named) or not here.issubset(known):
         raise ManifestInvalid(
             f"{PARTIAL} should list targets that the manifest has engines for ({', '.join(known[:10]) or 'none'}). "
             "Fetch the bundle again"
