@@ -10,7 +10,7 @@ from diffkiln.bundle.output import checked_output, lock_output
 from diffkiln.bundle.state import cache_root
 from diffkiln.errors import BuildError, Incompatible
 from diffkiln.hub.address import parse_address
-from diffkiln.hub.pull import Choose, pull_locked
+from diffkiln.hub.fetch import Choose, pull_locked
 
 
 def cached(address: str, choose: Choose) -> Path:
