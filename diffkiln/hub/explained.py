@@ -15,7 +15,7 @@ from pathlib import Path
 from diffkiln.errors import BuildError, DiffkilnError, HubError, HubUnavailable, MissingDependency
 
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_.-]{4,}|(?i:\bbearer\s+)\S+")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_.-]{4,}|(?i:\bbearer\s+)[^\s,;]+")
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
 _BUSY = frozenset({408, 425, 429})
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token"
