@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left behind")
+        say("interrupted; the output is as it was before")
         return 130
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffkiln
-from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, Bundle, Manifest, Progress, open_bundle
+from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, Bundle, Progress, open_bundle
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
+from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import DigestMismatch, HubError, Incomplete
 from diffkiln.hub.address import check_repo
 from diffkiln.hub.explained import asking
@@ -92,7 +93,7 @@ def _repository(api: HfApi, repo: str, private: bool) -> Remote:
 
 def _commit(api: HfApi, bundle: Bundle, remote: Remote) -> Pushed:
     files = dict(_files(bundle, remote.repo))
-    digests = {row.path: row.sha256 for row in bundle.manifest.files}
+    digests = {row.path: row.sha256 for row in bundle.manifest.files} | {MANIFEST: bundle.id}
     changed = {
         name: content
         for name, content in files.items()
@@ -103,7 +104,8 @@ def _commit(api: HfApi, bundle: Bundle, remote: Remote) -> Pushed:
     commit, url = remote.commit, f"{api.endpoint}/{remote.repo}/commit/{remote.commit}"
     if changed or removed:
         with asking(remote.repo, "push to"):
-            commit, url = _send(api, bundle.manifest, bundle.id, remote, changed, removed)
+            message = f"{bundle.manifest.pipeline.class_name}, compiled by diffkiln {diffkiln.__version__}"
+            commit, url = _send(api, remote, changed, removed, digests, message, f"Bundle {bundle.id}")
     return Pushed(remote.repo, commit, url, bundle.id, sent, tuple(removed))
 
 
@@ -111,8 +113,9 @@ def _files(bundle: Bundle, repo: str) -> Iterator[tuple[str, Path | bytes]]:
     """What the repository is to hold, by name: small files as bytes, others as paths."""
     build = bundle.path / BUILD
     notes = build.read_bytes() if build.is_file() and build.stat().st_size <= MAX_BUILD_BYTES else b""
-    for name in (MANIFEST, MANIFEST_DIGEST):
-        yield name, (bundle.path / name).read_bytes()
+    manifest = (bundle.path / MANIFEST).read_bytes()
+    yield MANIFEST, manifest
+    yield MANIFEST_DIGEST, digest_line(manifest)
     if notes:
         yield BUILD, notes
     yield CARD, card(bundle.manifest, read_build(notes), repo, bundle.id).encode()
@@ -134,33 +137,33 @@ def _is_same(content: Path | bytes, sha256: str | None, remote: RemoteFile | Non
 
 def _send(
     api: HfApi,
-    manifest: Manifest,
-    identity: str,
     remote: Remote,
     changed: Mapping[str, Path | bytes],
     removed: list[str],
+    digests: Mapping[str, str],
+    message: str,
+    description: str,
 ) -> tuple[str, str]:
     """Upload what is large, compare, and commit. Gives the commit and its address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(name, content) for name, content in sorted(changed.items())]
     api.preupload_lfs_files(remote.repo, additions, free_memory=False)
-    _check_sent(manifest, additions)
+    _check_sent(digests, additions)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
     operations += [CommitOperationDelete(name, is_folder=False) for name in removed]
     info = api.create_commit(
         remote.repo,
         operations,
-        commit_message=f"{manifest.pipeline.class_name}, compiled by diffkiln {diffkiln.__version__}",
-        commit_description=f"Bundle {identity}",
+        commit_message=message,
+        commit_description=description,
         parent_commit=remote.commit,
     )
     return info.oid, info.commit_url
 
 
-def _check_sent(manifest: Manifest, additions: list[CommitOperationAdd]) -> None:
+def _check_sent(digests: Mapping[str, str], additions: list[CommitOperationAdd]) -> None:
     """A file that was written to since it was verified is not published."""
-    digests = {row.path: row.sha256 for row in manifest.files}
     for addition in additions:
         wanted = digests.get(addition.path_in_repo)
         if wanted is not None and addition.upload_info.sha256.hex() != wanted:

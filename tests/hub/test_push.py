@@ -100,6 +100,17 @@ def test_file_that_changes_while_it_is_sent_is_not_published(
     assert hub.asked_for("/commit/") == []
 
 
+def test_manifest_that_changes_while_it_is_sent_is_not_published(hub: Server, bundle: Path) -> None:
+    def change(asked: str) -> None:
+        if asked == "GET /api/models/me/small":
+            (bundle / "manifest.json").write_bytes(b"{}")
+
+    hub.hooks.append(change)
+    with pytest.raises(DigestMismatch, match=r"manifest\.json"):
+        push(bundle, REPO)
+    assert hub.asked_for("/commit/") == []
+
+
 def test_repository_that_changes_meanwhile_is_left_as_it_is(hub: Server, bundle: Path) -> None:
     hub.publish(REPO, {"notes.txt": b"mine"})
 
