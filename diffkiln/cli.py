@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from diffkiln.cli_hub import pull_, push_
 from diffkiln.errors import DiffkilnError
 from diffkiln.printing import (
     Watch,
@@ -106,6 +107,8 @@ def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
             print_json({"id": opened.id, **opened.manifest.model_dump(mode="json"), "schedules": schedules_json(found)})
         else:
             print_manifest(opened.id, opened.manifest)
+            if not opened.whole:
+                click.echo(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
             print_schedules(found)
 
 
@@ -116,9 +119,10 @@ def verify_(bundle: Path) -> None:
     from diffkiln.bundle import has_receipt, open_bundle
 
     with open_bundle(bundle) as opened, opened.verify():
-        size = sum(row.size for row in opened.manifest.files)
+        size = sum(row.size for row in opened.files)
         origin = "built here by you" if has_receipt(opened.id) else "no receipt: not known to be built here"
-        click.echo(f"{opened.id}  {len(opened.manifest.files)} files, {size_of(size)}, all as hashed; {origin}")
+        part = "" if opened.whole else f"; partial: engines for {', '.join(opened.targets) or 'no target'} alone"
+        click.echo(f"{opened.id}  {len(opened.files)} files, {size_of(size)}, all as hashed{part}; {origin}")
 
 
 @cli.command("run")
@@ -219,6 +223,10 @@ def schema_() -> None:
     print_json(json_schema(option_models()))
 
 
+cli.add_command(push_)
+cli.add_command(pull_)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -232,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left behind")
+        say("interrupted; the output is as it was before")
         return 130
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1

@@ -211,8 +211,12 @@ def compile(
             with steps(f"weights of {name}"):
                 packed.weights[name] = _stream(checked, name, writer, packed, verification, used.get(name, frozenset()))
         with steps("publish"):
-            pack_report(writer, packed, chosen.source, chosen.report, steps.seconds)
-            identity = writer.publish(lambda rows: manifest_of(rows, packed, chosen))
+            identity = writer.publish(
+                lambda rows: manifest_of(rows, packed, chosen),
+                lambda manifest: pack_report(
+                    writer, manifest, packed.notices, chosen.source, chosen.report, steps.seconds
+                ),
+            )
     write_receipt(identity)
     return Built(writer.output, identity, tuple(notices), dict(steps.seconds))
 

@@ -11,6 +11,8 @@
     │   ├── ExportError        4   a backend could not lower a region
     │   ├── VerifyError        4   a program or an engine does not give the pipeline's result
     │   └── OutputBusy         4   another process is writing the same output
+    ├── HubError               2   the Hub does not give, or take, what was asked for: not there, not allowed, refused
+    │   └── HubUnavailable     2   … now: offline, too many requests, a broken connection. Trying again can help
     ├── CallError              2   a call of a loaded pipeline with arguments that no variant was compiled for
     ├── Incompatible           5   the bundle is for another machine, torch, format or feature
     │   └── MissingDependency  5   a package that the bundle or the command needs is not installed
@@ -94,6 +96,20 @@ class VerifyError(BuildError):
 
 
 class OutputBusy(BuildError):
+    pass
+
+
+class HubError(DiffkilnError):
+    """`status` is that of HTTP, where the Hub answered with one."""
+
+    exit_code = 2
+
+    def __init__(self, message: str = "", *, problems: Sequence[Problem] = (), status: int | None = None) -> None:
+        super().__init__(message, problems=problems)
+        self.status = status
+
+
+class HubUnavailable(HubError):
     pass
 
 

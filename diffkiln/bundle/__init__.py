@@ -8,6 +8,7 @@ from diffkiln.bundle.manifest import (
     KNOWN_FEATURES,
     MANIFEST,
     MANIFEST_DIGEST,
+    PARTIAL,
     UNHASHED,
     EngineRow,
     FileRow,
@@ -24,6 +25,7 @@ from diffkiln.bundle.manifest import (
     dump_manifest,
     parse_manifest,
 )
+from diffkiln.bundle.partial import dump_partial, engine_targets, left_out
 from diffkiln.bundle.paths import check_path, check_unique
 from diffkiln.bundle.reader import Bundle, open_bundle
 from diffkiln.bundle.state import state_dir
@@ -38,6 +40,7 @@ __all__ = [
     "KNOWN_FEATURES",
     "MANIFEST",
     "MANIFEST_DIGEST",
+    "PARTIAL",
     "UNHASHED",
     "Bundle",
     "BundleWriter",
@@ -60,7 +63,10 @@ __all__ = [
     "check_path",
     "check_unique",
     "dump_manifest",
+    "dump_partial",
+    "engine_targets",
     "has_receipt",
+    "left_out",
     "open_bundle",
     "parse_manifest",
     "sha256_bytes",

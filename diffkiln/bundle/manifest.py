@@ -41,7 +41,9 @@ MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 # Not reproducible, so outside the id and the digests.
 UNHASHED = frozenset({"build.json", "README.md"})
-RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST}
+# Beside a manifest whose engines are here for some of its targets only (diffkiln.bundle.partial).
+PARTIAL = "partial.json"
+RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, PARTIAL}
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_ROWS = 100_000

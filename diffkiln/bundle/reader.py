@@ -17,6 +17,7 @@ from diffkiln.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
     MAX_MANIFEST_BYTES,
+    PARTIAL,
     RESERVED,
     FileRow,
     Manifest,
@@ -24,6 +25,7 @@ from diffkiln.bundle.manifest import (
     bundle_id,
     parse_manifest,
 )
+from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import (
     DigestMismatch,
@@ -40,13 +42,17 @@ _HASHERS = min(8, os.cpu_count() or 1)
 class Bundle:
     """A bundle whose manifest has been read and agrees with its digest. No other file has been looked at.
 
-    The directory is held open: what is verified later is this directory, whatever becomes of its name.
+    The directory is held open: what is verified later is this directory, whatever becomes of its name. `targets` are
+    those whose engines are here, and `files` what is here: all that the manifest names, unless the bundle is partial.
     """
 
-    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str) -> None:
+    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str, targets: tuple[str, ...]) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
+        self.targets = targets
+        absent = left_out(manifest, targets)
+        self.files = tuple(row for row in manifest.files if row.path not in absent)
         self._root = root
         self._finalizer = weakref.finalize(self, os.close, root)
 
@@ -61,9 +67,9 @@ class Bundle:
         """
         if not self._finalizer.alive:
             raise ValueError(f"the bundle {self.path} is closed")
-        rows = {row.path: row for row in self.manifest.files}
+        rows = {row.path: row for row in self.files}
         _check_tree(self._root, rows)
-        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id)
+        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id, self.files, self.targets)
         try:
             verified.hold_weights()
             _hash_all(verified, [path for path, row in rows.items() if roles is None or row.role in roles], progress)
@@ -71,6 +77,11 @@ class Bundle:
             verified.close()
             raise
         return verified
+
+    @property
+    def whole(self) -> bool:
+        """Whether every file that the manifest names is here, as far as can be said without looking."""
+        return len(self.files) == len(self.manifest.files)
 
     def close(self) -> None:
         self._finalizer()
@@ -98,7 +109,8 @@ def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -
         identity = bundle_id(data)
         if expect_id is not None and identity != expect_id:
             raise DigestMismatch(f"{resolved}: the bundle id is {identity}, expected {expect_id}")
-        return Bundle(resolved, root, parse_manifest(data), identity)
+        manifest = parse_manifest(data)
+        return Bundle(resolved, root, manifest, identity, _targets_here(root, manifest))
     except BaseException:
         os.close(root)
         raise
@@ -141,6 +153,14 @@ def _read_manifest(path: Path, root: int) -> bytes:
             f"{path}: {MANIFEST} is not the one that {MANIFEST_DIGEST} names. Fetch or build the bundle again"
         )
     return data
+
+
+def _targets_here(root: int, manifest: Manifest) -> tuple[str, ...]:
+    try:
+        data = openat.read_small(root, PARTIAL, MAX_PARTIAL_BYTES)
+    except Incomplete:
+        return engine_targets(manifest)
+    return parse_partial(data, manifest)
 
 
 def digest_line(manifest: bytes) -> bytes:

@@ -4,6 +4,8 @@
         bundle/                       becomes the output
         old/                          the output that is being replaced, where the two cannot be exchanged
 
+What is fetched goes into `.NAME.pull` instead, which stays after a failure so that the next run can go on from there.
+
 Old or whole new, never half: at every moment the output's name leads to the old bundle or to the new one. (Where
 the file system cannot exchange two names there is a moment at which it leads nowhere; the next run puts `old`
 back.)
@@ -23,33 +25,45 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffkiln.bundle.rename import exchange, rename_new
-from diffkiln.errors import BuildError
+from diffkiln.errors import BuildError, PathEscape
 
 
 class Staging:
-    """The staging directory of one writer. The caller holds the lock of `output`."""
+    """The staging directory of one writer. The caller holds the lock of `output`.
 
-    def __init__(self, output: Path) -> None:
+    With `resumed` it is the one that an earlier run may have left, and what it holds is kept.
+    """
+
+    def __init__(self, output: Path, resumed: bool = False) -> None:
+        name = "pull" if resumed else f"staging-{os.getpid()}-{secrets.token_hex(8)}"
         self._output = output
-        self._directory = output.parent / f".{output.name}.staging-{os.getpid()}-{secrets.token_hex(8)}"
+        self._resumed = resumed
+        self._directory = output.parent / f".{output.name}.{name}"
         self._lock = -1
         self.root = self._directory / "bundle"
 
     def create(self) -> None:
         with explained(self._output.parent, "make a staging directory in"):
             try:
-                self._directory.mkdir(mode=0o700)
+                self._directory.mkdir(mode=0o700, exist_ok=self._resumed)
                 # Held while this process lives: that is how another run knows a dead one's staging.
                 self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.root.mkdir()
+                if self._resumed:
+                    _check_ours(self._directory, self._lock)
+                    _put_back(self._directory, self._output)
+                self.root.mkdir(exist_ok=self._resumed)
             except BaseException:
-                self.remove()
+                self.close() if self._resumed else self.remove()
                 raise
 
     def remove(self) -> None:
         """Take the staging away, and whatever is in it. What cannot be removed is left to the next run."""
         shutil.rmtree(self._directory, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the staging to the next run."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -102,11 +116,23 @@ def _remove_if_dead(staging: Path, output: Path) -> None:
         if os.fstat(descriptor).st_uid != os.geteuid():
             return
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if (staging / "old").is_dir() and not os.path.lexists(output):
-            os.rename(staging / "old", output)
+        _put_back(staging, output)
         shutil.rmtree(staging)
     finally:
         os.close(descriptor)
+
+
+def _put_back(staging: Path, output: Path) -> None:
+    """Give the output its name again where a run died between two renames."""
+    if (staging / "old").is_dir() and not os.path.lexists(output):
+        os.rename(staging / "old", output)
+
+
+def _check_ours(path: Path, descriptor: int) -> None:
+    """Others could have put links into a directory that they made, or can write to."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise PathEscape(f"{path} belongs to another user, or is open to others. Remove it")
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:

@@ -1,4 +1,4 @@
-"""The user's state directory, where locks and receipts lie."""
+"""The user's state directory, where locks and receipts lie, and the cache directory, which may be lost."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def existing_state_dir(name: str) -> Path | None:
     except OSError as error:
         raise IntegrityError(f"{directory} cannot be looked at: {error.strerror or error}") from error
     return directory
+
+
+def cache_root() -> Path:
+    """`$DIFFKILN_CACHE_DIR`, else `diffkiln` in `$XDG_CACHE_HOME` or ~/.cache."""
+    if stated := os.environ.get("DIFFKILN_CACHE_DIR"):
+        return Path(stated)
+    # The XDG specification has relative paths ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "diffkiln"
 
 
 def _base() -> Path:

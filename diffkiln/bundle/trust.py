@@ -29,7 +29,7 @@ class NativePermit:
 
 def authorise_native(verified: Verified, allow_native: bool = False) -> NativePermit:
     """Decide whether this bundle's native code may be loaded. Raises `NativeCodeRefused`."""
-    native = [row.path for row in verified.manifest.files if row.role == "native"]
+    native = [row.path for row in verified.files if row.role == "native"]
     if not native:
         return NativePermit(verified, "the bundle holds no native code")
     if allow_native:

@@ -19,7 +19,7 @@ from typing import Self
 
 from diffkiln.bundle import openat
 from diffkiln.bundle.digest import Progress, chunks, sha256_bytes
-from diffkiln.bundle.manifest import FileRow, Manifest
+from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
 from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
 
@@ -43,14 +43,27 @@ class _Held:
 
 
 class Verified:
-    """Made by `Bundle.verify`. A context manager; closing gives back descriptors and temporary copies."""
+    """Made by `Bundle.verify`. A context manager; closing gives back descriptors and temporary copies.
 
-    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str) -> None:
+    `manifest` is the whole bundle's; `files` and `targets` are what of it is here (diffkiln.bundle.partial).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        root: int,
+        manifest: Manifest,
+        identity: str,
+        files: tuple[FileRow, ...],
+        targets: tuple[str, ...],
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
+        self.files = files
+        self.targets = targets
         self._root = root
-        self._rows = {row.path: row for row in manifest.files}
+        self._rows = {row.path: row for row in files}
         self._weights: dict[str, tuple[int, int]] = {}  # path to descriptor and modification time
         self._hashed: set[str] = set()
         self._copies: dict[str, Path] = {}
@@ -126,7 +139,7 @@ class Verified:
         if prefix not in self._copies:
             rows = [row for row in self._rows.values() if row.role == "native" and row.path.startswith(prefix + "/")]
             if not rows:
-                raise Incomplete(f"the manifest names no native file under {prefix!r}")
+                raise Incomplete(f"the bundle has no native file under {prefix!r} that its manifest names")
             self._copies[prefix] = self._copy(prefix, rows)
         return self._copies[prefix]
 
@@ -218,6 +231,8 @@ class Verified:
         try:
             return self._rows[path]
         except KeyError:
+            if any(row.path == path for row in self.manifest.files):
+                raise Incomplete(f"{path!r} was left out when the bundle was pulled, as {PARTIAL} says") from None
             raise Incomplete(f"the manifest does not name {path!r}") from None
 
     def _check_open(self) -> None:

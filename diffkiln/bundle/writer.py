@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import ValidationError
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import (
-    FORMAT_NAME,
     MANIFEST,
     MANIFEST_DIGEST,
-    MAX_MANIFEST_BYTES,
     RESERVED,
     UNHASHED,
     FileRow,
@@ -28,7 +25,7 @@ from diffkiln.bundle.manifest import (
     parse_manifest,
     problems,
 )
-from diffkiln.bundle.openat import resolve_parent
+from diffkiln.bundle.output import check_replaceable, checked_output, lock_output
 from diffkiln.bundle.paths import check_path
 from diffkiln.bundle.reader import digest_line
 from diffkiln.bundle.staging import (
@@ -41,11 +38,7 @@ from diffkiln.bundle.staging import (
     sync_tree,
     walk,
 )
-from diffkiln.bundle.state import state_dir
-from diffkiln.errors import BuildError, DiffkilnError, MissingDependency, OutputBusy, PathEscape, SpecError
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+from diffkiln.errors import BuildError, DiffkilnError, MissingDependency
 
 
 class BundleWriter:
@@ -65,12 +58,12 @@ class BundleWriter:
         self._unhashed: set[str] = set()
 
     def __enter__(self) -> Self:
-        self.output = _checked_output(self._stated)
-        self._lock = _lock(self.output)
+        self.output = checked_output(self._stated)
+        self._lock = lock_output(self.output)
         try:
             with explained(self.output.parent, "look into"):
                 remove_stale(self.output)
-            _check_replaceable(self.output, self._force)
+            check_replaceable(self.output, self._force)
             self._staging = Staging(self.output)
             self._staging.create()
         except BaseException:
@@ -130,23 +123,29 @@ class BundleWriter:
                 f"{self.output.parent}. Make room or write elsewhere"
             )
 
-    def publish(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> str:
+    def publish(
+        self, build: Callable[[tuple[FileRow, ...]], Manifest], report: Callable[[Manifest], None] | None = None
+    ) -> str:
         """Write the manifest that `build` makes of `rows`, sync everything, take the output's place.
+
+        `report` is called with the manifest once it is known to be one, and may still `write_unhashed`.
 
         Gives the bundle's id. Raises `BuildError`, with the output as it was before.
         """
         self._check_staged()
-        data = self._manifest(build)
+        data, manifest = self._manifest(build)
+        if report is not None:
+            report(manifest)
         root = self._staging.root
         _write(root / MANIFEST, data)
         _write(root / MANIFEST_DIGEST, digest_line(data))
         with explained(root, "sync"):
             sync_tree(root)
-        _check_replaceable(self.output, self._force)
+        check_replaceable(self.output, self._force)
         self._staging.install()
         return bundle_id(data)
 
-    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> bytes:
+    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> tuple[bytes, Manifest]:
         rows = self.rows
         try:
             manifest = build(rows)
@@ -160,7 +159,7 @@ class BundleWriter:
             raise BuildError(f"the bundle's manifest is not valid: {error}") from error
         if manifest.files != rows:
             raise BuildError("the bundle's manifest does not list the files that were written")
-        return data
+        return data, manifest
 
     def _check_staged(self) -> None:
         """What is in the staging is what was registered, unchanged; empty directories go."""
@@ -203,62 +202,6 @@ class BundleWriter:
             return None
         written = sum(file.lstat().st_size for _, files in walk(root) for file in files)
         return explain(error, root, "write to", f"more than the {written} bytes written so far are needed")
-
-
-def _checked_output(stated: str | os.PathLike[str]) -> Path:
-    try:
-        output = resolve_parent(stated)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpecError(f"the output {str(stated)!r} cannot be used: {error}") from error
-    if not output.name or "\0" in output.name:
-        raise SpecError(f"the output {str(stated)!r} is not a name. Give a directory that is not there yet")
-    if not output.parent.is_dir():
-        raise SpecError(f"the output's directory {output.parent} is not there. Make it first")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise BuildError(f"the output's directory {output.parent} cannot be written to. Choose another")
-    return output
-
-
-def _check_replaceable(output: Path, force: bool) -> None:
-    try:
-        mode = os.lstat(output).st_mode
-    except FileNotFoundError:
-        return
-    if not force:
-        raise SpecError(f"{output} exists; pass --force to replace it")
-    if not stat.S_ISDIR(mode) or not _is_bundle(output):
-        raise SpecError(f"{output} is not a diffkiln bundle, so it is not replaced. Remove it or write elsewhere")
-
-
-def _is_bundle(directory: Path) -> bool:
-    """Of whatever version, and whole or not: only what it calls itself counts."""
-    try:
-        with open(os.open(directory / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            raw = json.loads(file.read(MAX_MANIFEST_BYTES))
-        return raw["format"]["name"] == FORMAT_NAME
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return False
-
-
-def _lock(output: Path) -> BaseFileLock:
-    """The lock of this output: held by a living process, or not at all."""
-    try:
-        from filelock import FileLock, Timeout
-    except ImportError as error:
-        raise MissingDependency(
-            "writing a bundle needs the package filelock: pip install 'diffkiln[compile]'"
-        ) from error
-    path = state_dir("locks") / f"{sha256_bytes(os.fsencode(output))}.lock"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise PathEscape(f"the lock {path} is not a plain file. Remove it")
-    lock = FileLock(path, blocking=False, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OutputBusy(f"{output} is being written by another process. Wait for it or write elsewhere") from error
-    except OSError as error:
-        raise explain(error, path, "take the lock", "a few bytes are needed") from error
-    return lock
 
 
 def _write(target: Path, data: bytes) -> None:

@@ -21,20 +21,12 @@ from typing import Any
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.bundle.state import cache_root
 from diffkiln.errors import ExportError
 from diffkiln.exporters.base import Artefact, Lowering
 from diffkiln.program import fingerprint
 
 _INDEX, _FILES = "index.json", "files"
-
-
-def default_root() -> Path:
-    """`$DIFFKILN_CACHE_DIR`, else `diffkiln` in `$XDG_CACHE_HOME` or ~/.cache."""
-    if stated := os.environ.get("DIFFKILN_CACHE_DIR"):
-        return Path(stated)
-    # The XDG specification has relative paths ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "diffkiln"
 
 
 def engine_key(backend: str, version: int, lowering: Lowering, tools: Mapping[str, str]) -> str:
@@ -55,11 +47,11 @@ class EngineCache:
     """Engines under one directory, which several processes and threads may share.
 
     Args:
-        root: made when it is not there; `default_root()` where none is given.
+        root: made when it is not there; `cache_root()` where none is given.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root if root is not None else default_root()
+        self.root = root if root is not None else cache_root()
 
     @property
     def toolchain(self) -> Path:

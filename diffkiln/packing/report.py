@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import sys
@@ -13,10 +12,12 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires
+from diffkiln.bundle.card import card
 from diffkiln.errors import MissingDependency
 from diffkiln.packing.packed import Packed, as_json
 from diffkiln.passes.base import Pass
 from diffkiln.passes.manager import Ran
+from diffkiln.record.card import read_card
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.source import SourceModel
 
@@ -82,7 +83,12 @@ def _packages(recording: Recording, steps: Sequence[Pass]) -> dict[str, str]:
 
 
 def pack_report(
-    writer: BundleWriter, packed: Packed, source: SourceModel, report: Sequence[Ran], seconds: Mapping[str, float]
+    writer: BundleWriter,
+    manifest: Manifest,
+    notices: Sequence[str],
+    source: SourceModel,
+    report: Sequence[Ran],
+    seconds: Mapping[str, float],
 ) -> None:
     """`build.json` and `README.md`: what differs from build to build, outside the id and the digests."""
     import diffusers
@@ -98,34 +104,8 @@ def pack_report(
         "passes": [
             {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)} for ran in report
         ],
-        "notices": packed.notices,
+        "notices": list(notices),
+        "source": read_card(source.folder, source.origin),
     }
     writer.write_unhashed("build.json", as_json(build))
-    writer.write_unhashed("README.md", _card(packed, source, report).encode())
-
-
-def _card(packed: Packed, source: SourceModel, report: Sequence[Ran]) -> str:
-    origin = source.origin.get("model") or source.origin.get("architecture") or "a local folder"
-    size = sum(row.bytes for rows in packed.weights.values() for row in rows)
-    lines = [
-        "---",
-        "library_name: diffkiln",
-        "tags: [diffkiln, text-to-image, compiled]",
-        "---",
-        f"# {source.class_name}, compiled by diffkiln {diffkiln.__version__}",
-        "",
-        f"Made from {origin}. Weights: {size / 1e6:.1f} MB in {len(packed.weights)} components; "
-        f"{len(packed.engines)} engines.",
-        "",
-        "    import diffkiln",
-        '    pipe = diffkiln.load("this/folder")',
-        '    image = pipe("a prompt").images[0]',
-        "",
-        "| variant | fixed |",
-        "|---|---|",
-    ]
-    lines += [f"| {v.name} | `{json.dumps(v.fixed, sort_keys=True)}` |" for v in packed.variants]
-    lines += ["", "| pass | component | what it did |", "|---|---|---|"]
-    lines += [f"| {r.placed.step.name} | {r.placed.step.component} | {'; '.join(r.notes)} |" for r in report]
-    lines += ["", *(f"- {notice}" for notice in packed.notices)]
-    return "\n".join(lines) + "\n"
+    writer.write_unhashed("README.md", card(manifest, build).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ def load(
     device: str | torch.device | None = None,
     check_engines: bool = True,
 ) -> Any:
-    """Load a bundle. Nothing is compiled, nothing is fetched, and neither diffusers nor transformers is imported.
+    """Load a bundle. Nothing is compiled, and neither diffusers nor transformers is imported.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or hf://owner/name@commit, which is fetched from the Hub once (extra `hub`).
         allow_native: load native code though this user did not build the bundle here.
         as_diffusers: give the original diffusers pipeline, with the engines plugged in, instead.
         device: where to run; the bundle's target by default.
@@ -52,7 +52,12 @@ def load(
     Raises:
         IntegrityError: the bundle is not whole, or its native code is not allowed.
         Incompatible: the bundle is for another machine, torch or format.
+        HubError: the Hub does not give what the address names.
     """
+    if isinstance(path, str) and path.startswith("hf://"):
+        from diffkiln.hub import cached
+
+        path = cached(path, lambda manifest: fitting_targets(manifest, device))
     with open_bundle(path) as bundle:
         verified = bundle.verify()
     try:
@@ -159,8 +164,13 @@ _SAFETENSORS = {
 }  # fmt: skip
 
 
-def choose_target(manifest: Manifest, place: torch.device) -> str | None:
+def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
     """The bundle's target that fits this machine best: the highest CPU level that it has.
+
+    Args:
+        manifest: the bundle's.
+        place: where to run.
+        here: the targets whose engines are here; all of them by default.
 
     Raises:
         Incompatible: none fits; each is listed with found against required.
@@ -175,10 +185,30 @@ def choose_target(manifest: Manifest, place: torch.device) -> str | None:
     for name in sorted(used, key=lambda item: targets[item], reverse=True):
         try:
             check_target(manifest.requires, targets[name], native=True)
-            return name
         except Incompatible as error:
             reasons.append(f"target {name}:\n" + "\n".join(f"  {problem}" for problem in error.problems))
+            continue
+        if here is None or name in here:
+            return name
+        reasons.append(
+            f"target {name}:\n  its engines were left out when the bundle was pulled. Pull it again with them"
+        )
     raise Incompatible("this machine fits none of the bundle's targets\n" + "\n".join(reasons))
+
+
+def fitting_targets(manifest: Manifest, device: str | torch.device | None = None) -> tuple[str, ...]:
+    """The target whose engines `load` would use here; none where there is none, or where the bundle can do without.
+
+    Raises:
+        Incompatible: no target fits, and the bundle needs one.
+    """
+    try:
+        target = choose_target(manifest, torch.device(device or str(manifest.runtime.get("device", "cpu"))))
+    except Incompatible:
+        if manifest.runtime.get("on_incompatible") != "eager":
+            raise
+        return ()
+    return (target,) if target else ()
 
 
 def open_engines(
@@ -194,7 +224,7 @@ def open_engines(
     if not manifest.engines:
         return {}
     try:
-        target = choose_target(manifest, place)
+        target = choose_target(manifest, place, verified.targets)
         rows = [row for row in manifest.engines if row.target == target]
         permit = authorise_native(verified, allow_native)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions

@@ -90,3 +90,25 @@ def left_beside(output: Path) -> list[str]:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def make_for(output: Path, targets: tuple[str, ...], extra: bytes = b"") -> str:
+    """A bundle with one engine, of made-up bytes, for each of the targets; none gives one of data alone."""
+    files = {path: item for path, item in CONTENT.items() if item[0] != "native"}
+    files |= {f"engines/{target}/transformer/Block/model.so": ("native", target.encode() * 9) for target in targets}
+
+    def manifest(rows: tuple[FileRow, ...]) -> Manifest:
+        made = manifest_of(rows)
+        (row,) = made.engines
+        engines = [
+            row.model_copy(update={"target": target, "path": f"engines/{target}/transformer/Block"})
+            for target in targets
+        ]
+        runtime = {"device": "cpu", "targets": {target: target.removeprefix("cpu-") for target in targets}}
+        return made.model_copy(update={"engines": tuple(engines), "runtime": runtime})
+
+    with BundleWriter(output) as writer:
+        for path, (role, data) in files.items():
+            writer.write(path, data + (extra if role == "weights" else b""), role)  # pyright: ignore[reportArgumentType]
+        writer.write_unhashed("build.json", b"{}")
+        return writer.publish(manifest)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.bundle.state import cache_root
 from diffkiln.errors import ExportError
 from diffkiln.exporters.base import Artefact, Lowering
-from diffkiln.exporters.cache import EngineCache, default_root, engine_key
+from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.spec.targets import Target
 from tests.exporters.regions import CPU, block, int8_linear
 
@@ -115,10 +116,10 @@ def test_names_of_region_and_target_are_not_part_of_the_key() -> None:
 def test_the_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFKILN_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert default_root() == Path.home() / ".cache" / "diffkiln"
+    assert cache_root() == Path.home() / ".cache" / "diffkiln"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
-    assert default_root() == Path.home() / ".cache" / "diffkiln"
+    assert cache_root() == Path.home() / ".cache" / "diffkiln"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert default_root() == Path("/xdg/diffkiln")
+    assert cache_root() == Path("/xdg/diffkiln")
     monkeypatch.setenv("DIFFKILN_CACHE_DIR", "/mine")
-    assert default_root() == EngineCache().root == Path("/mine")
+    assert cache_root() == EngineCache().root == Path("/mine")

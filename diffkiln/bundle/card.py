@@ -1,0 +1,163 @@
+"""The model card of a bundle, README.md: what it was made of, what was done to it, what was measured when it was built.
+
+It is made of the manifest and of `build.json`. The latter is outside the digests, so it is read with suspicion: what is
+not as expected is left out, and nothing in it can break out of its cell or its line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffkiln.bundle import strict_json
+from diffkiln.bundle.manifest import Manifest
+from diffkiln.bundle.partial import engine_targets
+
+MAX_BUILD_BYTES = 1 << 20
+_LICENCE = ("license", "license_name", "license_link")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def read_build(data: bytes) -> Mapping[str, Any]:
+    """What `build.json` says; nothing, where it is not readable."""
+    try:
+        build = strict_json.loads(data, max_bytes=MAX_BUILD_BYTES)
+    except strict_json.StrictJSONError:
+        return {}
+    return build if isinstance(build, dict) else {}
+
+
+def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, identity: str | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        manifest: the whole bundle's.
+        build: what `build.json` holds.
+        repo: the repository on the Hub that the card is for; a local folder without one.
+        identity: the bundle's id, where it is known.
+    """
+    sections = [
+        _metadata(manifest, build),
+        _what(manifest, build, identity),
+        _use(repo),
+        _variants(manifest),
+        _passes(manifest, build),
+        _measured(build),
+        [f"- {_line(notice)}" for notice in _list(build, "notices")],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _metadata(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
+    """The Hub's front matter. JSON is YAML, so whatever a value holds stays a value."""
+    source = _dict(build, "source")
+    fields: dict[str, Any] = {key: source[key] for key in _LICENCE if isinstance(source.get(key), str | list)}
+    if base := _base_models(manifest, source):
+        fields["base_model"] = base
+        if any(row.name == "quantize" and row.changed for row in manifest.passes):
+            fields["base_model_relation"] = "quantized"
+    fields["library_name"] = "diffkiln"
+    fields["pipeline_tag"] = _task(manifest, source)
+    fields["tags"] = ["diffkiln", "compiled", *engine_targets(manifest)]
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
+
+
+def _base_models(manifest: Manifest, source: Mapping[str, Any]) -> list[str]:
+    """The model that was compiled, where the Hub has it; else the one that the source's own card names."""
+    names = [manifest.source["model"]] if "model" in manifest.source else _list(source, "base_model")
+    return [name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)]
+
+
+def _task(manifest: Manifest, source: Mapping[str, Any]) -> str:
+    if isinstance(stated := source.get("pipeline_tag"), str):
+        return stated
+    films = any(variant.fixed.get("num_frames") for variant in manifest.pipeline.variants)
+    return "text-to-video" if films else "text-to-image"
+
+
+def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) -> list[str]:
+    version = _line(build.get("diffkiln") or "")
+    origin = manifest.source.get("model") or manifest.source.get("architecture") or "a local folder"
+    revision = f" at {_line(manifest.source['revision'])}" if "revision" in manifest.source else ""
+    size = sum(row.bytes for rows in manifest.weights.values() for row in rows)
+    targets = f" for {', '.join(engine_targets(manifest))}" if manifest.engines else ""
+    licence = _dict(build, "source").get("license")
+    terms = (
+        f"Licence, as the source states it: {_line(licence)}."
+        if licence
+        else ("The source states no licence: ask its authors before you pass the bundle on.")
+    )
+    return [
+        f"# {manifest.pipeline.class_name}, compiled by diffkiln {version}".rstrip(),
+        "",
+        f"Made from {_line(origin)}{revision}. Weights: {size / 1e6:.1f} MB in {len(manifest.weights)} components; "
+        f"{len(manifest.engines)} engines{targets}.",
+        terms,
+        *([f"Bundle id: `{identity}`."] if identity else []),
+    ]
+
+
+def _use(repo: str | None) -> list[str]:
+    fetch = [f"    diffkiln pull {repo} -o bundle", ""] if repo else []
+    place = "bundle" if repo else "this/folder"
+    return [
+        *fetch,
+        "    import diffkiln",
+        f'    pipe = diffkiln.load("{place}")',
+        '    image = pipe("a prompt").images[0]',
+    ]
+
+
+def _variants(manifest: Manifest) -> list[str]:
+    rows = [[v.name, f"`{json.dumps(v.fixed, sort_keys=True)}`"] for v in manifest.pipeline.variants]
+    return _table(("variant", "fixed"), rows)
+
+
+def _passes(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
+    told = [item if isinstance(item, dict) else {} for item in _list(build, "passes")]
+    notes = (
+        [_list(item, "notes") for item in told] if len(told) == len(manifest.passes) else [[]] * len(manifest.passes)
+    )
+    rows = [
+        [row.name, str(row.options.get("component", "")), "; ".join(map(str, said))]
+        for row, said in zip(manifest.passes, notes, strict=True)
+    ]
+    return _table(("pass", "component", "what it did"), rows)
+
+
+def _measured(build: Mapping[str, Any]) -> list[str]:
+    seconds = {key: value for key, value in _dict(build, "seconds").items() if isinstance(value, int | float)}
+    rows = [[f"{step}, seconds", f"{value:.1f}"] for step, value in seconds.items()]
+    if isinstance(peak := build.get("peak_rss_bytes"), int):
+        rows.append(["peak memory of the build, MB", f"{peak / 1e6:.0f}"])
+    host = [str(value) for value in _dict(build, "host").values()]
+    versions = [f"{name} {build[name]}" for name in ("torch", "diffusers") if name in build]
+    return _table((_cell("measured when it was built"), _cell(", ".join((*host, *versions)))), rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [columns, ["---"] * len(columns), *([_cell(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _line(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
+def _dict(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _list(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    return value if isinstance(value, list) else []

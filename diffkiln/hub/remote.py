@@ -1,0 +1,60 @@
+"""A repository at one commit: what is in it, how large, with which digests. One request tells all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import diffkiln
+from diffkiln.errors import HubError
+from diffkiln.hub.address import COMMIT
+from diffkiln.hub.explained import asking
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository. `sha256` is known of large files (LFS), `git` (git's blob id) of the others."""
+
+    size: int
+    sha256: str | None
+    git: str | None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository at `commit`; every question that is asked later is asked of this commit."""
+
+    repo: str
+    commit: str
+    private: bool
+    files: Mapping[str, RemoteFile]
+
+
+def client() -> HfApi:
+    """huggingface_hub's client. Raises `MissingDependency`."""
+    with asking("", "reach"):
+        from huggingface_hub import HfApi
+
+        return HfApi(library_name="diffkiln", library_version=diffkiln.__version__)
+
+
+def look_at(api: HfApi, repo: str, revision: str | None = None) -> Remote:
+    """What `revision` (a branch, a tag or a commit; `main` by default) of the repository is now.
+
+    Raises `HubError` and `HubUnavailable`.
+    """
+    with asking(repo, "read"):
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        files = {
+            item.rfilename: RemoteFile(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
+            for item in info.siblings or ()
+        }
+    commit = info.sha or ""
+    wanted = revision if revision and COMMIT.fullmatch(revision) else commit
+    if not COMMIT.fullmatch(commit) or commit != wanted:
+        raise HubError(f"cannot read {repo}: the Hub answered with the commit {commit[:40]!r} instead of {wanted!r}")
+    return Remote(repo, commit, bool(info.private), files)
