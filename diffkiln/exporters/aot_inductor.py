@@ -258,6 +258,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        # Rotary embeddings as complex numbers: what it has no code for, it leaves to ATen.
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
         yield
 
 

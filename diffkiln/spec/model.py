@@ -186,8 +186,9 @@ class Inputs(Strict):
 
 def _count(size: Any) -> int:
     """How many sizes something that is not validated yet stands for."""
-    numbers = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
-    if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
+    given = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
+    numbers = [number for number in given if type(number) is int and number > 0]
+    if len(numbers) != 3:
         return 1
     smallest, largest, step = numbers
     return max((largest - smallest) // step + 1, 1)
