@@ -37,6 +37,7 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.constants import Constants
@@ -199,6 +200,8 @@ def compile(
         chosen = _calibrate(checked, recording, metrics or {}, steps, writer)
         with quiet_libraries():
             recording, _ = manager.rewrite(recording, chosen.placed)
+        compiled = {request.component for request in checked.plan.compile}
+        notices += notices_of(chosen.placed, compiled, recording.modules)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)

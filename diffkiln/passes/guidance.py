@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,8 @@ from diffkiln.errors import Problem, RecordError
 from diffkiln.passes.base import Fact, Outcome, Pass, Plan
 from diffkiln.passes.caching import symbols
 from diffkiln.passes.guiding import join, pairs_of, part
-from diffkiln.program import STEP, Program
+from diffkiln.passes.registry import Placed
+from diffkiln.program import STEP, Module, Program, is_rebatched
 from diffkiln.record.batches import Rebatched, rebatch
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
@@ -165,6 +166,29 @@ class Guidance(Pass):
         if any(len(step) != 1 for step in places):
             raise ValueError(f"some steps call {self.component} once, and others more than once")
         return part(call, self.component, [step[0] for step in places], guided, others, in_two, recording.constants)
+
+
+def notices_of(placed: Sequence[Placed], compiled: Collection[str], modules: Mapping[str, Module]) -> list[str]:
+    """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its own way.
+
+    Args:
+        placed: the passes.
+        compiled: components that have engines.
+        modules: the components as the passes leave them.
+    """
+    told: list[str] = []
+    for step in (item.step for item in placed if isinstance(item.step, Guidance)):
+        if step.steps is not None:
+            told.append(
+                f"guidance of {step.component} is left out of steps, which diffusers cannot do: the bundle cannot be "
+                "loaded with as_diffusers"
+            )
+        elif step.component in compiled and is_rebatched(modules[step.component]):
+            told.append(
+                f"the engines of {step.component} are for another batch than diffusers calls it with: a pipeline "
+                'that is loaded with as_diffusers needs "on_incompatible": "eager" in "runtime"'
+            )
+    return told
 
 
 def _of_two(places: Sequence[tuple[int, ...]]) -> bool:

@@ -1,5 +1,6 @@
 """The program: a pipeline's call, its components and their regions as data. No torch."""
 
+from diffkiln.program.batches import DOUBLED, HALVED, is_rebatched
 from diffkiln.program.ir import (
     CALL,
     NOISE,
@@ -34,6 +35,8 @@ from diffkiln.program.verify import verify, verify_module, verify_types
 
 __all__ = [
     "CALL",
+    "DOUBLED",
+    "HALVED",
     "NOISE",
     "REGION",
     "STEP",
@@ -51,6 +54,7 @@ __all__ = [
     "drop_dead",
     "dumps",
     "fingerprint",
+    "is_rebatched",
     "listing",
     "map_refs",
     "module_from_json",

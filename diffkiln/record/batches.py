@@ -15,7 +15,7 @@ import torch
 
 from diffkiln.aten import type_of
 from diffkiln.errors import RecordError
-from diffkiln.program import CALL, Module, Program, TensorType
+from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.lengths import fixed_lengths
 from diffkiln.record.pipeline import Recording, record_once
@@ -77,7 +77,7 @@ def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Reco
     every = [callee for callee in recording.callees.values() if callee.component == component]
     with fixed_lengths():
         recorded = record_component([*every, *fresh.values()], recording.fake, recording.constants)
-    recorded = _named(recorded, fresh, ".doubled" if double else ".halved")
+    recorded = _named(recorded, fresh, DOUBLED if double else HALVED)
     found = {
         old.program: Rebatched(
             old.program,

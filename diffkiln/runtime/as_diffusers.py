@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from diffkiln.bundle import Manifest, Verified
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
+from diffkiln.program import Module, is_rebatched
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
 from diffkiln.runtime.originals import build, class_of, quiet, read_weights
@@ -49,10 +51,11 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     offload: Any = manifest.runtime.get("offload")
     _refuse_quantized_on_disk(manifest, place, offload)
     modules = read_modules(verified)
+    eager = manifest.runtime.get("on_incompatible") == "eager"
+    _refuse_guidance(manifest, modules, eager)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
     engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
     pipe = _pipeline(verified)
-    eager = manifest.runtime.get("on_incompatible") == "eager"
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
         plug_in(pipe.components[name], recorded, own, constants, eager)
@@ -181,6 +184,24 @@ def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: 
             f"diffusers cannot offload torchao weights to disk, and {', '.join(quantized)} has them. Load the bundle "
             "without as_diffusers, or compile it without offloading"
         )
+
+
+def _refuse_guidance(manifest: Manifest, modules: Mapping[str, Module], eager: bool) -> None:
+    """diffusers guides every step, and calls the denoiser with its own batch."""
+    compiled = {row.component for row in manifest.engines}
+    for options in (row.options for row in manifest.passes if row.name == "guidance"):
+        component = str(options["component"])
+        if options.get("steps") is not None:
+            raise Incompatible(
+                f"diffusers guides {component} in every step, and this bundle leaves guidance out of some. Load the "
+                "bundle without as_diffusers"
+            )
+        if component in compiled and is_rebatched(modules[component]) and not eager:
+            raise Incompatible(
+                f"the engines of {component} are for the batch that guidance has there ({options['batch']}), and "
+                "diffusers calls it with another. Load the bundle without as_diffusers, or compile it with "
+                '"on_incompatible": "eager" in "runtime", so that diffusers\' own blocks run'
+            )
 
 
 def _to_disk(place: torch.device, offload: Any) -> bool:

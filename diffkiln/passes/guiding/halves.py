@@ -79,11 +79,12 @@ class Halves:
 
     def _parts(self, op: Op, ref: Ref, which: int) -> list[Ref]:
         """The parts of a concatenation that make up a half of it; none where it is of another dimension or cut."""
-        if (len(op.args) > 1 and op.args[1] != 0) or "dim" in op.kwargs:
+        together, *dim = op.args
+        if dim not in ([], [0]) or op.kwargs:
             return []
         half, begin = self._type(ref).shape[0] // 2, 0
         found: list[Ref] = []
-        for part in refs(op.args[0]):
+        for part in refs(together):
             end = begin + self._type(part).shape[0]
             if begin < half < end:
                 return []
