@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
 def test_the_pipeline_says_which_inputs_follow_the_batch(families):
     made = spec(families, "flux")
-    made["passes"], made["inputs"]["num_inference_steps"] = [], 1
+    made["passes"], made["inputs"]["num_inference_steps"] = [], 2
     checked = check(made)
     with quiet_libraries():
         recording = record(checked.pipe, checked.requests, Constants())
