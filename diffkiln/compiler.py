@@ -37,6 +37,7 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
 from diffkiln.record.constants import Constants
@@ -47,6 +48,7 @@ from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
 from diffkiln.record.steps import steps_with, wanted_steps
+from diffkiln.rows import check_rows
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
 from diffkiln.verification import Verification
@@ -198,7 +200,10 @@ def compile(
             for index, request in enumerate(checked.requests if recording.calls else ()):
                 verification.check_call(request, recording.calls[index])
         chosen = _calibrate(checked, recording, metrics or {}, steps, writer)
-        recording, _ = manager.rewrite(recording, chosen.placed)
+        with quiet_libraries():
+            recording, _ = manager.rewrite(recording, chosen.placed)
+        compiled = {request.component for request in checked.plan.compile}
+        notices += notices_of(chosen.placed, compiled, recording.modules)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)
@@ -288,6 +293,7 @@ def _stream(
         _return_memory()
     _same_weights(name, checked.plan.modules[name], module)
     verification.check_component(name, module)
+    check_rows(packed.recording, name, module, verification)
     rows = pack_weights(writer, name, module, packed, used)
     del module
     if large:

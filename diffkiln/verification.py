@@ -206,17 +206,29 @@ class Verification:
         recorded = self._recording.modules.get(name)
         if recorded is None:
             return
-        size = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
         for program in recorded.programs:
             callee = self._recording.callees[f"{name}/{program}"]
             seen = self._seen[name, program]
-            with fixed_lengths():
-                if size <= WHOLE_UP_TO:
-                    compare_component(callee, module, recorded, seen[0].leaves, self._recording.constants.tensors)
-                else:
-                    self._check_twin(callee, module, seen[0].leaves)
+            self.check_program(callee, module, recorded, seen[0].leaves)
             if is_rewritten(module) or seen[0].padding:
                 _compare_lengths(callee, module, seen)
+
+    def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
+        """Compare one program of a component with it on these arguments, or with a twin where the weights are large.
+
+        Raises:
+            VerifyError: they differ.
+        """
+        size = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
+        with fixed_lengths():
+            if size <= WHOLE_UP_TO:
+                compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
+            else:
+                self._check_twin(callee, module, leaves)
+
+    def given(self, name: str, program: str) -> list[list[Any]]:
+        """The arguments of the first calls of a component's program, flattened."""
+        return [seen.leaves for seen in self._seen[name, program]]
 
     def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any]) -> None:
         """The same with a twin that has one block of each kind, recorded anew."""
@@ -234,7 +246,7 @@ def _compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[_Gi
     Raises:
         VerifyError: what the call uses of the results differs by more than rounding.
     """
-    twin, dtype = _in_float32(shrunken(module, in_each_list=True))
+    twin, dtype = in_float32(shrunken(module, in_each_list=True))
     for given in seen:
         args, kwargs = _cast((given.args, given.kwargs), dtype)
         padded = unflatten(_cast(given.leaves, dtype), callee.structure)
@@ -252,7 +264,7 @@ def _compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[_Gi
                 )
 
 
-def _in_float32(twin: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
+def in_float32(twin: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
     """A copy of a twin in float32, and that type; the twin itself and None where its weights are not torch's own types.
 
     Quantized weights become what they stand for: quantized activations would turn rounding into whole steps.
@@ -488,4 +500,6 @@ def _shown(keywords: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
 
 
-__all__ = ["Verification", "close", "compare_component", "replay", "same", "shrunken"]
+__all__ = [
+    "Verification", "close", "compare_component", "difference", "in_float32", "replay", "same", "shrunken"
+]  # fmt: skip

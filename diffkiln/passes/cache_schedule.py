@@ -230,7 +230,10 @@ class CacheSchedule(Pass):
 
     def _dynamic_problems(self, module: torch.nn.Module, plan: Plan, where: str) -> Iterable[Problem]:
         source = _source_of(plan.class_name)
-        if not hasattr(module, "enable_cache"):
+        if Fact("guidance_changed", self.component) in plan.facts:
+            reason = "guidance rewrites the program, and with dynamic diffusers runs without one"
+            yield Problem(f"{where}.dynamic", reason, "Remove guidance, or choose a fixed schedule.")
+        elif not hasattr(module, "enable_cache"):
             reason = f"diffusers gives {type(module).__name__} no enable_cache"
             yield Problem(where, reason, "Choose a fixed schedule.")
         elif self.method == "seacache" and not re.search(r"cache_context\([^)]*sigma=", source):

@@ -1,116 +1,220 @@
-"""Leave guidance out of some steps."""
+"""How a denoiser that guides by a second evaluation is called: twice a step, once with a doubled batch, or once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib
+import inspect
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from diffkiln.errors import Problem
+from diffkiln.errors import Problem, RecordError
 from diffkiln.passes.base import Fact, Outcome, Pass, Plan
-from diffkiln.passes.caching import lanes_of, symbols
-from diffkiln.program import STEP, Op, Program, Ref, drop_dead, map_refs, refs
-from diffkiln.record.pipeline import NEGATIVES, Recording
-from diffkiln.spec import Target
+from diffkiln.passes.caching import symbols
+from diffkiln.passes.guiding import join, pairs_of, part
+from diffkiln.passes.registry import Placed
+from diffkiln.program import STEP, Module, Program, is_rebatched
+from diffkiln.record.batches import Rebatched, rebatch
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import Conflict, Target, refuse
+
+_BATCHES = {"doubled": "one call of a doubled batch a step", "halved": "two calls of half the batch a step"}
 
 
 class Guidance(Pass):
-    """Leave classifier-free guidance out of the steps that `steps` names with 0: they call the denoiser once.
+    """Change how often, and with which batch, classifier-free guidance calls the denoiser.
 
-    It is for pipelines that call the denoiser twice a step, with the prompt and without. A step that is not guided
-    takes what the first call gives in the place of both, which is guidance with a scale of 1.
+    `batch`: pipelines that call it twice a step, with the prompt and without, get one call of a `doubled` batch, which
+    costs less where a batch of one leaves the device idle; those with a doubled batch get two calls of half of it
+    (`halved`), which need less memory at once. `steps`: those with a 0 are not guided: the prompt's evaluation stands
+    for both, which is guidance with a scale of 1, and the other is left out. The pipeline's own arithmetic stays.
     """
 
     name: ClassVar[str] = "guidance"
-    summary: ClassVar[str] = "leave guidance out of some steps"
+    version: ClassVar[int] = 2
+    summary: ClassVar[str] = "guide with another batch, or leave guidance out of some steps"
     requires_not: ClassVar = {"scheduled": "a schedule counts a step's calls. Put guidance before cache_schedule"}
-    examples: ClassVar = ({"name": "guidance", "component": "transformer", "steps": [1, 1, 1, 1, 0, 0]},)
-
-    steps: tuple[Literal[0, 1], ...] = Field(
-        min_length=1, description="For each step whether it is guided (1), or calls the denoiser once (0)."
+    examples: ClassVar = (
+        {"name": "guidance", "component": "transformer", "steps": [1, 1, 1, 1, 0, 0]},
+        {"name": "guidance", "component": "transformer", "batch": "doubled"},
+        {"name": "guidance", "component": "unet", "batch": "halved", "steps": [1, 1, 1, 1, 0, 0]},
     )
 
+    steps: tuple[Literal[0, 1], ...] | None = Field(
+        None, min_length=1, description="For each step whether it is guided (1), or evaluates the prompt alone (0)."
+    )
+    batch: Literal["doubled", "halved"] | None = Field(
+        None, description="Make one call of a step's two, or two of its one with a doubled batch."
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        steps = given.get("steps")
+        if steps is None and "batch" not in given:
+            yield ("steps",), refuse("neither steps nor a batch are given", 'Add one, such as "batch": "doubled"')
+        elif "batch" in given and isinstance(steps, list | tuple) and steps:
+            if all(step == 1 for step in steps):
+                yield ("steps",), refuse("leave guidance in every step, as it is without them", "Remove them")
+            elif all(step == 0 for step in steps):
+                yield ("batch",), refuse("no step is guided, so that there is none to batch", "Remove it")
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON, without those that are not given."""
+        return self.model_dump(mode="json", exclude_none=True)
+
     def provides(self) -> Iterable[Fact]:
-        return [Fact("guided_in_part", self.component, self.name)]
+        return [Fact("guidance_changed", self.component, self.name)]
+
+    # -- from configuration --
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in plan.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
-        for count in plan.steps:
-            if len(self.steps) != count:
-                reason = f"names {len(self.steps)} steps, and {self.component} is called in {count}"
-                yield Problem(f"{where}.steps", reason, f"Give one for each of {count} steps.")
+            return
+        if reason := _no_second_evaluation(module, plan):
+            yield Problem(where, f"{self.component} {reason}", "Remove guidance.")
+        if self.batch and any(fact == Fact("scaled_together", self.component) for fact in plan.facts):
+            reason = "one scale of the activations is for the whole batch, so its halves would change each other"
+            yield Problem(f"{where}.batch", reason, 'Quantize with "granularity": "per_row".')
+        for count in plan.steps if self.steps is not None else ():
+            if len(self.steps or ()) != count:
+                yield Problem(f"{where}.steps", self._miscounted(count), f"Give one for each of {count} steps.")
+
+    def _miscounted(self, count: int) -> str:
+        return f"names {len(self.steps or ())} steps, and {self.component} is called in {count}"
 
     def run(self, plan: Plan) -> Outcome:
-        guided = [bool(step) for step in self.steps]
-        note = f"{sum(guided)} of {len(guided)} steps are guided: {symbols(guided)}"
-        return Outcome(plan.with_facts(self.provides()), not all(guided), (note,))
+        notes: list[str] = []
+        if self.batch is not None:
+            notes.append(_BATCHES[self.batch])
+        if self.steps is not None:
+            guided = [bool(step) for step in self.steps]
+            notes.append(f"{sum(guided)} of {len(guided)} steps are guided: {symbols(guided)}")
+        changed = self.batch is not None or not all(self.steps or ())
+        return Outcome(plan.with_facts(self.provides()), changed, tuple(notes))
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return ()
+
+    # -- the programs --
 
     @property
     def rewrites(self) -> bool:
         return True
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
-        """The recording with calls left out.
+        """The recording with other calls of the component.
 
         Raises:
-            ValueError: no step calls the component twice, or the call with the prompt is not the first.
+            ValueError: the component is not guided in a way that this could change, it cannot be told how, or it cannot
+                be recorded at the other batch.
         """
-        calls = [{name: self._unguided(call) for name, call in programs.items()} for programs in recording.calls]
-        if calls == recording.calls:
+        if self.component not in recording.modules:
+            raise ValueError(f"the call never calls {self.component}")
+        wanted = [fixed.get("num_inference_steps") for fixed in recording.fixed]
+        found = zip(recording.calls, wanted, strict=True)
+        places = [{name: pairs_of(call, self.component, n) for name, call in calls.items()} for calls, n in found]
+        twice = any(_of_two(steps) for each in places for steps in each.values())
+        if self.batch == "doubled" and not twice:
             raise ValueError(
-                f"no step calls {self.component} twice: it is guided by a doubled batch, by an argument, or not at all"
+                f"no step calls {self.component} twice: it is guided by a doubled batch already, by an argument, or "
+                "not at all"
             )
+        if self.batch == "halved" and twice:
+            raise ValueError(f"a step calls {self.component} twice already, each time with half of what is guided")
+        others: Mapping[str, Rebatched] = {}
+        if self.batch == "doubled" or not twice:
+            recording, others = self._rebatched(recording, twice)
+        calls = [
+            {name: self._rewritten(call, each[name], twice, others, recording) for name, call in programs.items()}
+            for programs, each in zip(recording.calls, places, strict=True)
+        ]
         return replace(recording, calls=calls), ()
 
-    def _unguided(self, call: Program) -> Program:
-        lanes = lanes_of(call, self.component)
-        steps: dict[int, list[Op]] = {}
-        for index, (step, _) in sorted(lanes.place.items()):
-            steps.setdefault(step, []).append(call.ops[index])
-        if any(len(own) != 2 for own in steps.values()):
-            return call
-        if len(self.steps) != len(steps):
-            raise ValueError(f"names {len(self.steps)} steps, and {self.component} is called in {len(steps)}")
-        renamed: dict[str, Ref] = {}
-        gone: set[int] = set()
-        for guided, own in zip(self.steps, steps.values(), strict=True):
-            kept, dropped = own
-            if _reads_negative(call, kept) or kept.attrs["program"] != dropped.attrs["program"]:
-                raise ValueError(f"the first of two calls of {self.component} in a step is not the one with the prompt")
-            if not guided:
-                gone.add(id(dropped))
-                renamed |= dict(zip(dropped.outputs, map(Ref, kept.outputs), strict=True))
+    def _rebatched(self, recording: Recording, double: bool) -> tuple[Recording, Mapping[str, Rebatched]]:
+        try:
+            return rebatch(recording, self.component, double=double)
+        except RecordError as error:
+            which = "a doubled batch" if double else "half of a doubled batch"
+            raise ValueError(f"{self.component} cannot be called with {which}: {error}") from error
 
-        def now(op: Op) -> Op:
-            args, kwargs = map_refs((op.args, op.kwargs), lambda ref: renamed.get(ref.name, ref))
-            return replace(op, args=args, kwargs=kwargs)
+    def _rewritten(
+        self,
+        call: Program,
+        places: Sequence[tuple[int, ...]],
+        twice: bool,
+        others: Mapping[str, Rebatched],
+        recording: Recording,
+    ) -> Program:
+        if twice and not _of_two(places):
+            return call  # without a negative prompt some pipelines do not guide at all
+        guided = [bool(step) for step in self.steps or [1] * len(places)]
+        if len(guided) != len(places):
+            raise ValueError(self._miscounted(len(places)))
+        in_two = self.batch == "halved" or (twice and self.batch is None)
+        if in_two and not all(guided) and not any(op.name == STEP for op in call.ops):
+            raise ValueError(
+                "the call does not mark the ends of its steps, so they are counted, which two calls in some and one in "
+                "others would confuse. Leave out steps, or guide with a doubled batch"
+            )
+        if twice:
+            return join(call, self.component, places, guided, others, recording.constants)
+        if any(len(step) != 1 for step in places):
+            raise ValueError(f"some steps call {self.component} once, and others more than once")
+        return part(call, self.component, [step[0] for step in places], guided, others, in_two, recording.constants)
 
-        return drop_dead(replace(call, ops=tuple(now(op) for op in call.ops if id(op) not in gone)))
+
+def notices_of(placed: Sequence[Placed], compiled: Collection[str], modules: Mapping[str, Module]) -> list[str]:
+    """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its own way.
+
+    Args:
+        placed: the passes.
+        compiled: components that have engines.
+        modules: the components as the passes leave them.
+    """
+    told: list[str] = []
+    for step in (item.step for item in placed if isinstance(item.step, Guidance)):
+        if step.steps is not None:
+            told.append(
+                f"guidance of {step.component} is left out of steps, which diffusers cannot do: the bundle cannot be "
+                "loaded with as_diffusers"
+            )
+        elif step.component in compiled and is_rebatched(modules[step.component]):
+            told.append(
+                f"the engines of {step.component} are for another batch than diffusers calls it with: a pipeline "
+                'that is loaded with as_diffusers needs "on_incompatible": "eager" in "runtime"'
+            )
+    return told
 
 
-def _reads_negative(call: Program, wanted: Op) -> bool:
-    """Whether an operation depends on a negative prompt, but for what every later step inherits from its latents."""
-    made: Mapping[str, Op] = {name: op for op in call.ops for name in op.outputs}
-    tokens = {item.name: item.source["text"] for item in call.inputs if item.source.get("kind") == "tokens"}
-    negative = {
-        index
-        for index, text in enumerate(call.texts)
-        if any(row.get("keyword") in NEGATIVES or row.get("text") == "" for row in text["rows"])
-    }
-    waiting, seen = [ref.name for ref in refs(wanted.args)], set[str]()
-    while waiting:
-        name = waiting.pop()
-        if tokens.get(name) in negative:
-            return True
-        if name in seen or name not in made or made[name].name == STEP:
-            continue
-        seen.add(name)
-        waiting += [ref.name for ref in refs((made[name].args, made[name].kwargs))]
-    return False
+def _of_two(places: Sequence[tuple[int, ...]]) -> bool:
+    return bool(places) and all(len(step) == 2 for step in places)
+
+
+def _no_second_evaluation(module: torch.nn.Module, plan: Plan) -> str:
+    """Why the denoiser is not evaluated a second time for guidance; "" if it may be."""
+    config = getattr(module, "config", {})
+    kind = getattr(importlib.import_module("diffusers"), plan.class_name, None)
+    parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
+    true = [_scale(variant, parameters, "true_cfg_scale") for variant in plan.variants]
+    if config.get("time_cond_proj_dim") is not None:
+        return "is distilled: it is given the guidance scale (time_cond_proj_dim), and is evaluated once a step"
+    if config.get("guidance_embeds") and not any(scale > 1 for scale in true):
+        return "is distilled: it is given the guidance scale (guidance_embeds), and is evaluated once a step"
+    if "true_cfg_scale" in parameters and not any(scale > 1 for scale in true):
+        return "is not guided: true_cfg_scale is at most 1"
+    scales = [_scale(variant, parameters, "guidance_scale") for variant in plan.variants]
+    turned_off = kind is not None and re.search(r"guidance_scale > 1", inspect.getsource(kind))
+    if turned_off and "true_cfg_scale" not in parameters and not any(scale > 1 for scale in scales):
+        return "is not guided: guidance_scale is at most 1, which turns guidance off"
+    return ""
+
+
+def _scale(variant: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], name: str) -> float:
+    """The scale of a variant, or the pipeline's default; 0 where it has none."""
+    given = variant.get(name, parameters[name].default if name in parameters else None)
+    return float(given) if isinstance(given, int | float) else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ import torch
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, VerifyError
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, order_problems
-from diffkiln.program import CALL, verify_module, verify_types
+from diffkiln.program import CALL, REGION, Module, Program, verify_module, verify_types
 from diffkiln.program import verify as verify_program
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
@@ -122,7 +122,7 @@ def rewrite(recording: Recording, placed: Sequence[Placed]) -> tuple[Recording, 
 
 
 def _without_unused(recording: Recording) -> Recording:
-    """Without the components' programs that no call calls any more."""
+    """Without the components' programs that no call calls any more, and without regions that those alone called."""
     called = {
         (op.attrs["component"], op.attrs["program"])
         for programs in recording.calls
@@ -131,10 +131,16 @@ def _without_unused(recording: Recording) -> Recording:
         if op.name == CALL
     }
     modules = {
-        name: replace(module, programs={key: p for key, p in module.programs.items() if (name, key) in called})
+        name: _with_programs(module, {key: p for key, p in module.programs.items() if (name, key) in called})
         for name, module in recording.modules.items()
     }
     return replace(recording, modules=modules)
+
+
+def _with_programs(module: Module, programs: Mapping[str, Program]) -> Module:
+    used = {op.attrs["region"] for program in programs.values() for op in program.ops if op.name == REGION}
+    regions = {name: region for name, region in module.regions.items() if name in used}
+    return replace(module, programs=programs, regions=regions)
 
 
 def _verify_programs(recording: Recording, item: Placed) -> None:

@@ -104,6 +104,8 @@ class Quantize(Pass):
         yield Fact("quantized", self.component, self.name)
         if self.quantizer.compiles:
             yield Fact(f"quantized_by_{self.backend}", self.component, self.name)
+        if self.type == "float8_dynamic" and self.granularity == "per_tensor":
+            yield Fact("scaled_together", self.component, self.name)
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         if missing := self.quantizer.missing():

@@ -1,6 +1,7 @@
 """The program: a pipeline's call, its components and their regions as data. No torch."""
 
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
+from diffkiln.program.batches import DOUBLED, HALVED, is_rebatched
 from diffkiln.program.ir import (
     ATTENTION,
     CALL,
@@ -38,6 +39,8 @@ from diffkiln.program.verify import verify, verify_module, verify_types
 __all__ = [
     "ATTENTION",
     "CALL",
+    "DOUBLED",
+    "HALVED",
     "KERNELS",
     "NATIVE",
     "NOISE",
@@ -59,6 +62,7 @@ __all__ = [
     "drop_dead",
     "dumps",
     "fingerprint",
+    "is_rebatched",
     "kernel_of",
     "listing",
     "map_refs",

@@ -22,6 +22,10 @@ class Constants:
             data = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
             return self._add(data)
 
+    def add_joined(self, first: str, second: str) -> str:
+        """Keep two constants as one, the rows of the second after those of the first; gives its key."""
+        return self.add(torch.cat([self.tensors[first], self.tensors[second]]))
+
     def _add(self, data: torch.Tensor) -> str:
         head = f"{dtype_name(data.dtype)}{tuple(data.shape)}".encode()
         body = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -25,6 +25,9 @@ from diffkiln.record.lengths import fixed_lengths, outdated
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
+
+if TYPE_CHECKING:
+    from diffkiln.record.batches import Rebatched
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
@@ -46,7 +49,9 @@ class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
     `callees` are the ways in which components are called, by "component/program". `reason` says why nothing was
-    recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors.
+    recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors. `pipe` is the
+    ghost that was recorded for the `requests`, for passes that record a component anew; `batches` are the programs that
+    they made so, by "component/program".
     """
 
     calls: list[dict[str, Program]]
@@ -57,6 +62,9 @@ class Recording:
     callees: Mapping[str, Callee] = field(default_factory=dict)
     reason: str = ""
     fake: FakeTensorMode = field(default_factory=FakeTensorMode)
+    pipe: Any = None
+    requests: tuple[Request, ...] = ()
+    batches: Mapping[str, Rebatched] = field(default_factory=dict)
 
 
 def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
@@ -100,7 +108,21 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
             verify(program, modules=modules)
     fixed = [defaults(pipe, request) for request in requests]
     ways = {f"{callee.component}/{callee.program}": callee for callee in callees.values()}
-    return Recording(calls, modules, constants, fixed, notices, ways, fake=fake)
+    return Recording(calls, modules, constants, fixed, notices, ways, fake=fake, pipe=pipe, requests=tuple(requests))
+
+
+def record_once(recording: Recording, request: Request, negative: bool) -> tuple[Program, Mapping[str, Callee]]:
+    """Record the recording's pipeline for another request: its call, and its callees by the names in the call.
+
+    The program is for looking at: its constants are not the recording's, and its components are not recorded.
+
+    Raises:
+        RecordError: as `record`.
+    """
+    callees: dict[str, Callee] = {}
+    with fixed_lengths():
+        recorder = _Recorder(recording.pipe, recording.fake, Constants(), callees)
+        return recorder.run(request, {}, negative, None), callees
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:
@@ -394,4 +416,4 @@ def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
     return drop_dead(replace(program, ops=tuple(map(linked, program.ops))))
 
 
-__all__ = ["Recording", "Request", "call_keywords", "component_methods", "defaults", "record"]
+__all__ = ["Recording", "Request", "call_keywords", "component_methods", "defaults", "record", "record_once"]

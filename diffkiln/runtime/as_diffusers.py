@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from diffkiln.attention import by_kernel
 from diffkiln.bundle import Manifest, Verified
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
-from diffkiln.program import NATIVE
+from diffkiln.program import NATIVE, Module, is_rebatched
 from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
@@ -58,12 +59,13 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     }
     check_kernels({component: [kernel] for component, kernel in attentions.items()}, place)
     modules = read_modules(verified)
+    eager = manifest.runtime.get("on_incompatible") == "eager"
+    _refuse_guidance(manifest, modules, eager)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
     engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
     pipe = _pipeline(verified)
     for component, kernel in attentions.items():
         _choose_attention(pipe.components[component], component, kernel)
-    eager = manifest.runtime.get("on_incompatible") == "eager"
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
         if name in manifest.weights:
@@ -238,6 +240,24 @@ def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: 
             f"diffusers cannot offload torchao weights to disk, and {', '.join(quantized)} has them. Load the bundle "
             "without as_diffusers, or compile it without offloading"
         )
+
+
+def _refuse_guidance(manifest: Manifest, modules: Mapping[str, Module], eager: bool) -> None:
+    """diffusers guides every step, and calls the denoiser with its own batch."""
+    compiled = {row.component for row in manifest.engines}
+    for options in (row.options for row in manifest.passes if row.name == "guidance"):
+        component = str(options["component"])
+        if options.get("steps") is not None:
+            raise Incompatible(
+                f"diffusers guides {component} in every step, and this bundle leaves guidance out of some. Load the "
+                "bundle without as_diffusers"
+            )
+        if component in compiled and is_rebatched(modules[component]) and not eager:
+            raise Incompatible(
+                f"the engines of {component} are for the batch that guidance has there ({options['batch']}), and "
+                "diffusers calls it with another. Load the bundle without as_diffusers, or compile it with "
+                '"on_incompatible": "eager" in "runtime", so that diffusers\' own blocks run'
+            )
 
 
 def _to_disk(place: torch.device, offload: Any) -> bool:

@@ -5,6 +5,7 @@ DIFFKILN_UPDATE_GOLDEN=1 writes the files anew; read the difference before you c
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -43,8 +44,36 @@ def test_the_program_is_as_it_was(name, families):
     programs = recording.modules[component].programs
     reusing = [listing(program) for key, program in programs.items() if key.endswith(".reusing")]
     told = "\n\n".join(["before:", before, "after:", listing(recording.calls[0]["call"]), *reusing]) + "\n"
+    _compare(name, told)
+
+
+def _compare(name: str, told: str) -> None:
     told = re.sub(r"(timestep=\d+)\.\d+", r"\1", re.sub(r"#[0-9a-f]{12,}", "#constant", told))
     file = HERE / f"{name}.txt"
     if os.environ.get("DIFFKILN_UPDATE_GOLDEN"):
         file.write_text(told)
     assert file.read_text() == told
+
+
+#: name → (family, component, options of guidance)
+GUIDANCE = {
+    "flux-guidance-doubled": ("flux", "transformer", {"batch": "doubled"}),
+    "sdxl-guidance-halved": ("sdxl", "unet", {"batch": "halved", "steps": [1, 0]}),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_guidance_changes_these_lines(name, families):
+    family, component, options = GUIDANCE[name]
+    made = spec(families, family)
+    made["passes"] = [{"name": "guidance", "component": component, **options}]
+    made["inputs"]["num_inference_steps"] = 2
+    if family == "flux":
+        made["inputs"]["call"]["true_cfg_scale"] = 3.0
+    checked = check(made)
+    with quiet_libraries():
+        recording = record(checked.pipe, checked.requests, Constants())
+        rewritten, _ = manager.rewrite(recording, checked.placed)
+    before, after = (listing(of.calls[0]["call+negative"]).splitlines() for of in (recording, rewritten))
+    lines = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    _compare(name, "\n".join(lines) + "\n")

@@ -1,0 +1,60 @@
+"""Which of two lanes of a step has the prompt: found by what their arguments depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from diffkiln.program import STEP, Input, Op, Ref, refs
+from diffkiln.record.pipeline import PROMPTS
+
+#: Operators that read nothing of their argument but its shape and type: SDXL's negative embeddings are such zeros.
+_READ_NO_VALUES = frozenset(
+    f"aten.{name}.default"
+    for name in ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+)
+
+
+def prompt_lane(
+    lanes: Sequence[Sequence[Ref]],
+    made: Mapping[str, Op],
+    inputs: Sequence[Input],
+    texts: Sequence[Mapping[str, object]],
+) -> int | None:
+    """The lane, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is none.
+
+    What both lanes are given, such as the latents, is not looked at, and what comes from an earlier step through its
+    latents neither.
+
+    Args:
+        lanes: the arguments of both, in the same order.
+        made: the operations of the call by their results.
+        inputs: of the call.
+        texts: of the call.
+    """
+    own = [
+        [arg for arg, other in zip(lane, lanes[1 - index], strict=True) if arg != other]
+        for index, lane in enumerate(lanes)
+    ]
+    told = [_reads_prompt(args, made, inputs, texts) for args in own]
+    return told.index(True) if told.count(True) == 1 else None
+
+
+def _reads_prompt(
+    args: Sequence[Ref], made: Mapping[str, Op], inputs: Sequence[Input], texts: Sequence[Mapping[str, object]]
+) -> bool:
+    tokens = {item.name: item.source["text"] for item in inputs if item.source.get("kind") == "tokens"}
+    prompts = {
+        index
+        for index, text in enumerate(texts)
+        if any(row.get("keyword") in PROMPTS for row in text["rows"])  # type: ignore[attr-defined]
+    }
+    waiting, seen = [ref.name for ref in args], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if tokens.get(name) in prompts:
+            return True
+        if name in seen or name not in made or made[name].name in (STEP, *_READ_NO_VALUES):
+            continue
+        seen.add(name)
+        waiting += [ref.name for ref in refs((made[name].args, made[name].kwargs))]
+    return False

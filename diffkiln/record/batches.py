@@ -1,0 +1,236 @@
+"""A component at twice its batch, or at half of it: recorded anew from the ghosts.
+
+Which of its inputs follow the batch is what the pipeline itself says: it is recorded once more with twice as many
+prompts, and an input follows where its first dimension doubles. That a row's result does not depend on the other rows
+is not known from that; it is proved with the weights (diffkiln.rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from diffkiln.aten import type_of
+from diffkiln.errors import RecordError
+from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
+from diffkiln.record.components import Callee, record_component
+from diffkiln.record.lengths import fixed_lengths
+from diffkiln.record.pipeline import Recording, record_once
+from diffkiln.record.structure import names_of, unflatten
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input of a program at another batch comes from.
+
+    Attributes:
+        arg: the place of the argument that it is a part of, or a part of which it is; None for a constant that differs
+            from half to half and was folded into the program for both.
+        follows: whether it follows the batch; else both have the same.
+        halves: keys of the constants where there is no argument.
+    """
+
+    arg: int | None
+    follows: bool
+    halves: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Rebatched:
+    """A component's program at another batch than the call has.
+
+    Attributes:
+        of: the name of the program that the call has.
+        program: the name of the one at twice its batch, or at half of it.
+        double: which of the two.
+        follows: for each tensor that the component is given, whether it follows the batch.
+        inputs: where each input of the program comes from.
+        recorded: the component as it was recorded with it.
+    """
+
+    of: str
+    program: str
+    double: bool
+    follows: tuple[bool, ...]
+    inputs: tuple[Source, ...]
+    recorded: Module
+
+
+def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Recording, Mapping[str, Rebatched]]:
+    """Record every program of a component at twice its batch, or at half of it.
+
+    Returns:
+        The recording with the new programs beside the others, and what they are by the names of the latter.
+
+    Raises:
+        RecordError: the pipeline cannot be recorded with twice as many prompts, or the component's arguments or results
+            follow their number in another way than by the first dimension.
+    """
+    grown = _with_twice_the_prompts(recording, component)
+    own = [callee for callee in recording.callees.values() if callee.component == component and callee.program in grown]
+    follows = {callee.program: _following(callee, grown[callee.program]) for callee in own}
+    make = _doubled if double else _halved
+    fresh = {callee.program: make(callee, grown[callee.program], follows[callee.program], recording) for callee in own}
+    every = [callee for callee in recording.callees.values() if callee.component == component]
+    with fixed_lengths():
+        recorded = record_component([*every, *fresh.values()], recording.fake, recording.constants)
+    recorded = _named(recorded, fresh, DOUBLED if double else HALVED)
+    found = {
+        old.program: Rebatched(
+            old.program,
+            fresh[old.program].program,
+            double,
+            follows[old.program],
+            _sources(old, fresh[old.program], follows[old.program], recording),
+            recorded,
+        )
+        for old in own
+    }
+    for one in found.values():
+        _check_results(recorded.programs[one.of], recorded.programs[one.program], double, component)
+    callees = {f"{component}/{callee.program}": callee for callee in fresh.values()}
+    batches = {f"{component}/{one.program}": one for one in found.values()}
+    return replace(
+        recording,
+        modules={**recording.modules, component: recorded},
+        callees={**recording.callees, **callees},
+        batches={**recording.batches, **batches},
+    ), found
+
+
+def _with_twice_the_prompts(recording: Recording, component: str) -> dict[str, Callee]:
+    """For every program of the component how the pipeline calls it in the same place for twice as many prompts."""
+    found: dict[str, tuple[str, Callee]] = {}
+    for request, programs in zip(recording.requests, recording.calls, strict=True):
+        for name, call in programs.items():
+            before = _calls(call, component)
+            if "latents" in name or set(before) <= found.keys():
+                continue
+            twice = replace(request, batch_size=2 * request.batch_size)
+            program, callees = record_once(recording, twice, "negative" in name)
+            after = _calls(program, component)
+            if len(after) != len(before):
+                raise RecordError(
+                    f"{component} is called {len(before)} times, and {len(after)} times for twice as many prompts"
+                )
+            for old, new in zip(before, after, strict=True):
+                if found.setdefault(old, (new, callees[new]))[0] != new:
+                    raise RecordError(f"for twice as many prompts, calls of {component} that were alike differ")
+    return {old: callee for old, (_, callee) in found.items()}
+
+
+def _calls(program: Program, component: str) -> list[str]:
+    return [op.attrs["program"] for op in program.ops if op.name == CALL and op.attrs["component"] == component]
+
+
+def _following(old: Callee, new: Callee) -> tuple[bool, ...]:
+    """For each tensor of a call whether its first dimension doubles for twice as many prompts, or nothing does."""
+    before, after = _types(old), _types(new)
+    if len(before) != len(after):
+        raise RecordError(
+            f"{old.component} is given {len(before)} tensors, and {len(after)} for twice as many prompts: a list of "
+            "them is its batch"
+        )
+    names = _names(old)
+    follows: list[bool] = []
+    for index, (few, many) in enumerate(zip(before, after, strict=True)):
+        if many not in (few, _scaled(few, 2)):
+            raise RecordError(
+                f"{names[index]} of {old.component} is {few}, and {many} for twice as many prompts: it follows their "
+                "number in another way than by its first dimension"
+            )
+        follows.append(many != few)
+    return tuple(follows)
+
+
+def _scaled(type_: TensorType, factor: int) -> TensorType:
+    return replace(type_, shape=tuple(size * (1 if at else factor) for at, size in enumerate(type_.shape)))
+
+
+def _types(callee: Callee) -> list[TensorType]:
+    return [type_of(callee.leaves[position]) for position in callee.tensors]
+
+
+def _names(callee: Callee) -> list[str]:
+    args, kwargs = unflatten(list(callee.leaves), callee.structure)
+    names = names_of(callee.original, args, kwargs)
+    return [names[position] for position in callee.tensors]
+
+
+def _doubled(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> Callee:
+    """As the pipeline calls it for twice as many prompts, with what is folded twice where it follows the batch."""
+    folded: dict[int, torch.Tensor] = {}
+    for before, after, grows in zip(old.tensors, new.tensors, follows, strict=True):
+        if before in old.folded:
+            folded[after] = torch.cat([old.folded[before]] * 2) if grows else old.folded[before]
+    return replace(new, folded=folded, program="")
+
+
+def _halved(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> Callee:
+    """The call at half the batch. A constant stays folded where both halves of it are the same."""
+    if old.structure != new.structure or _literals(old) != _literals(new):
+        raise RecordError(f"{old.component} has arguments besides tensors that follow the number of prompts")
+    names = _names(old)
+    leaves, folded = list(old.leaves), {}
+    for index, (position, grows) in enumerate(zip(old.tensors, follows, strict=True)):
+        type_ = type_of(old.leaves[position])
+        constant = old.folded.get(position)
+        if grows and type_.shape[0] % 2:
+            raise RecordError(
+                f"{names[index]} of {old.component} is {type_}, which has no halves: it is no doubled batch"
+            )
+        if grows:
+            shape = (type_.shape[0] // 2, *type_.shape[1:])
+            with recording.fake:
+                leaves[position] = torch.empty(shape, dtype=getattr(torch, type_.dtype))
+        if constant is not None and grows:
+            first, second = constant.chunk(2)
+            constant = first.clone() if torch.equal(first, second) else None
+        if constant is not None:
+            folded[position] = constant
+    return replace(old, leaves=leaves, folded=folded, program="", result=([], None))
+
+
+def _literals(callee: Callee) -> list[Any]:
+    return [leaf for leaf in callee.leaves if not isinstance(leaf, torch.Tensor)]
+
+
+def _sources(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> tuple[Source, ...]:
+    """Where the inputs of the new program come from, in their order."""
+    given = [position for position in old.tensors if position not in old.folded]
+    sources: list[Source] = []
+    for before, after, grows in zip(old.tensors, new.tensors, follows, strict=True):
+        if after in new.folded:
+            continue
+        if before in old.folded:
+            first, second = old.folded[before].chunk(2)
+            keys = recording.constants.add(first), recording.constants.add(second)
+            sources.append(Source(None, True, keys))
+        else:
+            sources.append(Source(given.index(before), grows))
+    return tuple(sources)
+
+
+def _named(module: Module, fresh: Mapping[str, Callee], suffix: str) -> Module:
+    """The module with the new programs named after those whose batch they change."""
+    names = {callee.program: f"{old}{suffix}" for old, callee in fresh.items()}
+    for callee in fresh.values():
+        callee.program = names[callee.program]
+    programs = {
+        names.get(name, name): replace(program, name=names.get(name, name)) for name, program in module.programs.items()
+    }
+    return replace(module, programs=programs)
+
+
+def _check_results(before: Program, after: Program, double: bool, component: str) -> None:
+    """Every result follows the batch."""
+    few, many = (before, after) if double else (after, before)
+    for one, two in zip(few.outputs, many.outputs, strict=True):
+        if not few.types[one.name].shape or many.types[two.name] != _scaled(few.types[one.name], 2):
+            raise RecordError(
+                f"{component} gives {few.types[one.name]}, and {many.types[two.name]} at twice the batch: its result "
+                "does not follow the batch"
+            )
