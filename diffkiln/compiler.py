@@ -48,10 +48,9 @@ from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source
 from diffkiln.record.steps import steps_with, wanted_steps
-from diffkiln.rows import check_rows
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
-from diffkiln.verification import Verification
+from diffkiln.verification import Verification, check_rows
 
 SpecLike = Spec | str | Path | Mapping[str, Any]
 

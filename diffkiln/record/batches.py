@@ -2,7 +2,7 @@
 
 Which of its inputs follow the batch is what the pipeline itself says: it is recorded once more with twice as many
 prompts, and an input follows where its first dimension doubles. That a row's result does not depend on the other rows
-is not known from that; it is proved with the weights (diffkiln.rows).
+is not known from that; it is proved with the weights (diffkiln.verification.rows).
 """
 
 from __future__ import annotations

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln import verification
 from diffkiln.compiler import _record, check
 from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.record import lengths
 from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina2, of_fixed_length, qwen_image, z_image
 from diffkiln.record.quiet import quiet_libraries
-from diffkiln.verification import Verification, close
+from diffkiln.verification import Verification, call, close, components
 from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
 from tests.pipelines import FAMILIES, WARNING_FILTERS
@@ -178,10 +177,10 @@ def test_another_multiple_of_the_length_is_found(tmp_path, monkeypatch):
 def test_large_components_in_other_types_are_verified_too(family, tmp_path, monkeypatch):
     """As twins; lengths are compared in float32, so that what bfloat16 and int8 activations round does not count."""
     check = Verification.check_component
-    monkeypatch.setattr(verification, "WHOLE_UP_TO", 0)
+    monkeypatch.setattr(call, "WHOLE_UP_TO", 0)
     monkeypatch.setattr(Verification, "check_component", lambda *args: args[1] == "vae" or check(*args))
     compared = []
-    monkeypatch.setattr(verification, "close", lambda want, got: compared.append(want.dtype) or close(want, got))
+    monkeypatch.setattr(components, "close", lambda want, got: compared.append(want.dtype) or close(want, got))
     spec = spec_of(family, tmp_path)
     spec["source"]["dtype"] = "bfloat16"
     spec["passes"] = [{"name": "quantize", "mapping": {"transformer": {"type": "int8_dynamic"}}}]

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import diffkiln
-from diffkiln import verification
 from diffkiln.compiler import check
 from diffkiln.errors import VerifyError
 from diffkiln.program import Op, Ref
@@ -20,6 +19,7 @@ from diffkiln.record.ghosts import load_module
 from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.verification import Verification, difference, same, shrunken
+from diffkiln.verification import call as calls
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -104,9 +104,9 @@ def test_a_wrong_operation_in_a_component_is_found(checked, recording):
 
 def test_large_components_are_verified_as_twins(checked, recording, monkeypatch):
     made = verified(checked, recording)
-    monkeypatch.setattr(verification, "WHOLE_UP_TO", 0)
+    monkeypatch.setattr(calls, "WHOLE_UP_TO", 0)
     used = []
-    monkeypatch.setattr(verification, "shrunken", lambda *args: used.append(shrunken(*args)) or used[-1])
+    monkeypatch.setattr(calls, "shrunken", lambda *args: used.append(shrunken(*args)) or used[-1])
     with quiet_libraries():
         for name in ("unet", "text_encoder"):
             made.check_component(name, load_module(checked.source, name))

@@ -1,42 +1,31 @@
-"""Recordings are believed only after they were compared with what they were recorded from.
-
-The call: the pipeline's own `__call__` runs with *stand-ins* for its components, functions that give pseudo-random
-tensors which depend on every bit of their arguments; so does the program, through the runtime that will run it in
-production. The components: each is run as diffusers runs it and replayed from its program, on what the call gave it;
-whole where its weights are small enough, else as a twin with one block of each kind. Both bit for bit.
-
-Where a call has a fixed length that diffusers' own has not (diffkiln.record.lengths), what diffusers gives a component
-is padded first, so that the call is compared bit for bit all the same. Each such component is then compared with
-itself, as a twin in float32 with a block of each list: as diffusers has it, on what diffusers gives it, and at the
-fixed length; within rounding.
-"""
+"""The call against its programs, with stand-ins for its components, which see what the call gives them."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from diffkiln.aten import Interpreter, type_of
+from diffkiln.aten import type_of
 from diffkiln.errors import VerifyError
 from diffkiln.packing import tokenizers_of
-from diffkiln.program import REGION, Module, Op, Program
-from diffkiln.record.components import Callee, record_component, repeated_blocks, tracing, weights_of
+from diffkiln.program import Module, Program
+from diffkiln.record.components import Callee, record_component, weights_of
 from diffkiln.record.constants import Constants
-from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings, whole
+from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
 from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Recording, Request, component_methods, defaults
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
 from diffkiln.runtime.text import TextEnd
+from diffkiln.verification.comparing import difference, same
+from diffkiln.verification.components import CPU, Given, compare_component, compare_lengths
+from diffkiln.verification.twins import shrunken
 
 #: Components with more bytes of weights than this are verified as shrunken twins.
 WHOLE_UP_TO = 2 * 2**30
@@ -44,23 +33,6 @@ WHOLE_UP_TO = 2 * 2**30
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
 #: One token, a usual one with what transforms touch, and one that is cut.
 TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
-
-CPU = torch.device("cpu")
-
-#: How much of its largest value a float32 result may differ by where a length is fixed: sums have another order.
-ROUNDING = 1e-5
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What one call of a component was given: as diffusers does, and the program's leaves; both are the same where the
-    component is not padded."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    leaves: list[Any]
-    padding: Padding | None
-    case: int
 
 
 class Verification:
@@ -78,7 +50,7 @@ class Verification:
         self._paddings: dict[str, Padding] = {}
         self._case = 0
         #: component program → the arguments of its first call in each of the first cases, with real tensors
-        self._seen: dict[tuple[str, str], list[_Given]] = {}
+        self._seen: dict[tuple[str, str], list[Given]] = {}
 
     # -- the call --
 
@@ -160,7 +132,7 @@ class Verification:
                 )
             seen = self._seen.setdefault((callee.component, callee.program), [])
             if len(seen) < len(TEXTS) and all(given.case != self._case for given in seen):
-                seen.append(_Given(args, kwargs, leaves, padding, self._case))
+                seen.append(Given(args, kwargs, leaves, padding, self._case))
             result = self._give(callee, leaves)
             if padding:
                 result = [
@@ -211,7 +183,7 @@ class Verification:
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
             if is_rewritten(module) or seen[0].padding:
-                _compare_lengths(callee, module, seen)
+                compare_lengths(callee, module, seen)
 
     def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
         """Compare one program of a component with it on these arguments, or with a twin where the weights are large.
@@ -238,144 +210,6 @@ class Verification:
         alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
         recorded = record_component([alike], self._recording.fake, constants)
         compare_component(alike, twin, recorded, leaves, constants.tensors)
-
-
-def _compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[_Given]) -> None:
-    """Compare a component at the fixed length with itself as diffusers has and calls it.
-
-    Raises:
-        VerifyError: what the call uses of the results differs by more than rounding.
-    """
-    twin, dtype = in_float32(shrunken(module, in_each_list=True))
-    for given in seen:
-        args, kwargs = _cast((given.args, given.kwargs), dtype)
-        padded = unflatten(_cast(given.leaves, dtype), callee.structure)
-        with torch.inference_mode(), _blamed(callee, module):
-            expected = getattr(twin, callee.method)(*args, **kwargs)
-            with fixed_lengths(), tracing():
-                found = getattr(twin, callee.method)(*padded[0], **padded[1])
-        for index, pair in enumerate(zip(_tensors(expected), _tensors(found), strict=True)):
-            used = given.padding.used if given.padding else whole
-            want, got = (used(leaf, args, kwargs) for leaf in pair)
-            if not close(want, got):
-                raise VerifyError(
-                    f"component {callee.component!r} at a fixed length: output {index} differs from "
-                    f"{type(module).__name__}.{callee.method} by more than rounding: {difference(want, got)}"
-                )
-
-
-def in_float32(twin: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
-    """A copy of a twin in float32, and that type; the twin itself and None where its weights are not torch's own types.
-
-    Quantized weights become what they stand for: quantized activations would turn rounding into whole steps.
-    """
-    if {tensor.dtype for tensor in twin.parameters()} == {torch.float32} and not _quantized(twin):
-        return twin, torch.float32
-    made = copy.deepcopy(twin)
-    for table, key in _quantized(made):
-        table[key] = torch.nn.Parameter(table[key].dequantize().float(), requires_grad=False)
-    if not {tensor.dtype for tensor in made.parameters()} <= {torch.float32, torch.bfloat16, torch.float16}:
-        return twin, None
-    return made.float(), torch.float32
-
-
-def _quantized(module: torch.nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where a module's quantized weights are: a table of parameters and the name in it."""
-    tables = [part._parameters for part in module.modules()]
-    return [(table, key) for table in tables for key, weight in table.items() if is_traceable_wrapper_subclass(weight)]
-
-
-def _cast(nest: Any, dtype: torch.dtype | None) -> Any:
-    leaves, structure = flatten(nest)
-    return unflatten(
-        [
-            leaf.to(dtype) if dtype and isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-            for leaf in leaves
-        ],
-        structure,
-    )
-
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def compare_component(
-    callee: Callee,
-    module: torch.nn.Module,
-    recorded: Module,
-    leaves: Sequence[Any],
-    constants: Mapping[str, torch.Tensor],
-) -> None:
-    """Run a component as diffusers does and replay its program on the same arguments.
-
-    Raises:
-        VerifyError: the results differ in a bit.
-    """
-    program = recorded.programs[callee.program]
-    args, kwargs = unflatten(list(leaves), callee.structure)
-    with torch.inference_mode():
-        with tracing(), _blamed(callee, module):
-            result = getattr(module, callee.method)(*args, **kwargs)
-        expected = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        inputs = [leaves[position] for position in callee.tensors if position not in callee.folded]
-        found = replay(recorded, program, dict(weights_of(module)), constants)(inputs)
-    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
-        if not same(want, got):
-            raise VerifyError(
-                f"component {callee.component!r}, program {callee.program!r}: output {index} of the replay differs "
-                f"from {type(module).__name__}.{callee.method}: {difference(want, got)}"
-            )
-
-
-@contextmanager
-def _blamed(callee: Callee, module: torch.nn.Module) -> Iterator[None]:
-    """What a component's own code raises becomes a VerifyError that says which, and what may be the cause."""
-    try:
-        yield
-    except Exception as error:
-        who = f"component {callee.component!r} ({type(module).__name__}.{callee.method})"
-        raise VerifyError(
-            f"{who} fails on what the call gives it: {type(error).__name__}: {error}. The pipeline itself would fail "
-            "too. If components are cast to different types, cast those that take each other's results to the same"
-        ) from error
-
-
-def replay(
-    recorded: Module, program: Program, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
-) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
-    """A component program as a function of its inputs, on the CPU, operation by operation."""
-
-    def region(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
-        inner = Interpreter(recorded.regions[op.attrs["region"]], CPU)
-        return lambda *inputs: inner(inputs, weights, constants, f"{op.attrs['instance']}.")
-
-    interpreter = Interpreter(program, CPU, {REGION: region})
-    return lambda inputs: interpreter(inputs, weights, constants)
-
-
-def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Module:
-    """A copy of a module that shares its weights and keeps one block of each kind, or one in each list of blocks."""
-    kept: set[tuple[type, str]] = set()
-    gone: set[int] = set()
-    for name, block in repeated_blocks(module):
-        kind = type(block), name.rpartition(".")[0] if in_each_list else ""
-        if kind in kept:
-            gone.add(id(block))
-        kept.add(kind)
-    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    twin_lists = [
-        (name, [child for child in part if id(child) not in gone])
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.ModuleList) and any(id(child) in gone for child in part)
-    ]
-    for key in gone:
-        memo[key] = torch.nn.Module()  # type: ignore[assignment]
-    twin = copy.deepcopy(module, memo)  # type: ignore[arg-type]
-    for name, left in twin_lists:
-        home, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(home), leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
-    return twin
 
 
 class _StandInExecutor(Executor):
@@ -470,36 +304,5 @@ def _random(type_: Any, seed: bytes) -> torch.Tensor:
     return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in type, shape and every value; NaN equals NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def close(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Equal in type and shape, and every value within rounding of the largest; NaN and infinity are never close."""
-    if want.dtype != got.dtype or want.shape != got.shape:
-        return False
-    if not want.numel():
-        return True
-    allowed = max(ROUNDING, 4 * torch.finfo(want.dtype).eps) * float(want.abs().max())
-    gap = float((want.double() - got.double()).abs().max())
-    return math.isfinite(gap) and gap <= allowed
-
-
-def difference(want: torch.Tensor, got: torch.Tensor) -> str:
-    """How two tensors differ, for a message."""
-    if want.dtype != got.dtype or want.shape != got.shape:
-        return f"{got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}"
-    gap = (want.double() - got.double()).abs()
-    return f"{int((gap > 0).sum())} of {gap.numel()} values differ, by up to {float(gap.max()):.3e}"
-
-
 def _shown(keywords: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
-
-
-__all__ = [
-    "Verification", "close", "compare_component", "difference", "in_float32", "replay", "same", "shrunken"
-]  # fmt: skip

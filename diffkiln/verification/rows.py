@@ -18,7 +18,9 @@ from diffkiln.record.components import Callee, tracing
 from diffkiln.record.lengths import fixed_lengths
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.structure import flatten, unflatten
-from diffkiln.verification import Verification, close, difference, in_float32, shrunken
+from diffkiln.verification.call import Verification
+from diffkiln.verification.comparing import close, difference
+from diffkiln.verification.twins import in_float32, shrunken
 
 
 def check_rows(recording: Recording, name: str, module: torch.nn.Module, verification: Verification) -> None:

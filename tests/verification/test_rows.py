@@ -8,7 +8,7 @@ import torch
 from diffkiln.errors import VerifyError
 from diffkiln.record.components import Callee
 from diffkiln.record.structure import flatten
-from diffkiln.rows import _compare
+from diffkiln.verification.rows import _compare
 
 
 class Net(torch.nn.Module):
