@@ -8,6 +8,7 @@ from diffkiln.bundle.manifest import (
     KNOWN_FEATURES,
     MANIFEST,
     MANIFEST_DIGEST,
+    SIGNATURE,
     UNHASHED,
     EngineRow,
     FileRow,
@@ -25,9 +26,13 @@ from diffkiln.bundle.manifest import (
     parse_manifest,
 )
 from diffkiln.bundle.paths import check_path, check_unique
+from diffkiln.bundle.policy import Pin, Policy, find_policy, read_policy
 from diffkiln.bundle.reader import Bundle, open_bundle
+from diffkiln.bundle.sign import sign_bundle
+from diffkiln.bundle.signature import Signature
+from diffkiln.bundle.signers import claimed, sign_with_certificate, sign_with_key, sign_with_sigstore, signer_of
 from diffkiln.bundle.state import state_dir
-from diffkiln.bundle.trust import NativePermit, authorise_native, has_receipt, write_receipt
+from diffkiln.bundle.trust import NativePermit, authorise_native, has_receipt, require_signer, write_receipt
 from diffkiln.bundle.verified import Verified
 from diffkiln.bundle.writer import BundleWriter
 
@@ -38,6 +43,7 @@ __all__ = [
     "KNOWN_FEATURES",
     "MANIFEST",
     "MANIFEST_DIGEST",
+    "SIGNATURE",
     "UNHASHED",
     "Bundle",
     "BundleWriter",
@@ -48,10 +54,13 @@ __all__ = [
     "Manifest",
     "NativePermit",
     "PassRow",
+    "Pin",
     "Pipeline",
+    "Policy",
     "Progress",
     "Requires",
     "Role",
+    "Signature",
     "TensorSpec",
     "Variant",
     "Verified",
@@ -59,12 +68,21 @@ __all__ = [
     "bundle_id",
     "check_path",
     "check_unique",
+    "claimed",
     "dump_manifest",
+    "find_policy",
     "has_receipt",
     "open_bundle",
     "parse_manifest",
+    "read_policy",
+    "require_signer",
     "sha256_bytes",
     "sha256_file",
+    "sign_bundle",
+    "sign_with_certificate",
+    "sign_with_key",
+    "sign_with_sigstore",
+    "signer_of",
     "state_dir",
     "write_receipt",
 ]

@@ -40,7 +40,9 @@ MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 # Not reproducible, so outside the id and the digests.
 UNHASHED = frozenset({"build.json", "README.md"})
-RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST}
+# Made after the manifest, of the manifest: so it is outside the id, and signing a bundle does not change which it is.
+SIGNATURE = "manifest.sig"
+RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, SIGNATURE}
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_ROWS = 100_000

@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-from diffkiln.bundle import openat
+from diffkiln.bundle import hashed, openat
 from diffkiln.bundle.digest import Progress
 from diffkiln.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
     MAX_MANIFEST_BYTES,
     RESERVED,
+    SIGNATURE,
     FileRow,
     Manifest,
     Role,
     bundle_id,
     parse_manifest,
 )
+from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import (
     DigestMismatch,
@@ -43,19 +46,28 @@ class Bundle:
     The directory is held open: what is verified later is this directory, whatever becomes of its name.
     """
 
-    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str) -> None:
+    def __init__(
+        self, path: Path, root: int, manifest: Manifest, identity: str, signature: Signature | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
+        self.signature = signature  # of this manifest; by whom has yet to be checked
         self._root = root
         self._finalizer = weakref.finalize(self, os.close, root)
 
-    def verify(self, progress: Progress | None = None, roles: Collection[Role] | None = None) -> Verified:
+    def verify(
+        self,
+        progress: Progress | None = None,
+        roles: Collection[Role] | None = None,
+        receipt: Literal["ignore", "renew", "use"] = "ignore",
+    ) -> Verified:
         """Check the whole directory against the manifest and hash its files.
 
         `progress` is called with the bytes hashed since its last call, from one thread at a time. With
         `roles` only files of these roles are hashed now; the structure is always checked whole, and every
-        other file is hashed before its bytes are handed out.
+        other file is hashed before its bytes are handed out. `receipt` "use" takes weights that were hashed
+        at an earlier load and look untouched as they are, and "renew" hashes them; both note what was hashed.
 
         Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
         """
@@ -63,10 +75,15 @@ class Bundle:
             raise ValueError(f"the bundle {self.path} is closed")
         rows = {row.path: row for row in self.manifest.files}
         _check_tree(self._root, rows)
-        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id)
+        started = time.time_ns()
+        known = hashed.recall(self.id, self.path) if receipt == "use" else {}
+        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id, self.signature)
         try:
             verified.hold_weights()
+            verified.accept(known)
             _hash_all(verified, [path for path, row in rows.items() if roles is None or row.role in roles], progress)
+            if receipt != "ignore":
+                _note(verified, known, started)
         except BaseException:
             verified.close()
             raise
@@ -82,14 +99,17 @@ class Bundle:
         self.close()
 
 
-def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str], *, expect_id: str | None = None, ignore_signature: bool = False
+) -> Bundle:
     """Open the bundle at `path` and read its manifest.
 
     `path` itself must be a real directory; symbolic links above it are resolved once, here. With
-    `expect_id` (a pin) the bundle must have that id.
+    `expect_id` (a pin) the bundle must have that id. `ignore_signature` is for who is about to replace it.
 
     Raises `IntegrityError` where there is no bundle, `Incomplete` where part of the manifest is missing,
-    `DigestMismatch` where manifest, digest and pin disagree, and whatever `parse_manifest` raises.
+    `DigestMismatch` where manifest, digest and pin disagree, `SignatureInvalid` for a signature of another
+    manifest, and whatever `parse_manifest` raises.
     """
     resolved = _real_directory(path)
     root = openat.open_root(resolved)
@@ -98,7 +118,8 @@ def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -
         identity = bundle_id(data)
         if expect_id is not None and identity != expect_id:
             raise DigestMismatch(f"{resolved}: the bundle id is {identity}, expected {expect_id}")
-        return Bundle(resolved, root, parse_manifest(data), identity)
+        signature = None if ignore_signature else _read_signature(root, data)
+        return Bundle(resolved, root, parse_manifest(data), identity, signature)
     except BaseException:
         os.close(root)
         raise
@@ -141,6 +162,13 @@ def _read_manifest(path: Path, root: int) -> bytes:
             f"{path}: {MANIFEST} is not the one that {MANIFEST_DIGEST} names. Fetch or build the bundle again"
         )
     return data
+
+
+def _read_signature(root: int, manifest: bytes) -> Signature | None:
+    with openat.explained("."):
+        if SIGNATURE not in os.listdir(root):
+            return None
+    return parse_signature(openat.read_small(root, SIGNATURE, MAX_SIGNATURE_BYTES), manifest)
 
 
 def digest_line(manifest: bytes) -> bytes:
@@ -196,6 +224,17 @@ def _check_size(row: FileRow | None, size: int) -> None:
         raise DigestMismatch(
             f"{row.path!r} has {size} bytes, the manifest says {row.size}. Fetch or build the bundle again"
         )
+
+
+def _note(verified: Verified, known: Mapping[str, hashed.Stamp], started_ns: int) -> None:
+    """Keep for the next load what was hashed since `started_ns`, and what was `known` then."""
+    stamps = {
+        path: stamp
+        for path, stamp in verified.stamps().items()
+        if known.get(path) == stamp or hashed.settled(stamp, started_ns)
+    }
+    if stamps != known:
+        hashed.remember(verified.id, verified.path, stamps)
 
 
 class _Stopped(Exception):

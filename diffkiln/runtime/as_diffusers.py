@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import Manifest, Verified
+from diffkiln.bundle import Manifest, Policy, Verified
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
@@ -23,12 +23,20 @@ from diffkiln.runtime.originals import build, class_of, quiet, read_weights
 from diffkiln.runtime.shims import plug_in
 
 
-def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = None, check_engines: bool = True) -> Any:
+def load_as_diffusers(
+    verified: Verified,
+    *,
+    allow_native: bool,
+    policy: Policy | None = None,
+    device: Any = None,
+    check_engines: bool = True,
+) -> Any:
     """The original pipeline with the bundle's weights and engines.
 
     Args:
         verified: the bundle. It is closed when the pipeline is there.
         allow_native: load native code though this user did not build the bundle here.
+        policy: whose signatures count.
         device: where to run; the bundle's target by default.
         check_engines: compare each engine with the replay of its region first.
 
@@ -50,7 +58,7 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     _refuse_quantized_on_disk(manifest, place, offload)
     modules = read_modules(verified)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
-    engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
+    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     pipe = _pipeline(verified)
     eager = manifest.runtime.get("on_incompatible") == "eager"
     for name, recorded in modules.items():
