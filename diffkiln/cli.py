@@ -91,12 +91,19 @@ def check_(spec: Path, as_json: bool) -> None:
 @cli.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--program", "name", help="Print the program of a variant or of a component as a listing.")
+@click.option("--bom", "as_bom", is_flag=True, help="Print a CycloneDX ML-BOM: sources, licences, digests.")
 @_JSON
-def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
+def inspect_(bundle: Path, name: str | None, as_bom: bool, as_json: bool) -> None:
     """Show what a bundle holds."""
     from diffkiln.bundle import open_bundle
 
     with open_bundle(bundle) as opened:
+        if as_bom:
+            from diffkiln.bom import bom
+
+            with opened.verify(roles={"doc"}) as verified:
+                print_json(bom(verified))
+            return
         if name is not None:
             with opened.verify(roles={"program"}) as verified:
                 print_program(verified, name, as_json)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from diffkiln.errors import MissingDependency
 from diffkiln.record.checkpoint import STEMS, Checkpoint
 from diffkiln.record.folder import LEFT_OUT, Component, entries, plain_files, read_folder, read_index, source_error
+from diffkiln.record.licences import CARD
 
 if TYPE_CHECKING:
     from diffkiln.spec.model import Source
@@ -177,7 +178,7 @@ def _download(repo: str, revision: str) -> Path:
         names = [name for name, entry in entries(read_index(folder)) if entry[0] and name not in LEFT_OUT]
         kinds = ["*.json", "*.txt", "*.model", "*.jinja"]
         kinds += [f"{stem}{end}" for stem in STEMS.values() for end in (".safetensors", "-*-of-*.safetensors")]
-        patterns = ["model_index.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
+        patterns = ["model_index.json", CARD, *(f"{name}/{kind}" for name in names for kind in kinds)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 

@@ -56,9 +56,8 @@ def marked(copy: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A bundle whose engine leaves a marker when it is loaded, with a manifest to match; and the marker."""
     marker = tmp_path / "marker"
     source = tmp_path / "evil.c"
-    source.write_text(
-        f'#include <fcntl.h>\n__attribute__((constructor)) static void run(void) {{ open("{marker}", O_CREAT, 0600); }}\n'
-    )
+    function = f'static void run(void) {{ open("{marker}", O_CREAT, 0600); }}'
+    source.write_text(f"#include <fcntl.h>\n__attribute__((constructor)) {function}\n")
     library = sorted(copy.glob("engines/**/*.so"))[0]
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     rehash(copy, library.relative_to(copy).as_posix())
