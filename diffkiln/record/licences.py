@@ -21,8 +21,8 @@ _MAX_HEADER = 10**8
 def licence_of(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of the card in `folder`, as far as it states them.
 
-    Its header is YAML, of which only plain lines `name: words`, quotes and lists are read: a card is a stranger's, and a
-    few thousand brackets keep a whole parser busy for minutes.
+    Its header is YAML, of which only plain lines `name: words`, quotes and lists are read: a card is a stranger's, and
+    a few thousand brackets keep a whole parser busy for minutes.
     """
     try:
         with (folder / CARD).open("rb") as file:
