@@ -39,3 +39,4 @@ bench: install
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/schedules.py
+	$(BIN)/python benchmarks/reliability.py

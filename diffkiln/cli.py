@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from diffkiln.cli_hub import pull_, push_
+from diffkiln.cli_trust import POLICY, hashed_bytes, sign, verify
 from diffkiln.errors import DiffkilnError
 from diffkiln.printing import (
     Watch,
@@ -31,7 +32,6 @@ from diffkiln.printing import (
     say,
     schedules,
     schedules_json,
-    size_of,
     word,
 )
 
@@ -92,12 +92,19 @@ def check_(spec: Path, as_json: bool) -> None:
 @cli.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--program", "name", help="Print the program of a variant or of a component as a listing.")
+@click.option("--bom", "as_bom", is_flag=True, help="Print a CycloneDX ML-BOM: sources, licences, digests.")
 @_JSON
-def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
+def inspect_(bundle: Path, name: str | None, as_bom: bool, as_json: bool) -> None:
     """Show what a bundle holds."""
     from diffkiln.bundle import open_bundle
 
     with open_bundle(bundle) as opened:
+        if as_bom:
+            from diffkiln.bom import bom
+
+            with opened.verify(roles={"doc"}) as verified:
+                print_json(bom(verified))
+            return
         if name is not None:
             with opened.verify(roles={"program"}) as verified:
                 print_program(verified, name, as_json)
@@ -112,17 +119,8 @@ def inspect_(bundle: Path, name: str | None, as_json: bool) -> None:
             print_schedules(found)
 
 
-@cli.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
-def verify_(bundle: Path) -> None:
-    """Hash every file of a bundle and compare it with the manifest."""
-    from diffkiln.bundle import has_receipt, open_bundle
-
-    with open_bundle(bundle) as opened, opened.verify():
-        size = sum(row.size for row in opened.files)
-        origin = "built here by you" if has_receipt(opened.id) else "no receipt: not known to be built here"
-        part = "" if opened.whole else f"; partial: engines for {', '.join(opened.targets) or 'no target'} alone"
-        click.echo(f"{opened.id}  {len(opened.files)} files, {size_of(size)}, all as hashed{part}; {origin}")
+cli.add_command(verify)
+cli.add_command(sign)
 
 
 @cli.command("run")
@@ -136,6 +134,8 @@ def verify_(bundle: Path) -> None:
 @click.option("--guidance-scale", type=float, help="Guidance scale.")
 @click.option("--as-diffusers", is_flag=True, help="Run as the original diffusers pipeline with engines plugged in.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image, or animation, to write.")
+@click.option("--rehash", is_flag=True, help="Hash weights again that an earlier load hashed and that look untouched.")
+@POLICY
 @_NATIVE
 def run_(
     bundle: Path,
@@ -145,6 +145,8 @@ def run_(
     as_diffusers: bool,
     output: Path,
     allow_native: bool,
+    policy: Path | None,
+    rehash: bool,
     **keywords: Any,
 ) -> None:
     """Make images with a bundle. Sizes and steps must be those of a variant; left out, they are the first's."""
@@ -164,7 +166,14 @@ def run_(
         given["generator"] = torch.Generator("cpu").manual_seed(seed)
     with Watch() as watch:
         watch("load")
-        pipe = load(bundle, allow_native=allow_native, as_diffusers=as_diffusers)
+        pipe = load(
+            bundle,
+            allow_native=allow_native,
+            as_diffusers=as_diffusers,
+            policy=policy,
+            rehash=rehash,
+            progress=watch.hashing(hashed_bytes(bundle)),
+        )
         watch("run")
         result = pipe(**given)
     for path in save(next(iter(result.values())), output):

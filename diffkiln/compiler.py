@@ -28,6 +28,7 @@ from diffkiln.packing import (
     manifest_of,
     pack_configuration,
     pack_engines,
+    pack_licences,
     pack_programs,
     pack_report,
     pack_weights,
@@ -206,6 +207,7 @@ def compile(
         packed = Packed(recording, checked.spec.runtime.offload, notices)
         with steps("write the programs"):
             pack_configuration(writer, checked)
+            pack_licences(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)
         for request in checked.plan.compile:
             with steps(f"compile the blocks of {request.component}"):

@@ -2,7 +2,8 @@
 
     DiffkilnError
     ├── SpecError              2   the spec, the usage or the source is wrong (what the spec alone shows)
-    │   └── SourceError        2   the source model is not there, is incomplete or is not a diffusers pipeline
+    │   ├── SourceError        2   the source model is not there, is incomplete or is not a diffusers pipeline
+    │   └── PolicyInvalid      2   the policy of trust is not there or is not one
     ├── IllegalPlan            3   what only the model's configuration shows: unknown component, wrong order, no effect
     ├── BuildError             4   the build failed
     │   ├── PassError          4   a pass raised or broke the plan
@@ -22,7 +23,9 @@
         ├── Incomplete         6   a file is missing
         ├── UnexpectedFile     6   a file is there that the manifest does not name
         ├── PathEscape         6   a path leaves the bundle or is not a plain file
-        └── NativeCodeRefused  6   native code that the user has not allowed
+        ├── NativeCodeRefused  6   native code that the user has not allowed
+        ├── SignatureInvalid   6   the signature is broken, or is of another manifest
+        └── SignerRefused      6   the policy wants a signature of an identity that it pins, and there is none
 
 A `Problem` is one thing that is wrong; errors that can collect several carry them in `.problems`.
 """
@@ -64,6 +67,10 @@ class SpecError(DiffkilnError):
 
 
 class SourceError(SpecError):
+    pass
+
+
+class PolicyInvalid(SpecError):
     pass
 
 
@@ -150,4 +157,12 @@ class PathEscape(IntegrityError):
 
 
 class NativeCodeRefused(IntegrityError):
+    pass
+
+
+class SignatureInvalid(IntegrityError):
+    pass
+
+
+class SignerRefused(IntegrityError):
     pass

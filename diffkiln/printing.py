@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,33 @@ class Watch:
         self._finish()
         self._live.add_task(step, total=1)
 
+    def hashing(self, total: int) -> Callable[[int], None] | None:
+        """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
+
+        Nothing is shown at first: of a bundle that was hashed at an earlier load only little is hashed again.
+        """
+        if total < _WORTH_SHOWING:
+            return None
+        shown_from = _WORTH_SHOWING / 4
+        done = 0
+        task: Any = None
+
+        def step(count: int) -> None:
+            nonlocal done, task
+            first = done < shown_from <= done + count
+            done += count
+            if self._live is None:
+                if first:
+                    say(f"hash {size_of(total)}")
+                return
+            if first:
+                task = self._live.add_task("", total=total)
+            if task is not None:
+                text = f"hash  {size_of(done)} of {size_of(total)}"
+                self._live.update(task, completed=done, description=text)
+
+        return step
+
     def __exit__(self, kind: Any, *_: object) -> None:
         if self._live is not None:
             if kind is None:
@@ -48,8 +75,12 @@ class Watch:
             self._live.stop()
 
     def _finish(self) -> None:
-        for task in self._live.task_ids:
-            self._live.update(task, completed=1)
+        for task in self._live.tasks:
+            self._live.update(task.id, completed=task.total)
+
+
+# Bytes from which on hashing takes seconds.
+_WORTH_SHOWING = 1_000_000_000
 
 
 def print_checked(checked: Checked) -> None:

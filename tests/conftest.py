@@ -24,9 +24,10 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def state_home(tmp_path_factory):
-    """Receipts and locks of the run, away from the user's."""
+    """Receipts, locks and policy of the run, away from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
@@ -55,6 +56,9 @@ def families(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
+_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY")
+
+
 @pytest.fixture
 def production(tmp_path) -> dict[str, str]:
     """The environment of a machine that serves: no compiler on the PATH, empty compiler caches."""
@@ -65,5 +69,5 @@ def production(tmp_path) -> dict[str, str]:
     }
     for path in caches.values():
         path.mkdir()
-    kept = {name: os.environ[name] for name in ("XDG_STATE_HOME", "HOME", "OMP_WAIT_POLICY") if name in os.environ}
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return kept | {"PATH": str(empty), "OMP_NUM_THREADS": "1"} | {name: str(path) for name, path in caches.items()}

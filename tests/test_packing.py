@@ -55,11 +55,17 @@ def test_variants_are_named_by_what_tells_them_apart(tmp_path):
     assert names == [f"{size}-{steps}-steps", f"{size}-{steps}-steps-batch-2", f"{size}-{steps}-steps-3"]
 
 
-def test_configuration_travels_without_names_of_this_machine(tmp_path):
+def test_configuration_and_licence_travel_without_names_of_this_machine(tmp_path):
     model = shutil.copytree(DIGITS / "model", tmp_path / "model")
     file = model / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "/home/somebody/secret"}))
+    (model / "README.md").write_text(
+        "---\nlicense: cc-by-4.0\nlicense_link: https://example.org/licence\n---\n# Digits\n"
+    )
     built = diffkiln.compile(digits(source={"model": str(model)}), tmp_path / "bundle")
+    (licence,) = json.loads((built.path / "licences.json").read_text())
+    assert (licence["of"], licence["license"]) == ("base model", "cc-by-4.0")
+    assert licence["license_link"] == "https://example.org/licence"
     for path in (built.path / "pipeline").rglob("*.json"):
         assert "somebody" not in path.read_text()
     source = json.loads((built.path / "spec.json").read_text())["source"]

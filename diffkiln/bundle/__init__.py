@@ -9,6 +9,7 @@ from diffkiln.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
     PARTIAL,
+    SIGNATURE,
     UNHASHED,
     EngineRow,
     FileRow,
@@ -27,9 +28,13 @@ from diffkiln.bundle.manifest import (
 )
 from diffkiln.bundle.partial import dump_partial, engine_targets, left_out
 from diffkiln.bundle.paths import check_path, check_unique
+from diffkiln.bundle.policy import Pin, Policy, find_policy, read_policy
 from diffkiln.bundle.reader import Bundle, open_bundle
+from diffkiln.bundle.sign import sign_bundle
+from diffkiln.bundle.signature import Signature
+from diffkiln.bundle.signers import claimed, sign_with_certificate, sign_with_key, sign_with_sigstore, signer_of
 from diffkiln.bundle.state import state_dir
-from diffkiln.bundle.trust import NativePermit, authorise_native, has_receipt, write_receipt
+from diffkiln.bundle.trust import NativePermit, authorise_native, has_receipt, require_signer, write_receipt
 from diffkiln.bundle.verified import Verified
 from diffkiln.bundle.writer import BundleWriter
 
@@ -41,6 +46,7 @@ __all__ = [
     "MANIFEST",
     "MANIFEST_DIGEST",
     "PARTIAL",
+    "SIGNATURE",
     "UNHASHED",
     "Bundle",
     "BundleWriter",
@@ -51,10 +57,13 @@ __all__ = [
     "Manifest",
     "NativePermit",
     "PassRow",
+    "Pin",
     "Pipeline",
+    "Policy",
     "Progress",
     "Requires",
     "Role",
+    "Signature",
     "TensorSpec",
     "Variant",
     "Verified",
@@ -62,15 +71,24 @@ __all__ = [
     "bundle_id",
     "check_path",
     "check_unique",
+    "claimed",
     "dump_manifest",
     "dump_partial",
     "engine_targets",
+    "find_policy",
     "has_receipt",
     "left_out",
     "open_bundle",
     "parse_manifest",
+    "read_policy",
+    "require_signer",
     "sha256_bytes",
     "sha256_file",
+    "sign_bundle",
+    "sign_with_certificate",
+    "sign_with_key",
+    "sign_with_sigstore",
+    "signer_of",
     "state_dir",
     "write_receipt",
 ]

@@ -43,7 +43,9 @@ MANIFEST_DIGEST = "manifest.sha256"
 UNHASHED = frozenset({"build.json", "README.md"})
 # Beside a manifest whose engines are here for some of its targets only (diffkiln.bundle.partial).
 PARTIAL = "partial.json"
-RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, PARTIAL}
+# Made after the manifest, of the manifest: so it is outside the id, and signing a bundle does not change which it is.
+SIGNATURE = "manifest.sig"
+RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE}
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_ROWS = 100_000

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-from diffkiln.bundle import openat
+from diffkiln.bundle import hashed, openat
 from diffkiln.bundle.digest import Progress
 from diffkiln.bundle.manifest import (
     MANIFEST,
@@ -19,6 +20,7 @@ from diffkiln.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     PARTIAL,
     RESERVED,
+    SIGNATURE,
     FileRow,
     Manifest,
     Role,
@@ -26,6 +28,7 @@ from diffkiln.bundle.manifest import (
     parse_manifest,
 )
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
+from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import (
     DigestMismatch,
@@ -46,22 +49,37 @@ class Bundle:
     those whose engines are here, and `files` what is here: all that the manifest names, unless the bundle is partial.
     """
 
-    def __init__(self, path: Path, root: int, manifest: Manifest, identity: str, targets: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        root: int,
+        manifest: Manifest,
+        identity: str,
+        targets: tuple[str, ...],
+        signature: Signature | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
         self.targets = targets
+        self.signature = signature  # of this manifest; by whom has yet to be checked
         absent = left_out(manifest, targets)
         self.files = tuple(row for row in manifest.files if row.path not in absent)
         self._root = root
         self._finalizer = weakref.finalize(self, os.close, root)
 
-    def verify(self, progress: Progress | None = None, roles: Collection[Role] | None = None) -> Verified:
+    def verify(
+        self,
+        progress: Progress | None = None,
+        roles: Collection[Role] | None = None,
+        receipt: Literal["ignore", "renew", "use"] = "ignore",
+    ) -> Verified:
         """Check the whole directory against the manifest and hash its files.
 
         `progress` is called with the bytes hashed since its last call, from one thread at a time. With
         `roles` only files of these roles are hashed now; the structure is always checked whole, and every
-        other file is hashed before its bytes are handed out.
+        other file is hashed before its bytes are handed out. `receipt` "use" takes weights that were hashed
+        at an earlier load and look untouched as they are, and "renew" hashes them; both note what was hashed.
 
         Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
         """
@@ -69,10 +87,17 @@ class Bundle:
             raise ValueError(f"the bundle {self.path} is closed")
         rows = {row.path: row for row in self.files}
         _check_tree(self._root, rows)
-        verified = Verified(self.path, os.dup(self._root), self.manifest, self.id, self.files, self.targets)
+        started = time.time_ns()
+        known = hashed.recall(self.id, self.path) if receipt == "use" else {}
+        verified = Verified(
+            self.path, os.dup(self._root), self.manifest, self.id, self.files, self.targets, self.signature
+        )
         try:
             verified.hold_weights()
+            verified.accept(known)
             _hash_all(verified, [path for path, row in rows.items() if roles is None or row.role in roles], progress)
+            if receipt != "ignore":
+                _note(verified, known, started)
         except BaseException:
             verified.close()
             raise
@@ -93,14 +118,17 @@ class Bundle:
         self.close()
 
 
-def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str], *, expect_id: str | None = None, ignore_signature: bool = False
+) -> Bundle:
     """Open the bundle at `path` and read its manifest.
 
     `path` itself must be a real directory; symbolic links above it are resolved once, here. With
-    `expect_id` (a pin) the bundle must have that id.
+    `expect_id` (a pin) the bundle must have that id. `ignore_signature` is for who is about to replace it.
 
     Raises `IntegrityError` where there is no bundle, `Incomplete` where part of the manifest is missing,
-    `DigestMismatch` where manifest, digest and pin disagree, and whatever `parse_manifest` raises.
+    `DigestMismatch` where manifest, digest and pin disagree, `SignatureInvalid` for a signature of another
+    manifest, and whatever `parse_manifest` raises.
     """
     resolved = _real_directory(path)
     root = openat.open_root(resolved)
@@ -109,8 +137,9 @@ def open_bundle(path: str | os.PathLike[str], *, expect_id: str | None = None) -
         identity = bundle_id(data)
         if expect_id is not None and identity != expect_id:
             raise DigestMismatch(f"{resolved}: the bundle id is {identity}, expected {expect_id}")
+        signature = None if ignore_signature else _read_signature(root, data)
         manifest = parse_manifest(data)
-        return Bundle(resolved, root, manifest, identity, _targets_here(root, manifest))
+        return Bundle(resolved, root, manifest, identity, _targets_here(root, manifest), signature)
     except BaseException:
         os.close(root)
         raise
@@ -161,6 +190,13 @@ def _targets_here(root: int, manifest: Manifest) -> tuple[str, ...]:
     except Incomplete:
         return engine_targets(manifest)
     return parse_partial(data, manifest)
+
+
+def _read_signature(root: int, manifest: bytes) -> Signature | None:
+    with openat.explained("."):
+        if SIGNATURE not in os.listdir(root):
+            return None
+    return parse_signature(openat.read_small(root, SIGNATURE, MAX_SIGNATURE_BYTES), manifest)
 
 
 def digest_line(manifest: bytes) -> bytes:
@@ -216,6 +252,17 @@ def _check_size(row: FileRow | None, size: int) -> None:
         raise DigestMismatch(
             f"{row.path!r} has {size} bytes, the manifest says {row.size}. Fetch or build the bundle again"
         )
+
+
+def _note(verified: Verified, known: Mapping[str, hashed.Stamp], started_ns: int) -> None:
+    """Keep for the next load what was hashed since `started_ns`, and what was `known` then."""
+    stamps = {
+        path: stamp
+        for path, stamp in verified.stamps().items()
+        if known.get(path) == stamp or hashed.settled(stamp, started_ns)
+    }
+    if stamps != known:
+        hashed.remember(verified.id, verified.path, stamps)
 
 
 class _Stopped(Exception):

@@ -13,14 +13,16 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 from diffkiln.bundle import openat
 from diffkiln.bundle.digest import Progress, chunks, sha256_bytes
+from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
+from diffkiln.bundle.signature import Signature
 from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
 
 _AGAIN = "Fetch or build the bundle again"
@@ -56,15 +58,17 @@ class Verified:
         identity: str,
         files: tuple[FileRow, ...],
         targets: tuple[str, ...],
+        signature: Signature | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
+        self.signature = signature  # of this manifest; by whom, `trust` finds out
         self.files = files
         self.targets = targets
         self._root = root
         self._rows = {row.path: row for row in files}
-        self._weights: dict[str, tuple[int, int]] = {}  # path to descriptor and modification time
+        self._weights: dict[str, tuple[int, Stamp]] = {}  # path to descriptor, and what it was when it was opened
         self._hashed: set[str] = set()
         self._copies: dict[str, Path] = {}
         self._held = _Held()
@@ -170,7 +174,19 @@ class Verified:
             if row.role == "weights":
                 descriptor = self._open(row.path)
                 self._held.descriptors.append(descriptor)
-                self._weights[row.path] = descriptor, os.fstat(descriptor).st_mtime_ns
+                self._weights[row.path] = descriptor, stamp_of(os.fstat(descriptor))
+
+    def accept(self, stamps: Mapping[str, Stamp]) -> None:
+        """Take weights that are as they were when they were hashed for hashed. Called by `Bundle.verify`."""
+        self._hashed |= {path for path, (_, stamp) in self._weights.items() if stamps.get(path) == stamp}
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Of the weights that have been hashed, and that nothing has happened to since they were opened."""
+        return {
+            path: stamp
+            for path, (descriptor, stamp) in self._weights.items()
+            if path in self._hashed and stamp_of(os.fstat(descriptor)) == stamp
+        }
 
     def close(self) -> None:
         """Close the descriptors and remove the temporary copies. May be called twice."""
@@ -217,7 +233,8 @@ class Verified:
             raise _mismatch(row)
 
     def _check_untouched(self, path: str) -> None:
-        descriptor, modified = self._weights[path]
+        # Not by ctime, which also changes when the file is renamed or removed, as when a bundle is replaced.
+        descriptor, (_, modified, *_) = self._weights[path]
         status = os.fstat(descriptor)
         if status.st_size != self._rows[path].size or status.st_mtime_ns != modified:
             raise DigestMismatch(f"{path!r} was written to while in use. {_AGAIN}")

@@ -31,6 +31,7 @@ import torch
 
 from diffkiln.bundle.digest import sha256_file
 from diffkiln.errors import ExportError
+from diffkiln.exporters.processes import call
 
 _TORCH = Path(torch.__file__).parent
 _INTERFACE = _TORCH / "_inductor" / "codegen" / "aoti_runtime" / "interface.cpp"
@@ -262,22 +263,4 @@ def _call(command: Sequence[str], folder: Path) -> None:
     # Translated messages would not be recognised, and a compiler must not be led by the caller's include paths.
     environment = {key: value for key, value in os.environ.items() if key not in ("CPATH", "CPLUS_INCLUDE_PATH")}
     with _SLOTS:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=environment | {"LC_ALL": "C"},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_MINUTES * 60,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(f"{command[0]} did not finish within {_MINUTES} minutes") from error
-        except OSError as error:
-            raise ExportError(f"{command[0]} cannot be run: {error}") from error
-    if done.returncode != 0:
-        complaints = [line for line in done.stderr.splitlines() if "error" in line or "undefined" in line]
-        first = "\n".join((complaints or done.stderr.splitlines())[:5])
-        raise ExportError(f"{command[0]} failed with status {done.returncode}:\n{first}")
+        call(command, folder, environment | {"LC_ALL": "C"}, _MINUTES * 60)

@@ -19,6 +19,7 @@ from diffkiln.bundle import (
     MANIFEST,
     MANIFEST_DIGEST,
     PARTIAL,
+    SIGNATURE,
     UNHASHED,
     FileRow,
     Manifest,
@@ -139,7 +140,7 @@ def _fill(
     download.check_listed(rows)
     _require_space(root, rows)
     download.all(rows)
-    notes = [name for name in sorted(UNHASHED) if _is_small(download, name)]
+    notes = [name for name in sorted(UNHASHED | {SIGNATURE}) if _is_small(download, name)]
     for name in notes:
         download.small(name, _MAX_UNHASHED_BYTES)
     download.drop_notes()

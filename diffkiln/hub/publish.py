@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffkiln
-from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, Bundle, Progress, open_bundle
+from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, SIGNATURE, Bundle, Progress, open_bundle
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
 from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import DigestMismatch, HubError, Incomplete
@@ -118,6 +118,8 @@ def _files(bundle: Bundle, repo: str) -> Iterator[tuple[str, Path | bytes]]:
     yield MANIFEST_DIGEST, digest_line(manifest)
     if notes:
         yield BUILD, notes
+    if bundle.signature is not None:
+        yield SIGNATURE, (bundle.path / SIGNATURE).read_bytes()
     yield CARD, card(bundle.manifest, read_build(notes), repo, bundle.id).encode()
     for row in bundle.manifest.files:
         path = bundle.path / row.path

@@ -2,6 +2,7 @@
 
 from diffkiln.packing.configuration import pack_configuration
 from diffkiln.packing.engines import pack_engines
+from diffkiln.packing.licences import pack_licences
 from diffkiln.packing.packed import Packed, as_json
 from diffkiln.packing.programs import every_program, pack_programs, tokenizers_of
 from diffkiln.packing.report import manifest_of, pack_report
@@ -15,6 +16,7 @@ __all__ = [
     "manifest_of",
     "pack_configuration",
     "pack_engines",
+    "pack_licences",
     "pack_programs",
     "pack_report",
     "pack_weights",

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from diffkiln.errors import Problem, SourceError
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantizers.base import is_ghost
+from diffkiln.record.licences import CARD
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import COMMIT, HUB_ID, from_the_hub
 from diffkiln.spec import Conflict, Strict, Target, refuse
@@ -94,6 +96,11 @@ class FuseLoRA(Pass):
             if row["repo"] is None:
                 del row["file"], row["repo"], row["revision"]
         return written
+
+    def origins(self) -> Iterator[tuple[dict[str, Any], Path]]:
+        """Each adapter as `options` states it, with its file on this machine."""
+        for row, found in zip(self.options()["adapters"], self._found, strict=True):
+            yield row, found.path
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         ready = self.model_copy()
@@ -195,8 +202,11 @@ def _find(adapter: Adapter, base: Path) -> _Found:
     if adapter.repo is not None and adapter.revision is not None:
         with from_the_hub(adapter.repo, adapter.revision, "$.passes"):
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError
 
             path = Path(hf_hub_download(adapter.repo, adapter.file, revision=adapter.revision))
+            with suppress(EntryNotFoundError):  # the card, for the licence
+                hf_hub_download(adapter.repo, CARD, revision=adapter.revision)
     else:
         path = (base / Path(adapter.file).expanduser()).absolute()
     try:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffkiln.errors import MissingDependency
-from diffkiln.record.card import CARD
 from diffkiln.record.checkpoint import STEMS, Checkpoint
 from diffkiln.record.folder import LEFT_OUT, Component, entries, plain_files, read_folder, read_index, source_error
+from diffkiln.record.licences import CARD
 
 if TYPE_CHECKING:
     from diffkiln.spec.model import Source

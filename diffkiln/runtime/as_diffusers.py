@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from diffkiln.attention import by_kernel
-from diffkiln.bundle import Manifest, Verified
+from diffkiln.bundle import Manifest, Policy, Verified
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
 from diffkiln.program import NATIVE, Module, is_rebatched
 from diffkiln.runtime.attention import check_kernels
@@ -27,12 +27,20 @@ from diffkiln.runtime.originals import build, class_of, quiet, read_weights
 from diffkiln.runtime.shims import plug_in
 
 
-def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = None, check_engines: bool = True) -> Any:
+def load_as_diffusers(
+    verified: Verified,
+    *,
+    allow_native: bool,
+    policy: Policy | None = None,
+    device: Any = None,
+    check_engines: bool = True,
+) -> Any:
     """The original pipeline with the bundle's weights and engines.
 
     Args:
         verified: the bundle. It is closed when the pipeline is there.
         allow_native: load native code though this user did not build the bundle here.
+        policy: whose signatures count.
         device: where to run; the bundle's target by default.
         check_engines: compare each engine with the replay of its region first.
 
@@ -62,7 +70,7 @@ def load_as_diffusers(verified: Verified, *, allow_native: bool, device: Any = N
     eager = manifest.runtime.get("on_incompatible") == "eager"
     _refuse_guidance(manifest, modules, eager)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
-    engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
+    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     pipe = _pipeline(verified)
     for component, kernel in attentions.items():
         _choose_attention(pipe.components[component], component, kernel)

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from diffkiln.aten import check_schemas, dtype_of
-from diffkiln.bundle import EngineRow, Manifest, Verified, authorise_native, open_bundle
+from diffkiln.bundle import (
+    EngineRow,
+    Manifest,
+    Policy,
+    Progress,
+    Verified,
+    authorise_native,
+    find_policy,
+    open_bundle,
+    require_signer,
+)
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
@@ -39,6 +49,9 @@ def load(
     as_diffusers: bool = False,
     device: str | torch.device | None = None,
     check_engines: bool = True,
+    policy: Policy | str | os.PathLike[str] | None = None,
+    rehash: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """Load a bundle. Nothing is compiled, and neither diffusers nor transformers is imported.
 
@@ -48,9 +61,13 @@ def load(
         as_diffusers: give the original diffusers pipeline, with the engines plugged in, instead.
         device: where to run; the bundle's target by default.
         check_engines: compare each engine with the replay of its region before it serves.
+        policy: whose signatures count; the user's own policy file by default, where there is one.
+        rehash: hash weights again that were hashed at an earlier load and look untouched.
+        progress: called with the number of bytes hashed since its last call.
 
     Raises:
-        IntegrityError: the bundle is not whole, or its native code is not allowed.
+        PolicyInvalid: the policy is not one.
+        IntegrityError: the bundle is not whole, or not signed as the policy requires, or its native code is refused.
         Incompatible: the bundle is for another machine, torch or format.
         HubError: the Hub does not give what the address names.
     """
@@ -58,20 +75,27 @@ def load(
         from diffkiln.hub import cached
 
         path = cached(path, lambda manifest: fitting_targets(manifest, device))
+    trusted = find_policy(policy)
     with open_bundle(path) as bundle:
-        verified = bundle.verify()
+        verified = bundle.verify(progress, receipt="renew" if rehash else "use")
     try:
+        if trusted is not None and trusted.require_signature:
+            require_signer(verified, trusted)
         if as_diffusers:
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
-            return load_as_diffusers(verified, allow_native=allow_native, device=device, check_engines=check_engines)
-        return _load(verified, allow_native, device, check_engines)
+            return load_as_diffusers(
+                verified, allow_native=allow_native, policy=trusted, device=device, check_engines=check_engines
+            )
+        return _load(verified, allow_native, trusted, device, check_engines)
     except BaseException:
         verified.close()
         raise
 
 
-def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bool) -> CompiledPipeline:
+def _load(
+    verified: Verified, allow_native: bool, policy: Policy | None, device: Any, check_engines: bool
+) -> CompiledPipeline:
     manifest = verified.manifest
     if manifest.runtime.get("only_diffusers"):
         raise Incompatible(
@@ -84,7 +108,7 @@ def _load(verified: Verified, allow_native: bool, device: Any, check_engines: bo
     check_kernels(kernels_of(modules), place)
     check_schemas(read_json(verified, SCHEMAS))
     constants = read_constants(verified)
-    engines = open_engines(verified, modules, constants, place, allow_native, check_engines)
+    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     offload: Any = manifest.runtime.get("offload")
     store = WeightStore(verified, manifest.weights, place, offload)
     tf32: Any = manifest.runtime.get("tf32")
@@ -217,6 +241,7 @@ def open_engines(
     constants: Mapping[str, torch.Tensor],
     place: torch.device,
     allow_native: bool,
+    policy: Policy | None,
     check_engines: bool,
 ) -> dict[tuple[str, str], Engine]:
     """The engines of the target that fits; none where the bundle allows to replay on a machine that it is not for."""
@@ -226,7 +251,7 @@ def open_engines(
     try:
         target = choose_target(manifest, place, verified.targets)
         rows = [row for row in manifest.engines if row.target == target]
-        permit = authorise_native(verified, allow_native)
+        permit = authorise_native(verified, allow_native, policy)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions
         found = {}
         for row in rows:

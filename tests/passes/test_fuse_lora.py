@@ -172,7 +172,7 @@ def test_an_adapter_on_the_hub_is_fetched_at_its_commit(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
     (item,) = checked(ghost("flux"), {"name": "fuse_lora", "component": "transformer", "adapters": [REPO]})
-    assert asked == [("owner/name", "lora.safetensors", REPO["revision"])]
+    assert asked == [("owner/name", name, REPO["revision"]) for name in ("lora.safetensors", "README.md")]
     (row,) = item.step.options()["adapters"]
     assert {key: row[key] for key in REPO} == REPO
     assert row["digest"].startswith("sha256:")

@@ -1,0 +1,96 @@
+"""What an earlier load hashed: a receipt, so that an unchanged bundle is not hashed a second time.
+
+It lies in the user's state directory (mode 0700), one file for each bundle id and place, and holds for every file of
+weights what the system says of it: size, times of the last change of content and of anything (mtime, ctime), inode
+and device. If one of these differs the file is hashed again. Programs, configuration and native code are always
+hashed: they are small.
+
+A write changes both times; mtime can be set back, ctime cannot without setting the clock. A change within one tick
+of the file system's clock would go unseen, so a file that was touched just before it was hashed is not noted.
+What this does not see: bits that rot on the disk, and a user who writes into their own state directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from diffkiln.bundle import strict_json
+from diffkiln.bundle.digest import sha256_bytes
+from diffkiln.bundle.state import existing_state_dir, state_dir
+from diffkiln.errors import DiffkilnError
+
+log = logging.getLogger(__name__)
+
+Stamp = tuple[int, int, int, int, int]
+"""Size, mtime and ctime in nanoseconds, inode, device."""
+
+# Far more than the tick of any clock that file systems take times from, FAT's two seconds included.
+SETTLED_NS = 3_000_000_000
+_MAX_BYTES = 64 * 1024 * 1024
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
+def recall(identity: str, place: Path) -> dict[str, Stamp]:
+    """The stamps of the files that were hashed here; none where there is no receipt that can be relied on."""
+    try:
+        directory = existing_state_dir("hashed")
+        if directory is None:
+            return {}
+        descriptor = os.open(directory / _name(identity, place), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                return {}
+            return _parse(file.read(_MAX_BYTES))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, DiffkilnError) as error:  # not a reason not to load: everything is hashed
+        log.warning("hashing %s again, since what was hashed before cannot be read: %s", place, error)
+        return {}
+
+
+def remember(identity: str, place: Path, stamps: Mapping[str, Stamp]) -> None:
+    """Note what has been hashed. Where nothing can be written (a read-only home), the next load hashes again."""
+    data = json.dumps({"place": str(place), "files": stamps}).encode(errors="surrogateescape")
+    try:
+        directory = state_dir("hashed")
+        staged = directory / f".{secrets.token_hex(16)}"
+        try:
+            with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(staged, directory / _name(identity, place))
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(staged)
+            raise
+    except (OSError, DiffkilnError) as error:
+        log.info("the next load of %s will hash it again: %s", place, error)
+
+
+def settled(stamp: Stamp, started_ns: int) -> bool:
+    """Whether the file had been left alone for a while when hashing began (`time.time_ns`)."""
+    return max(stamp[1], stamp[2]) < started_ns - SETTLED_NS
+
+
+def _name(identity: str, place: Path) -> str:
+    return f"{identity}-{sha256_bytes(os.fsencode(place))[:32]}.json"
+
+
+def _parse(data: bytes) -> dict[str, Stamp]:
+    raw: Any = strict_json.loads(data, max_bytes=_MAX_BYTES)
+    files = raw.get("files") if isinstance(raw, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it is not a receipt")
+    for stamp in files.values():
+        if not isinstance(stamp, list) or len(stamp) != 5 or not all(type(value) is int for value in stamp):
+            raise ValueError("it is not a receipt")
+    return {path: (stamp[0], stamp[1], stamp[2], stamp[3], stamp[4]) for path, stamp in files.items()}

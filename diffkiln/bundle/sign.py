@@ -1,0 +1,63 @@
+"""Putting a signature into a bundle. The manifest, and so the bundle's id, stay as they are."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from diffkiln.bundle import openat
+from diffkiln.bundle.digest import Progress, sha256_bytes
+from diffkiln.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
+from diffkiln.bundle.reader import open_bundle
+from diffkiln.bundle.signature import Signature, parse_signature
+from diffkiln.bundle.staging import explained
+from diffkiln.errors import DigestMismatch, SpecError
+
+Signer = Callable[[bytes], bytes]
+"""From the bytes of a manifest to those of its signature: see `signers`."""
+
+
+def sign_bundle(
+    path: str | os.PathLike[str], signer: Signer, *, force: bool = False, progress: Progress | None = None
+) -> tuple[str, Signature]:
+    """Hash the whole bundle, sign its manifest, and put the signature beside it, in one step.
+
+    Gives the bundle's id and the signature. With `force` one that is there is replaced, broken or not. Raises
+    `SpecError` if there is one, whatever `Bundle.verify` raises if the bundle is not whole, `SpecError` or
+    `MissingDependency` if it cannot be signed, and `BuildError` if the signature cannot be written.
+    """
+    # A signature of an earlier manifest, which keeps the bundle from being opened, may be what is to be replaced.
+    with open_bundle(path, ignore_signature=force) as bundle:
+        if bundle.signature is not None and not force:
+            raise SpecError(f"{bundle.path} is signed already; pass --force to replace the signature")
+        with bundle.verify(progress):
+            root = openat.open_root(bundle.path)
+            try:
+                manifest = openat.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
+                if sha256_bytes(manifest) != bundle.id:
+                    raise DigestMismatch(f"{bundle.path}: {MANIFEST} changed while it was being signed")
+                data = signer(manifest)
+                _install(data, bundle.path, root)
+            finally:
+                os.close(root)
+    return bundle.id, parse_signature(data, manifest)
+
+
+def _install(data: bytes, bundle: Path, root: int) -> None:
+    """Written beside the bundle, since in it a half-made file would be one that the manifest does not name."""
+    staged = bundle.parent / f".{bundle.name}.signing-{os.getpid()}-{secrets.token_hex(8)}"
+    with explained(bundle / SIGNATURE, "write", len(data)):
+        try:
+            with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, SIGNATURE, dst_dir_fd=root)
+            os.fsync(root)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(staged)
+            raise
