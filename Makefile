@@ -39,4 +39,5 @@ bench: install
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/schedules.py
+	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/reliability.py

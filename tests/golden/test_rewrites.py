@@ -77,3 +77,37 @@ def test_guidance_changes_these_lines(name, families):
     before, after = (listing(of.calls[0]["call+negative"]).splitlines() for of in (recording, rewritten))
     lines = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
     _compare(name, "\n".join(lines) + "\n")
+
+
+#: name → (family, a pass); what it changes in the call, or in a component's program.
+LINES = {
+    "sd-euler": ("sd", "call", {"name": "scheduler", "type": "EulerDiscreteScheduler"}),
+    "flux-attention": (
+        "flux",
+        "transformer",
+        {"name": "attention_backend", "component": "transformer", "backend": "native_math"},
+    ),
+    "flux-whole-vae": ("flux", "vae", {"name": "compile", "component": "vae", "scope": "whole"}),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_pass_changes_these_lines(name, families):
+    family, where, step = LINES[name]
+
+    def told(passes):
+        checked = check(spec(families, family) | {"passes": passes})
+        with quiet_libraries():
+            recording, _ = manager.rewrite(record(checked.pipe, checked.requests, Constants()), checked.placed)
+        if where == "call":
+            return listing(recording.calls[0]["call"]).splitlines()
+        module = recording.modules[where]
+        parts = (
+            [*module.regions.values(), *module.programs.values()]
+            if where == "transformer"
+            else module.programs.values()
+        )
+        return [line for program in parts for line in listing(program).splitlines()]
+
+    lines = [line for line in difflib.ndiff(told([]), told([step])) if line[0] in "+-"]
+    _compare(name, "\n".join(lines) + "\n")

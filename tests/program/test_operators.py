@@ -40,3 +40,13 @@ def test_what_the_interpreter_runs_writes_to_nothing_and_draws_nothing():
 )
 def test_everything_else_is_refused(name):
     assert not allowed(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default", "aten.masked_select.default",
+     "aten.equal.default", "aten.is_nonzero.default", "aten.unique_dim.default"],
+)  # fmt: skip
+def test_nothing_that_reads_a_value_back_from_the_device_is_in_the_list(name):
+    """So no program waits for its device between the first operation and the last."""
+    assert not allowed(name)
