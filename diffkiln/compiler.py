@@ -201,7 +201,8 @@ def compile(
                 verification.check_call(request, recording.calls[index])
         chosen = _calibrate(checked, recording, metrics or {}, steps, writer)
         with quiet_libraries():
-            recording, _ = manager.rewrite(recording, chosen.placed)
+            recording, told = manager.rewrite(recording, chosen.placed)
+        notices += told
         compiled = {request.component for request in checked.plan.compile}
         notices += notices_of(chosen.placed, compiled, recording.modules)
         packed = Packed(recording, checked.spec.runtime.offload, notices)
@@ -262,7 +263,8 @@ def _calibrate(
             for name, module in modules.items():
                 manager.apply(module, name, checked.placed)
             assert isinstance(place.step, CacheSchedule)
-            evidence = calibrated(recording, checked.pipe, modules, item.step, place.step, metrics)
+            with manager.guarded(item):
+                evidence = calibrated(recording, checked.pipe, modules, item.step, place.step, metrics)
         writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
         chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
         checked = checked.with_step(place, chosen)

@@ -8,18 +8,25 @@ from dataclasses import dataclass
 
 from diffkiln.program.ir import CALL, REGION, STEP, Module, Program
 
-#: A step that runs all of a component's blocks, some, or none.
-ALL, SOME, NONE = "●", "◐", "○"
+#: A step that runs all of a component's blocks, some, or none; and one that another denoiser makes.
+ALL, SOME, NONE, ANOTHER = "●", "◐", "○", "·"
+
+#: The component that is what lies between a denoiser's calls, where that is compiled (diffkiln.passes.outlining).
+_ARITHMETIC = "scheduler"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its timestep, how often it calls the component, and how many repeated blocks that runs."""
+    """One step: its timestep, how often it calls the component, and how many repeated blocks that runs.
+
+    `others` counts the calls of other components that have weights, the first step's text encoders among them.
+    """
 
     number: int
     timestep: float
     calls: int
     blocks: int
+    others: int = 0
 
 
 def schedule(call: Program, modules: Mapping[str, Module], component: str) -> list[Step]:
@@ -32,15 +39,24 @@ def schedule(call: Program, modules: Mapping[str, Module], component: str) -> li
     for op in call.ops:
         if op.name == CALL and op.attrs["component"] == component:
             counted.update(calls=1, blocks=sizes[op.attrs["program"]])
+        elif op.name == CALL and op.attrs["component"] != _ARITHMETIC:
+            counted["others"] += 1
         elif op.name == STEP:
-            steps.append(Step(op.attrs["step"], op.attrs["timestep"], counted["calls"], counted["blocks"]))
+            done = (counted[name] for name in ("calls", "blocks", "others"))
+            steps.append(Step(op.attrs["step"], op.attrs["timestep"], *done))
             counted.clear()
     return steps
 
 
 def line(steps: list[Step]) -> str:
-    """One symbol a step: all of the blocks, some, or none. Without blocks, whether the component is called."""
+    """One symbol a step: all of the blocks, some, or none, or another's. Without blocks, whether it is called."""
     blocks = any(step.blocks for step in steps)
     work = [step.blocks if blocks else step.calls for step in steps]
     most = max(work, default=0)
-    return "".join(ALL if done == most else SOME if done else NONE for done in work)
+    return "".join(map(_symbol, steps, work, [most] * len(steps)))
+
+
+def _symbol(step: Step, done: int, most: int) -> str:
+    if not step.calls and step.others:
+        return ANOTHER
+    return ALL if done == most else SOME if done else NONE
