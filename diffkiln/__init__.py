@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _PLACES = {
     "compile": "diffkiln.compiler",
     "check": "diffkiln.compiler",
+    "compile_module": "diffkiln.modules",
+    "CompiledModule": "diffkiln.modules",
     "load": "diffkiln.runtime.loading",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from diffkiln import errors
     from diffkiln.compiler import check, compile
     from diffkiln.errors import DiffkilnError
+    from diffkiln.modules import CompiledModule, compile_module
     from diffkiln.runtime.loading import load
     from diffkiln.spec import Spec, parse_spec
 
@@ -38,7 +41,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = import_module(_PLACES[name])
     except ModuleNotFoundError as error:
-        if name not in ("compile", "check") or (error.name or "").startswith("diffkiln"):
+        if name not in ("compile", "check", "compile_module") or (error.name or "").startswith("diffkiln"):
             raise
         from diffkiln.errors import MissingDependency
 
@@ -54,4 +57,15 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PLACES])
 
 
-__all__ = ["DiffkilnError", "Spec", "__version__", "check", "compile", "errors", "load", "parse_spec"]
+__all__ = [
+    "CompiledModule",
+    "DiffkilnError",
+    "Spec",
+    "__version__",
+    "check",
+    "compile",
+    "compile_module",
+    "errors",
+    "load",
+    "parse_spec",
+]

@@ -53,7 +53,7 @@ def ghost_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPi
 
 
 def _ghost(source: SourceModel, name: str, dtype: str | None) -> nn.Module:
-    module = _emptied(skeleton(source, name, dtype))
+    module = emptied(skeleton(source, name, dtype))
     if name in source.gguf:
         put_gguf(module, name, source.gguf[name])
     return module
@@ -192,7 +192,7 @@ def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_ty
     return final
 
 
-def _emptied(module: nn.Module) -> nn.Module:
+def emptied(module: nn.Module) -> nn.Module:
     """Leave no data in any parameter or persistent buffer."""
     _replace(module, lambda _, tensor: tensor.to("meta"))
     return module

@@ -1,0 +1,175 @@
+"""One module, compiled without a pipeline: recorded as a component is, lowered, and called as the module is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffkiln.aten import Interpreter, type_of
+from diffkiln.errors import CallError, Incompatible, SpecError
+from diffkiln.exporters.base import Lowering, contiguous, engine_inputs
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.exporters.registry import exporter
+from diffkiln.passes.outlining import between_blocks, whole
+from diffkiln.program import REGION, Module, Op, Program, weight_in
+from diffkiln.record.components import Callee, record_component
+from diffkiln.record.constants import Constants
+from diffkiln.record.ghosts import emptied, haunt
+from diffkiln.record.structure import flatten, key_of, unflatten
+from diffkiln.runtime.compatibility import missing_flags
+from diffkiln.runtime.engines import Engine, engine
+from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.shims import weight_getter
+from diffkiln.spec import TARGETS, Target, find_gpu, suggest
+from diffkiln.verification import compare_component
+
+_SCOPES: Mapping[str, Callable[[Module], Module]] = {
+    "blocks": lambda module: module,
+    "between": between_blocks,
+    "whole": whole,
+}
+
+
+def compile_module(
+    module: torch.nn.Module,
+    example_kwargs: Mapping[str, Any],
+    *,
+    target: str | Target = "cpu-x86-64-v3",
+    backend: str = "aot_inductor",
+    scope: str = "blocks",
+    options: Mapping[str, Any] | None = None,
+    cache: EngineCache | None = None,
+) -> CompiledModule:
+    """Compile one module for arguments of the types and shapes of an example.
+
+    Args:
+        module: on the CPU, with its weights, which stay its own: they may change without compiling again.
+        example_kwargs: keywords of its `forward`; the tensors' values do not matter, all others are fixed.
+        target: the machine, by a name that `diffkiln targets` lists.
+        backend: an exporter's name.
+        scope: "blocks", each repeated block; "between", what lies between them too; "whole", all of it.
+        options: of the backend.
+        cache: of engines; the user's by default.
+
+    Raises:
+        SpecError: an unknown target or scope.
+        RecordError: the module cannot be recorded, with the line of its code.
+        VerifyError: what was recorded or lowered gives something else than the module.
+        ExportError: the backend cannot lower a region.
+        Incompatible: this machine cannot run the target's engines.
+    """
+    machine = _machine(target)
+    if scope not in _SCOPES:
+        raise SpecError(f"scope: {scope!r} is not one of {', '.join(_SCOPES)}")
+    constants = Constants()
+    callee, recorded = _recorded(module, example_kwargs, constants)
+    recorded = _SCOPES[scope](recorded)
+    engines: dict[str, Engine] = {}
+    for region in recorded.regions.values():
+        own = {key: constants.tensors[key] for key in region.constants}
+        lowering = Lowering(region, machine, own, dict(options or {}))
+        artefact = exporter(backend).export(lowering, cache or EngineCache())
+        inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
+        engines[region.name] = engine(backend)(artefact.directory, inputs, torch.device("cpu"))
+        self_test(engines[region.name], region, own, torch.device("cpu"), f"the engine of {region.name}")
+    return CompiledModule(module, callee, recorded, engines, constants.tensors)
+
+
+class CompiledModule:
+    """A module's `forward` by engines, and operation by operation between them. Called as the module is.
+
+    Attributes:
+        module: the original, whose weights are looked up at each call.
+        program: what runs; `regions` are the pieces of it that have engines.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        callee: Callee,
+        recorded: Module,
+        engines: Mapping[str, Engine],
+        constants: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.module, self.regions = module, recorded.regions
+        self.program: Program = recorded.programs[callee.program]
+        self._callee, self._engines, self._constants = callee, engines, constants
+        self._expected = key_of(callee.leaves, callee.structure)
+        names = dict.fromkeys(self.program.weights)
+        for op in self.program.ops:
+            if op.name == REGION:
+                names |= dict.fromkeys(weight_in(op, weight) for weight in self.regions[op.attrs["region"]].weights)
+        self._weights = {name: weight_getter(module, name) for name in names}
+        self._interpreter = Interpreter(self.program, special={REGION: self._region})
+        self._now: Mapping[str, torch.Tensor] = {}
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """What the module gives for these keywords.
+
+        Raises:
+            CallError: a tensor has another type or shape, or another argument another value, than the example's.
+        """
+        leaves, structure = flatten(((), kwargs))
+        if key_of(leaves, structure) != self._expected:
+            raise CallError(_difference(kwargs, unflatten(self._callee.leaves, self._callee.structure)[1]))
+        inputs = [leaves[position] for position in self._callee.tensors if position not in self._callee.folded]
+        with torch.inference_mode():
+            self._now = {name: get() for name, get in self._weights.items()}
+            found = iter(self._interpreter(inputs, self._now, self._constants))
+        result, shape = self._callee.result
+        return unflatten([next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in result], shape)
+
+    def _region(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
+        region, run = self.regions[op.attrs["region"]], self._engines[op.attrs["region"]]
+        names = [weight_in(op, weight) for weight in region.weights]
+        folded = [self._constants[key] for key in region.constants]
+        return lambda *args: run([*args, *(self._now[name] for name in names), *folded])
+
+
+def _recorded(module: torch.nn.Module, kwargs: Mapping[str, Any], constants: Constants) -> tuple[Callee, Module]:
+    """The module's program, compared with it bit for bit on the example."""
+    leaves, structure = flatten(((), dict(kwargs)))
+    with torch.inference_mode():
+        result = flatten(module(**kwargs))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    ghost = copy.deepcopy(module, dict(tensors))
+    haunt(emptied(ghost), fake)
+    types = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    callee = Callee("module", "forward", ghost, ghost.forward, types, structure, result)
+    recorded = record_component([callee], fake, constants)
+    compare_component(callee, module, recorded, leaves, constants.tensors)
+    return callee, recorded
+
+
+def _machine(target: str | Target) -> Target:
+    found = target if isinstance(target, Target) else TARGETS.get(target) or find_gpu(target)
+    if found is None:
+        raise SpecError(f"target: there is no {target!r}. {suggest(str(target), TARGETS)}".rstrip())
+    if found.device == "cpu" and (missing := missing_flags(found.isa)):
+        raise Incompatible(f"{found.name}: this machine lacks {', '.join(sorted(missing))}. Choose a lower level")
+    return found
+
+
+def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
+    """The first keyword that differs."""
+
+    def told(value: Any) -> str:
+        return str(type_of(value)) if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+    for name in sorted(given.keys() | example.keys()):
+        if (name in given) != (name in example):
+            return f"{name}: {'given, and the example has none' if name in given else 'missing, the example has it'}"
+        found, required = flatten(given[name]), flatten(example[name])
+        if key_of(*found) != key_of(*required):
+            return (
+                f"{name}: {told(given[name])} found, {told(example[name])} required, which the module was compiled for"
+            )
+    return "the arguments are nested in another way than the example's"
+
+
+__all__ = ["CompiledModule", "compile_module"]
