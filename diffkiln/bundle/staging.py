@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from diffkiln.bundle.sharing import staging_pattern
 from diffkiln.bundle.rename import exchange, rename_new
+from diffkiln.bundle.sharing import staging_pattern
 from diffkiln.errors import BuildError, PathEscape
 
 
