@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 _PLACES = {
     "compile": "diffkiln.compiler",
     "check": "diffkiln.compiler",
+    "add_target": "diffkiln.retarget",
+    "strip": "diffkiln.retarget",
+    "retune": "diffkiln.retarget",
     "load": "diffkiln.runtime.loading",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from diffkiln import errors
     from diffkiln.compiler import check, compile
     from diffkiln.errors import DiffkilnError
+    from diffkiln.retarget import add_target, retune, strip
     from diffkiln.runtime.loading import load
     from diffkiln.spec import Spec, parse_spec
 
@@ -54,4 +58,16 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PLACES])
 
 
-__all__ = ["DiffkilnError", "Spec", "__version__", "check", "compile", "errors", "load", "parse_spec"]
+__all__ = [
+    "DiffkilnError",
+    "Spec",
+    "__version__",
+    "add_target",
+    "check",
+    "compile",
+    "errors",
+    "load",
+    "parse_spec",
+    "retune",
+    "strip",
+]

@@ -31,8 +31,20 @@ def pack_engines(
     module = packed.recording.modules.get(request.component)
     for family in _families(module, request.dynamic) if module else ():
         for target in targets:
-            for members in _built_together(family, packed, request, target, cache):
-                _pack(writer, packed, request, target, *members)
+            pack_family(writer, packed, request, target, family, cache)
+
+
+def pack_family(
+    writer: BundleWriter,
+    packed: Packed,
+    request: CompileRequest,
+    target: Target,
+    family: Family,
+    cache: EngineCache,
+) -> None:
+    """The engines of regions that may share one, for one target."""
+    for artefact, regions in _built_together(family, packed, request, target, cache):
+        _pack(writer, packed, request, target, artefact, regions)
 
 
 def _families(module: Module, dynamic: bool) -> list[Family]:
