@@ -188,7 +188,7 @@ def compile(
             recording, _ = manager.rewrite(recording, chosen.placed)
         compiled = {request.component for request in checked.plan.compile}
         notices += notices_of(chosen.placed, compiled, recording.modules)
-        packed = Packed(recording, checked.spec.runtime.offload, notices)
+        packed = Packed(recording, checked.spec.runtime.offload, notices, ghosts=checked.plan.modules)
         with steps("write the programs"):
             pack_configuration(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)

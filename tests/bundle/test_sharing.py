@@ -165,7 +165,7 @@ while killed:
             states.append([opened.id, (output / "weights").exists(), opened.whole])
     except Exception as error:
         states.append([str(error), None, None])
-    step += 3
+    step += 5
 print(json.dumps(states))
 """
 
@@ -182,7 +182,7 @@ def test_sigkill_at_any_step_leaves_a_bundle_that_loads(both: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)
     found = [state for state, _, _ in states]
-    assert len(found) > 20
+    assert len(found) > 12
     assert {old, new} <= set(found)
     odd = [state for state in found if state not in {old, new}]
     # Where names cannot be exchanged there is a moment without a bundle, which the next run mends.

@@ -107,9 +107,7 @@ def test_engines_for_another_torch_fit_nowhere(three: Manifest, monkeypatch: pyt
         (None, "sm_90", "compute_90", None),
     ],
 )
-def test_what_runs_on_which_gpu(
-    found: tuple[int, int] | None, sm: str, ptx: str | None, rank: int | None
-) -> None:
+def test_what_runs_on_which_gpu(found: tuple[int, int] | None, sm: str, ptx: str | None, rank: int | None) -> None:
     fit = gpu_fit(found, sm, ptx)
     assert fit.rank == rank
     assert sm in fit.why or (ptx or "") in fit.why
