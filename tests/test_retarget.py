@@ -282,7 +282,7 @@ while killed:
     with open_bundle(place / "bundle") as bundle:
         bundle.verify().close()
         print(bundle.id, flush=True)
-    step += 19
+    step += 37
 """
 
 
@@ -294,7 +294,7 @@ def test_sigkill_while_a_target_is_added_leaves_a_bundle_that_loads(one: Path, t
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()
     new = diffkiln.add_target(one, V4, cache=engine_cache()).id
-    assert len(found) > 4
+    assert len(found) > 2
     assert set(found) == {old, new}
     assert found[-1] == new
 
