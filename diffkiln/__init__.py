@@ -19,6 +19,9 @@ _PLACES = {
     "check": "diffkiln.compiler",
     "compile_module": "diffkiln.modules",
     "CompiledModule": "diffkiln.modules",
+    "add_target": "diffkiln.retarget",
+    "strip": "diffkiln.retarget",
+    "retune": "diffkiln.retarget",
     "load": "diffkiln.runtime.loading",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from diffkiln.compiler import check, compile
     from diffkiln.errors import DiffkilnError
     from diffkiln.modules import CompiledModule, compile_module
+    from diffkiln.retarget import add_target, retune, strip
     from diffkiln.runtime.loading import load
     from diffkiln.spec import Spec, parse_spec
 
@@ -62,10 +66,13 @@ __all__ = [
     "DiffkilnError",
     "Spec",
     "__version__",
+    "add_target",
     "check",
     "compile",
     "compile_module",
     "errors",
     "load",
     "parse_spec",
+    "retune",
+    "strip",
 ]

@@ -15,13 +15,17 @@ from typing import Any
 import click
 
 from diffkiln.cli_hub import pull_, push_
+from diffkiln.cli_targets import retune_, strip_
 from diffkiln.cli_trust import POLICY, hashed_bytes, sign, verify
 from diffkiln.errors import DiffkilnError
 from diffkiln.printing import (
     Watch,
     checked_json,
+    choice_here,
     giga,
+    print_built,
     print_checked,
+    print_choice,
     print_json,
     print_manifest,
     print_pass,
@@ -49,22 +53,27 @@ def cli() -> None:
 
 @cli.command("compile")
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the bundle to make.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the bundle to make.")
+@click.option("--add-target", "target", help="Give a bundle instead of SPEC; build its engines for this target, too.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @_JSON
-def compile_(spec: Path, output: Path, force: bool, as_json: bool) -> None:
-    """Compile SPEC into a bundle."""
+def compile_(spec: Path, output: Path | None, target: str | None, force: bool, as_json: bool) -> None:
+    """Compile SPEC into a bundle. With --add-target, SPEC is a bundle, which is replaced where no output is given."""
+    if target is not None:
+        from diffkiln.retarget import add_target
+
+        with Watch() as watch:
+            built = add_target(spec, target, output, force=force, progress=watch)
+        print_built(built, as_json)
+        return
+    if output is None:
+        raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
     _needs_compiler()
     from diffkiln.compiler import compile as build
 
     with Watch() as watch:
         built = build(spec, output, force=force, progress=watch)
-    for notice in built.notices:
-        say(f"note: {notice}")
-    if as_json:
-        print_json({"path": str(built.path), "id": built.id, "notices": built.notices, "seconds": built.seconds})
-    else:
-        click.echo(f"{built.path}  {built.id}")
+    print_built(built, as_json)
 
 
 @cli.command("check")
@@ -110,12 +119,21 @@ def inspect_(bundle: Path, name: str | None, as_bom: bool, as_json: bool) -> Non
                 print_program(verified, name, as_json)
             return
         found = schedules(opened)
+        choice = choice_here(opened)
         if as_json:
-            print_json({"id": opened.id, **opened.manifest.model_dump(mode="json"), "schedules": schedules_json(found)})
+            print_json(
+                {
+                    "id": opened.id,
+                    **opened.manifest.model_dump(mode="json"),
+                    "schedules": schedules_json(found),
+                    **choice,
+                }
+            )
         else:
             print_manifest(opened.id, opened.manifest)
             if not opened.whole:
                 click.echo(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
+            print_choice(choice)
             print_schedules(found)
 
 
@@ -232,6 +250,8 @@ def schema_() -> None:
     print_json(json_schema(option_models()))
 
 
+cli.add_command(strip_)
+cli.add_command(retune_)
 cli.add_command(push_)
 cli.add_command(pull_)
 

@@ -48,7 +48,7 @@ def pull_(
     from diffkiln.hub import only, pull
 
     def fitting(manifest: Manifest) -> tuple[str, ...]:
-        from diffkiln.runtime.loading import fitting_targets
+        from diffkiln.runtime.targets import fitting_targets
 
         try:
             return fitting_targets(manifest)

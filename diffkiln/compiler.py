@@ -12,12 +12,13 @@ import ctypes
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffkiln.built import Built
 from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
 from diffkiln.calibration import Metric, calibrated
 from diffkiln.errors import PassError, Problem, RecordError
@@ -90,23 +91,6 @@ class Checked:
         notes = step.run(self.plan).notes
         report = tuple(replace(r, placed=new, notes=notes) if r.placed is place else r for r in self.report)
         return replace(self, placed=placed, report=report)
-
-
-@dataclass(frozen=True)
-class Built:
-    """A bundle that was published.
-
-    Attributes:
-        path: its directory.
-        id: SHA-256 of its manifest.
-        notices: what a user should know.
-        seconds: of each step of the build.
-    """
-
-    path: Path
-    id: str
-    notices: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
@@ -205,7 +189,7 @@ def compile(
         notices += told
         compiled = {request.component for request in checked.plan.compile}
         notices += notices_of(chosen.placed, compiled, recording.modules)
-        packed = Packed(recording, checked.spec.runtime.offload, notices)
+        packed = Packed(recording, checked.spec.runtime.offload, notices, ghosts=checked.plan.modules)
         with steps("write the programs"):
             pack_configuration(writer, checked)
             pack_licences(writer, checked)

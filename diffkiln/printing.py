@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from diffkiln.built import Built
     from diffkiln.bundle import Bundle, Manifest
     from diffkiln.compiler import Checked
     from diffkiln.passes.base import Pass
@@ -140,6 +141,45 @@ def print_manifest(identity: str, manifest: Manifest) -> None:
         click.echo(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
     for engine in manifest.engines:
         click.echo(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
+
+
+def print_built(built: Built, as_json: bool) -> None:
+    """What came of a build: its notices on the standard error, its place and id."""
+    for notice in built.notices:
+        say(f"note: {notice}")
+    if as_json:
+        print_json({"path": str(built.path), "id": built.id, "notices": built.notices, "seconds": built.seconds})
+    else:
+        click.echo(f"{built.path}  {built.id}")
+
+
+def choice_here(bundle: Bundle) -> Mapping[str, Any]:
+    """Which target's engines this machine would use and why; why not each of the others. Empty without engines."""
+    if not bundle.manifest.engines:
+        return {}
+    import torch
+
+    from diffkiln.errors import Incompatible
+    from diffkiln.runtime.targets import choose
+
+    device = torch.device(str(bundle.manifest.runtime.get("device", "cpu")))
+    try:
+        choice = choose(bundle.manifest, device, bundle.targets)
+    except Incompatible as error:
+        return {"choice": {"target": None, "why": str(error), "others": {}}}
+    return {"choice": asdict(choice)}
+
+
+def print_choice(found: Mapping[str, Any]) -> None:
+    if not found:
+        return
+    choice = found["choice"]
+    if choice["target"] is None:
+        click.echo("target    none: " + choice["why"].replace("\n", "\n          "))
+        return
+    click.echo(f"target    {choice['target']} is used here: {choice['why']}")
+    for name, why in choice["others"].items():
+        click.echo(f"target    {name} is not used here: {'; '.join(why.splitlines())}")
 
 
 Schedules = Mapping[str, Mapping[str, "list[Step]"]]

@@ -30,7 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         if isa != "x86-64-v3":
             raise Incompatible(problems=[Problem("cpu_isa", f"no {isa} here")])
 
-    monkeypatch.setattr("diffkiln.runtime.loading.check_target", check)
+    monkeypatch.setattr("diffkiln.runtime.targets.check_target", check)
 
 
 def test_push_prints_the_address(hub: Server, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from diffkiln.bundle.sharing import only_staged
 from diffkiln.errors import Incomplete, IntegrityError, PathEscape
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -49,29 +50,32 @@ def open_directory(root: int, path: str) -> int:
     return descriptor
 
 
-def open_file(root: int, path: str) -> int:
-    """Open a plain file below `root` for reading: regular, and with no other name (hard link)."""
+def open_file(root: int, path: str, bundle: Path | None = None) -> int:
+    """Open a plain file below `root` for reading: regular, and with no other name (hard link).
+
+    With `bundle`, its directory, names in the private staging of its own writer do not count.
+    """
     head, _, name = path.rpartition("/")
     directory = open_directory(root, head)
     try:
         with explained(path):
             # Looked at before it is opened, since opening a device can already do something.
-            check_plain(path, os.stat(name, dir_fd=directory, follow_symlinks=False))
+            check_plain(path, os.stat(name, dir_fd=directory, follow_symlinks=False), bundle)
             descriptor = os.open(name, _FILE, dir_fd=directory)
     finally:
         os.close(directory)
     try:
-        check_plain(path, os.fstat(descriptor))
+        check_plain(path, os.fstat(descriptor), bundle)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def check_plain(path: str, status: os.stat_result) -> None:
+def check_plain(path: str, status: os.stat_result, bundle: Path | None = None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise PathEscape(f"{path!r} is {kind(status.st_mode)}, not a plain file")
-    if status.st_nlink != 1:
+    if status.st_nlink != 1 and not (bundle and only_staged(bundle, path, status)):
         raise PathEscape(f"{path!r} has {status.st_nlink} names (hard links); copy the bundle without them")
 
 

@@ -86,7 +86,7 @@ class Bundle:
         if not self._finalizer.alive:
             raise ValueError(f"the bundle {self.path} is closed")
         rows = {row.path: row for row in self.files}
-        _check_tree(self._root, rows)
+        _check_tree(self.path, self._root, rows)
         started = time.time_ns()
         known = hashed.recall(self.id, self.path) if receipt == "use" else {}
         verified = Verified(
@@ -204,7 +204,7 @@ def digest_line(manifest: bytes) -> bytes:
     return f"{bundle_id(manifest)}  {MANIFEST}\n".encode()
 
 
-def _check_tree(root: int, rows: Mapping[str, FileRow]) -> None:
+def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileRow]) -> None:
     """Everything named is there, whole and plain; nothing else is."""
     directories = {""}
     for path in rows:
@@ -220,7 +220,8 @@ def _check_tree(root: int, rows: Mapping[str, FileRow]) -> None:
             if path in directories and stat.S_ISDIR(status.st_mode):
                 pending.append(path)
             elif path in rows or path in RESERVED:
-                openat.check_plain(path, status)
+                shared = path in rows and rows[path].role == "weights"
+                openat.check_plain(path, status, bundle if shared else None)
                 seen.add(path)
                 _check_size(rows.get(path), status.st_size)
             elif path in directories:

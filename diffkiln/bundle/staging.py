@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffkiln.bundle.rename import exchange, rename_new
+from diffkiln.bundle.sharing import staging_pattern
 from diffkiln.errors import BuildError, PathEscape
 
 
@@ -103,7 +103,7 @@ def remove_stale(output: Path) -> None:
     The caller holds the lock of `output`. Staging that another process has locked, or that belongs to another
     user, stays.
     """
-    pattern = re.compile(rf"\.{re.escape(output.name)}\.staging-\d+-[0-9a-f]{{16}}")
+    pattern = staging_pattern(output.name)
     for name in sorted(os.listdir(output.parent)):
         if pattern.fullmatch(name):
             with suppress(OSError):

@@ -22,6 +22,7 @@ from diffkiln.bundle.digest import Progress, chunks, sha256_bytes
 from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
+from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
 from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
 
@@ -147,6 +148,31 @@ class Verified:
             self._copies[prefix] = self._copy(prefix, rows)
         return self._copies[prefix]
 
+    def hand_over(self, path: str, target: Path, share: bool) -> bool:
+        """Put a file into a bundle that is being written, as `target`, which is not there yet.
+
+        Weights are the same file under a second name if `share` is set and the file system can, else a copy, which
+        copies no bytes where the file system shares them. Weights that `verify` left out are not hashed here: whoever
+        loads them does. Anything else is copied and hashed on the way.
+
+        Returns:
+            Whether it is the same file.
+
+        Raises:
+            DigestMismatch: the file is not, or is no longer, the one that the manifest names.
+            OSError: `target` cannot be written.
+        """
+        row = self._row(path)
+        if row.role != "weights":
+            self._copy_file(row, target, 0o666)
+            return False
+        descriptor, _ = self._weights[path]
+        shared = share and link(self.path / path, target, os.fstat(descriptor))
+        if not shared:
+            clone(descriptor, target)
+        self._check_untouched(path)  # also that the copy is not of a file that was cut
+        return shared
+
     def check(self, path: str, progress: Progress | None = None) -> None:
         """Hash one file unless it has been. Raises `DigestMismatch`."""
         row = self._row(path)
@@ -212,13 +238,13 @@ class Verified:
             ) from error
         return target
 
-    def _copy_file(self, row: FileRow, target: Path) -> None:
+    def _copy_file(self, row: FileRow, target: Path, mode: int = 0o600) -> None:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         digest = hashlib.sha256()
         size = 0
         source = self._open(row.path)
         try:
-            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
             with open(descriptor, "wb") as file:
                 for chunk in _chunks(row.path, source):
                     size += len(chunk)
@@ -241,7 +267,8 @@ class Verified:
 
     def _open(self, path: str) -> int:
         self._check_open()
-        return openat.open_file(self._root, path)
+        shared = self._rows[path].role == "weights"
+        return openat.open_file(self._root, path, self.path if shared else None)
 
     def _row(self, path: str) -> FileRow:
         self._check_open()

@@ -38,7 +38,8 @@ from diffkiln.bundle.staging import (
     sync_tree,
     walk,
 )
-from diffkiln.errors import BuildError, DiffkilnError, MissingDependency
+from diffkiln.bundle.verified import Verified
+from diffkiln.errors import BuildError, DiffkilnError, DigestMismatch, MissingDependency
 
 
 class BundleWriter:
@@ -56,6 +57,7 @@ class BundleWriter:
         self._force = force
         self._rows: dict[str, tuple[FileRow, int]] = {}  # with the modification time when it was hashed
         self._unhashed: set[str] = set()
+        self._shared: set[str] = set()  # with the bundle that is to be replaced
 
     def __enter__(self) -> Self:
         self.output = checked_output(self._stated)
@@ -106,6 +108,21 @@ class BundleWriter:
         with explained(target, "read"):
             _check_plain(target)
             return self._register(rel, target, sha256_file(target), role)
+
+    def keep(self, row: FileRow, source: Verified) -> None:
+        """Take over a file of another bundle as it is, with its row. Weights of the bundle that this one replaces stay
+        the same file, under a second name until the old one goes.
+
+        Raises `DigestMismatch` if it is not the one that its row names, `BuildError` if it is there already.
+        """
+        target = self.path(row.path)
+        with explained(target, "write", row.size):
+            if source.hand_over(row.path, target, share=source.path == self.output):
+                self._shared.add(row.path)
+        if self._register(row.path, target, row.sha256, row.role) != row:
+            raise DigestMismatch(
+                f"{row.path!r} is not the file that the manifest names. Fetch or build the bundle again"
+            )
 
     def write_unhashed(self, rel: str, data: bytes) -> None:
         """Write `build.json` or `README.md`, which are outside the id and the digests."""
@@ -173,7 +190,7 @@ class BundleWriter:
             if strange := sorted(found - self._rows.keys() - self._unhashed):
                 raise BuildError(f"{strange[0]!r} was written but never added to the bundle")
             for path, (row, modified) in self._rows.items():
-                status = _check_plain(root / path)
+                status = _check_plain(root / path, names=2 if path in self._shared else 1)
                 if (status.st_size, status.st_mtime_ns) != (row.size, modified):
                     raise BuildError(f"{path!r} changed after it was added to the bundle")
 
@@ -211,8 +228,8 @@ def _write(target: Path, data: bytes) -> None:
             file.write(data)
 
 
-def _check_plain(path: Path) -> os.stat_result:
+def _check_plain(path: Path, names: int = 1) -> os.stat_result:
     status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != names:
         raise BuildError(f"{path} is not a plain file of its own (a link?); write a copy")
     return status

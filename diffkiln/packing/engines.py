@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from diffkiln.errors import ExportError, VerifyError
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
+from diffkiln.layers import repeated_blocks
 from diffkiln.packing.packed import Packed
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module, Program
@@ -31,8 +33,20 @@ def pack_engines(
     module = packed.recording.modules.get(request.component)
     for family in _families(module, request.dynamic) if module else ():
         for target in targets:
-            for members in _built_together(family, packed, request, target, cache):
-                _pack(writer, packed, request, target, *members)
+            pack_family(writer, packed, request, target, family, cache)
+
+
+def pack_family(
+    writer: BundleWriter,
+    packed: Packed,
+    request: CompileRequest,
+    target: Target,
+    family: Family,
+    cache: EngineCache,
+) -> None:
+    """The engines of regions that may share one, for one target."""
+    for artefact, regions in _built_together(family, packed, request, target, cache):
+        _pack(writer, packed, request, target, artefact, regions)
 
 
 def _families(module: Module, dynamic: bool) -> list[Family]:
@@ -62,7 +76,25 @@ def _built_together(
             names = ", ".join(member.name for member in family.members)
             packed.notices.append(f"{request.component}: each of {names} has an engine of its own: {error}")
     for region in family.members:
-        yield built(region, None), (region,)
+        try:
+            yield built(region, None), (region,)
+        except ExportError as error:
+            origin = _origin(packed.ghosts.get(request.component), region)
+            raise ExportError(f"{request.component}: {origin}{error}", problems=error.problems) from error
+
+
+def _origin(component: torch.nn.Module | None, region: Program) -> str:
+    """The class that a region was recorded from, and where it is written; empty where neither is known."""
+    if component is None:
+        return ""
+    kinds = {type(block).__name__: type(block) for _, block in repeated_blocks(component)}
+    # Regions of one class that differ have numbers; one that is no block is of the component itself.
+    kind = kinds.get(region.name.split("-")[0], type(component))
+    try:
+        line = inspect.getsourcelines(kind)[1]
+    except (OSError, TypeError):  # a class without a file
+        return f"{kind.__name__} ({kind.__module__}): "
+    return f"{kind.__name__} ({kind.__module__}, {inspect.getsourcefile(kind)}, line {line}): "
 
 
 def _constants(packed: Packed, region: Program) -> dict[str, torch.Tensor]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from diffkiln.bundle import EngineRow, GroupRow, Variant
 from diffkiln.record.pipeline import Recording
@@ -23,6 +26,8 @@ class Packed:
     weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
     features: set[str] = field(default_factory=set)
     glibc: str | None = None
+    #: The modules that were recorded, by component, so that an error can say where a region comes from.
+    ghosts: Mapping[str, torch.nn.Module] = field(default_factory=dict)
 
 
 def as_json(data: Any) -> bytes:

@@ -111,8 +111,11 @@ def _glibc() -> str | None:
         return None
 
 
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this machine's GPU, such as (8, 9); None where torch can use none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 def _sm() -> str | None:
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    found = capability()
+    return f"sm_{found[0]}{found[1]}" if found else None

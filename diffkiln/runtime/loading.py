@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from diffkiln.aten import check_schemas, dtype_of
 from diffkiln.bundle import (
     EngineRow,
-    Manifest,
     Policy,
     Progress,
     Verified,
@@ -27,11 +26,12 @@ from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
 from diffkiln.runtime.attention import check_kernels, kernels_of
-from diffkiln.runtime.compatibility import check_manifest, check_target
+from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine, Executor
 from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
 from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.targets import check_device, choose_target, fitting_targets
 from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.weights import WeightStore
 
@@ -81,6 +81,7 @@ def load(
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
+        check_device(verified.manifest, torch.device(device or str(verified.manifest.runtime.get("device", "cpu"))))
         if as_diffusers:
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
@@ -186,53 +187,6 @@ _SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
-
-
-def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
-    """The bundle's target that fits this machine best: the highest CPU level that it has.
-
-    Args:
-        manifest: the bundle's.
-        place: where to run.
-        here: the targets whose engines are here; all of them by default.
-
-    Raises:
-        Incompatible: none fits; each is listed with found against required.
-    """
-    targets: dict[str, str] = dict(manifest.runtime.get("targets", {}))  # type: ignore[arg-type]
-    used = [name for name in targets if any(row.target == name for row in manifest.engines)]
-    if not used:
-        return None
-    if place.type != (built := str(manifest.runtime.get("device", "cpu"))):
-        raise Incompatible(f"device: found {place}, required {built}, which the bundle's engines are for")
-    reasons = []
-    for name in sorted(used, key=lambda item: targets[item], reverse=True):
-        try:
-            check_target(manifest.requires, targets[name], native=True)
-        except Incompatible as error:
-            reasons.append(f"target {name}:\n" + "\n".join(f"  {problem}" for problem in error.problems))
-            continue
-        if here is None or name in here:
-            return name
-        reasons.append(
-            f"target {name}:\n  its engines were left out when the bundle was pulled. Pull it again with them"
-        )
-    raise Incompatible("this machine fits none of the bundle's targets\n" + "\n".join(reasons))
-
-
-def fitting_targets(manifest: Manifest, device: str | torch.device | None = None) -> tuple[str, ...]:
-    """The target whose engines `load` would use here; none where there is none, or where the bundle can do without.
-
-    Raises:
-        Incompatible: no target fits, and the bundle needs one.
-    """
-    try:
-        target = choose_target(manifest, torch.device(device or str(manifest.runtime.get("device", "cpu"))))
-    except Incompatible:
-        if manifest.runtime.get("on_incompatible") != "eager":
-            raise
-        return ()
-    return (target,) if target else ()
 
 
 def open_engines(

@@ -13,7 +13,7 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import HubError, HubUnavailable, Incompatible, MissingDependency, NativeCodeRefused
 from diffkiln.hub import cached, only, push
-from diffkiln.runtime.loading import choose_target, fitting_targets
+from diffkiln.runtime.targets import choose_target, fitting_targets
 from tests.hub.conftest import REPO, UPLOAD_WARNING, V3, V4, contents
 from tests.hub.server import Server
 
@@ -81,7 +81,7 @@ def test_offline_the_cache_serves_and_the_rest_is_an_error(
 def test_engines_that_were_left_out_are_said_to_be(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("diffkiln.runtime.loading.check_target", lambda *_, **__: None)
+    monkeypatch.setattr("diffkiln.runtime.targets.check_target", lambda *_, **__: None)
     with open_bundle(bundle) as opened:
         assert fitting_targets(opened.manifest) == (V4,)
         assert choose_target(opened.manifest, torch.device("cpu"), [V3]) == V3

@@ -1,0 +1,187 @@
+"""Which of a bundle's targets this machine uses: an exact match first, then the best that fits, and why not the others.
+
+For a CPU the targets are levels of x86-64, each of which includes those below. For a GPU they are compute capabilities,
+where what was compiled is of two kinds. A *cubin* runs on its own capability, and on later minor versions of the same
+major; one for `sm_90a` runs on its own alone, and one for `sm_100f` on its family, the same major. *PTX* is compiled by
+the driver for its own capability and every later one, but not where it is of those special kinds, and only where the
+bundle says that it is there. Source: CUDA C++ Programming Guide, "Compute Capability" and "Application Compatibility".
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import Manifest, engine_targets
+from diffkiln.errors import Incompatible
+from diffkiln.runtime.compatibility import ISA_FLAGS, capability, check_target, missing_flags
+
+log = logging.getLogger(__name__)
+
+_SM = re.compile(r"(?:sm|compute)_(\d{1,2})(\d)([af]?)")
+
+#: How well a target fits: exactly, by a cubin for an earlier minor version, by PTX. The higher the better.
+EXACT, SAME_MAJOR, PTX = 2, 1, 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The target whose engines this machine uses, and why; why not each of the others.
+
+    `target` is None where the bundle has no engines.
+    """
+
+    target: str | None
+    why: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.target}: {self.why}", *(f"not {name}: {why}" for name, why in self.others.items())]
+        return "; ".join(line.replace("\n", " ") for line in lines)
+
+
+@dataclass(frozen=True)
+class GpuFit:
+    """How engines for a GPU fit another: `rank` is EXACT, SAME_MAJOR, PTX, or None; `number` orders those of one."""
+
+    rank: int | None
+    number: int
+    why: str
+
+
+def gpu_fit(found: tuple[int, int] | None, sm: str, ptx: str | None = None) -> GpuFit:
+    """How engines that hold a cubin for `sm`, and PTX for `ptx` if any, fit a GPU of the compute capability `found`.
+
+    Args:
+        found: (major, minor), such as (8, 9); None for a machine without a GPU.
+        sm: "sm_90", "sm_90a" or "sm_100f".
+        ptx: "compute_90", or None.
+    """
+    if found is None:
+        return GpuFit(None, 0, f"gpu: found no CUDA GPU, required {sm}")
+    here = f"sm_{found[0]}{found[1]}"
+    major, minor, kind = _parsed(sm)
+    number = major * 10 + minor
+    if found == (major, minor):
+        return GpuFit(EXACT, number, f"its {sm} is this GPU's own")
+    if found[0] == major and found[1] > minor and kind != "a":
+        return GpuFit(SAME_MAJOR, number, f"code for {sm} runs on this GPU, which is {here}")
+    if ptx is not None:
+        major, minor, kind = _parsed(ptx)
+        if not kind and found >= (major, minor):
+            return GpuFit(PTX, major * 10 + minor, f"the driver compiles its PTX, {ptx}, for this GPU, which is {here}")
+        return GpuFit(None, 0, f"gpu: found {here}, required {sm}, and its PTX, {ptx}, is not portable to it")
+    return GpuFit(None, 0, f"gpu: found {here}, required {sm}")
+
+
+def own_level() -> str | None:
+    """The highest level of x86-64 that this CPU has; None below the lowest that diffkiln knows."""
+    return max((level for level in ISA_FLAGS if not missing_flags(level)), default=None)
+
+
+def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> Choice:
+    """The bundle's target that fits this machine best.
+
+    Args:
+        manifest: the bundle's.
+        place: where to run.
+        here: the targets whose engines are here; all of them by default.
+
+    Raises:
+        Incompatible: none fits; each is listed with found against required.
+    """
+    used = engine_targets(manifest)
+    if not used:
+        return Choice(None, "the bundle has no engines, and is replayed operation by operation")
+    if place.type != (built := str(manifest.runtime.get("device", "cpu"))):
+        raise Incompatible(f"device: found {place}, required {built}, which the bundle's engines are for")
+    fits: dict[str, tuple[tuple[int, int], str]] = {}
+    reasons: dict[str, str] = {}
+    for name in used:
+        try:
+            fits[name] = _fit(manifest, name)
+        except Incompatible as error:
+            reasons[name] = "\n".join(str(problem) for problem in error.problems) or str(error)
+    missing = "its engines were left out when the bundle was pulled. Pull it again with them"
+    reasons |= {name: missing for name in fits if here is not None and name not in here}
+    best = max((name for name in fits if name not in reasons), key=lambda name: fits[name][0], default=None)
+    if best is None:
+        listed = (f"target {name}:\n" + "\n".join(f"  {line}" for line in reasons[name].splitlines()) for name in used)
+        raise Incompatible("this machine fits none of the bundle's targets\n" + "\n".join(listed))
+    others = {name: reasons.get(name, f"fits too, but not as well as {best}") for name in used if name != best}
+    return Choice(best, fits[best][1], others)
+
+
+def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
+    """The name of the target that `choose` gives, which it also logs."""
+    choice = choose(manifest, place, here)
+    if choice.target is not None:
+        log.info("engines of the target %s", choice)
+    return choice.target
+
+
+def fitting_targets(manifest: Manifest, device: str | torch.device | None = None) -> tuple[str, ...]:
+    """The target whose engines `load` would use here; none where there is none, or where the bundle can do without.
+
+    Raises:
+        Incompatible: no target fits, and the bundle needs one.
+    """
+    try:
+        target = choose_target(manifest, torch.device(device or str(manifest.runtime.get("device", "cpu"))))
+    except Incompatible:
+        if manifest.runtime.get("on_incompatible") != "eager":
+            raise
+        return ()
+    return (target,) if target else ()
+
+
+def check_device(manifest: Manifest, place: torch.device) -> None:
+    """A bundle for a GPU on a machine that has none is told so at once.
+
+    Raises:
+        Incompatible: in one sentence.
+    """
+    if place.type != "cuda" or manifest.runtime.get("device") != "cuda" or capability() is not None:
+        return
+    names = ", ".join(f"{name} ({_gpu_of(manifest, name)[0]})" for name in engine_targets(manifest))
+    raise Incompatible(
+        f"gpu: found none that torch {torch.__version__} can use, required {names or 'a CUDA GPU'}, which this bundle "
+        "is for: load it on such a machine, or compile its spec for the CPU"
+    )
+
+
+def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
+    """How well the machine fits a target, the higher the better, and in words. Raises `Incompatible`."""
+    isas: Any = manifest.runtime.get("targets", {})
+    level = str(isas.get(name, "")) or None
+    sm, ptx = _gpu_of(manifest, name)
+    check_target(manifest.requires.model_copy(update={"sm": None}), level, native=True)
+    if manifest.runtime.get("device") != "cuda" or sm is None:
+        own = own_level()
+        exact = level == own
+        why = f"its {level} is this CPU's own level" if exact else f"{level} is the highest here that this CPU has"
+        return (EXACT if exact else SAME_MAJOR, list(ISA_FLAGS).index(level) if level in ISA_FLAGS else 0), why
+    fit = gpu_fit(capability(), sm, ptx)
+    if fit.rank is None:
+        raise Incompatible(fit.why)
+    return (fit.rank, fit.number), fit.why
+
+
+def _gpu_of(manifest: Manifest, name: str) -> tuple[str | None, str | None]:
+    """What a target's engines hold: the SM of their cubins, and of their PTX if they have it."""
+    rows: Any = manifest.runtime.get("gpus", {})
+    row = rows.get(name, {})
+    return row.get("sm", manifest.requires.sm), row.get("ptx")
+
+
+def _parsed(text: str) -> tuple[int, int, str]:
+    """`sm_90a` as (9, 0, "a"). Raises `Incompatible` for what this diffkiln cannot read."""
+    found = _SM.fullmatch(text)
+    if found is None:
+        raise Incompatible(f"gpu: required {text!r}, which this diffkiln cannot read. Install a later diffkiln")
+    return int(found[1]), int(found[2]), found[3]
