@@ -176,7 +176,7 @@ def _explained(error: BaseException) -> str:
         reason = f"ONNX has no operator for {found[1]}, and torch no translation of it"
     else:
         innermost = chain[-1]
-        first = str(innermost).strip().partition("\n")[0].rstrip(".")
+        first = str(innermost).strip().partition("\n")[0].partition(" Signature:")[0].rstrip(".")
         operator = re.search(r"aten\.\w+(?:\.\w+)?", text)
         at_operator = f" at {operator[0]}" if operator and operator[0] not in first else ""
         reason = f"torch's exporter stopped{at_operator} with {type(innermost).__name__}: {first}"
