@@ -28,20 +28,7 @@ NUMBERS = {
 #: Those that are kept and cast, and that nothing is computed in.
 KEPT = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
 _MOVES = frozenset(
-    [
-        "to",
-        "_to_copy",
-        "t",
-        "transpose",
-        "permute",
-        "reshape",
-        "view",
-        "clone",
-        "contiguous",
-        "detach",
-        "unsqueeze",
-        "squeeze",
-    ]
+    ("to", "_to_copy", "t", "transpose", "permute", "reshape", "view", "clone", "contiguous", "detach", "unsqueeze")
 )
 
 
