@@ -153,7 +153,7 @@ def _save(model: Any, folder: Path) -> None:
     _strip(model)
     path = folder / MODEL
     own = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    onnx_ir.save(model, path, **({"external_data": DATA} if own > _LIMIT else {}))
+    onnx_ir.save(model, path, external_data=DATA if own > _LIMIT else None)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

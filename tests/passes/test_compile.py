@@ -46,7 +46,7 @@ def test_twice_for_one_component_is_refused():
 
 
 def test_whole_component_needs_no_blocks():
-    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1).requires_grad_(False)})
+    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1, device="meta").requires_grad_(False)})
     after, report = manager.run(plan, checked(plan, COMPILE | {"scope": "whole"}))
     assert [request.component for request in after.compile] == ["transformer"]
     assert report[0].notes == ("whole by aot_inductor",)

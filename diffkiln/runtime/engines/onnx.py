@@ -58,11 +58,8 @@ class OnnxEngine:
         held = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in flat]
         binding = self._session.io_binding()
         for name, tensor in zip(self._takes, held, strict=True):
-            # Single numbers stay on the host, wherever the engine runs.
             self._bind(binding.bind_input, name, tensor)
-        shapes = self._fixed or self._shapes.get(key := tuple(tensor.shape for tensor in held))
-        if shapes is None:
-            shapes = self._shapes[key] = self._found(binding)
+        shapes = self._fixed or self._found(binding, tuple(tensor.shape for tensor in held))
         outputs = [
             torch.empty(shape, dtype=dtype, device=self.device)
             for shape, (_, dtype) in zip(shapes, self._gives, strict=True)
@@ -79,12 +76,14 @@ class OnnxEngine:
         kind, index = tensor.device.type, tensor.device.index or 0
         bind(name, kind, index, NUMBERS[dtype_name(tensor.dtype)], tuple(tensor.shape), tensor.data_ptr())
 
-    def _found(self, binding: Any) -> list[list[int]]:
-        """Run once into ONNX Runtime's own memory, for the shapes of what comes out."""
+    def _found(self, binding: Any, sizes: tuple[torch.Size, ...]) -> list[list[int]]:
+        """The shapes of what comes out: the first time at these sizes, by a run into ONNX Runtime's own memory."""
+        if sizes in self._shapes:
+            return self._shapes[sizes]
         for name, _ in self._gives:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         self._run(binding)
-        shapes = [value.shape() for value in binding.get_outputs()]
+        shapes = self._shapes[sizes] = [value.shape() for value in binding.get_outputs()]
         binding.clear_binding_outputs()
         return shapes
 
