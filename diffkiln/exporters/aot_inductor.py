@@ -21,15 +21,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.attention import kernel_for
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, Problem
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, spec_of, unknown_options
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, unknown_options
 from diffkiln.exporters.cache import EngineCache, engine_key
+from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.program import Input, Op, Program, Ref, TensorType
-from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
 
 #: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
@@ -124,39 +123,17 @@ class AotInductor:
         return Artefact(self.name, directory, inputs, outputs, dict(lowering.options), requires)
 
 
-class _Traced(torch.nn.Module):
-    """A region as a module of its flat inputs. Outputs are contiguous, as the inputs of the next region must be."""
-
-    def __init__(self, region: Program, family: Family | None = None) -> None:
-        super().__init__()
-        self.region, self.family = region, family
-
-    def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        region = self.region
-        if self.family:
-            region = self.family.at(lambda dimension: flat[dimension[0]].shape[dimension[1]])
-        values = iter(flat)
-        inputs = [next(values) for _ in region.inputs]
-        weights = {name: next(values) for name in region.weights}
-        constants = {key: next(values) for key in region.constants}
-        outputs = Interpreter(region)(inputs, weights, constants)
-        return tuple(out.clone() if any(out is x for x in flat) else out.contiguous() for out in outputs)
-
-
 def _generate(
     lowering: Lowering, compiler: toolchain.Compiler, scratch: Path
 ) -> tuple[tuple[TensorSpec, ...], list[Path]]:
     """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     region, isa = lowering.region, lowering.target.isa
 
     with _INDUCTOR, _quiet(), torch.no_grad(), _told(isa, scratch / "inductor"), kernel_for(region):
         try:
-            with FakeTensorMode():
-                flat = tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype)) for t in engine_inputs(region))
-            exported = _exported(lowering, flat)
-            outputs = _outputs(exported) if not lowering.family else _stated(region)
+            flat = examples(region)
+            exported = traced(lowering, flat)
+            outputs = layouts(exported, lowering)
             options = _options(isa, compiler, scratch / "inductor" / "out") | dict(lowering.options)
             files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
         except DiffkilnError:
@@ -170,36 +147,6 @@ def _generate(
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ExportError("Inductor did not return the files that it wrote; this torch is not supported")
     return outputs, [Path(str(file)) for file in files]
-
-
-def _exported(lowering: Lowering, flat: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """The region as torch's own program; where it is one of a family, with symbols for the sizes that differ.
-
-    Raises:
-        ExportError: an operator takes one size only.
-    """
-    family = lowering.family
-    if not family:
-        return torch.export.export(_Traced(lowering.region), flat, strict=False)
-    shapes: list[Any] = [{} for _ in flat]
-    for (position, dimension), (smallest, largest) in family.ranges.items():
-        shapes[position][dimension] = torch.export.Dim.AUTO(min=smallest, max=largest)
-    traced = _Traced(lowering.region, family)
-    exported = torch.export.export(traced, flat, strict=False, dynamic_shapes=(tuple(shapes),))
-    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"]
-    for position, dimension in family.ranges:
-        if isinstance(values[position].shape[dimension], int):
-            raise ExportError(f"its input {position} can have one size only in dimension {dimension}")
-    return exported
-
-
-def _stated(region: Program) -> tuple[TensorSpec, ...]:
-    return tuple(contiguous(region.types[ref.name]) for ref in region.outputs)
-
-
-def _outputs(exported: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
-    (node,) = [node for node in exported.graph.nodes if node.op == "output"]
-    return tuple(spec_of(value.meta["val"]) for value in node.args[0])
 
 
 def _options(isa: str, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:

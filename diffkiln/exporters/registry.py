@@ -38,3 +38,4 @@ def exporter(name: str) -> Exporter:
 
 
 register("aot_inductor", "diffkiln.exporters.aot_inductor:AotInductor")
+register("onnx", "diffkiln.exporters.onnx:Onnx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from diffkiln.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
+from diffkiln.program import onnx
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
@@ -51,6 +53,8 @@ class Compile(Pass):
     With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`; with
     `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
+
+    `aot_inductor` writes native code for a CPU. `onnx` writes ONNX, which ONNX Runtime runs with the bundle's weights.
     """
 
     name: ClassVar[str] = "compile"
@@ -68,11 +72,14 @@ class Compile(Pass):
         {"name": "compile", "component": "transformer", "backend": "aot_inductor", "scope": "blocks"},
         {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
         {"name": "compile", "component": "scheduler"},
+        {"name": "compile", "component": "text_encoder", "backend": "onnx"},
     )
 
-    backend: Literal["aot_inductor"] = Field("aot_inductor", description="The backend that lowers the regions.")
+    backend: Literal["aot_inductor", "onnx"] = Field("aot_inductor", description="The backend that lowers the regions.")
     scope: Literal["blocks", "whole"] | None = Field(
-        None, description="What a region is: a repeated block, or the whole component. Absent: blocks."
+        None,
+        description="What a region is: a repeated block, or the whole component. Absent: blocks for aot_inductor, "
+        "the whole for onnx.",
     )
     between: bool = Field(False, description="Lower what lies between the blocks, too.")
     dynamic: bool | None = Field(
@@ -87,12 +94,23 @@ class Compile(Pass):
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
         if given.get("fullgraph") is False:
             yield ("fullgraph",), refuse("an engine that is built ahead of time has no graph breaks", "Remove it")
-        if given.get("between") and given.get("scope") == "whole":
+        onnx_whole = given.get("backend") == "onnx" and given.get("scope") != "blocks"
+        if given.get("between") and (given.get("scope") == "whole" or onnx_whole):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
+        if given.get("backend") == "onnx" and given.get("flags"):
+            yield ("flags",), refuse("they are Inductor's, and ONNX Runtime has none of them", "Remove them")
         if given.get("component") == SCHEDULER:
             for name in ("scope", "between"):
                 if given.get(name):
                     yield (name,), refuse("a scheduler has no blocks", "Remove it")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the component is one region."""
+        return self.scope == "whole" or (self.scope is None and self.backend == "onnx")
+
+    def packages(self) -> dict[str, str]:
+        return {onnx.PACKAGE: onnx.VERSIONS} if self.backend == "onnx" else {}
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
@@ -104,7 +122,7 @@ class Compile(Pass):
 
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         yield from self._problems(module, plan, target, where)
-        if self.scope != "whole" and not repeated_blocks(module):
+        if not self.whole and not repeated_blocks(module):
             reason = f"{type(module).__name__} declares no repeated blocks to compile"
             yield Problem(where, reason, 'Set "scope" to "whole", or remove it.')
 
@@ -112,12 +130,33 @@ class Compile(Pass):
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
-        if target.device != "cpu":
+        if self.backend == "onnx":
+            yield from self._onnx_problems(plan, where)
+        elif target.device != "cpu":
             yield Problem(
                 where,
                 f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
                 "Choose a CPU target.",
             )
+
+    def _onnx_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
+        missing = [name for name in (*onnx.EXPORTING, onnx.PACKAGE) if find_spec(name) is None]
+        if missing:
+            reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
+            yield Problem(f"{where}.backend", reason, "pip install 'diffkiln[onnx]'")
+        if Fact("attention_chosen", self.component) in plan.facts:
+            reason = "ONNX Runtime computes attention in its own way, whatever kernel attention_backend chose"
+            yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
+
+    def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
+        """Types that ONNX Runtime cannot compute in."""
+        module = recording.modules.get(self.component)
+        if self.backend != "onnx" or module is None:
+            return
+        programs = (*(module.programs.values() if self.whole else ()), *module.regions.values())
+        for reason in dict.fromkeys(reason for program in programs for reason in onnx.type_problems(program)):
+            mend = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "float32"}} before it.'
+            yield Problem(f"{where}.backend", f"onnx cannot compute {self.component}: {reason}", mend)
 
     def _flags(self) -> dict[str, bool]:
         return self.flags.model_dump(exclude_none=True) if self.flags else {}
@@ -135,7 +174,7 @@ class Compile(Pass):
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
         request = CompileRequest(self.component, self.backend, self._flags(), dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
-        what = "whole" if self.scope == "whole" else "blocks and what lies between" if self.between else "blocks"
+        what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
@@ -153,8 +192,8 @@ class Compile(Pass):
         """
         if self.component == SCHEDULER:
             recording = between_calls(recording)
-        elif (module := recording.modules.get(self.component)) and (self.scope == "whole" or self.between):
-            outlined = whole(module) if self.scope == "whole" else between_blocks(module)
+        elif (module := recording.modules.get(self.component)) and (self.whole or self.between):
+            outlined = whole(module) if self.whole else between_blocks(module)
             recording = replace(recording, modules={**recording.modules, self.component: outlined})
         return recording, ()
 

@@ -13,6 +13,7 @@ import torch
 from diffkiln.bundle import Manifest, Requires
 from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
+from diffkiln.program import onnx
 from diffkiln.program.attention import install_line
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
@@ -74,10 +75,11 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
                 "gpu", f"found {found or 'no CUDA GPU'}, required {requires.sm}", "Compile for this GPU's target"
             )
     for package, wanted in requires.packages.items():
-        try:
-            yield from _version(package, metadata.version(package), wanted, install_line(package))
-        except metadata.PackageNotFoundError:
+        found = _installed(package)
+        if found is None:
             yield Problem(package, f"found nothing, required {wanted or 'any version'}", install_line(package))
+        else:
+            yield from _version(package, found, wanted, install_line(package))
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -91,6 +93,16 @@ def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Pro
             yield Problem(what, f"found {found}, required {wanted}", mend)
     except ValueError:
         yield Problem(what, f"required {wanted!r}, which this diffkiln cannot read", "Install a later diffkiln")
+
+
+def _installed(package: str) -> str | None:
+    """The version of a package, or of another distribution that brings the same module."""
+    for name in onnx.DISTRIBUTIONS if package == onnx.PACKAGE else (package,):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -15,6 +15,7 @@ sys.addaudithook(lambda event, _: started.append(event) if event in _PROCESSES e
 begun = time.perf_counter()
 import diffkiln  # noqa: E402
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine  # noqa: E402
+from diffkiln.runtime.engines.onnx import OnnxEngine  # noqa: E402
 
 
 def resident() -> int:
@@ -24,16 +25,21 @@ def resident() -> int:
 
 
 calls = 0
-run = AotInductorEngine.__call__
 
 
-def counted(self, flat):
-    global calls
-    calls += 1
-    return run(self, flat)
+def count(kind) -> None:
+    run = kind.__call__
+
+    def counted(self, flat):
+        global calls
+        calls += 1
+        return run(self, flat)
+
+    kind.__call__ = counted
 
 
-AotInductorEngine.__call__ = counted
+count(AotInductorEngine)
+count(OnnxEngine)
 job = json.loads(sys.argv[1])
 pipe = diffkiln.load(job["bundle"], **job.get("load", {}))
 loaded = time.perf_counter()

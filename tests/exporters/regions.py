@@ -18,6 +18,7 @@ from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.exporters.aot_inductor import AotInductor
 from diffkiln.exporters.base import Artefact, Lowering, engine_inputs
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.exporters.onnx import Onnx
 from diffkiln.program import SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
 from diffkiln.spec.targets import Target
 
@@ -107,6 +108,34 @@ def total() -> Program:
     return w.program("Total", w.op("sum.default", w.op("mul.Tensor", x, x)), w.op("amax.default", x))
 
 
+def in_type(region: Program, dtype: str) -> Program:
+    """The region with this type in the place of float32."""
+    types = {
+        name: replace(kind, dtype=dtype) if kind.dtype == "float32" else kind for name, kind in region.types.items()
+    }
+    inputs = tuple(replace(item, type=types[item.name]) for item in region.inputs)
+    return replace(region, name=f"{region.name}-{dtype}", inputs=inputs, types=types)
+
+
+def float16_block() -> Program:
+    return in_type(block(), "float16")
+
+
+def float8_linear() -> Program:
+    """A linear layer whose weight is kept in float8 and cast for each call, as layerwise casting leaves it."""
+    w = Writer()
+    x, weight = w.value("%x", 4, 32), w.value("@weight", 24, 32, dtype="float8_e4m3fn")
+    wide = w.op("to.dtype", w.op("t.default", weight), DType("float32"))
+    return w.program("Float8Linear", w.op("mm.default", x, wide))
+
+
+def int8_product() -> Program:
+    """A product of int8 by int8, as quantized activations compute it."""
+    w = Writer()
+    x, weight = w.value("%x", 32, 32, dtype="int8"), w.value("@weight", 32, 24, dtype="int8")
+    return w.program("Int8Product", w.op("_int_mm.default", x, weight))
+
+
 def tensors(region: Program, seed: int = 0) -> list[torch.Tensor]:
     """Inputs for a region's engine, of a size that keeps values around one."""
     generator = torch.Generator().manual_seed(seed)
@@ -141,3 +170,9 @@ def engine_cache() -> EngineCache:
 def built(make: Callable[[], Program]) -> tuple[Program, Artefact]:
     region = make()
     return region, AotInductor().export(Lowering(region, CPU), engine_cache())
+
+
+@cache
+def built_onnx(make: Callable[[], Program]) -> tuple[Program, Artefact]:
+    region = make()
+    return region, Onnx().export(Lowering(region, CPU), engine_cache())

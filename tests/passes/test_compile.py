@@ -1,5 +1,6 @@
 """compile: which regions a backend gets, from configuration alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
+from diffkiln.program import Input, Module, Op, Program, Ref, TensorType
+from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import Recording
 from diffkiln.spec import TargetSpec, resolve_target
-from tests.passes.plans import checked, ghost, placed
+from tests.passes.plans import CPU, checked, ghost, placed
 
 COMPILE = {"name": "compile", "component": "transformer"}
 
@@ -46,6 +50,52 @@ def test_whole_component_needs_no_blocks():
     after, report = manager.run(plan, checked(plan, COMPILE | {"scope": "whole"}))
     assert [request.component for request in after.compile] == ["transformer"]
     assert report[0].notes == ("whole by aot_inductor",)
+
+
+def test_onnx_takes_the_whole_component_unless_the_spec_says_otherwise():
+    plan = ghost("flux")
+    exported = COMPILE | {"backend": "onnx"}
+    after, report = manager.run(plan, checked(plan, exported))
+    assert [(request.component, request.backend) for request in after.compile] == [("transformer", "onnx")]
+    assert report[0].notes == ("whole by onnx",)
+    assert manager.run(plan, checked(plan, exported | {"scope": "blocks"}))[1][0].notes == ("blocks by onnx",)
+    (place,) = placed(exported)
+    assert place.step.packages() == {"onnxruntime": ">=1.31"}
+    assert not placed(COMPILE)[0].step.packages()
+
+
+def test_onnx_takes_gpus():
+    plan = ghost("flux")
+    manager.run(
+        plan, placed(COMPILE | {"backend": "onnx"}), [resolve_target(TargetSpec(device="cuda", gpu="nvidia-l4"))]
+    )
+
+
+def test_onnx_without_its_packages_is_refused_with_what_installs_them(monkeypatch):
+    monkeypatch.setattr("diffkiln.passes.compile.find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(IllegalPlan, match=r"onnxscript: not installed.*pip install 'diffkiln\[onnx\]'"):
+        checked(ghost("flux"), COMPILE | {"backend": "onnx"})
+
+
+def test_onnx_after_a_choice_of_kernel_is_refused():
+    chosen = {"name": "attention_backend", "component": "transformer", "backend": "native_math"}
+    with pytest.raises(IllegalPlan, match="computes attention in its own way"):
+        checked(ghost("flux"), chosen, COMPILE | {"backend": "onnx"})
+
+
+@pytest.mark.parametrize(("dtype", "where"), [("bfloat16", ["$.passes[0].backend"]), ("float32", [])])
+def test_types_that_onnx_runtime_cannot_compute_are_refused_from_the_recording(dtype, where):
+    kind = TensorType(dtype, (4,))
+    double = Op("aten.add.Tensor", (Ref("%x"), Ref("%x")), ("%1",))
+    program = Program("transformer", (Input("%x", kind),), (double,), (Ref("%1"),), {"%x": kind, "%1": kind})
+    recording = Recording(
+        [{}], {"transformer": Module("transformer", {"transformer": program}, {})}, Constants(), [], []
+    )
+    with nullcontext() if not where else pytest.raises(IllegalPlan) as caught:
+        manager.check_recording(recording, placed(COMPILE | {"backend": "onnx"}), [CPU])
+    if where:
+        assert [problem.where for problem in caught.value.problems] == where
+        assert "found aten.add.Tensor in bfloat16, required float32" in str(caught.value)
 
 
 def test_arithmetic_of_the_scheduler_is_a_component():
@@ -101,6 +151,9 @@ def test_what_would_decide_nothing_is_refused(options, where, reason):
         ({"flags": {"conv_1x1_as_mn": True}}, "flags.conv_1x1_as_mn"),
         ({"flags": {"conv_1x1_as_mm": 1}}, "flags.conv_1x1_as_mm"),
         ({"scope": "block"}, "scope"),
+        ({"backend": "onnx", "between": True}, "between"),
+        ({"backend": "onnx", "flags": {"conv_1x1_as_mm": True}}, "flags"),
+        ({"backend": "onyx"}, "backend"),
     ],
 )
 def test_wrong_options_are_refused_by_path(options, where):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
 from diffkiln.bundle import Requires
-from diffkiln.errors import Incompatible
+from diffkiln.errors import Incompatible, MissingDependency
 from diffkiln.runtime import compatibility
 from diffkiln.runtime.compatibility import ISA_FLAGS, check_target, missing_flags
 
@@ -52,6 +54,21 @@ def test_each_difference_is_found_against_required(machine, changed, isa, messag
     machine.setattr(compatibility, "_sm", lambda: None)
     with pytest.raises(Incompatible, match=message):
         check_target(requires(**changed), isa, native=True)
+
+
+@pytest.mark.parametrize("distribution", ["onnxruntime", "onnxruntime-gpu"])
+def test_any_distribution_of_a_module_will_do(machine, distribution):
+    def version(name):
+        if name != distribution:
+            raise metadata.PackageNotFoundError(name)
+        return "1.31.1"
+
+    machine.setattr(compatibility.metadata, "version", version)
+    check_target(requires(packages={"onnxruntime": ">=1.31"}), None, native=False)
+    with pytest.raises(
+        MissingDependency, match=r"onnxruntime: found 1\.31\.1, required >=1\.32.*pip install onnxruntime"
+    ):
+        check_target(requires(packages={"onnxruntime": ">=1.32"}), None, native=False)
 
 
 def test_differences_come_together(machine):

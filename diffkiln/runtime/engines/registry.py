@@ -40,3 +40,4 @@ def engine(name: str) -> EngineClass:
 
 
 register("aot_inductor", "diffkiln.runtime.engines.aot_inductor:AotInductorEngine")
+register("onnx", "diffkiln.runtime.engines.onnx:OnnxEngine")

@@ -1,0 +1,75 @@
+"""A region as torch's own exported program: what the backends lower.
+
+It is traced with fake tensors, so the memory of its weights is never taken. Weights and constants are inputs of the
+graph like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.errors import ExportError
+from diffkiln.exporters.base import Lowering, contiguous, engine_inputs, spec_of
+from diffkiln.program import Program
+from diffkiln.program.sizes import Family
+
+
+def examples(region: Program) -> tuple[torch.Tensor, ...]:
+    """A fake tensor for each of the engine's inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype)) for t in engine_inputs(region))
+
+
+def traced(lowering: Lowering, flat: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    """The region as torch's own program; where it is one of a family, with symbols for the sizes that differ.
+
+    Raises:
+        ExportError: an operator takes one size only.
+    """
+    family = lowering.family
+    if not family:
+        return torch.export.export(_Region(lowering.region), flat, strict=False)
+    shapes: list[Any] = [{} for _ in flat]
+    for (position, dimension), (smallest, largest) in family.ranges.items():
+        shapes[position][dimension] = torch.export.Dim.AUTO(min=smallest, max=largest)
+    module = _Region(lowering.region, family)
+    exported = torch.export.export(module, flat, strict=False, dynamic_shapes=(tuple(shapes),))
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"]
+    for position, dimension in family.ranges:
+        if isinstance(values[position].shape[dimension], int):
+            raise ExportError(f"its input {position} can have one size only in dimension {dimension}")
+    return exported
+
+
+def layouts(exported: torch.export.ExportedProgram, lowering: Lowering) -> tuple[TensorSpec, ...]:
+    """The layouts of the engine's outputs, at the region's own sizes."""
+    region = lowering.region
+    if lowering.family:
+        return tuple(contiguous(region.types[ref.name]) for ref in region.outputs)
+    (node,) = [node for node in exported.graph.nodes if node.op == "output"]
+    return tuple(spec_of(value.meta["val"]) for value in node.args[0])
+
+
+class _Region(torch.nn.Module):
+    """A region as a module of its flat inputs. Outputs are contiguous, as the inputs of the next region must be."""
+
+    def __init__(self, region: Program, family: Family | None = None) -> None:
+        super().__init__()
+        self.region, self.family = region, family
+
+    def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        region = self.region
+        if self.family:
+            region = self.family.at(lambda dimension: flat[dimension[0]].shape[dimension[1]])
+        values = iter(flat)
+        inputs = [next(values) for _ in region.inputs]
+        weights = {name: next(values) for name in region.weights}
+        constants = {key: next(values) for key in region.constants}
+        outputs = Interpreter(region)(inputs, weights, constants)
+        return tuple(out.clone() if any(out is x for x in flat) else out.contiguous() for out in outputs)

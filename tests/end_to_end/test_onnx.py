@@ -1,0 +1,71 @@
+"""Three backends in one bundle: text encoder and VAE by ONNX Runtime, denoiser by AOTInductor, the rest replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffkiln
+from diffkiln.errors import NativeCodeRefused
+from diffkiln.record.quiet import quiet_libraries
+from tests.conftest import DIGITS
+from tests.end_to_end.processes import draw
+from tests.exporters.regions import engine_cache
+
+PROMPT, SEED = "a handwritten seven", 7
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict:
+    made = json.loads((DIGITS / "spec.json").read_text())
+    more = [{"name": "compile", "component": name, "backend": "onnx"} for name in ("text_encoder", "vae")]
+    return made | {"passes": [*made["passes"], *more]}
+
+
+@pytest.fixture(scope="module")
+def bundle(spec, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("mixed") / "bundle"
+    return diffkiln.compile(spec, output, base=DIGITS, cache=engine_cache()).path
+
+
+def test_bundle_has_both_backends_and_keeps_weights_apart(bundle):
+    with diffkiln.load(bundle) as pipe:
+        rows = pipe.bundle.manifest.engines
+        backends = {row.component: row.backend for row in rows}
+        assert backends == {"text_encoder": "onnx", "transformer": "aot_inductor", "vae": "onnx"}
+        assert {row.region for row in rows if row.backend == "onnx"} == {"text_encoder", "vae.decode"}
+        assert pipe.bundle.manifest.requires.packages == {"onnxruntime": ">=1.31"}
+        models = [row for row in pipe.bundle.manifest.files if row.path.endswith(".onnx")]
+        assert {row.role for row in models} == {"native"}
+        weights = sum(row.size for row in pipe.bundle.manifest.files if row.role == "weights")
+        assert sum(row.size for row in models) < weights / 10
+
+
+def test_fresh_process_draws_what_diffusers_draws(spec, bundle, production, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    here = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    told = draw({"bundle": bundle, "requests": [[PROMPT, SEED]], "out": tmp_path / "found.npy"}, production | here)
+    assert {"onnxruntime"} <= set(told["modules"])
+    assert {"onnx", "onnxscript", "diffusers", "transformers"}.isdisjoint(told["modules"])
+    assert told["engine_calls"] >= 2 + 4 * 8
+    assert told["processes"] == []
+    with quiet_libraries():
+        pipe = DiffusionPipeline.from_pretrained(DIGITS / "model")
+    pipe.set_progress_bar_config(disable=True)
+    given = {key: value for key, value in spec["inputs"].items() if key not in ("batch_size", "call")}
+    given |= spec["inputs"]["call"]
+    wanted = pipe(PROMPT, generator=torch.Generator("cpu").manual_seed(SEED), output_type="np", **given).images
+    found = np.load(tmp_path / "found.npy")
+    assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_strangers_bundle_needs_leave(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(NativeCodeRefused, match=r"engine\.onnx"):
+        diffkiln.load(bundle)
