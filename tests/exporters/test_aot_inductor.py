@@ -19,7 +19,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.program import REGION, Op, Ref
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine
 from diffkiln.runtime.self_test import self_test
-from diffkiln.spec.targets import Target
+from diffkiln.spec.targets import CPUS, Target
 from tests.exporters.regions import (
     CPU,
     Writer,
@@ -151,7 +151,7 @@ class TestBuilding:
 
         before = config.get_config_copy(), dict(config.aot_inductor.metadata), cpu_vec_isa.valid_vec_isa_list
         environment = dict(os.environ)
-        aot_inductor._generate(int8_linear(), "x86-64-v3", toolchain.find_compiler(), tmp_path)
+        aot_inductor._generate(Lowering(int8_linear(), CPU), toolchain.find_compiler(), tmp_path)
         after = config.get_config_copy(), dict(config.aot_inductor.metadata), cpu_vec_isa.valid_vec_isa_list
         assert after == before
         assert dict(os.environ) == environment
@@ -163,7 +163,7 @@ class TestBuilding:
                 torch.set_num_threads(count)
                 (tmp_path / str(count)).mkdir()
                 folder = tmp_path / str(count)
-                _, made = aot_inductor._generate(total(), "x86-64-v3", toolchain.find_compiler(), folder)
+                _, made = aot_inductor._generate(Lowering(total(), CPU), toolchain.find_compiler(), folder)
                 sources.append(toolchain.take_apart(aot_inductor._one(made, ".cpp").read_text()).kernels)
         finally:
             torch.set_num_threads(threads)
@@ -172,16 +172,15 @@ class TestBuilding:
         assert "#pragma omp parallel num_threads(std::min(64, omp_get_max_threads()))" in code[0]
 
     def test_scalar_code_for_the_oldest_instruction_set(self, tmp_path: Path) -> None:
-        _, made = aot_inductor._generate(block(), "x86-64-v2", toolchain.find_compiler(), tmp_path)
+        _, made = aot_inductor._generate(Lowering(block(), CPUS["cpu-x86-64-v2"]), toolchain.find_compiler(), tmp_path)
         sources = toolchain.take_apart(aot_inductor._one(made, ".cpp").read_text())
         assert "at::vec::Vectorized" not in sources.kernels
 
     def test_tracing_takes_no_memory_for_weights(self, tmp_path: Path) -> None:
         w = Writer()
         x, huge = w.value("%x", 1, 2**18), w.value("@weight", 2**20, 2**18)  # one TiB
-        aot_inductor._generate(
-            w.program("Huge", w.op("linear.default", x, huge)), "x86-64-v3", toolchain.find_compiler(), tmp_path
-        )
+        region = w.program("Huge", w.op("linear.default", x, huge))
+        aot_inductor._generate(Lowering(region, CPU), toolchain.find_compiler(), tmp_path)
 
 
 class TestTakingApart:
