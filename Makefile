@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint bench install
+.PHONY: demo test fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ demo: install
 # A file of tests stays in one process, so that what its tests share is made once.
 test: install
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Ten minutes, shared out among the harnesses; what is found lies in build/fuzz/found.
+FUZZ_SECONDS ?= 600
+fuzz: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ Numbers: canonical JSON (RFC 8785) writes 1.0 as `1` and -0.0 as `0`, so in the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -72,6 +73,27 @@ BundlePath = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Dimensions = Annotated[tuple[Count, ...], Field(max_length=MAX_RANK)]
 Json = Annotated[dict[str, JsonValue], Field(max_length=MAX_ROWS)]
+
+
+def _policy(given: dict[str, Any]) -> dict[str, Any]:
+    """What loading reads of the runtime's part, checked as far as it reads it without asking."""
+    for name, (what, holds) in _POLICY.items():
+        if name in given and not holds(given[name]):
+            raise ValueError(f"{name} should be {what}")
+    return given
+
+
+_POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
+    "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
+    "on_incompatible": ("text", lambda value: isinstance(value, str)),
+    "only_diffusers": ("text", lambda value: isinstance(value, str)),
+    "targets": (
+        "an object of texts",
+        lambda value: isinstance(value, dict) and all(isinstance(isa, str) for isa in value.values()),
+    ),
+    "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
+}
 
 
 class _Row(BaseModel):
@@ -177,7 +199,7 @@ class Manifest(_Row):
     files: Annotated[tuple[FileRow, ...], _ROWS]
     engines: Annotated[tuple[EngineRow, ...], _ROWS] = ()
     passes: Annotated[tuple[PassRow, ...], _ROWS] = ()
-    runtime: Json = {}
+    runtime: Annotated[Json, AfterValidator(_policy)] = {}
     weights: Annotated[dict[Name, Annotated[tuple[GroupRow, ...], _ROWS]], Field(max_length=MAX_ROWS)] = {}
 
     @model_validator(mode="after")

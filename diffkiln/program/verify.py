@@ -193,7 +193,9 @@ def verify_types(program: Program, callee: Mapping[str, Program]) -> None:
     `program` is verified. `callee` maps a region's or program's name to it.
     """
     for index, op in enumerate(program.ops):
-        target = callee.get(op.attrs.get("region") or op.attrs.get("program", "")) if not op.is_aten else None
+        # Other operations may carry what they like under these names: nothing has looked at it.
+        named = {REGION: "region", CALL: "program"}.get(op.name)
+        target = callee.get(op.attrs[named]) if named else None
         if target is None:
             continue
         where = f"program {program.name!r}, operation {index} ({op.name})"

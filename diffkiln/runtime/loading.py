@@ -156,7 +156,11 @@ def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) 
     variant = verified.manifest.pipeline.variants[index]
     programs: dict[str, Program] = {}
     for name, path in variant.programs.items():
-        programs[name] = program_from_json(read_json(verified, path)["programs"][name])
+        try:
+            data = read_json(verified, path)["programs"][name]
+        except (KeyError, TypeError, IndexError):
+            raise ManifestInvalid(f"{path!r} holds no program {name!r}, which variant {variant.name!r} names") from None
+        programs[name] = program_from_json(data)
         verify(programs[name], modules=modules)
     return CompiledVariant(variant.name, variant.fixed, programs)
 
@@ -173,6 +177,8 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
         raise ManifestInvalid(f"{CONSTANTS!r} is broken: {error}") from None
     constants = {}
     for key, row in rows:
+        if row["dtype"] not in _SAFETENSORS:
+            raise ManifestInvalid(f"{CONSTANTS!r}: {key!r} is of the type {row['dtype']}, which no constant has")
         dtype = dtype_of(_SAFETENSORS[row["dtype"]])
         data = (
             torch.frombuffer(bytearray(row["data"]), dtype=torch.uint8)

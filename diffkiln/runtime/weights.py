@@ -93,7 +93,12 @@ def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, i
 
 def _entry(row: Mapping[str, Any], size: int, channels_last: bool) -> Entry:
     dtype, (start, end) = _DTYPES[row["dtype"]], row["data_offsets"]
-    shape = tuple(int(n) for n in row["shape"])
+    shape = tuple(row["shape"])
+    if not all(type(n) is int for n in (start, end, *shape)) or any(n < 0 for n in shape):
+        raise ValueError(f"a tensor {row} whose sizes are not whole numbers")
+    # Zeros count as one: torch multiplies from left to right and must not overflow on the way.
+    if math.prod(max(n, 1) for n in shape) >= 2**63:
+        raise ValueError(f"a tensor {row} of more elements than 64 bits count")
     if not 0 <= start <= end <= size or math.prod(shape) * dtype.itemsize != end - start or start % dtype.itemsize:
         raise ValueError(f"a tensor {row} that does not fit {size} bytes")
     return Entry(dtype, shape, start, end, channels_last)

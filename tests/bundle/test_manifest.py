@@ -137,6 +137,13 @@ def test_a_million_rows_or_containers_are_refused() -> None:
         (("engines", 0, "inputs", 0, "stride"), [2**53 - 1, 2**53]),
         (("weights",), {"vae": [{"name": "0", "file": "absent", "tensors": 1, "bytes": 1}]}),
         (("files",), None),
+        (("runtime", "targets"), 3),
+        (("runtime", "targets"), ["cpu"]),
+        (("runtime", "targets"), {"cpu": 3}),
+        (("runtime", "device"), "tpu"),
+        (("runtime", "device"), []),
+        (("runtime", "offload"), "group"),
+        (("runtime", "tf32"), 1),
     ],
 )
 def test_refuses_a_field_that_is_out_of_bounds(path: tuple[str | int, ...], value: Any) -> None:

@@ -156,6 +156,10 @@ class Bytes:
         '{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]}}',
         '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"x": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        '{"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4.0]}}',
+        '{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        '{"x": {"dtype": "F32", "shape": [4611686018427387904, 4, 0], "data_offsets": [0, 0]}}',
         "[" * 50_000,
     ],
 )

@@ -1,3 +1,6 @@
+import copy
+import sys
+
 import pytest
 
 from diffkiln.errors import SpecError
@@ -27,3 +30,22 @@ def test_a_newer_version_says_to_upgrade():
 def test_no_other_version_is_taken(version):
     with pytest.raises(SpecError, match="spec_version"):
         migrate({"spec_version": version})
+
+
+def test_an_earlier_version_is_brought_to_the_current_one_step_by_step(monkeypatch):
+    """With steps of two versions that there might be: a field renamed, then one made a list."""
+    module = sys.modules["diffkiln.spec.migrate"]
+    steps = {
+        1: lambda data: {("stages" if key == "passes" else key): value for key, value in data.items()},
+        2: lambda data: data | {"target": [data["target"]]},
+    }
+    monkeypatch.setattr(module, "CURRENT", 3)
+    monkeypatch.setattr(module, "STEPS", steps)
+    first = {"spec_version": 1, "passes": [{"name": "compile"}], "target": {"device": "cpu"}}
+    before = copy.deepcopy(first)
+    third = {"spec_version": 3, "stages": [{"name": "compile"}], "target": [{"device": "cpu"}]}
+    assert migrate(first) == third == migrate({**third, "spec_version": 2, "target": {"device": "cpu"}})
+    assert first == before
+    assert migrate(third) == third
+    with pytest.raises(SpecError, match="no version 0"):
+        migrate({"spec_version": 0})

@@ -1,0 +1,159 @@
+"""What is fuzzed: for each kind of hostile input a function of bytes that lets only our own refusals pass.
+
+Anything else that a harness raises is a finding: an exception that is not ours, or an assertion that what was
+accepted is safe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import check_path, check_unique, dump_manifest, parse_manifest
+from diffkiln.errors import DiffkilnError, PathEscape
+from diffkiln.program import Module, fingerprint, program_from_json, program_to_json
+from diffkiln.runtime.compatibility import check_manifest
+from diffkiln.runtime.loading import CONSTANTS, choose_target, read_constants, read_modules, read_variant
+from diffkiln.runtime.weights import read_header
+from diffkiln.spec import parse_spec
+from tests.fuzz import directories, mutate
+
+CORPUS = Path(__file__).with_name("corpus")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """`run` is given bytes; `mutate` changes an input by a seed and keeps its form."""
+
+    run: Callable[[bytes], None]
+    mutate: Callable[[bytes, int], bytes]
+
+
+class Held:
+    """As much of a verified bundle as readers of single files ask for."""
+
+    def __init__(self, files: dict[str, bytes], programs: dict[str, str] | None = None) -> None:
+        self.data = files
+        variant = SimpleNamespace(name="v0", fixed={}, programs=programs or {})
+        rows = [SimpleNamespace(path=path, role="program") for path in files]
+        self.manifest: Any = SimpleNamespace(files=rows, pipeline=SimpleNamespace(variants=(variant,)))
+
+    def size(self, path: str) -> int:
+        return len(self.data[path])
+
+    def read(self, path: str) -> bytes:
+        return self.data[path]
+
+    def pread(self, path: str, size: int, offset: int = 0) -> bytes:
+        return self.data[path][offset : offset + size]
+
+
+def spec(data: bytes) -> None:
+    """What is accepted says the same in its JSON form."""
+    try:
+        read = parse_spec(data)
+    except DiffkilnError as error:
+        str(error).encode()
+        return
+    assert parse_spec(json.dumps(read.as_json()).encode()) == read
+
+
+def manifest(data: bytes) -> None:
+    """What is accepted can be written again, and asked what loading asks of it before any file is read."""
+    try:
+        read = parse_manifest(data)
+        assert parse_manifest(dump_manifest(read)) == read
+        check_manifest(read)
+        choose_target(read, torch.device("cpu"))
+    except DiffkilnError as error:
+        str(error)
+
+
+def paths(data: bytes) -> None:
+    """One path a line. What is accepted stays inside, here and on Windows, and is one file."""
+    accepted = []
+    for text in data.decode("utf-8", "surrogateescape").split("\n"):
+        try:
+            path = check_path(text)
+        except PathEscape as error:
+            str(error)
+            continue
+        assert str(path) == text
+        assert os.path.normpath(f"/bundle/{text}") == f"/bundle/{text}"
+        windows = PureWindowsPath(text)
+        assert not windows.anchor
+        assert not windows.is_reserved()
+        assert ".." not in windows.parts
+        accepted.append(text)
+    try:
+        check_unique(accepted)
+    except PathEscape:
+        return
+    assert len({text.lower() for text in accepted}) == len(accepted)
+
+
+def weights(data: bytes) -> None:
+    """Every tensor of a header that is accepted can be made of the file's bytes."""
+    try:
+        entries, offset, nbytes = read_header(Held({"w": data}), "w")  # type: ignore[arg-type]
+    except DiffkilnError as error:
+        str(error)
+        return
+    assert offset + nbytes == len(data)
+    flat = torch.zeros(nbytes, dtype=torch.uint8)
+    for entry in entries.values():
+        entry.of(flat[entry.start : entry.end])
+
+
+def constants(data: bytes) -> None:
+    try:
+        read_constants(Held({CONSTANTS: data}))  # type: ignore[arg-type]
+    except DiffkilnError as error:
+        str(error)
+
+
+def programs(data: bytes) -> None:
+    """`{"transformer": <a component's file>, "call": <a variant's file>}`, read as loading reads the two."""
+    try:
+        parts = json.loads(data)
+        files = {name: json.dumps(parts[name]).encode() for name in ("transformer", "call")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # not an input of this harness
+    named = {f"programs/{name}.json": text for name, text in files.items()}
+    held: Any = Held(named, {"call": "programs/call.json"})
+    try:
+        modules = read_modules(held)
+        variant = read_variant(held, 0, modules)
+    except DiffkilnError as error:
+        str(error)
+        return
+    for program in (*variant.programs.values(), *_programs_of(modules)):
+        assert fingerprint(program_from_json(program_to_json(program))) == fingerprint(program)
+        assert program.weights is not None
+
+
+def _programs_of(modules: dict[str, Module]) -> list[Any]:
+    return [program for module in modules.values() for program in (*module.programs.values(), *module.regions.values())]
+
+
+HARNESSES: dict[str, Harness] = {
+    "spec": Harness(spec, mutate.json_text),
+    "manifest": Harness(manifest, mutate.json_text),
+    "paths": Harness(paths, mutate.some_bytes),
+    "weights": Harness(weights, mutate.safetensors_file),
+    "constants": Harness(constants, mutate.safetensors_file),
+    "programs": Harness(programs, mutate.json_text),
+    "engines": Harness(directories.run, mutate.some_bytes),
+}
+
+
+def corpus(name: str) -> list[Path]:
+    """The inputs that are kept for a harness."""
+    return sorted((CORPUS / name).iterdir())
