@@ -63,7 +63,7 @@ def _put(root: Path, outside: Path, kind: int, place: int, name: int) -> None:
     try:
         match kind % 8:
             case 0:
-                target.write_bytes(b"put here")
+                _write(target)
             case 1:
                 target.mkdir(parents=True)
             case 2:
@@ -83,6 +83,13 @@ def _put(root: Path, outside: Path, kind: int, place: int, name: int) -> None:
                 _remove(target)
     except OSError:
         return
+
+
+def _write(target: Path) -> None:
+    """Neither through a link nor, for ever, into a pipe that nobody reads."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(b"put here")
 
 
 def _remove(target: Path) -> None:
