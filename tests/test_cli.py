@@ -160,7 +160,7 @@ def test_check_reports_bytes_and_effects_as_json(spec, capsys):
 
 
 def test_check_reports_problems_as_json(spec, capsys):
-    passes = [{"name": "fuse_qkv", "component": "vea"}, {"name": "compile", "component": "scheduler"}]
+    passes = [{"name": "fuse_qkv", "component": "vea"}, {"name": "compile", "component": "tokenizer"}]
     assert main(["check", str(spec(passes=passes)), "--json"]) == 3
     told = json.loads(capsys.readouterr().out)
     assert [problem["where"] for problem in told["problems"]] == ["$.passes[0].component", "$.passes[1].component"]
