@@ -17,6 +17,10 @@ from tests.conftest import DIGITS
 from tests.exporters.regions import engine_cache
 from tests.passes.caching import definitions
 from tests.passes.caching.definitions import Run
+from tests.passes.test_cache_schedule import METHODS as FAMILY_METHODS
+from tests.passes.test_cache_schedule import draw as draw_family
+from tests.passes.test_cache_schedule import eager as eager_of
+from tests.passes.test_cache_schedule import spec as spec_of_method
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -81,6 +85,23 @@ def test_a_method_is_its_definition_replayed_compiled_resident_and_offloaded(nam
         for offload in (False, True):
             with diffkiln.load(build(tmp_path, f"{compiled}-{offload}", options, compiled, offload)) as pipe:
                 assert float((draw(pipe) - wanted).abs().max()) <= 1e-4, (compiled, offload)
+
+
+@pytest.mark.parametrize("name", ["deepcache", "fora of a video"])
+def test_unets_and_videos_are_their_definition_compiled_and_offloaded(name, families, tmp_path):
+    family, component, options, definition, _ = FAMILY_METHODS[name]
+    made = spec_of_method(families, family, component, **options) | {"runtime": {"offload": OFFLOAD}}
+    made["passes"].append({"name": "compile", "component": component})
+    built = diffkiln.compile(made, tmp_path / "bundle", cache=engine_cache())
+    pipe = eager_of(made)
+    with definition(getattr(pipe, component)):
+        wanted = draw_family(pipe, made)
+    with diffkiln.load(built.path) as compiled:
+        assert {part for part, _ in compiled.executor.engines} == {component}
+        found = draw_family(compiled, made)
+        peak = compiled.executor.store.groups_peak
+        assert peak < len(compiled.executor.store.groups)
+    assert float((found - wanted).abs().max()) <= 1e-4
 
 
 def brought(root, name: str, options: dict[str, Any]) -> int:
