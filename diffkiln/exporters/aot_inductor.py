@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from diffkiln.attention import kernel_for
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, Problem
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, unknown_options
-from diffkiln.exporters.cache import EngineCache, engine_key
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
+from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.spec.targets import Target
@@ -77,28 +76,16 @@ class AotInductor:
                     "Build on a machine that has it, or for x86-64-v3.",
                 )
             )
-        foreign = sorted({op.name for op in region.ops if not op.is_aten})
-        if foreign:
-            problems.append(Problem("", f"the region {region.name!r} is not operators alone: {', '.join(foreign)}"))
-        return problems
+        return problems + foreign_operators(region)
 
     def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
-        region = lowering.region
-        if problems := self.check(region, lowering.target, lowering.options):
-            reasons = "\n".join(map(str, problems))
-            raise ExportError(
-                f"the region {region.name!r} cannot be lowered by {self.name}:\n{reasons}", problems=problems
-            )
-        compiler = toolchain.find_compiler()
-        tools = {"torch": torch.__version__, "compiler": compiler.version}
-        key = engine_key(self.name, self.version, lowering, tools)
-        if (found := cache.get(key)) is not None:
-            return found
-        try:
-            with tempfile.TemporaryDirectory(prefix="diffkiln-aoti-") as scratch:
-                return cache.put(key, self._build(lowering, compiler, cache, Path(scratch)))
-        except ExportError as error:
-            raise ExportError(f"the region {region.name!r} cannot be lowered by {self.name}: {error}") from error
+        def tools() -> dict[str, str]:
+            return {"torch": torch.__version__, "compiler": toolchain.find_compiler().version}
+
+        def build(scratch: Path) -> Artefact:
+            return self._build(lowering, toolchain.find_compiler(), cache, scratch)
+
+        return export_once(self, lowering, cache, tools, build)
 
     def prepare(self, target: Target, cache: EngineCache) -> None:
         """Make what all engines for this target share, if it is not there: 20 s that can pass while a model is read.

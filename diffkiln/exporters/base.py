@@ -96,6 +96,13 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     )
 
 
+def foreign_operators(region: Program) -> list[Problem]:
+    """A problem where a region is not made of ATen operators alone."""
+    foreign = sorted({op.name for op in region.ops if not op.is_aten})
+    reason = f"the region {region.name!r} is not operators alone: {', '.join(foreign)}"
+    return [Problem("", reason)] if foreign else []
+
+
 def unknown_options(options: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
     """A problem for each option that the backend does not have."""
     names = sorted(known)

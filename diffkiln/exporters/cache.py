@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.bundle.state import cache_root
 from diffkiln.errors import ExportError
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.base import Artefact, Exporter, Lowering
 from diffkiln.program import fingerprint
 
 _INDEX, _FILES = "index.json", "files"
@@ -147,3 +147,33 @@ def _artefact(body: Mapping[str, Any], directory: Path) -> Artefact:
     return Artefact(
         body["backend"], directory, specs("inputs"), specs("outputs"), dict(body["options"]), dict(body["requires"])
     )
+
+
+def export_once(
+    backend: Exporter,
+    lowering: Lowering,
+    cache: EngineCache,
+    tools: Callable[[], Mapping[str, str]],
+    build: Callable[[Path], Artefact],
+) -> Artefact:
+    """The engine of a lowering: from the cache, or built in an empty folder and put there.
+
+    Args:
+        backend: says what stands in the way.
+        tools: the programs that build it, with their versions.
+        build: builds it in the folder that it is given.
+
+    Raises:
+        ExportError: names the region, the reason and the mend.
+    """
+    refused = f"the region {lowering.region.name!r} cannot be lowered by {backend.name}:"
+    if problems := backend.check(lowering.region, lowering.target, lowering.options):
+        raise ExportError("\n".join([refused, *map(str, problems)]), problems=problems)
+    key = engine_key(backend.name, backend.version, lowering, tools())
+    if (found := cache.get(key)) is not None:
+        return found
+    try:
+        with tempfile.TemporaryDirectory(prefix="diffkiln-export-") as scratch:
+            return cache.put(key, build(Path(scratch)))
+    except ExportError as error:
+        raise ExportError(f"{refused} {error}") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ import torch
 
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency, Problem
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, unknown_options
-from diffkiln.exporters.cache import EngineCache, engine_key
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
+from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.program import Program
 from diffkiln.program.onnx import EXPORTING, OPSET, type_problems
@@ -48,26 +47,10 @@ class Onnx:
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
         problems = unknown_options(options, ())
         problems += [Problem("", reason, _CAST) for reason in type_problems(region)]
-        foreign = sorted({op.name for op in region.ops if not op.is_aten})
-        if foreign:
-            problems.append(Problem("", f"the region {region.name!r} is not operators alone: {', '.join(foreign)}"))
-        return problems
+        return problems + foreign_operators(region)
 
     def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
-        region = lowering.region
-        if problems := self.check(region, lowering.target, lowering.options):
-            reasons = "\n".join(map(str, problems))
-            raise ExportError(
-                f"the region {region.name!r} cannot be lowered by {self.name}:\n{reasons}", problems=problems
-            )
-        key = engine_key(self.name, self.version, lowering, _tools())
-        if (found := cache.get(key)) is not None:
-            return found
-        try:
-            with tempfile.TemporaryDirectory(prefix="diffkiln-onnx-") as scratch:
-                return cache.put(key, self._build(lowering, Path(scratch)))
-        except ExportError as error:
-            raise ExportError(f"the region {region.name!r} cannot be lowered by {self.name}: {error}") from error
+        return export_once(self, lowering, cache, _tools, lambda scratch: self._build(lowering, scratch))
 
     def _build(self, lowering: Lowering, scratch: Path) -> Artefact:
         outputs = _write(lowering, scratch)

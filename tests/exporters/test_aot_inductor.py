@@ -93,7 +93,7 @@ class TestBuilding:
     def test_no_place_or_build_id_is_in_it(self) -> None:
         _, artefact = built(block)
         library = (artefact.directory / LIBRARY).read_bytes()
-        for place in (str(engine_cache().root), str(Path(torch.__file__).parent), "diffkiln-aoti-", os.getcwd()):
+        for place in (str(engine_cache().root), str(Path(torch.__file__).parent), "diffkiln-export-", os.getcwd()):
             assert place.encode() not in library
         sections = subprocess.run(
             ["readelf", "-SW", str(artefact.directory / LIBRARY)], capture_output=True, text=True, check=True
