@@ -51,9 +51,10 @@ GUIDED: Mapping[str, Passes] = {
 
 
 def bundles(kinds: Mapping[str, Passes], folder: Path, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipelines by name, resident, and how long each compiles."""
+    """The pipelines by name, resident."""
     made = json.loads((DIGITS / "spec.json").read_text()) | {"runtime": {}}
     made["inputs"]["call"] |= call
+    folder.mkdir()
     return {
         name: diffkiln.load(diffkiln.compile(made | {"passes": list(passes)}, folder / str(index), base=DIGITS).path)
         for index, (name, passes) in enumerate(kinds.items())
