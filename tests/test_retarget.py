@@ -16,7 +16,7 @@ import diffkiln
 from diffkiln.bundle import PARTIAL, dump_partial, has_receipt, open_bundle
 from diffkiln.cli import main
 from diffkiln.errors import BuildError, ExportError, Incompatible, NativeCodeRefused
-from diffkiln.exporters import aot_inductor
+from diffkiln.exporters import cache
 from diffkiln.exporters.cache import engine_key
 from diffkiln.packing import editing
 from diffkiln.packing.targets import groups_of
@@ -40,7 +40,7 @@ def borrow(patch: pytest.MonkeyPatch) -> None:
         borrowed = lowering.target.name == V4
         return engine_key(backend, version, replace(lowering, target=CPU) if borrowed else lowering, tools)
 
-    patch.setattr(aot_inductor, "engine_key", key)
+    patch.setattr(cache, "engine_key", key)
     patch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
