@@ -158,7 +158,7 @@ class Interpreter:
         kernel = kernel_of(op) if op.is_aten else None
         run = self._bind(by_kernel(function, kernel, self.program.name) if kernel else function, op)
         outs: Any = [self._slot(name) for name in op.outputs]
-        if op.is_aten and _gives_one_tensor(function):
+        if op.is_aten and gives_one_tensor(function):
             outs = outs[0]
         return run, outs
 
@@ -208,6 +208,7 @@ class Interpreter:
         return free
 
 
-def _gives_one_tensor(function: Any) -> bool:
+def gives_one_tensor(function: Any) -> bool:
+    """Whether an operator gives a tensor, and not a tuple or a list of them."""
     returns = function._schema.returns
     return len(returns) == 1 and str(returns[0].type) == "Tensor"

@@ -77,12 +77,12 @@ def by_kernel(function: Callable[..., Any], kernel: str, who: str) -> Callable[.
 
 @contextlib.contextmanager
 def kernel_for(program: Program) -> Iterator[None]:
-    """While it lasts, torch lowers attention by the kernel that the program asks for, if it asks for one.
+    """While it lasts, torch lowers attention by the one of its kernels that the program asks for, if it asks for one.
 
     Raises:
         VerifyError: it asks for several.
     """
-    asked = {kernel_of(op) for op in program.ops} - {None}
+    asked = {kernel_of(op) for op in program.ops if op.is_aten} - {None}
     if len(asked) > 1:
         raise VerifyError(f"the region {program.name!r} asks for several attention kernels: {', '.join(sorted(asked))}")  # type: ignore[arg-type]
     with only(asked.pop()) if asked else contextlib.nullcontext():  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import Problem
-from diffkiln.program import Program, TensorType
+from diffkiln.program import ATTENTION, Program, TensorType
 from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
 
@@ -96,11 +96,17 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     )
 
 
+def foreign(region: Program) -> list[str]:
+    """What of a region is not an ATen operator, each once: "attention by sage"."""
+    ops = [op for op in region.ops if not op.is_aten]
+    return sorted({f"{op.name} by {op.attrs['kernel']}" if op.name == ATTENTION else op.name for op in ops})
+
+
 def foreign_operators(region: Program) -> list[Problem]:
     """A problem where a region is not made of ATen operators alone."""
-    foreign = sorted({op.name for op in region.ops if not op.is_aten})
-    reason = f"the region {region.name!r} is not operators alone: {', '.join(foreign)}"
-    return [Problem("", reason)] if foreign else []
+    found = foreign(region)
+    reason = f"the region {region.name!r} is not operators alone: {', '.join(found)}"
+    return [Problem("", reason)] if found else []
 
 
 def unknown_options(options: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:

@@ -9,7 +9,7 @@ import torch
 
 from diffkiln.bundle import BundleWriter, EngineRow, TensorSpec
 from diffkiln.errors import ExportError, VerifyError
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.layers import repeated_blocks
@@ -61,6 +61,7 @@ def _built_together(
 
     def built(region: Program, whole: Family | None) -> Artefact:
         constants = _constants(packed, region)
+        _tell_breaks(packed, request, region)
         lowering = Lowering(region, target, constants, dict(request.options), whole)
         artefact = exporter(request.backend).export(lowering, cache)
         for member in whole.members if whole else (region,):
@@ -81,6 +82,17 @@ def _built_together(
         except ExportError as error:
             origin = _origin(packed.ghosts.get(request.component), region)
             raise ExportError(f"{request.component}: {origin}{error}", problems=error.problems) from error
+
+
+def _tell_breaks(packed: Packed, request: CompileRequest, region: Program) -> None:
+    """Where a graph is allowed to break, and does: each place once, with the class that it is in."""
+    if request.options.get("fullgraph", True):
+        return
+    origin = _origin(packed.ghosts.get(request.component), region)
+    for what in foreign(region):
+        notice = f"{request.component}: {origin}the graph breaks at {what}"
+        if notice not in packed.notices:
+            packed.notices.append(notice)
 
 
 def _origin(component: torch.nn.Module | None, region: Program) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,10 +11,10 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.layers import repeated_blocks
+from diffkiln.passes.backends import BACKENDS, Backend
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
-from diffkiln.program import onnx
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
@@ -55,6 +54,7 @@ class Compile(Pass):
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
     `aot_inductor` writes native code for a CPU. `onnx` writes ONNX, which ONNX Runtime runs with the bundle's weights.
+    `torch_compile` compiles when the bundle is loaded, out of the caches of a compilation when it was made.
     """
 
     name: ClassVar[str] = "compile"
@@ -63,8 +63,6 @@ class Compile(Pass):
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
         "blocks, or do not compile the component",
-        "attention_by_package": "an engine holds torch's operators alone, and a package computes the attention. Choose "
-        "a native kernel, or do not compile the component",
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
         "original weights with torchao, or do not compile the component",
     }
@@ -73,13 +71,16 @@ class Compile(Pass):
         {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
         {"name": "compile", "component": "scheduler"},
         {"name": "compile", "component": "text_encoder", "backend": "onnx"},
+        {"name": "compile", "component": "transformer", "backend": "torch_compile", "fullgraph": False},
     )
 
-    backend: Literal["aot_inductor", "onnx"] = Field("aot_inductor", description="The backend that lowers the regions.")
+    backend: Literal["aot_inductor", "onnx", "torch_compile"] = Field(
+        "aot_inductor", description="The backend that lowers the regions."
+    )
     scope: Literal["blocks", "whole"] | None = Field(
         None,
-        description="What a region is: a repeated block, or the whole component. Absent: blocks for aot_inductor, "
-        "the whole for onnx.",
+        description="What a region is: a repeated block, or the whole component. Absent: the whole for onnx, blocks "
+        "for the others.",
     )
     between: bool = Field(False, description="Lower what lies between the blocks, too.")
     dynamic: bool | None = Field(
@@ -92,13 +93,13 @@ class Compile(Pass):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given.get("fullgraph") is False:
-            yield ("fullgraph",), refuse("an engine that is built ahead of time has no graph breaks", "Remove it")
-        onnx_whole = given.get("backend") == "onnx" and given.get("scope") != "blocks"
-        if given.get("between") and (given.get("scope") == "whole" or onnx_whole):
+        backend = BACKENDS.get(given.get("backend", "aot_inductor"), BACKENDS["aot_inductor"])
+        if given.get("fullgraph") is False and backend.unbroken:
+            yield ("fullgraph",), refuse(backend.unbroken, "Remove it")
+        if given.get("between") and given.get("scope") != "blocks" and (given.get("scope") or backend.whole):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
-        if given.get("backend") == "onnx" and given.get("flags"):
-            yield ("flags",), refuse("they are Inductor's, and ONNX Runtime has none of them", "Remove them")
+        if given.get("flags") and backend.flagless:
+            yield ("flags",), refuse(f"they are Inductor's, and {backend.flagless}", "Remove them")
         if given.get("component") == SCHEDULER:
             for name in ("scope", "between"):
                 if given.get(name):
@@ -107,10 +108,14 @@ class Compile(Pass):
     @property
     def whole(self) -> bool:
         """Whether the component is one region."""
-        return self.scope == "whole" or (self.scope is None and self.backend == "onnx")
+        return self.scope == "whole" or (self.scope is None and self._backend.whole)
+
+    @property
+    def _backend(self) -> Backend:
+        return BACKENDS[self.backend]
 
     def packages(self) -> dict[str, str]:
-        return {onnx.PACKAGE: onnx.VERSIONS} if self.backend == "onnx" else {}
+        return self._backend.packages()
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
@@ -130,33 +135,11 @@ class Compile(Pass):
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
-        if self.backend == "onnx":
-            yield from self._onnx_problems(plan, where)
-        elif target.device != "cpu":
-            yield Problem(
-                where,
-                f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
-                "Choose a CPU target.",
-            )
-
-    def _onnx_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
-        missing = [name for name in (*onnx.EXPORTING, onnx.PACKAGE) if find_spec(name) is None]
-        if missing:
-            reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
-            yield Problem(f"{where}.backend", reason, "pip install 'diffkiln[onnx]'")
-        if Fact("attention_chosen", self.component) in plan.facts:
-            reason = "ONNX Runtime computes attention in its own way, whatever kernel attention_backend chose"
-            yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
+        yield from self._backend.problems(self.component, plan, target, where, self.fullgraph)
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
-        """Types that ONNX Runtime cannot compute in."""
-        module = recording.modules.get(self.component)
-        if self.backend != "onnx" or module is None:
-            return
-        programs = (*(module.programs.values() if self.whole else ()), *module.regions.values())
-        for reason in dict.fromkeys(reason for program in programs for reason in onnx.type_problems(program)):
-            mend = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "float32"}} before it.'
-            yield Problem(f"{where}.backend", f"onnx cannot compute {self.component}: {reason}", mend)
+        if module := recording.modules.get(self.component):
+            yield from self._backend.type_problems(self.component, module, self.whole, where)
 
     def _flags(self) -> dict[str, bool]:
         return self.flags.model_dump(exclude_none=True) if self.flags else {}
@@ -172,7 +155,8 @@ class Compile(Pass):
 
     def run(self, plan: Plan) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
-        request = CompileRequest(self.component, self.backend, self._flags(), dynamic)
+        options = self._flags() if self.fullgraph else self._flags() | {"fullgraph": False}
+        request = CompileRequest(self.component, self.backend, options, dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))

@@ -19,7 +19,8 @@ from diffkiln.exporters.aot_inductor import AotInductor
 from diffkiln.exporters.base import Artefact, Lowering, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import Onnx
-from diffkiln.program import SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
+from diffkiln.exporters.torch_compile import TorchCompile
+from diffkiln.program import ATTENTION, SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
 from diffkiln.spec.targets import Target
 
 CPU = Target(name="cpu-x86-64-v3", device="cpu", isa="x86-64-v3")
@@ -91,6 +92,31 @@ def block_of_math() -> Program:
     program = block()
     ops = (replace(op, attrs={"kernel": "native_math"}) if op.name == SDPA else op for op in program.ops)
     return replace(program, name="BlockOfMath", ops=tuple(ops))
+
+
+def gated() -> Program:
+    """A layer and a gate that is a constant: one kernel. The second output is a view."""
+    w = Writer()
+    x, weight, bias, gate = w.value("%x", 4, 32), w.value("@weight", 24, 32), w.value("@bias", 24), w.value("#gate", 24)
+    y = w.op("mul.Tensor", w.op("gelu.default", w.op("linear.default", x, weight, bias)), gate)
+    return w.program("Gated", y, w.op("t.default", y))
+
+
+def attending(kernel: str = "") -> Program:
+    """Scaled attention; by the kernel of a package, where one is named, the graph breaks."""
+    w = Writer()
+    heads = [w.value(f"%{name}", 1, 2, 8, 16) for name in ("query", "key", "value")]
+    attended = w.op("scaled_dot_product_attention.default", *heads)
+    program = w.program("Attending", w.op("mul.Tensor", attended, w.value("@scale", 16)))
+    if not kernel:
+        return program
+    attrs = {"kernel": kernel, "causal": False, "scale": None}
+    ops = (Op(ATTENTION, op.args, op.outputs, {}, attrs) if op.name == SDPA else op for op in program.ops)
+    return replace(program, name=f"Attending-{kernel}", ops=tuple(ops))
+
+
+def attending_by_package() -> Program:
+    return attending("flash_2")
 
 
 def int8_linear() -> Program:
@@ -176,3 +202,10 @@ def built(make: Callable[[], Program]) -> tuple[Program, Artefact]:
 def built_onnx(make: Callable[[], Program]) -> tuple[Program, Artefact]:
     region = make()
     return region, Onnx().export(Lowering(region, CPU), engine_cache())
+
+
+@cache
+def built_jit(make: Callable[[], Program]) -> tuple[Program, Artefact]:
+    region = make()
+    options = {} if all(op.is_aten for op in region.ops) else {"fullgraph": False}
+    return region, TorchCompile().export(Lowering(region, CPU, options=options), engine_cache())

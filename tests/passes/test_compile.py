@@ -72,7 +72,7 @@ def test_onnx_takes_gpus():
 
 
 def test_onnx_without_its_packages_is_refused_with_what_installs_them(monkeypatch):
-    monkeypatch.setattr("diffkiln.passes.compile.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr("diffkiln.passes.backends.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(IllegalPlan, match=r"onnxscript: not installed.*pip install 'diffkiln\[onnx\]'"):
         checked(ghost("flux"), COMPILE | {"backend": "onnx"})
 
