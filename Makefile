@@ -25,7 +25,7 @@ demo: install
 
 # A file of tests stays in one process, so that what its tests share is made once.
 test: install
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
 
 # Ten minutes, shared out among the harnesses; what is found lies in build/fuzz/found.
 FUZZ_SECONDS ?= 600

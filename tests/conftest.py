@@ -61,12 +61,14 @@ _KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY")
 
 @pytest.fixture
 def production(tmp_path) -> dict[str, str]:
+    return environment_of_production(tmp_path)
+
+
+def environment_of_production(room: Path) -> dict[str, str]:
     """The environment of a machine that serves: no compiler on the PATH, empty compiler caches."""
-    empty = tmp_path / "no-programs"
+    empty = room / "no-programs"
     empty.mkdir()
-    caches = {
-        name: tmp_path / name.lower() for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
-    }
+    caches = {name: room / name.lower() for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")}
     for path in caches.values():
         path.mkdir()
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
