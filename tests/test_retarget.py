@@ -249,8 +249,9 @@ import os, shutil, signal, sys
 from pathlib import Path
 import pytest
 from diffkiln import retarget
-from diffkiln.bundle import open_bundle, rename
+from diffkiln.bundle import open_bundle
 from diffkiln.packing import engines
+from tests.killing import NAMES, killed_before
 from tests.test_retarget import V4, borrow, engine_cache
 saved, place = Path(sys.argv[1]), Path(sys.argv[2])
 borrow(pytest.MonkeyPatch())
@@ -260,22 +261,8 @@ def killed_at(step):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     shutil.copytree(saved, place / "bundle")
-    child = os.fork()
-    if child == 0:
-        count = [step]
-        def bomb(function):
-            def call(*args, **kwargs):
-                count[0] -= 1
-                if count[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-            return call
-        for name in ("mkdir", "link", "rename", "rmdir", "unlink"):
-            setattr(os, name, bomb(getattr(os, name)))
-        rename._renameat2 = bomb(rename._renameat2)
-        retarget.add_target(place / "bundle", V4, cache=engine_cache())
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
+    work = lambda: retarget.add_target(place / "bundle", V4, cache=engine_cache())
+    return killed_before(step, (*NAMES, "link"), work) == signal.SIGKILL
 step, killed = 0, True
 while killed:
     killed = killed_at(step)

@@ -130,35 +130,17 @@ def test_a_file_that_is_no_longer_the_one_is_not_kept(both: Path) -> None:
 KILLER = """
 import json, shutil, signal
 from diffkiln.bundle import open_bundle, rename
+from tests.killing import NAMES, killed_before
 from tests.bundle.test_sharing import strip
 output, saved = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "plain":
     rename._renameat2 = lambda *_: False
 os.fsync = lambda _: None
-def bomb(function, count):
-    def call(*args, **kwargs):
-        count[0] -= 1
-        if count[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-def run(step):
-    count = [step]
-    for name in ("mkdir", "open", "link", "rename", "rmdir", "unlink"):
-        setattr(os, name, bomb(getattr(os, name), count))
-    rename._renameat2 = bomb(rename._renameat2, count)
-    strip(output)
-def forked(step):
-    child = os.fork()
-    if child == 0:
-        run(step)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
 states, killed, step = [], True, 0
 while killed:
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(saved, output)
-    killed = forked(step) == signal.SIGKILL
+    killed = killed_before(step, (*NAMES, "open", "link"), lambda: strip(output)) == signal.SIGKILL
     try:
         with open_bundle(output) as opened:
             opened.verify().close()

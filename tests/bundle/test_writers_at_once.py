@@ -153,41 +153,22 @@ def test_sigint_leaves_no_trace(output: Path) -> None:
 # the system calls that change something on the disk; the child is killed just before its n-th one. Every step
 # around the renames is tried, and every ninth of the others (writing, syncing, removing).
 KILLER = """
-import json, signal, ctypes
+import json, signal
 from diffkiln.bundle import rename, open_bundle
 from diffkiln.errors import IntegrityError
-output, force = Path(sys.argv[1]), True
+from tests.killing import NAMES, killed_before
+output = Path(sys.argv[1])
 if sys.argv[2] == "plain":
     rename._renameat2 = lambda *_: False
-def bomb(function, count):
-    def call(*args, **kwargs):
-        count[0] -= 1
-        if count[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-def run(step):
-    count = [step]
-    for name in ("mkdir", "open", "write", "fsync", "rename", "rmdir", "unlink"):
-        setattr(os, name, bomb(getattr(os, name), count))
-    real = rename._renameat2
-    def renameat2(*args):
-        if step == 10_000:
-            os._exit(step - count[0])
-        return real(*args)
-    rename._renameat2 = bomb(renameat2, count)
+def work():
     with BundleWriter(output, force=True) as writer:
         fill(writer, b"new")
         writer.publish(manifest_of)
-def forked(step):
-    child = os.fork()
-    if child == 0:
-        run(step)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+def forked(step, at_rename=None):
+    return killed_before(step, (*NAMES, "open", "write", "fsync"), work, at_rename)
 os.fsync = lambda _: None  # it is slow, and no power is cut here
 states = []
-renames = os.waitstatus_to_exitcode(forked(10_000))
+renames = os.waitstatus_to_exitcode(forked(10_000, os._exit))
 assert renames > 40, renames
 for step in sorted({*range(0, 1000, 9), *range(renames - 3, renames + 7)}):
     killed = forked(step) == signal.SIGKILL
