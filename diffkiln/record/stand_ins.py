@@ -88,7 +88,7 @@ def _filled(tokens: Iterable[str], size: int) -> Iterator[str]:
 
 @torch.no_grad()
 def fill_with_noise(module: nn.Module, seed: str) -> None:
-    """Draw every parameter, so that activations stay near unit scale and no gate is shut.
+    """Draw every parameter that has data, so that activations stay near unit scale and no gate is shut.
 
     Matrices and kernels have the variance 1 / fan-in, tables the variance 1; norms are near one and biases near zero.
     Each tensor's generator is seeded by `seed` and the tensor's name, so threads may draw in any order.
@@ -96,6 +96,8 @@ def fill_with_noise(module: nn.Module, seed: str) -> None:
     jobs: dict[int, tuple[nn.Parameter, str, float, float]] = {}
     for path, part in module.named_modules():
         for key, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                continue
             mean, deviation = _distribution(part, key, parameter)
             jobs.setdefault(id(parameter), (parameter, f"{seed}/{path}.{key}", mean, deviation))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
