@@ -75,6 +75,7 @@ def stream_weights(
         if checked.bytes_before[name] > _LARGE:
             return_memory()
         _same_weights(name, ghost, module)
+        _have_data(name, module, units)
         trial.add(module, units)
         packer.add(module)
         del module  # before the next one is loaded
@@ -175,3 +176,14 @@ def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) ->
         f"component {name}: the passes left the weight {key} as {found.get(key, 'nothing')}; "
         f"from configuration alone they gave {planned.get(key, 'nothing')}"
     )
+
+
+def _have_data(name: str, module: torch.nn.Module, units: Collection[str]) -> None:
+    """The passes left no weight of a portion without its data."""
+    others = [block for block, _ in repeated_blocks(module) if block not in units]
+    for key, tensor in weights_of(module):
+        if tensor.is_meta and not any(key.startswith(f"{block}.") for block in others):
+            raise PassError(
+                f"component {name}: the passes left the weight {key} without data. A pass that does nothing where any "
+                "weight of the component has none must say so: needs_all"
+            )

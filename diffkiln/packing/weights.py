@@ -74,7 +74,8 @@ class WeightsPacker:
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
         self._packed.features |= {CHANNELS_LAST} if turned else set()
         flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
-        metadata = {"format": "pt"} | ({CHANNELS_LAST: json.dumps(turned)} if turned else {})
+        # One entry and no more: safetensors writes several in an order of chance, and a bundle's bytes are no chance.
+        metadata = {CHANNELS_LAST: json.dumps(turned)} if turned else {"format": "pt"}
         safetensors.torch.save_file(flat, self._writer.path(path), metadata=metadata)
         self._writer.add(path, "weights")
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
