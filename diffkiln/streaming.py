@@ -22,7 +22,7 @@ from diffkiln.packing import Packed, WeightsPacker
 from diffkiln.passes import manager
 from diffkiln.record.components import weights_of
 from diffkiln.record.ghosts import emptied, load_module, refuse_nonfinite
-from diffkiln.record.portions import OUTSIDE, Portions, open_portions
+from diffkiln.record.portions import OUTSIDE, Portions, open_portions, unit_of
 from diffkiln.verification import Verification, check_rows
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) ->
 
 def _have_data(name: str, module: torch.nn.Module, units: Collection[str]) -> None:
     """The passes left no weight of a portion without its data."""
-    others = [block for block, _ in repeated_blocks(module) if block not in units]
+    blocks = [block for block, _ in repeated_blocks(module)]
     for key, tensor in weights_of(module):
-        if tensor.is_meta and not any(key.startswith(f"{block}.") for block in others):
+        if tensor.is_meta and unit_of(key, blocks) in units:
             raise PassError(
                 f"component {name}: the passes left the weight {key} without data. A pass that does nothing where any "
                 "weight of the component has none must say so: needs_all"

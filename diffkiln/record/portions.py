@@ -92,7 +92,7 @@ def open_portions(source: SourceModel, name: str, dtype: str | None = None) -> P
     if not blocks:
         return f"{type(module).__name__} has no repeated blocks"
     names = _names(module)
-    units = {alias: _unit(alias, blocks) for aliases in names.values() for alias in aliases}
+    units = {alias: unit_of(alias, blocks) for aliases in names.values() for alias in aliases}
     for first, aliases in names.items():
         if apart := [alias for alias in aliases if units[alias] != units[first]]:
             return f"{first} and {apart[0]}, in different blocks, are one tensor"
@@ -113,7 +113,8 @@ def _names(module: nn.Module) -> dict[str, list[str]]:
     return {names[0]: names for names in by_tensor.values()}
 
 
-def _unit(name: str, blocks: Collection[str]) -> str:
+def unit_of(name: str, blocks: Collection[str]) -> str:
+    """The block that a weight of this name is in, or `OUTSIDE`."""
     return next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
 
 
