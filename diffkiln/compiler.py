@@ -3,12 +3,11 @@
     spec ─check─▶ plan ─model passes─▶ ghosts ─record─▶ program ─engines─▶ weights ─publish─▶ bundle
 
 Nothing before the weights needs them: the pipeline that is checked, transformed and recorded is a *ghost*, whose
-tensors have shapes and no data. Weights are then streamed through the same passes, one component at a time.
+tensors have shapes and no data. Weights are then streamed through the same passes, a few blocks at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffkiln.built import Built
-from diffkiln.bundle import BundleWriter, GroupRow, write_receipt
+from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.calibration import Metric, calibrated
-from diffkiln.errors import PassError, Problem, RecordError
+from diffkiln.errors import Problem, RecordError
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.memory import keep_large_tensors_apart
 from diffkiln.packing import (
     Packed,
     as_json,
@@ -32,7 +30,6 @@ from diffkiln.packing import (
     pack_licences,
     pack_programs,
     pack_report,
-    pack_weights,
     weights_used,
 )
 from diffkiln.passes import manager
@@ -41,9 +38,8 @@ from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
 from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
-from diffkiln.record.components import weights_of
 from diffkiln.record.constants import Constants
-from diffkiln.record.ghosts import ghost_pipeline, load_module, refuse_nonfinite
+from diffkiln.record.ghosts import ghost_pipeline, load_module
 from diffkiln.record.lengths import of_fixed_length
 from diffkiln.record.pipeline import Recording, Request, record
 from diffkiln.record.quiet import quiet_libraries
@@ -52,7 +48,8 @@ from diffkiln.record.source import SourceModel, open_source
 from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 from diffkiln.steps import Progress, Steps
-from diffkiln.verification import Verification, check_rows
+from diffkiln.streaming import stream_weights
+from diffkiln.verification import Verification
 
 SpecLike = Spec | str | Path | Mapping[str, Any]
 
@@ -170,7 +167,7 @@ def compile(
         BuildError: the build failed; its subclasses say where.
     """
     steps = Steps(progress)
-    _keep_large_tensors_apart()
+    keep_large_tensors_apart()
     with BundleWriter(output, force) as writer:
         with steps("check"):
             checked = check(spec, base=base)
@@ -200,7 +197,9 @@ def compile(
         used = weights_used(recording)
         for name in checked.plan.modules:
             with steps(f"weights of {name}"):
-                packed.weights[name] = _stream(checked, name, writer, packed, verification, used.get(name, frozenset()))
+                packed.weights[name] = stream_weights(
+                    checked, name, writer, packed, verification, used.get(name, frozenset())
+                )
         with steps("publish"):
             identity = writer.publish(
                 lambda rows: manifest_of(rows, packed, chosen),
@@ -267,27 +266,6 @@ def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
     return [Problem(item.where, "no cache_schedule of the component would use it", mend) for item in lonely]
 
 
-def _stream(
-    checked: Checked, name: str, writer: BundleWriter, packed: Packed, verification: Verification, used: frozenset[str]
-) -> tuple[GroupRow, ...]:
-    """Load one component, apply its passes, check it against its ghost and its program, write it, and let it go."""
-    module = load_module(checked.source, name, checked.dtype)
-    refuse_nonfinite(module, name)
-    if manager.apply(module, name, checked.placed):
-        refuse_nonfinite(module, name, "after the passes")
-    large = checked.bytes_before[name] > _LARGE
-    if large:
-        _return_memory()
-    _same_weights(name, checked.plan.modules[name], module)
-    verification.check_component(name, module)
-    check_rows(packed.recording, name, module, verification)
-    rows = pack_weights(writer, name, module, packed, used)
-    del module
-    if large:
-        _return_memory()
-    return rows
-
-
 @contextmanager
 def _collection_paused() -> Iterator[None]:
     """While it lasts, cyclic garbage is left alone.
@@ -302,45 +280,6 @@ def _collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _keep_large_tensors_apart() -> None:
-    """Have glibc map memory of a mebibyte and more by itself, so that a tensor's memory is given back when it is freed.
-
-    Left alone it raises that limit while tensors come and go, and quantizing layer by layer then leaves holes: the peak
-    was 1.33 times the largest component instead of 1.18 (SD 1.5, int8).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
-#: mallopt's name for the limit, in glibc's malloc.h.
-_M_MMAP_THRESHOLD = -3
-
-#: Bytes of a component from which on it is worth the time to give its memory back.
-_LARGE = 2**27
-
-
-def _return_memory() -> None:
-    """Give back what is free. The C library keeps the memory of freed tensors, which would add up over components."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) -> None:
-    """What was compiled is what will run: names, shapes and dtypes are those of the ghost."""
-    planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(ghost)}
-    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(module)}
-    if planned == found:
-        return
-    key = next(key for key in sorted(planned.keys() | found.keys()) if planned.get(key) != found.get(key))
-    raise PassError(
-        f"component {name}: the passes left the weight {key} as {found.get(key, 'nothing')}; "
-        f"from configuration alone they gave {planned.get(key, 'nothing')}"
-    )
 
 
 def _runtime_problems(spec: Spec, targets: Sequence[Target]) -> list[Problem]:

@@ -6,10 +6,11 @@ from diffkiln.packing.licences import pack_licences
 from diffkiln.packing.packed import Packed, as_json
 from diffkiln.packing.programs import every_program, pack_programs, tokenizers_of
 from diffkiln.packing.report import manifest_of, pack_report
-from diffkiln.packing.weights import as_stored, pack_weights, weights_used
+from diffkiln.packing.weights import WeightsPacker, as_stored, weights_used
 
 __all__ = [
     "Packed",
+    "WeightsPacker",
     "as_json",
     "as_stored",
     "every_program",
@@ -19,7 +20,6 @@ __all__ = [
     "pack_licences",
     "pack_programs",
     "pack_report",
-    "pack_weights",
     "tokenizers_of",
     "weights_used",
 ]

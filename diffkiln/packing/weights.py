@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import safetensors.torch
 import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.errors import PassError
 from diffkiln.layers import is_channels_last, repeated_blocks
 from diffkiln.packing.packed import Packed
 from diffkiln.program import REGION, weight_in
@@ -34,22 +36,50 @@ def weights_used(recording: Recording) -> dict[str, frozenset[str]]:
     return {name: frozenset(weights) for name, weights in used.items()}
 
 
-def pack_weights(
-    writer: BundleWriter, component: str, module: torch.nn.Module, packed: Packed, used: frozenset[str]
-) -> tuple[GroupRow, ...]:
-    """`weights/<component>/`: one file a group of blocks, one for the rest, one for what no program reads."""
-    rows: list[GroupRow] = []
-    for name, tensors in _groups(module, packed.offload, used).items():
-        path = f"weights/{component}/{name}.safetensors"
+class WeightsPacker:
+    """Writes `weights/<component>/`: one file a group of blocks, one for the rest, one for what no program reads.
+
+    It is given modules in which some weights have data, and writes a file once all that goes into it has come. Every
+    weight comes once.
+    """
+
+    def __init__(self, writer: BundleWriter, component: str, packed: Packed, used: frozenset[str]) -> None:
+        self._writer, self._component, self._packed, self._used = writer, component, packed, used
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._rows: dict[str, GroupRow | None] = {}  # in the module's order; None is still to be written
+
+    def add(self, module: torch.nn.Module) -> None:
+        """Take the weights that have data; `module` is the component after all passes."""
+        for name, tensors in _groups(module, self._packed.offload, self._used).items():
+            self._rows.setdefault(name, None)
+            waiting = self._waiting.setdefault(name, {})
+            waiting |= {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}
+            if waiting and len(waiting) == len(tensors):
+                self._rows[name] = self._write(name, waiting)
+                del self._waiting[name], waiting
+
+    def rows(self) -> tuple[GroupRow, ...]:
+        """What was written.
+
+        Raises:
+            PassError: a weight never came: a pass took the data of another one, or left none.
+        """
+        for name, row in self._rows.items():
+            if row is None:
+                raise PassError(f"component {self._component}: the passes left weights of {name} without data")
+        return tuple(row for row in self._rows.values() if row)
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupRow:
+        path = f"weights/{self._component}/{name}.safetensors"
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
-        packed.features |= {CHANNELS_LAST} if turned else set()
+        self._packed.features |= {CHANNELS_LAST} if turned else set()
         flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
-        metadata = {"format": "pt"} | ({CHANNELS_LAST: json.dumps(turned)} if turned else {})
-        safetensors.torch.save_file(flat, writer.path(path), metadata=metadata)
-        writer.add(path, "weights")
+        # One entry and no more: safetensors writes several in an order of chance, and a bundle's bytes are no chance.
+        metadata = {CHANNELS_LAST: json.dumps(turned)} if turned else {"format": "pt"}
+        safetensors.torch.save_file(flat, self._writer.path(path), metadata=metadata)
+        self._writer.add(path, "weights")
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-        rows.append(GroupRow(name=name, file=path, tensors=len(tensors), bytes=size))
-    return tuple(rows)
+        return GroupRow(name=name, file=path, tensors=len(tensors), bytes=size)
 
 
 def _groups(

@@ -91,7 +91,9 @@ class Pass(Strict):
     Class attributes: `name`, the word in the spec; `version`, which grows when the same options give another result;
     `summary`, one line for a person; `examples`, entries of a spec; `requires_not`, facts that make it illegal, with
     the reason; `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a
-    `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know.
+    `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know;
+    `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
+    it is given modules in which some blocks have data and the others are ghosts.
     """
 
     name: ClassVar[str]
@@ -102,6 +104,7 @@ class Pass(Strict):
     repeats: ClassVar[bool] = False
     maps: ClassVar[bool] = False
     features: ClassVar[frozenset[str]] = frozenset()
+    needs_all: ClassVar[str] = ""
 
     component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
 

@@ -74,6 +74,7 @@ class FuseLoRA(Pass):
         "qkv_fused": "an adapter names the projections that fuse_qkv deletes. Put fuse_lora before fuse_qkv",
         "gguf": "a GGUF file has quantized weights, which nothing can be added to. Give the original weights",
     }
+    needs_all: ClassVar[str] = "adds adapters by a library that wants all weights at once"
     examples: ClassVar = (
         {"name": "fuse_lora", "component": "unet", "adapters": [{"file": "detail.safetensors", "scale": 0.8}]},
     )

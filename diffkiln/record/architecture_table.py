@@ -320,6 +320,67 @@ def _wan(transformer: Config, *, experts: int = 1, **settings: Any) -> Architect
 _WAN_14B: Config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
 _WAN_1_3B: Config = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
 
+_QWEN_IMAGE = Architecture(
+    "QwenImagePipeline",
+    "bfloat16",
+    {
+        "scheduler": Part(
+            "diffusers",
+            "FlowMatchEulerDiscreteScheduler",
+            {
+                "num_train_timesteps": 1000,
+                "use_dynamic_shifting": True,
+                "time_shift_type": "exponential",
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "base_image_seq_len": 256,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+            },
+        ),
+        "text_encoder": Part(
+            "transformers",
+            "Qwen2_5_VLForConditionalGeneration",
+            {
+                "model_type": "qwen2_5_vl",
+                "tie_word_embeddings": False,
+                "text_config": {
+                    "model_type": "qwen2_5_vl_text",
+                    "vocab_size": 152064,
+                    "hidden_size": 3584,
+                    "intermediate_size": 18944,
+                    "num_hidden_layers": 28,
+                    "num_attention_heads": 28,
+                    "num_key_value_heads": 4,
+                    "max_position_embeddings": 128000,
+                    "rms_norm_eps": 1e-06,
+                    "tie_word_embeddings": False,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+                },
+                "vision_config": {
+                    "model_type": "qwen2_5_vl",
+                    "depth": 32,
+                    "hidden_size": 1280,
+                    "intermediate_size": 3420,
+                    "num_heads": 16,
+                    "out_hidden_size": 3584,
+                    "patch_size": 14,
+                    "window_size": 112,
+                    "fullatt_block_indexes": [7, 15, 23, 31],
+                },
+            },
+        ),
+        "tokenizer": Part("transformers", "Qwen2Tokenizer", {"model_max_length": 131072}),
+        "transformer": Part(
+            "diffusers",
+            "QwenImageTransformer2DModel",
+            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
+        ),
+        "vae": Part("diffusers", "AutoencoderKLQwenImage", {"base_dim": 96, "z_dim": 16}),
+    },
+    {},
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "flux.1-dev": _FLUX_DEV,
     "sdxl-base-1.0": _SDXL_BASE,
@@ -329,4 +390,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "wan2.1-t2v-1.3b": _wan(_WAN_1_3B),
     "wan2.1-t2v-14b": _wan(_WAN_14B),
     "wan2.2-t2v-a14b": _wan(_WAN_14B, experts=2, boundary_ratio=0.875),
+    "qwen-image": _QWEN_IMAGE,
 }

@@ -39,11 +39,12 @@ _TYPES = {
 
 
 class SavedTensor(NamedTuple):
-    """One tensor as a header describes it. `dtype` is torch's name of the type."""
+    """One tensor as the header of a `file` describes it. `dtype` is torch's name of the type."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    file: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def _read_header(path: Path) -> dict[str, SavedTensor]:
                 part = file.get_slice(name)
                 dtype, size = _TYPES[part.get_dtype()]
                 shape = tuple(part.get_shape())
-                tensors[name] = SavedTensor(dtype, shape, prod(shape) * size)
+                tensors[name] = SavedTensor(dtype, shape, prod(shape) * size, path.name)
     except KeyError as error:
         raise SourceError(f"{path.name} holds tensors of the unknown type {error}") from error
     except (SafetensorError, OSError) as error:

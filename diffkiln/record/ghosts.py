@@ -84,7 +84,7 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     final = _transformers_types(module, build_type)
     if component.library == "diffusers":
         final = _diffusers_types(source, name, module, build_type)
-    _replace(module, lambda key, tensor: tensor.to(final(key, tensor)))
+    replace_weights(module, lambda key, tensor: tensor.to(final(key, tensor)))
     return module.eval().requires_grad_(False)
 
 
@@ -98,7 +98,7 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
         return _drawn(skeleton(source, name, dtype), f"{seed}/{name}")
     if name in source.gguf:
         module = skeleton(source, name, dtype)
-        _replace(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        replace_weights(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
         put_gguf(module, name, source.gguf[name])
         return module
     component = source.components[name]
@@ -117,19 +117,19 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
 
 
 def _drawn(module: nn.Module, seed: str) -> nn.Module:
-    _replace(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    replace_weights(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     fill_with_noise(module, seed)
     return module
 
 
 def refuse_nonfinite(module: nn.Module, name: str, when: str = "") -> None:
-    """Look through all weights of the component `name` for NaN and infinity.
+    """Look through the weights of the component `name` for NaN and infinity; those without data are passed over.
 
     Raises:
         BuildError: there is one; the message names the tensor, and `when` it was looked for.
     """
     for key, tensor in weights_of(module):
-        if not tensor.is_floating_point() or not tensor.numel():
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.itemsize == 1:  # float8 has no reductions
             tensor = tensor.to(torch.float32)
@@ -194,7 +194,7 @@ def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_ty
 
 def emptied(module: nn.Module) -> nn.Module:
     """Leave no data in any parameter or persistent buffer."""
-    _replace(module, lambda _, tensor: tensor.to("meta"))
+    replace_weights(module, lambda _, tensor: tensor.to("meta"))
     return module
 
 
@@ -203,7 +203,7 @@ def haunt(module: nn.Module, mode: FakeTensorMode) -> None:
 
     Only a recording needs that: it is slower than the meta device, and knows devices.
     """
-    _replace(module, lambda _, tensor: _fake(tensor, mode))
+    replace_weights(module, lambda _, tensor: _fake(tensor, mode))
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return made
 
 
-def _replace(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+def replace_weights(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     """Put `make(name, tensor)` in the place of every parameter and persistent buffer; tied ones stay tied."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # holds the old ones too, so that no id is given twice
     for path, part in module.named_modules():

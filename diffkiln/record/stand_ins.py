@@ -29,6 +29,7 @@ _TEXT = (
 _WORDS = _TEXT.split()
 
 _CLIP_SIZE = 49408
+_QWEN_SIZE = 151643
 _T5_SIZE = 32100  # with the 100 extra ids; the embedding has 28 rows more
 
 
@@ -65,8 +66,29 @@ def t5_tokenizer(extra_ids: int, model_max_length: int) -> PreTrainedTokenizerBa
     return T5Tokenizer(vocab=pieces, extra_ids=extra_ids, model_max_length=model_max_length)
 
 
+def qwen_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
+    """Case-sensitive byte-level BPE with 151 643 tokens; padding and the marks of a chat's turns follow."""
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    merges = _merges((lead, *word) if lead else tuple(word) for word in _WORDS for lead in ("Ġ", ""))
+    tokens = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(map("".join, merges))]
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab = {token: i for i, token in enumerate((*_filled(tokens, _QWEN_SIZE), *special))}
+    made = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,  # pyright: ignore[reportArgumentType]  (pairs are what the backend takes)
+        eos_token="<|im_end|>",
+        model_max_length=model_max_length,
+    )
+    made.add_tokens([AddedToken(token, special=True) for token in special])
+    return made
+
+
 def tokenizer(kind: str, config: dict[str, Any]) -> PreTrainedTokenizerBase:
-    return {"CLIPTokenizer": clip_tokenizer, "T5Tokenizer": t5_tokenizer}[kind](**config)
+    made = {"CLIPTokenizer": clip_tokenizer, "T5Tokenizer": t5_tokenizer, "Qwen2Tokenizer": qwen_tokenizer}
+    return made[kind](**config)
 
 
 def _merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -88,7 +110,7 @@ def _filled(tokens: Iterable[str], size: int) -> Iterator[str]:
 
 @torch.no_grad()
 def fill_with_noise(module: nn.Module, seed: str) -> None:
-    """Draw every parameter, so that activations stay near unit scale and no gate is shut.
+    """Draw every parameter that has data, so that activations stay near unit scale and no gate is shut.
 
     Matrices and kernels have the variance 1 / fan-in, tables the variance 1; norms are near one and biases near zero.
     Each tensor's generator is seeded by `seed` and the tensor's name, so threads may draw in any order.
@@ -96,6 +118,8 @@ def fill_with_noise(module: nn.Module, seed: str) -> None:
     jobs: dict[int, tuple[nn.Parameter, str, float, float]] = {}
     for path, part in module.named_modules():
         for key, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                continue
             mean, deviation = _distribution(part, key, parameter)
             jobs.setdefault(id(parameter), (parameter, f"{seed}/{path}.{key}", mean, deviation))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

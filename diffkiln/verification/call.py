@@ -13,6 +13,7 @@ import torch
 
 from diffkiln.aten import type_of
 from diffkiln.errors import VerifyError
+from diffkiln.layers import repeated_blocks
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import Module, Program
 from diffkiln.record.components import Callee, record_component, weights_of
@@ -25,7 +26,7 @@ from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
 from diffkiln.runtime.text import TextEnd
 from diffkiln.verification.comparing import difference, same
 from diffkiln.verification.components import CPU, Given, compare_component, compare_lengths
-from diffkiln.verification.twins import shrunken
+from diffkiln.verification.twins import kept_blocks, shrunken
 
 #: Components with more bytes of weights than this are verified as shrunken twins.
 WHOLE_UP_TO = 2 * 2**30
@@ -185,15 +186,31 @@ class Verification:
             if is_rewritten(module) or seen[0].padding:
                 compare_lengths(callee, module, seen)
 
+    def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
+        """The blocks of a component that must have data to be checked, besides what lies outside of them.
+
+        Args:
+            recording: after the passes, which may have added programs at another batch.
+            name: of the component.
+            module: after all passes, with or without its weights.
+        """
+        recorded = self._recording.modules.get(name)
+        if recorded is None:
+            return frozenset()
+        if _nbytes(module) <= WHOLE_UP_TO:
+            return frozenset(block for block, _ in repeated_blocks(module))
+        each = is_rewritten(module) or any(key.startswith(f"{name}/") for key in recording.batches)
+        each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
+        return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
+
     def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
         """Compare one program of a component with it on these arguments, or with a twin where the weights are large.
 
         Raises:
             VerifyError: they differ.
         """
-        size = sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
         with fixed_lengths():
-            if size <= WHOLE_UP_TO:
+            if _nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:
                 self._check_twin(callee, module, leaves)
@@ -284,6 +301,10 @@ def _unheard(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 def _asks_for(program: Program, keyword: str) -> bool:

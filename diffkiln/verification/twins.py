@@ -11,15 +11,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from diffkiln.layers import repeated_blocks
 
 
+def kept_blocks(module: torch.nn.Module, in_each_list: bool = False) -> dict[str, torch.nn.Module]:
+    """The blocks that a twin keeps, by name: the first of each kind, or the first of each kind in each list."""
+    kept: dict[tuple[type, str], tuple[str, torch.nn.Module]] = {}
+    for name, block in repeated_blocks(module):
+        kept.setdefault((type(block), name.rpartition(".")[0] if in_each_list else ""), (name, block))
+    return dict(kept.values())
+
+
 def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Module:
     """A copy of a module that shares its weights and keeps one block of each kind, or one in each list of blocks."""
-    kept: set[tuple[type, str]] = set()
-    gone: set[int] = set()
-    for name, block in repeated_blocks(module):
-        kind = type(block), name.rpartition(".")[0] if in_each_list else ""
-        if kind in kept:
-            gone.add(id(block))
-        kept.add(kind)
+    kept = kept_blocks(module, in_each_list)
+    gone = {id(block) for name, block in repeated_blocks(module) if name not in kept}
     memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin_lists = [
         (name, [child for child in part if id(child) not in gone])

@@ -161,7 +161,7 @@ def test_masks_and_widths_that_a_kernel_does_not_take_are_told_before_weights_ar
     made = spec(families, "flux") | {"target": {"device": "cuda", "gpu": "nvidia-h200"}}
     made["source"]["dtype"] = "bfloat16"
     made["passes"] = [entry("native_flash", "text_encoder_2")]
-    monkeypatch.setattr("diffkiln.compiler._stream", None)
+    monkeypatch.setattr("diffkiln.compiler.stream_weights", None)
     with pytest.raises(IllegalPlan) as caught:
         diffkiln.compile(made, tmp_path / "bundle")
     (problem,) = caught.value.problems

@@ -46,6 +46,7 @@ PARAMETERS = {
         "transformer_2": 14_288_491_584,
         "vae": 126_892_531,
     },
+    "qwen-image": {"text_encoder": 8_292_166_656, "transformer": 20_430_401_088, "vae": 126_892_531},
 }
 
 
@@ -83,7 +84,14 @@ def assert_true_shapes(ghost, source):
 
 
 @pytest.mark.parametrize(
-    "name", ["sdxl-base-1.0", "sd-1.5", "pixart-sigma-1024", *(name for name in PARAMETERS if name.startswith("wan"))]
+    "name",
+    [
+        "sdxl-base-1.0",
+        "sd-1.5",
+        "pixart-sigma-1024",
+        "qwen-image",
+        *(name for name in PARAMETERS if name.startswith("wan")),
+    ],
 )
 def test_shapes_are_the_true_ones(name):
     source = opened(name)
@@ -169,6 +177,15 @@ def test_stand_in_tokenizers_have_the_true_ids(name, key, size, bos, eos, pad, l
     assert long[-1] == eos
     assert tokenizer.unk_token_id not in short or tokenizer.unk_token_id in (bos, eos, pad)
     assert "red fox" in tokenizer.decode(short)
+
+
+def test_the_stand_in_for_qwens_tokenizer_knows_the_turns_of_a_chat():
+    source = opened("qwen-image")
+    tokenizer = source.components["tokenizer"].kind.from_pretrained(source.folder / "tokenizer", local_files_only=True)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (151643, 151645, 151646)
+    ids = tokenizer("<|im_start|>user\nA red fox<|im_end|>").input_ids
+    assert [ids[0], ids[-1]] == [151644, 151645]
+    assert tokenizer.decode(ids[1:-1]) == "user\nA red fox"
 
 
 def test_stands_for_itself_by_name_and_seed():

@@ -1,0 +1,28 @@
+"""The C library's memory: what is freed goes back to the system, so that components do not add up."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+#: mallopt's name for the size from which on memory is mapped by itself, in glibc's malloc.h.
+_M_MMAP_THRESHOLD = -3
+
+
+def keep_large_tensors_apart() -> None:
+    """Have glibc map memory of a mebibyte and more by itself, so that a tensor's memory is given back when it is freed.
+
+    Left alone it raises that limit while tensors come and go, and quantizing layer by layer then leaves holes: the peak
+    was 1.33 times the largest component instead of 1.18 (SD 1.5, int8).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def return_memory() -> None:
+    """Give back what is free. The C library keeps the memory of freed tensors."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
