@@ -71,7 +71,7 @@ def compile_module(
     if unknown := sorted(set(fixed) - example_kwargs.keys()):
         raise SpecError(f"fixed: the example has no {unknown[0]!r}. {suggest(unknown[0], example_kwargs)}".rstrip())
     constants = Constants()
-    callee, recorded = _recorded(module, example_kwargs, fixed, constants)
+    callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
     engines: dict[str, Engine] = {}
     for region in recorded.regions.values():
@@ -139,10 +139,15 @@ class CompiledModule:
         return lambda *args: run([*args, *(self._now[name] for name in names), *folded])
 
 
-def _recorded(
+def record_module(
     module: torch.nn.Module, kwargs: Mapping[str, Any], fixed: Collection[str], constants: Constants
 ) -> tuple[Callee, Module]:
-    """The module's program, compared with it bit for bit on the example."""
+    """The module's program, compared with it bit for bit on the example; constants go where they are kept.
+
+    Raises:
+        RecordError: the module cannot be recorded, with the line of its code.
+        VerifyError: the program gives something else than the module.
+    """
     leaves, structure = flatten(((), dict(kwargs)))
     with torch.inference_mode():
         result = flatten(module(**kwargs))
@@ -194,4 +199,4 @@ def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
     return "the arguments are nested in another way than the example's"
 
 
-__all__ = ["CompiledModule", "compile_module"]
+__all__ = ["CompiledModule", "compile_module", "record_module"]

@@ -7,13 +7,13 @@ arguments. A bundle that names another operator is refused before anything runs,
 from __future__ import annotations
 
 _POINTWISE = """
-abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan tanh asin acos atan atan2 rad2deg deg2rad
-sigmoid sign floor
-ceil round trunc frac erf relu relu6 silu gelu mish softplus elu leaky_relu hardtanh hardswish hardsigmoid celu selu
-logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor bitwise_left_shift
-bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ isnan isinf isfinite add sub rsub mul div true_divide
-floor_divide remainder fmod pow maximum minimum fmax fmin lerp addcmul addcdiv clamp clamp_min clamp_max where eq ne
-lt le gt ge masked_fill nan_to_num log_sigmoid threshold prelu glu softmax _softmax log_softmax special_expm1
+abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan tanh asin acos atan atan2 rad2deg
+deg2rad sigmoid sign floor ceil round trunc frac erf relu relu6 silu gelu mish softplus elu leaky_relu hardtanh
+hardswish hardsigmoid celu selu logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
+bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ isnan isinf isfinite
+add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin lerp addcmul addcdiv clamp
+clamp_min clamp_max where eq ne lt le gt ge masked_fill nan_to_num log_sigmoid threshold prelu glu softmax _softmax
+log_softmax special_expm1
 """
 _REDUCTIONS = """
 sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod norm linalg_vector_norm var_mean std_mean
