@@ -49,7 +49,8 @@ _SELECTS = {
     "aten.repeat_interleave.self_Tensor",
 }
 _PAST_THE_DISPATCHER = ("tolist", "numpy")
-_IDENTITY_WHEN_EVAL = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"}
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+_IDENTITY_WHEN_EVAL = {f"aten.{name}{ending}.default" for name in _DROPOUTS for ending in ("", "_")}
 
 
 @dataclass
@@ -377,7 +378,7 @@ class Tape(TorchDispatchMode):
     def _refuse_randomness(self, func: Any, args: tuple[Any, ...]) -> None:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return
-        if func._opname in ("dropout", "feature_dropout", "alpha_dropout") and not args[2]:
+        if func._opname.removesuffix("_") in _DROPOUTS and not args[2]:
             return
         if func._opname == "scaled_dot_product_attention" and (len(args) < 5 or args[4] == 0.0):
             return

@@ -22,11 +22,11 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def family(name: str, *, video: bool = False, **call: Any):
+def family(name: str, *, video: bool = False, table: dict[str, Family] = FAMILIES, **call: Any):
     """Register the decorated function, which returns a pipeline with whatever weights, under `name`."""
 
     def register(construct: Callable[[], Any]) -> Callable[[], Any]:
-        if name in FAMILIES:
+        if name in table:
             raise ValueError(f"the family {name!r} is registered twice")
 
         def build() -> Any:
@@ -38,7 +38,7 @@ def family(name: str, *, video: bool = False, **call: Any):
             pipe.set_progress_bar_config(disable=True)
             return pipe
 
-        FAMILIES[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
+        table[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
         return build
 
     return register
