@@ -22,6 +22,7 @@ from diffkiln.errors import DataDependent, RecordError
 from diffkiln.layers import repeated_blocks
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.constants import Constants
+from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import likeness
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -260,7 +261,8 @@ def _plain_arguments(args: Any, kwargs: Any) -> bool:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Keep transformers from reading the values of masks: it must believe that it is being traced."""
+    """Keep transformers from reading the values of masks: it must believe that it is being traced. And have flex
+    attention done by what can be written down."""
     names = [name for name in sys.modules if name.startswith("transformers.")]
     patched = []
     for name in names:
@@ -269,7 +271,8 @@ def tracing() -> Iterator[None]:
             patched.append((module, module.is_tracing))
             module.is_tracing = lambda *_args, **_kwargs: True  # type: ignore[attr-defined]
     try:
-        yield
+        with dense_flex_attention():
+            yield
     finally:
         for module, original in patched:
             module.is_tracing = original  # type: ignore[attr-defined]

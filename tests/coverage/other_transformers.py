@@ -48,3 +48,34 @@ def stable_audio3(draw: Draw, size: int):
         "encoder_attention_mask": (torch.arange(6) < 4).long()[None],
         "local_add_cond": draw(1, 9, 12 * size),
     }
+
+
+RESIDUES = 6
+#: Few of the features that proteins can have: those that need nothing but what `forward` is given.
+FEATURES = {
+    "feats_seq": ("xt_bb_ca", "xt_local_latents", "token_type"),
+    "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+    "feats_pair_repr": ("xt_bb_ca_pair_dists", "bond_mask"),
+    "feats_pair_cond": ("time_emb_bb_ca",),
+}
+
+
+@case("RFD4ProteinaTransformer")
+def rfd4_proteina(draw: Draw, size: int):
+    module = diffusers.RFD4ProteinaTransformer(
+        nlayers=3, token_dim=32, nheads=2, dim_cond=16, pair_repr_dim=16, latent_dim=4, token_type_emb_dim=8,
+        t_emb_dim=16, xt_pair_dist_dim=6, tri_mult_c=8, **FEATURES,
+    )
+    residues = RESIDUES * size
+    return module, {
+        "bb_ca": draw(1, residues, 3),
+        "local_latents": draw(1, residues, 4),
+        "bb_ca_time": torch.tensor([0.5]),
+        "local_latents_time": torch.tensor([0.4]),
+        "padding_mask": torch.arange(residues)[None] < residues - 1,
+        "token_type": torch.zeros(1, residues, dtype=torch.int64),
+        "conditioning": {
+            "is_in_context_conditioning": torch.zeros(1, residues, dtype=torch.bool),
+            "supports_local_latent": torch.ones(1, residues, dtype=torch.bool),
+        },
+    }

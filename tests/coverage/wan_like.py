@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache, WanAnimate2Transformer3DModel
 
 from tests.coverage.registry import Draw, case
 
@@ -86,4 +89,69 @@ def wan_animate(draw: Draw, size: int):
         "encoder_hidden_states_image": draw(1, 5, 16),
         "pose_hidden_states": draw(1, 4, 2, 8 * size, 4),
         "face_pixel_values": draw(1, 3, 5, 16, 16),
+    }
+
+
+@case("AnyFlowFARTransformer3DModel")
+def any_flow_far(draw: Draw, size: int):
+    """The third chunk of a video, after two that are in its cache; the flags are what the pipeline gives."""
+    module = diffusers.AnyFlowFARTransformer3DModel(**WAN, chunk_partition=(1, 1, 2), full_chunk_limit=2)
+    given = video(draw, size)
+    latents = given.pop("hidden_states").transpose(1, 2).contiguous()
+    near, far = 8 * size, 2 * size  # tokens of a frame that is near, and of one that is far
+    cache = [
+        {"compressed_cache": draw(2, 1, 2, far, 16), "full_cache": draw(2, 1, 2, near, 16)} for _ in range(2)
+    ]
+    return module, given | {
+        "hidden_states": latents,
+        "timestep": torch.full((1, 2), 500.0),
+        "r_timestep": torch.full((1, 2), 400.0),
+        "chunk_partition": [1, 1, 2],
+        "kv_cache": cache,
+        "kv_cache_flag": {
+            "is_cache_step": False,
+            "num_cached_chunks": 2,
+            "num_cached_full_tokens": near,
+            "num_cached_compressed_tokens": far,
+        },
+    }
+
+
+class GenerationPass(torch.nn.Module):
+    """Wan-Animate 2 against the keys and values of its reference pass, which come as tensors."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, keys: list[torch.Tensor], values: list[torch.Tensor], **given: Any) -> list[torch.Tensor]:
+        cache = WanAnimate2KVCache(len(keys))
+        for layer, key, value in zip(cache.layer_caches, keys, values, strict=True):
+            layer.store(key, value)
+        return self.transformer(kv_cache=cache, kv_cache_mode="cached", return_dict=False, **given)[0]
+
+
+@case(
+    "WanAnimate2Transformer3DModel",
+    scope="whole",
+    fixed=("reference_grid_sizes",),
+    note="The generation pass; blocks get a block mask, which is no tensor, so they are no regions.",
+)
+def wan_animate2(draw: Draw, size: int):
+    module = WanAnimate2Transformer3DModel(
+        text_len=TEXT, in_dim=8, dim=32, ffn_dim=48, freq_dim=32, text_dim=24, out_dim=4, num_heads=2, num_layers=2
+    )
+    reference = 2 * 4 * size * 4
+    return GenerationPass(module), {
+        "keys": [draw(1, reference, 2, 16) for _ in range(2)],
+        "values": [draw(1, reference, 2, 16) for _ in range(2)],
+        "hidden_states": [draw(4, 3, 8 * size, 8)],
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": [draw(TEXT, 24)],
+        "condition_latents": [draw(4, 3, 8 * size, 8)],
+        "seq_len": 3 * 4 * size * 4,
+        "encoder_hidden_states_image": draw(1, 5, 1280),
+        "reference_grid_sizes": torch.tensor([[2, 4 * size, 4]]),
+        "origin_len": 5,
+        "origin_area": [64 * size, 64],
     }
