@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Callee:
     result: tuple[list[Any], Any]
     program: str = ""
     folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
+    processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
 
     @property
     def tensors(self) -> list[int]:
@@ -99,6 +100,27 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
+def processors_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The processor of every attention of diffusers, by its path."""
+    parts = ((path, getattr(part, "processor", None)) for path, part in module.named_modules())
+    return {path: processor for path, processor in parts if processor is not None}
+
+
+@contextlib.contextmanager
+def with_processors(module: torch.nn.Module, processors: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, attentions have the processors that a call gives them and takes away, as that of perturbed
+    attention guidance does; those that the module has not are left out."""
+    parts = {path: part for path, part in module.named_modules() if path in processors}
+    own = {path: part.processor for path, part in parts.items()}
+    try:
+        for path, part in parts.items():
+            part.processor = processors[path]
+        yield
+    finally:
+        for path, part in parts.items():
+            part.processor = own[path]  # type: ignore[assignment]
+
+
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight by name: parameters and persistent buffers; the plain tensors inside of a quantized one.
 
@@ -136,12 +158,15 @@ def record_component(
         RecordError: with the line of the model's code where recording stopped.
     """
     first = callees[0]
-    table = _Regions(first.component, first.module, fake, constants, regions)
+    if any(callee.processors != first.processors for callee in callees):
+        raise RecordError(f"the call gives {first.component!r} other attention processors from step to step")
     programs: dict[str, Program] = {}
-    for callee in callees:
-        base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
-        callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
-        programs[callee.program] = _record_one(callee, table, fake, constants)
+    with with_processors(first.module, first.processors):
+        table = _Regions(first.component, first.module, fake, constants, regions)
+        for callee in callees:
+            base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
+            callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
+            programs[callee.program] = _record_one(callee, table, fake, constants)
     module = Module(first.component, programs, table.programs)
     verify_module(module)
     return module

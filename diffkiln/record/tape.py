@@ -313,9 +313,17 @@ class Tape(TorchDispatchMode):
     def _constant(self, tensor: torch.Tensor) -> Ref:
         if tensor.is_meta:
             raise RecordError(f"{self.what} uses a weight outside of its component's call{_where()}")
+        if tensor.dtype == torch.complex128:
+            return self._complex(tensor)
         ref = Ref(f"#{self.constants.add(tensor)}")
         self.types.setdefault(ref.name, type_of(tensor))
         return ref
+
+    def _complex(self, tensor: torch.Tensor) -> Ref:
+        """A constant of a type that safetensors has not: pairs of real numbers, and the view of them."""
+        fresh = self.blank(type_of(tensor))
+        self.emit("aten.view_as_complex.default", (self._constant(torch.view_as_real(tensor.resolve_conj())),), [fresh])
+        return Ref(self._names[id(fresh)][0])
 
     def _view_again(self, tensor: torch.Tensor, storage: _Storage) -> Ref:
         """A view of a storage that was written to since the view was made."""

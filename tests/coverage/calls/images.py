@@ -111,7 +111,7 @@ def longcat_image():
     tokenizer = tokenizers.qwen()
     return diffusers.LongCatImagePipeline(
         tokenizer=tokenizer,
-        text_processor=None,
+        text_processor=tokenizer,  # the real one knows images, too
         text_encoder=parts.qwen25_vl_encoder(tokenizer),
         vae=parts.flux_autoencoder(),
         transformer=diffusers.LongCatImageTransformer2DModel(
@@ -155,24 +155,6 @@ def ernie_image():
         transformer=diffusers.ErnieImageTransformer2DModel(
             hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=48, in_channels=32, out_channels=32,
             text_in_dim=parts.DIM, rope_axes_dim=AXES,
-        ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-
-
-@call("prx", **SMALL, use_resolution_binning=False, skip_text_cleaning=True)
-def prx():
-    tokenizer = tokenizers.gemma(max_length=32)
-    module = transformers.T5GemmaModuleConfig(**parts.decoder_config(tokenizer), query_pre_attn_scalar=16)
-    encoder = transformers.T5GemmaEncoderModel(transformers.T5GemmaConfig(
-        encoder=module, decoder=module, is_encoder_decoder=False, vocab_size=len(tokenizer)
-    )).encoder
-    return diffusers.PRXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=parts.flux_autoencoder(),
-        transformer=diffusers.PRXTransformer2DModel(
-            context_in_dim=parts.DIM, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8]
         ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
