@@ -43,7 +43,9 @@ def _dense_attention(
         RecordError: scores are changed by a function, or more than the values is asked for.
     """
     if score_mod is not None or return_lse or return_aux is not None:
-        raise RecordError("flex attention with a score_mod or with log-sum-exps cannot be written down, only with masks")
+        raise RecordError(
+            "flex attention with a score_mod or with log-sum-exps cannot be written down, only with masks"
+        )
     mask = None if block_mask is None else _dense_mask(block_mask, query.shape[-2], key.shape[-2])
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa

@@ -218,9 +218,7 @@ class _Recorder:
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self._processors = {name: processors_of(module) for name, module in modules.items()}
         weights = [
-            (f"{name}/{weight}", tensor)
-            for name, module in modules.items()
-            for weight, tensor in weights_of(module)
+            (f"{name}/{weight}", tensor) for name, module in modules.items() for weight, tensor in weights_of(module)
         ]
         self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
 

@@ -1,7 +1,8 @@
-"""Measure coverage: `python -m tests.coverage [CLASS …] [--backend NAME] [--missing] [--group NAME]`.
+"""Measure coverage: `python -m tests.coverage [NAME …] [--backend NAME] [--group NAME] [--missing] [--page]`.
 
-Each class's result is written as soon as it is known, so that a run may be interrupted and several may share the work;
-with `--missing` only those without a result are measured. Writes docs/coverage.md from all results at the end.
+Names are of classes, and of pipelines under `calls`. Each result is written as soon as it is known, so that a run may
+be interrupted and several may share the work; with `--missing` only what has no result is measured, with `--page`
+nothing. Writes docs/coverage.md from all results at the end.
 """
 
 from __future__ import annotations
@@ -11,36 +12,56 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.record.quiet import quiet_libraries
 from tests.coverage import CASES, GROUPS
-from tests.coverage.measure import BACKENDS, measure, read, write
+from tests.coverage.calls import CALLS
+from tests.coverage.calls.measure import measure_call, write_call
+from tests.coverage.measure import BACKENDS, RESULTS, measure, read, write
 from tests.coverage.table import DOCUMENT, document
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage")
-    parser.add_argument("classes", nargs="*", metavar="CLASS")
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="all by default")
-    parser.add_argument("--group", choices=GROUPS)
+    parser.add_argument("--group", choices=[*GROUPS, "calls"])
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    backends = tuple(given.backend or BACKENDS)
+    wanted = [name for name in [*CASES, *CALLS] if not given.page and (not given.names or name in given.names)]
+    for name in wanted:
+        if given.group in (None, CASES[name].group if name in CASES else "calls"):
+            begun = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                told = _class(name, given) if name in CASES else _call(name, given)
+            if told:
+                print(f"{name}: {time.perf_counter() - begun:.0f} s, {told}", flush=True)
+    DOCUMENT.write_text(document(), encoding="utf-8")
+
+
+def _class(name: str, given: argparse.Namespace) -> Any:
+    """Measure a class; gives what to tell, or nothing if it is known already."""
+    known = read(name).get("backends", {})
+    backends = tuple(key for key in given.backend or BACKENDS if not given.missing or key not in known)
+    if not backends:
+        return None
     cache = EngineCache(Path(os.environ["DIFFKILN_TEST_CACHE"])) if "DIFFKILN_TEST_CACHE" in os.environ else None
-    for name in given.classes or CASES:
-        case = CASES[name]
-        wanted = [key for key in backends if not given.missing or key not in read(name).get("backends", {})]
-        if not wanted or given.group not in (None, case.group):
-            continue
-        begun = time.perf_counter()
-        with warnings.catch_warnings(), quiet_libraries():
-            warnings.simplefilter("ignore")
-            result = measure(case, tuple(wanted), cache)
-        write(name, result)
-        said = {key: found.get("failure", found.get("difference")) for key, found in result["backends"].items()}
-        print(f"{name}: {time.perf_counter() - begun:.0f} s, {said}", flush=True)
-    DOCUMENT.write_text(document())
+    with quiet_libraries():
+        result = measure(CASES[name], backends, cache)
+    write(name, result)
+    return {key: found.get("failure", found.get("difference")) for key, found in result["backends"].items()}
+
+
+def _call(name: str, given: argparse.Namespace) -> Any:
+    if given.missing and (RESULTS / "calls" / f"{name}.json").exists():
+        return None
+    result = measure_call(name)
+    write_call(name, result)
+    return result.get("diffusers", "a program")
 
 
 if __name__ == "__main__":

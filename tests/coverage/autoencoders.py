@@ -69,7 +69,9 @@ def kl_asymmetric():
 @decoder("AutoencoderTiny")
 def tiny():
     vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
     return vae, (1, 4, 4, 4)
@@ -102,8 +104,13 @@ def vq():
 @decoder("AutoencoderKLHunyuanImage")
 def kl_hunyuan_image():
     vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        spatial_compression_ratio=2, sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
     )
     return vae, (1, 4, 4, 4)
 
@@ -111,7 +118,10 @@ def kl_hunyuan_image():
 @decoder("AutoencoderKLHunyuanImageRefiner")
 def kl_hunyuan_image_refiner():
     vae = diffusers.AutoencoderKLHunyuanImageRefiner(
-        latent_channels=4, block_out_channels=(8, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
+        latent_channels=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
         temporal_compression_ratio=2,
     )
     return vae, (1, 4, 2, 4, 4)
@@ -130,8 +140,14 @@ def kl_qwen_image():
 @decoder("AutoencoderKLQwenImage21")
 def kl_qwen_image_21():
     vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True], latents_mean=[0.0] * 8, latents_std=[1.0] * 8,
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 8,
+        latents_std=[1.0] * 8,
     )
     return vae, (1, 8, 1, 4, 4)
 
@@ -148,8 +164,11 @@ def kl_cogvideox():
 def kl_ltx():
     layers = (1, 1, 1, 1, 1)
     vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=16, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=layers, decoder_layers_per_block=layers,
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=layers,
+        decoder_layers_per_block=layers,
     )
     return vae, (1, 16, 2, 2, 2)
 
@@ -157,8 +176,11 @@ def kl_ltx():
 @decoder("AutoencoderKLLTX2Video")
 def kl_ltx2():
     vae = diffusers.AutoencoderKLLTX2Video(
-        latent_channels=16, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1),
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
     )
     return vae, (1, 16, 2, 2, 2)
 
@@ -174,7 +196,10 @@ def kl_hunyuan_video():
 @decoder("AutoencoderKLHunyuanVideo15")
 def kl_hunyuan_video_15():
     vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(8, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
+        latent_channels=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
         temporal_compression_ratio=2,
     )
     return vae, (1, 4, 2, 4, 4)
@@ -183,9 +208,15 @@ def kl_hunyuan_video_15():
 @decoder("AutoencoderKLMochi")
 def kl_mochi():
     vae = diffusers.AutoencoderKLMochi(
-        encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32), latent_channels=4,
-        layers_per_block=(1, 1, 1), temporal_expansions=(2,), spatial_expansions=(2,),
-        add_attention_block=(False, True, True), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+        encoder_block_out_channels=(32, 32),
+        decoder_block_out_channels=(32, 32),
+        latent_channels=4,
+        layers_per_block=(1, 1, 1),
+        temporal_expansions=(2,),
+        spatial_expansions=(2,),
+        add_attention_block=(False, True, True),
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
     )
     return vae, (1, 4, 2, 4, 4)
 
@@ -193,8 +224,14 @@ def kl_mochi():
 @decoder("AutoencoderKLCosmos")
 def kl_cosmos():
     vae = diffusers.AutoencoderKLCosmos(
-        latent_channels=4, encoder_block_out_channels=(8, 8, 8), decode_block_out_channels=(8, 8, 8),
-        attention_resolutions=(8,), resolution=16, num_layers=1, patch_size=4, spatial_compression_ratio=8,
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decode_block_out_channels=(8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=16,
+        num_layers=1,
+        patch_size=4,
+        spatial_compression_ratio=8,
         temporal_compression_ratio=8,
     )
     return vae, (1, 4, 2, 4, 4)
@@ -211,8 +248,18 @@ def kl_magvit():
 @decoder("AutoencoderKLMiniMaxH3", "blocks")
 def kl_minimax_h3():
     vae = diffusers.AutoencoderKLMiniMaxH3(
-        latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_downsample_factors=(2, 2, 1),
-        temporal_downsample_factors=(1, 2, 1), norm_num_groups=4, decoder_num_layers=2, decoder_num_attention_heads=2,
-        decoder_attention_head_dim=16, clip_length=5, token_drop=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_downsample_factors=(2, 2, 1),
+        temporal_downsample_factors=(1, 2, 1),
+        norm_num_groups=4,
+        decoder_num_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_attention_head_dim=16,
+        clip_length=5,
+        token_drop=1,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
     )
     return vae, (1, 4, 3, 4, 4)

@@ -27,7 +27,12 @@ def tokens(draw: Draw, size: int, channels: int, width: int, axes: int = 3) -> d
 @case("FluxTransformer2DModel")
 def flux(draw: Draw, size: int):
     module = diffusers.FluxTransformer2DModel(
-        in_channels=16, **LAYERS, **HEADS, axes_dims_rope=AXES, joint_attention_dim=32, pooled_projection_dim=24,
+        in_channels=16,
+        **LAYERS,
+        **HEADS,
+        axes_dims_rope=AXES,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
         guidance_embeds=True,
     )
     return module, tokens(draw, size, 16, 32) | {"pooled_projections": draw(1, 24), "guidance": torch.tensor([3.5])}
@@ -36,7 +41,11 @@ def flux(draw: Draw, size: int):
 @case("Flux2Transformer2DModel")
 def flux2(draw: Draw, size: int):
     module = diffusers.Flux2Transformer2DModel(
-        in_channels=16, **LAYERS, **HEADS, axes_dims_rope=(4, 4, 4, 4), joint_attention_dim=24,
+        in_channels=16,
+        **LAYERS,
+        **HEADS,
+        axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=24,
         timestep_guidance_channels=32,
     )
     return module, tokens(draw, size, 16, 24, axes=4) | {"guidance": torch.tensor([3.5])}
@@ -45,7 +54,12 @@ def flux2(draw: Draw, size: int):
 @case("Flux3Transformer2DModel")
 def flux3(draw: Draw, size: int):
     module = diffusers.Flux3Transformer2DModel(
-        in_channels=16, cond_in_channels=16, **LAYERS, **HEADS, axes_dims_rope=(4, 4, 4, 4), joint_attention_dim=24,
+        in_channels=16,
+        cond_in_channels=16,
+        **LAYERS,
+        **HEADS,
+        axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=24,
         timestep_channels=32,
     )
     return module, tokens(draw, size, 16, 24, axes=4)
@@ -54,8 +68,14 @@ def flux3(draw: Draw, size: int):
 @case("ChromaTransformer2DModel")
 def chroma(draw: Draw, size: int):
     module = diffusers.ChromaTransformer2DModel(
-        in_channels=16, **LAYERS, **HEADS, axes_dims_rope=AXES, joint_attention_dim=32, approximator_num_channels=16,
-        approximator_hidden_dim=32, approximator_layers=1,
+        in_channels=16,
+        **LAYERS,
+        **HEADS,
+        axes_dims_rope=AXES,
+        joint_attention_dim=32,
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
     )
     mask = torch.ones(1, TEXT + 16 * size)
     mask[:, 5:TEXT] = 0
@@ -103,8 +123,14 @@ def hunyuan_image(draw: Draw, size: int):
 @case("HunyuanVideoTransformer3DModel")
 def hunyuan_video(draw: Draw, size: int):
     module = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, **LAYERS, **HEADS, num_refiner_layers=1, text_embed_dim=32,
-        pooled_projection_dim=24, rope_axes_dim=AXES,
+        in_channels=4,
+        out_channels=4,
+        **LAYERS,
+        **HEADS,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=24,
+        rope_axes_dim=AXES,
     )
     return module, {
         "hidden_states": draw(1, 4, 2, 4 * size, 4),
@@ -119,8 +145,15 @@ def hunyuan_video(draw: Draw, size: int):
 @case("HunyuanVideo15Transformer3DModel", fixed=("image_embeds", "encoder_attention_mask", "encoder_attention_mask_2"))
 def hunyuan_video_15(draw: Draw, size: int):
     module = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=9, out_channels=4, num_layers=2, **HEADS, num_refiner_layers=1, text_embed_dim=32,
-        text_embed_2_dim=24, image_embed_dim=16, rope_axes_dim=AXES,
+        in_channels=9,
+        out_channels=4,
+        num_layers=2,
+        **HEADS,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        text_embed_2_dim=24,
+        image_embed_dim=16,
+        rope_axes_dim=AXES,
     )
     return module, {
         "hidden_states": draw(1, 9, 2, 4 * size, 4),

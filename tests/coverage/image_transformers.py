@@ -44,8 +44,15 @@ def qwen_image_21(draw: Draw, size: int):
 @case("ZImageTransformer2DModel")
 def z_image(draw: Draw, size: int):
     module = diffusers.ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
-        axes_dims=list(AXES), axes_lens=[256, 64, 64],
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=list(AXES),
+        axes_lens=[256, 64, 64],
     )
     return module, {
         "x": [draw(4, 1, 8 * size, 16)],
@@ -58,8 +65,14 @@ def z_image(draw: Draw, size: int):
 @case("ErnieImageTransformer2DModel")
 def ernie_image(draw: Draw, size: int):
     module = diffusers.ErnieImageTransformer2DModel(
-        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=48, in_channels=8, out_channels=8,
-        text_in_dim=24, rope_axes_dim=AXES,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=48,
+        in_channels=8,
+        out_channels=8,
+        text_in_dim=24,
+        rope_axes_dim=AXES,
     )
     return module, {
         "hidden_states": draw(1, 8, 4 * size, 4),
@@ -72,7 +85,13 @@ def ernie_image(draw: Draw, size: int):
 @case("GlmImageTransformer2DModel", fixed=("prior_token_drop",))
 def glm_image(draw: Draw, size: int):
     module = diffusers.GlmImageTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, **HEADS, text_embed_dim=24, time_embed_dim=16, condition_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        **HEADS,
+        text_embed_dim=24,
+        time_embed_dim=16,
+        condition_dim=8,
         prior_vq_quantizer_codebook_size=32,
     )
     return module, {
@@ -89,7 +108,12 @@ def glm_image(draw: Draw, size: int):
 @case("Ideogram4Transformer2DModel")
 def ideogram4(draw: Draw, size: int):
     module = diffusers.Ideogram4Transformer2DModel(
-        in_channels=8, num_layers=2, **HEADS, intermediate_size=48, adaln_dim=16, llm_features_dim=24,
+        in_channels=8,
+        num_layers=2,
+        **HEADS,
+        intermediate_size=48,
+        adaln_dim=16,
+        llm_features_dim=24,
         mrope_section=(4, 2, 2),
     )
     tokens = TEXT + 16 * size
@@ -108,9 +132,20 @@ def ideogram4(draw: Draw, size: int):
 @case("Krea2Transformer2DModel")
 def krea2(draw: Draw, size: int):
     module = diffusers.Krea2Transformer2DModel(
-        in_channels=8, num_layers=2, **HEADS, num_key_value_heads=1, intermediate_size=48, timestep_embed_dim=16,
-        text_hidden_dim=24, num_text_layers=3, text_num_attention_heads=2, text_num_key_value_heads=1,
-        text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=AXES,
+        in_channels=8,
+        num_layers=2,
+        **HEADS,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        timestep_embed_dim=16,
+        text_hidden_dim=24,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=AXES,
     )
     return module, {
         "hidden_states": draw(1, 16 * size, 8),
@@ -124,8 +159,15 @@ def krea2(draw: Draw, size: int):
 @case("NucleusMoEImageTransformer2DModel", fixed=("encoder_hidden_states_mask",))
 def nucleus_moe_image(draw: Draw, size: int):
     module = diffusers.NucleusMoEImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=5, **HEADS, joint_attention_dim=24, axes_dims_rope=AXES,
-        num_experts=4, moe_intermediate_dim=24, capacity_factors=2.0,
+        in_channels=16,
+        out_channels=4,
+        num_layers=5,
+        **HEADS,
+        joint_attention_dim=24,
+        axes_dims_rope=AXES,
+        num_experts=4,
+        moe_intermediate_dim=24,
+        capacity_factors=2.0,
     )
     return module, {
         "hidden_states": draw(1, 16 * size, 16),
@@ -139,9 +181,21 @@ def nucleus_moe_image(draw: Draw, size: int):
 @case("BriaFibo2Transformer2DModel")
 def bria_fibo2(draw: Draw, size: int):
     module = diffusers.BriaFibo2Transformer2DModel(
-        in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=24, injection_layer_ids=(1,),
-        perceiver_num_layers=1, min_num_gist_tokens=4, max_num_gist_tokens=8, gist_step=4, gist_min_text_len=4,
-        gist_max_text_len=32, axes_dims=AXES, axes_lens=(64, 64, 64),
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=24,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=4,
+        gist_min_text_len=4,
+        gist_max_text_len=32,
+        axes_dims=AXES,
+        axes_lens=(64, 64, 64),
     )
     return module, {
         "hidden_states": draw(1, 4, 8 * size, 8),
@@ -178,13 +232,26 @@ def joy_image_edit_plus(draw: Draw, size: int):
 
 @case(
     "Cosmos3OmniTransformer",
-    fixed=("text_indexes", "position_ids", "vision_sequence_indexes", "vision_mse_loss_indexes",
-           "vision_noisy_frame_indexes"),
+    fixed=(
+        "text_indexes",
+        "position_ids",
+        "vision_sequence_indexes",
+        "vision_mse_loss_indexes",
+        "vision_noisy_frame_indexes",
+    ),
 )
 def cosmos3(draw: Draw, size: int):
     module = diffusers.Cosmos3OmniTransformer(
-        head_dim=16, hidden_size=32, intermediate_size=48, latent_channel=4, patch_latent_dim=16,
-        num_attention_heads=2, num_hidden_layers=2, num_key_value_heads=1, rope_axes_dim=(4, 2, 2), vocab_size=64,
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=48,
+        latent_channel=4,
+        patch_latent_dim=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        rope_axes_dim=(4, 2, 2),
+        vocab_size=64,
     )
     vision = 2 * 4 * size * 4
     positions = torch.cat([grid(TEXT).flip(1), grid(2, 4 * size, 4) + TEXT]).long()

@@ -24,8 +24,14 @@ def longcat_audio(draw: Draw, size: int):
 @case("MiniMaxMusic3Transformer1DModel")
 def minimax_music3(draw: Draw, size: int):
     module = diffusers.MiniMaxMusic3Transformer1DModel(
-        in_channels=8, condition_dim=16, num_layers=2, num_attention_heads=2, attention_head_dim=16, ff_inner_dim=48,
-        rotary_dim=8, fourier_embedding_dim=16,
+        in_channels=8,
+        condition_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ff_inner_dim=48,
+        rotary_dim=8,
+        fourier_embedding_dim=16,
     )
     return module, {
         "hidden_states": draw(1, 8, 12 * size),
@@ -37,8 +43,15 @@ def minimax_music3(draw: Draw, size: int):
 @case("StableAudio3DiTModel")
 def stable_audio3(draw: Draw, size: int):
     module = diffusers.StableAudio3DiTModel(
-        io_channels=8, embed_dim=32, depth=2, num_heads=2, cond_token_dim=24, global_cond_dim=24, local_add_cond_dim=9,
-        timestep_features_dim=16, num_memory_tokens=4,
+        io_channels=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=24,
+        global_cond_dim=24,
+        local_add_cond_dim=9,
+        timestep_features_dim=16,
+        num_memory_tokens=4,
     )
     return module, {
         "hidden_states": draw(1, 8, 12 * size),
@@ -63,8 +76,17 @@ FEATURES = {
 @case("RFD4ProteinaTransformer")
 def rfd4_proteina(draw: Draw, size: int):
     module = diffusers.RFD4ProteinaTransformer(
-        nlayers=3, token_dim=32, nheads=2, dim_cond=16, pair_repr_dim=16, latent_dim=4, token_type_emb_dim=8,
-        t_emb_dim=16, xt_pair_dist_dim=6, tri_mult_c=8, **FEATURES,
+        nlayers=3,
+        token_dim=32,
+        nheads=2,
+        dim_cond=16,
+        pair_repr_dim=16,
+        latent_dim=4,
+        token_type_emb_dim=8,
+        t_emb_dim=16,
+        xt_pair_dist_dim=6,
+        tri_mult_c=8,
+        **FEATURES,
     )
     residues = RESIDUES * size
     return module, {

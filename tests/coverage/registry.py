@@ -47,6 +47,7 @@ class Case:
         scope: what of it is compiled: see `compile_module`.
         fixed: keywords whose values its way depends on.
         note: what the table says of it.
+        tolerance: how far it may be from the original, relative to the norm of what that gives.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     scope: str
     fixed: tuple[str, ...] = ()
     note: str = ""
+    tolerance: float = 1e-4
 
     def built(self, size: int = 1) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module with seeded random weights, none of them zero, and the keywords of a call."""
@@ -69,15 +71,13 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(
-    name: str, group: str = "transformer", scope: str = "blocks", fixed: tuple[str, ...] = (), note: str = ""
-) -> Callable[[Make], Make]:
+def case(name: str, group: str = "transformer", scope: str = "blocks", **fields: Any) -> Callable[[Make], Make]:
     """Register the decorated function as how the class of this name is built."""
 
     def register(make: Make) -> Make:
         if name in CASES:
             raise ValueError(f"the class {name!r} is registered twice")
-        CASES[name] = Case(name, group, make, scope, fixed, note)
+        CASES[name] = Case(name, group, make, scope, **fields)
         return make
 
     return register

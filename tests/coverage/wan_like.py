@@ -81,8 +81,16 @@ def helios(draw: Draw, size: int):
 def wan_animate(draw: Draw, size: int):
     settings = WAN | {"in_channels": 12, "latent_channels": 4}
     module = diffusers.WanAnimateTransformer3DModel(
-        **settings, image_dim=16, added_kv_proj_dim=32, motion_encoder_size=16, motion_style_dim=8, motion_dim=4,
-        motion_encoder_dim=8, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
+        **settings,
+        image_dim=16,
+        added_kv_proj_dim=32,
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
         motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
     )
     return module, video(draw, size, channels=12, frames=3) | {
@@ -99,9 +107,7 @@ def any_flow_far(draw: Draw, size: int):
     given = video(draw, size)
     latents = given.pop("hidden_states").transpose(1, 2).contiguous()
     near, far = 8 * size, 2 * size  # tokens of a frame that is near, and of one that is far
-    cache = [
-        {"compressed_cache": draw(2, 1, 2, far, 16), "full_cache": draw(2, 1, 2, near, 16)} for _ in range(2)
-    ]
+    cache = [{"compressed_cache": draw(2, 1, 2, far, 16), "full_cache": draw(2, 1, 2, near, 16)} for _ in range(2)]
     return module, given | {
         "hidden_states": latents,
         "timestep": torch.full((1, 2), 500.0),

@@ -46,7 +46,7 @@ def write_call(name: str, result: dict[str, Any]) -> None:
 
 def spec_of(family: Family, model: Path) -> dict[str, Any]:
     """The spec that compiles a family's folder for the call that suits it."""
-    call = {key: value for key, value in family.call.items() if "prompt" not in key or "num" in key}
+    call = {key: value for key, value in family.call.items() if key not in ("prompt", "negative_prompt")}
     inputs = {key: call.pop(key) for key in FIELDS if key in call} | {"call": call}
     return {"spec_version": 1, "source": {"model": str(model)}, "target": {"device": "cpu"}, "inputs": inputs}
 

@@ -44,14 +44,26 @@ def stable_diffusion_3_pag():
     return diffusers.StableDiffusion3PAGPipeline(**given, pag_applied_layers="blocks.1")
 
 
-@call("pixart_sigma_pag", **SMALL, pag_scale=2.0, max_sequence_length=32, clean_caption=False,
-      use_resolution_binning=False)
+@call(
+    "pixart_sigma_pag",
+    **SMALL,
+    pag_scale=2.0,
+    max_sequence_length=32,
+    clean_caption=False,
+    use_resolution_binning=False,
+)
 def pixart_sigma_pag():
     return diffusers.PixArtSigmaPAGPipeline(**components("pixart_sigma"), pag_applied_layers="blocks.1")
 
 
-@call("sana_pag", **SMALL, pag_scale=2.0, max_sequence_length=32, use_resolution_binning=False,
-      complex_human_instruction=INSTRUCTION)
+@call(
+    "sana_pag",
+    **SMALL,
+    pag_scale=2.0,
+    max_sequence_length=32,
+    use_resolution_binning=False,
+    complex_human_instruction=INSTRUCTION,
+)
 def sana_pag():
     return diffusers.SanaPAGPipeline(**components("sana"), pag_applied_layers="transformer_blocks.0")
 
@@ -74,8 +86,14 @@ def latent_consistency():
     return diffusers.LatentConsistencyModelPipeline(**given)
 
 
-@call("sana_sprint", **SMALL, num_inference_steps=2, max_sequence_length=32, use_resolution_binning=False,
-      complex_human_instruction=INSTRUCTION)
+@call(
+    "sana_sprint",
+    **SMALL,
+    num_inference_steps=2,
+    max_sequence_length=32,
+    use_resolution_binning=False,
+    complex_human_instruction=INSTRUCTION,
+)
 def sana_sprint():
     given = components("sana", scheduler=diffusers.SCMScheduler())
     given["transformer"] = changed(given["transformer"], guidance_embeds=True)
