@@ -22,14 +22,14 @@ logsumexp count_nonzero argsort sort topk searchsorted bucketize
 _SHAPES = """
 reshape view _unsafe_view _reshape_alias view_as reshape_as flatten unflatten expand expand_as squeeze unsqueeze
 permute transpose t swapaxes movedim moveaxis numpy_T mT slice select narrow split split_with_sizes unsafe_split chunk
-unbind tensor_split pad_sequence cat concat concatenate stack hstack vstack repeat repeat_interleave tile roll flip rot90
-contiguous clone alias detach as_strided unfold pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
-replication_pad1d replication_pad2d replication_pad3d _pad_circular diagonal diag_embed tril triu as_strided_scatter
-slice_scatter select_scatter diagonal_scatter scatter scatter_add gather index index_select index_put index_add
-index_fill index_copy take_along_dim masked_scatter meshgrid broadcast_to broadcast_tensors pixel_shuffle pixel_unshuffle
-channel_shuffle lift_fresh lift_fresh_copy view_as_complex view_as_real resolve_conj resolve_neg complex polar real
-imag view_copy expand_copy permute_copy movedim unsafe_chunk unsafe_split_with_sizes atleast_1d atleast_2d atleast_3d
-ravel unsqueeze_copy adjoint mH
+unbind tensor_split pad_sequence cat concat concatenate stack hstack vstack repeat repeat_interleave tile roll flip
+rot90 contiguous clone alias detach as_strided unfold pad constant_pad_nd reflection_pad1d reflection_pad2d
+reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _pad_circular diagonal diag_embed tril triu
+as_strided_scatter slice_scatter select_scatter diagonal_scatter scatter scatter_add gather index index_select
+index_put index_add index_fill index_copy take_along_dim masked_scatter meshgrid broadcast_to broadcast_tensors
+pixel_shuffle pixel_unshuffle channel_shuffle lift_fresh lift_fresh_copy view_as_complex view_as_real resolve_conj
+resolve_neg complex polar real imag view_copy expand_copy permute_copy movedim unsafe_chunk unsafe_split_with_sizes
+atleast_1d atleast_2d atleast_3d ravel unsqueeze_copy adjoint mH
 """
 _CREATION = """
 to _to_copy type_as zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full

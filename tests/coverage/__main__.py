@@ -45,13 +45,13 @@ def main() -> None:
 
 def _class(name: str, given: argparse.Namespace) -> Any:
     """Measure a class; gives what to tell, or nothing if it is known already."""
-    known = read(name).get("backends", {})
-    backends = tuple(key for key in given.backend or BACKENDS if not given.missing or key not in known)
+    known = read(name) if given.missing else {}
+    backends = tuple(key for key in given.backend or BACKENDS if key not in known.get("backends", {}))
     if not backends:
         return None
     cache = EngineCache(Path(os.environ["DIFFKILN_TEST_CACHE"])) if "DIFFKILN_TEST_CACHE" in os.environ else None
     with quiet_libraries():
-        result = measure(CASES[name], backends, cache)
+        result = measure(CASES[name], backends, cache, known)
     write(name, result)
     return {key: found.get("failure", found.get("difference")) for key, found in result["backends"].items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.autoencoders.autoencoder_rfd4_proteina import RFD4ProteinaAutoencoder
 from diffusers.models.autoencoders.vq_model import VQModel
 
 from tests.coverage.registry import Draw, case
@@ -263,3 +264,44 @@ def kl_minimax_h3():
         latents_std=(1.0,) * 4,
     )
     return vae, (1, 4, 3, 4, 4)
+
+
+class Coordinates(torch.nn.Module):
+    """The protein autoencoder's `decode`, which gives coordinates, residues and masks."""
+
+    def __init__(self, vae: torch.nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, **given: Any) -> tuple[torch.Tensor, ...]:
+        return self.vae.decode(return_dict=False, **given)
+
+
+@case("RFD4ProteinaAutoencoder", "autoencoder")
+def rfd4_proteina(draw: Draw, size: int):
+    kinds, residues, types = 7, 6 * size, 20
+    vae = RFD4ProteinaAutoencoder(
+        atom37_mask=[[atom < 5 for atom in range(37)] for _ in range(types)],
+        allowed_residue_types=[[True] * types for _ in range(kinds)],
+        latent_dim=4,
+        n_residue_types=types,
+        num_token_types=kinds,
+        nlayers=2,
+        token_dim=32,
+        nheads=2,
+        dim_cond=16,
+        pair_repr_dim=16,
+        token_type_emb_dim=8,
+        decoder_feats_seq=("ca_coors_nm", "z_latent_seq", "token_type"),
+    )
+    return Coordinates(vae), {
+        "z_latent": draw(1, residues, 4),
+        "ca_coors_nm": draw(1, residues, 3),
+        "padding_mask": torch.arange(residues)[None] < residues - 1,
+        "token_type": torch.zeros(1, residues, dtype=torch.int64),
+        "atom37_mask": torch.ones(1, residues, 37, dtype=torch.bool),
+        "conditioning": {
+            "is_in_context_conditioning": torch.zeros(1, residues, dtype=torch.bool),
+            "supports_local_latent": torch.ones(1, residues, dtype=torch.bool),
+        },
+    }

@@ -35,8 +35,8 @@ way through the code: they are folded, as a pipeline's call folds them (`compile
 _CALLS = """
 ## Calls
 
-Whole pipelines, from text to an image or a video: recorded without weights, packed into a bundle, loaded, and drawn with
-beside diffusers. A *program* gives the same bits (or, where prompts are padded to a fixed length, the same within
+Whole pipelines, from text to an image or a video: recorded without weights, packed into a bundle, loaded, and compared
+with diffusers. A *program* gives the same bits (or, where prompts are padded to a fixed length, the same within
 1e-5); its operations are counted over the call and all components. What cannot be recorded runs *as diffusers*, if the
 spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
 """

@@ -31,10 +31,15 @@ def classes_with_repeated_blocks() -> set[str]:
     assert diffusers.__file__
     found = set()
     for path in (Path(diffusers.__file__).parent / "models").rglob("*.py"):
-        for item in ast.parse(path.read_text()).body if "_repeated_blocks = " in (text := path.read_text()) else []:
-            if isinstance(item, ast.ClassDef) and "_repeated_blocks = [" in (ast.get_source_segment(text, item) or ""):
-                found.add(item.name)
+        text = path.read_text()
+        items = ast.parse(text).body if "    _repeated_blocks = [" in text else []
+        found |= {item.name for item in items if isinstance(item, ast.ClassDef) and _has_repeated_blocks(item)}
     return found
+
+
+def _has_repeated_blocks(item: ast.ClassDef) -> bool:
+    assigned = [target for line in item.body if isinstance(line, ast.Assign) for target in line.targets]
+    return any(isinstance(target, ast.Name) and target.id == "_repeated_blocks" for target in assigned)
 
 
 def test_every_class_with_repeated_blocks_is_measured():
