@@ -183,7 +183,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        return self._dispatched(func, args, dict(kwargs or {}))
+
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(is_traceable_wrapper_subclass(t) for t in _tensors((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
