@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test fuzz lint bench install
+.PHONY: demo test coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: install
 # A file of tests stays in one process, so that what its tests share is made once.
 test: install
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
+
+# Every class and every call, an hour or more; what has a result is not measured again. Remove results to measure anew.
+coverage: install
+	DIFFKILN_TEST_CACHE=$${DIFFKILN_TEST_CACHE:-$(abspath build/coverage)} $(BIN)/python -m tests.coverage --missing
 
 # Ten minutes, shared out among the harnesses; what is found lies in build/fuzz/found.
 FUZZ_SECONDS ?= 600

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def compile_module(
     target: str | Target = "cpu-x86-64-v3",
     backend: str = "aot_inductor",
     scope: str = "blocks",
+    fixed: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     cache: EngineCache | None = None,
 ) -> CompiledModule:
@@ -52,11 +53,13 @@ def compile_module(
         target: the machine, by a name that `diffkiln targets` lists.
         backend: an exporter's name.
         scope: "blocks", each repeated block; "between", what lies between them too; "whole", all of it.
+        fixed: keywords whose tensors are what they are in the example, at every call: masks, positions, lengths. They
+            are folded, and a module may choose its shapes or its way by them.
         options: of the backend.
         cache: of engines; the user's by default.
 
     Raises:
-        SpecError: an unknown target or scope.
+        SpecError: an unknown target, scope, or a fixed keyword that the example has not.
         RecordError: the module cannot be recorded, with the line of its code.
         VerifyError: what was recorded or lowered gives something else than the module.
         ExportError: the backend cannot lower a region.
@@ -65,8 +68,10 @@ def compile_module(
     machine = _machine(target)
     if scope not in _SCOPES:
         raise SpecError(f"scope: {scope!r} is not one of {', '.join(_SCOPES)}")
+    if unknown := sorted(set(fixed) - example_kwargs.keys()):
+        raise SpecError(f"fixed: the example has no {unknown[0]!r}. {suggest(unknown[0], example_kwargs)}".rstrip())
     constants = Constants()
-    callee, recorded = _recorded(module, example_kwargs, constants)
+    callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
     engines: dict[str, Engine] = {}
     for region in recorded.regions.values():
@@ -116,6 +121,10 @@ class CompiledModule:
         leaves, structure = flatten(((), kwargs))
         if key_of(leaves, structure) != self._expected:
             raise CallError(_difference(kwargs, unflatten(self._callee.leaves, self._callee.structure)[1]))
+        for position, constant in self._callee.folded.items():
+            if not torch.equal(leaves[position], constant):
+                name = _keyword_at(position, kwargs)
+                raise CallError(f"{name}: other values than the example's, which the module was compiled for")
         inputs = [leaves[position] for position in self._callee.tensors if position not in self._callee.folded]
         with torch.inference_mode():
             self._now = {name: get() for name, get in self._weights.items()}
@@ -130,8 +139,15 @@ class CompiledModule:
         return lambda *args: run([*args, *(self._now[name] for name in names), *folded])
 
 
-def _recorded(module: torch.nn.Module, kwargs: Mapping[str, Any], constants: Constants) -> tuple[Callee, Module]:
-    """The module's program, compared with it bit for bit on the example."""
+def record_module(
+    module: torch.nn.Module, kwargs: Mapping[str, Any], fixed: Collection[str], constants: Constants
+) -> tuple[Callee, Module]:
+    """The module's program, compared with it bit for bit on the example; constants go where they are kept.
+
+    Raises:
+        RecordError: the module cannot be recorded, with the line of its code.
+        VerifyError: the program gives something else than the module.
+    """
     leaves, structure = flatten(((), dict(kwargs)))
     with torch.inference_mode():
         result = flatten(module(**kwargs))
@@ -140,10 +156,21 @@ def _recorded(module: torch.nn.Module, kwargs: Mapping[str, Any], constants: Con
     ghost = copy.deepcopy(module, dict(tensors))
     haunt(emptied(ghost), fake)
     types = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    callee = Callee("module", "forward", ghost, ghost.forward, types, structure, result)
+    folded = {
+        position: leaf.clone()
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor) and _keyword_at(position, kwargs) in fixed
+    }
+    callee = Callee("module", "forward", ghost, ghost.forward, types, structure, result, folded=folded)
     recorded = record_component([callee], fake, constants)
     compare_component(callee, module, recorded, leaves, constants.tensors)
     return callee, recorded
+
+
+def _keyword_at(position: int, kwargs: Mapping[str, Any]) -> str:
+    """The keyword that the leaf at this position belongs to."""
+    owners = [name for name, value in kwargs.items() for _ in flatten(value)[0]]
+    return owners[position]
 
 
 def _machine(target: str | Target) -> Target:
@@ -172,4 +199,4 @@ def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
     return "the arguments are nested in another way than the example's"
 
 
-__all__ = ["CompiledModule", "compile_module"]
+__all__ = ["CompiledModule", "compile_module", "record_module"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diffkiln
-from diffkiln.errors import CallError, SpecError
+from diffkiln.errors import CallError, DataDependent, SpecError
 from tests.exporters.regions import engine_cache
 from tests.pipelines import WARNING_FILTERS
 
@@ -109,3 +109,33 @@ def test_whole_module_is_one_engine(example):
     assert list(compiled.regions) == ["module"]
     with torch.inference_mode():
         assert close(compiled(**kwargs, return_dict=False)[0], module(**kwargs)["sample"])
+
+
+class Chooser(nn.Module):
+    """Takes the rows that a mask names, which no program can if the mask may be another at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 8)
+
+    def forward(self, hidden_states, mask):
+        return self.up(hidden_states[mask])
+
+
+def test_fixed_keywords_may_decide_shapes():
+    torch.manual_seed(0)
+    module, kwargs = Chooser().requires_grad_(False), {"hidden_states": torch.randn(3, 4), "mask": torch.eye(3)[0] < 1}
+    with pytest.raises(DataDependent):
+        diffkiln.compile_module(module, kwargs, scope="whole", cache=engine_cache())
+    compiled = diffkiln.compile_module(
+        module, kwargs, scope="whole", fixed=("mask",), backend="onnx", cache=engine_cache()
+    )
+    with torch.inference_mode():
+        assert close(compiled(**kwargs), module(**kwargs))
+    with pytest.raises(CallError, match="mask: other values"):
+        compiled(**kwargs | {"mask": ~kwargs["mask"]})
+
+
+def test_an_unknown_fixed_keyword_is_refused(example):
+    with pytest.raises(SpecError, match=r"no 'scales'.*scale"):
+        diffkiln.compile_module(*example, fixed=("scales",))

@@ -161,6 +161,8 @@ def _lost(module: torch.nn.Module) -> str:
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             if getattr(part, norm, None) is not None and norm not in source:
                 return f"diffusers' {processor.__name__} leaves out {path}.{norm}"
+        if getattr(part.to_k, "out_features", None) != getattr(part.to_q, "out_features", None):
+            return f"diffusers' {processor.__name__} takes keys for as wide as queries, and those of {path} are not"
         if processor.__name__ == "FusedJointAttnProcessor2_0" and getattr(part, "add_k_proj", None) is None:
             return f"diffusers' {processor.__name__} reads a text stream, which {path} has not"
     return ""

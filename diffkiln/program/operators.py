@@ -7,12 +7,13 @@ arguments. A bundle that names another operator is refused before anything runs,
 from __future__ import annotations
 
 _POINTWISE = """
-abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan tanh atan2 sigmoid sign floor
-ceil round trunc frac erf relu relu6 silu gelu mish softplus elu leaky_relu hardtanh hardswish hardsigmoid celu selu
-logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor bitwise_left_shift
-bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ isnan isinf isfinite add sub rsub mul div true_divide
-floor_divide remainder fmod pow maximum minimum fmax fmin lerp addcmul addcdiv clamp clamp_min clamp_max where eq ne
-lt le gt ge masked_fill nan_to_num log_sigmoid threshold prelu glu softmax _softmax log_softmax special_expm1
+abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan tanh asin acos atan atan2 rad2deg
+deg2rad sigmoid sign floor ceil round trunc frac erf relu relu6 silu gelu mish softplus elu leaky_relu hardtanh
+hardswish hardsigmoid celu selu logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
+bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ isnan isinf isfinite
+add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin lerp addcmul addcdiv clamp
+clamp_min clamp_max where eq ne lt le gt ge masked_fill nan_to_num log_sigmoid threshold prelu glu softmax _softmax
+log_softmax special_expm1
 """
 _REDUCTIONS = """
 sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod norm linalg_vector_norm var_mean std_mean
@@ -21,14 +22,14 @@ logsumexp count_nonzero argsort sort topk searchsorted bucketize
 _SHAPES = """
 reshape view _unsafe_view _reshape_alias view_as reshape_as flatten unflatten expand expand_as squeeze unsqueeze
 permute transpose t swapaxes movedim moveaxis numpy_T mT slice select narrow split split_with_sizes unsafe_split chunk
-unbind tensor_split cat concat concatenate stack hstack vstack repeat repeat_interleave tile roll flip rot90
-contiguous clone alias detach as_strided unfold pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
-replication_pad1d replication_pad2d replication_pad3d _pad_circular diagonal diag_embed tril triu as_strided_scatter
-slice_scatter select_scatter diagonal_scatter scatter scatter_add gather index index_select index_put index_add
-index_fill take_along_dim masked_scatter meshgrid broadcast_to broadcast_tensors pixel_shuffle pixel_unshuffle
-channel_shuffle lift_fresh lift_fresh_copy view_as_complex view_as_real resolve_conj resolve_neg complex polar real
-imag view_copy expand_copy permute_copy movedim unsafe_chunk unsafe_split_with_sizes atleast_1d atleast_2d atleast_3d
-ravel unsqueeze_copy adjoint mH
+unbind tensor_split pad_sequence cat concat concatenate stack hstack vstack repeat repeat_interleave tile roll flip
+rot90 contiguous clone alias detach as_strided unfold pad constant_pad_nd reflection_pad1d reflection_pad2d
+reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _pad_circular diagonal diag_embed tril triu
+as_strided_scatter slice_scatter select_scatter diagonal_scatter scatter scatter_add gather index index_select
+index_put index_add index_fill index_copy take_along_dim masked_scatter meshgrid broadcast_to broadcast_tensors
+pixel_shuffle pixel_unshuffle channel_shuffle lift_fresh lift_fresh_copy view_as_complex view_as_real resolve_conj
+resolve_neg complex polar real imag view_copy expand_copy permute_copy movedim unsafe_chunk unsafe_split_with_sizes
+atleast_1d atleast_2d atleast_3d ravel unsqueeze_copy adjoint mH
 """
 _CREATION = """
 to _to_copy type_as zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full
@@ -43,7 +44,7 @@ _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _u
 _upsample_bicubic2d_aa avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_max_pool2d cosine_similarity bilinear _int_mm _weight_int8pack_mm _scaled_mm fft_fft
 fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn
-fft_fftshift fft_ifftshift logaddexp cdist linalg_norm
+fft_fftshift fft_ifftshift logaddexp cdist linalg_norm linalg_qr
 """
 
 OPERATORS: frozenset[str] = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _SHAPES, _CREATION, _LAYERS)).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffkiln.errors import DataDependent, RecordError
 from diffkiln.layers import repeated_blocks
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.constants import Constants
+from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import likeness
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -40,6 +41,7 @@ class Callee:
     result: tuple[list[Any], Any]
     program: str = ""
     folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
+    processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
 
     @property
     def tensors(self) -> list[int]:
@@ -98,6 +100,27 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
+def processors_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The processor of every attention of diffusers, by its path."""
+    parts = ((path, getattr(part, "processor", None)) for path, part in module.named_modules())
+    return {path: processor for path, processor in parts if processor is not None}
+
+
+@contextlib.contextmanager
+def with_processors(module: torch.nn.Module, processors: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, attentions have the processors that a call gives them and takes away, as that of perturbed
+    attention guidance does; those that the module has not are left out."""
+    parts = {path: part for path, part in module.named_modules() if path in processors}
+    own = {path: part.processor for path, part in parts.items()}
+    try:
+        for path, part in parts.items():
+            part.processor = processors[path]
+        yield
+    finally:
+        for path, part in parts.items():
+            part.processor = own[path]  # type: ignore[assignment]
+
+
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight by name: parameters and persistent buffers; the plain tensors inside of a quantized one.
 
@@ -135,12 +158,15 @@ def record_component(
         RecordError: with the line of the model's code where recording stopped.
     """
     first = callees[0]
-    table = _Regions(first.component, first.module, fake, constants, regions)
+    if any(callee.processors != first.processors for callee in callees):
+        raise RecordError(f"the call gives {first.component!r} other attention processors from step to step")
     programs: dict[str, Program] = {}
-    for callee in callees:
-        base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
-        callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
-        programs[callee.program] = _record_one(callee, table, fake, constants)
+    with with_processors(first.module, first.processors):
+        table = _Regions(first.component, first.module, fake, constants, regions)
+        for callee in callees:
+            base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
+            callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
+            programs[callee.program] = _record_one(callee, table, fake, constants)
     module = Module(first.component, programs, table.programs)
     verify_module(module)
     return module
@@ -260,7 +286,8 @@ def _plain_arguments(args: Any, kwargs: Any) -> bool:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Keep transformers from reading the values of masks: it must believe that it is being traced."""
+    """Keep transformers from reading the values of masks: it must believe that it is being traced. And have flex
+    attention done by what can be written down."""
     names = [name for name in sys.modules if name.startswith("transformers.")]
     patched = []
     for name in names:
@@ -269,7 +296,8 @@ def tracing() -> Iterator[None]:
             patched.append((module, module.is_tracing))
             module.is_tracing = lambda *_args, **_kwargs: True  # type: ignore[attr-defined]
     try:
-        yield
+        with dense_flex_attention():
+            yield
     finally:
         for module, original in patched:
             module.is_tracing = original  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
-from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
+from diffkiln.record.components import Callee, processors_of, record_component, run_shapes, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
@@ -215,11 +215,10 @@ class _Recorder:
 
     def __init__(self, pipe: Any, fake: FakeTensorMode, constants: Constants, callees: dict[str, Callee]) -> None:
         self.pipe, self.callees = pipe, callees
+        modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        self._processors = {name: processors_of(module) for name, module in modules.items()}
         weights = [
-            (f"{name}/{weight}", tensor)
-            for name, module in pipe.components.items()
-            if isinstance(module, torch.nn.Module)
-            for weight, tensor in weights_of(module)
+            (f"{name}/{weight}", tensor) for name, module in modules.items() for weight, tensor in weights_of(module)
         ]
         self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
 
@@ -295,7 +294,9 @@ class _Recorder:
             key = f"{name}.{method}|{key_of(leaves, structure)}"
             if key not in self.callees:
                 result = run_shapes(module, original, leaves, structure, self.tape, f"component {name!r}")
-                self.callees[key] = Callee(name, method, module, original, leaves, structure, result)
+                own, now = self._processors[name], processors_of(module)
+                given = {path: processor for path, processor in now.items() if processor is not own.get(path)}
+                self.callees[key] = Callee(name, method, module, original, leaves, structure, result, processors=given)
             result, shape = self.callees[key].result
             fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
             arguments = [self.tape.value(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]

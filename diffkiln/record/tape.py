@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
@@ -41,8 +41,16 @@ _READS = {
     "aten.is_nonzero.default",
     "aten.allclose.default",
 }
+#: Operators that take masks or counts which decide the result's shape.
+_SELECTS = {
+    "aten.index.Tensor",
+    "aten.index_put.default",
+    "aten.index_put_.default",
+    "aten.repeat_interleave.self_Tensor",
+}
 _PAST_THE_DISPATCHER = ("tolist", "numpy")
-_IDENTITY_WHEN_EVAL = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"}
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+_IDENTITY_WHEN_EVAL = {f"aten.{name}{ending}.default" for name in _DROPOUTS for ending in ("", "_")}
 
 
 @dataclass
@@ -175,7 +183,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        return self._dispatched(func, args, dict(kwargs or {}))
+
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(is_traceable_wrapper_subclass(t) for t in _tensors((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
@@ -189,6 +199,8 @@ class Tape(TorchDispatchMode):
                 return result
         if name in _READS:
             return self._read(name, args)
+        if name in _SELECTS:
+            func, name, args, kwargs = self._selecting(func, name, args, kwargs)
         if name in _IDENTITY_WHEN_EVAL:
             return args[0]
         if func._schema.is_mutable:
@@ -202,6 +214,26 @@ class Tape(TorchDispatchMode):
             return func.decompose(*args, **kwargs)
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
+
+    def _selecting(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same with positions in the place of masks and counts, where these do not depend on the request."""
+        if name != "aten.repeat_interleave.self_Tensor":
+            indices = [place for index in args[1] for place in self._places(index)]
+            return func, name, (args[0], indices, *args[2:]), kwargs
+        given = dict(zip(("self", "repeats", "dim"), args, strict=False)) | kwargs
+        tensor, repeats, dim = given["self"], given["repeats"], given.get("dim")
+        if self.is_marked(repeats) or dim is None:
+            return func, name, args, kwargs
+        with _disable_current_modes():
+            counts = repeats.expand(tensor.shape[dim]) if repeats.ndim else repeats.repeat(tensor.shape[dim])
+            places = torch.repeat_interleave(counts)
+        return torch.ops.aten.index_select.default, "aten.index_select.default", (tensor, dim, places), {}
+
+    def _places(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+        if index is None or index.dtype not in (torch.bool, torch.uint8) or self.is_marked(index):
+            return [index]
+        with _disable_current_modes():
+            return index.nonzero(as_tuple=True)
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fakes = self._as_fakes(args), self._as_fakes(kwargs)
@@ -283,9 +315,17 @@ class Tape(TorchDispatchMode):
     def _constant(self, tensor: torch.Tensor) -> Ref:
         if tensor.is_meta:
             raise RecordError(f"{self.what} uses a weight outside of its component's call{_where()}")
+        if tensor.dtype == torch.complex128:
+            return self._complex(tensor)
         ref = Ref(f"#{self.constants.add(tensor)}")
         self.types.setdefault(ref.name, type_of(tensor))
         return ref
+
+    def _complex(self, tensor: torch.Tensor) -> Ref:
+        """A constant of a type that safetensors has not: pairs of real numbers, and the view of them."""
+        fresh = self.blank(type_of(tensor))
+        self.emit("aten.view_as_complex.default", (self._constant(torch.view_as_real(tensor.resolve_conj())),), [fresh])
+        return Ref(self._names[id(fresh)][0])
 
     def _view_again(self, tensor: torch.Tensor, storage: _Storage) -> Ref:
         """A view of a storage that was written to since the view was made."""
@@ -348,7 +388,7 @@ class Tape(TorchDispatchMode):
     def _refuse_randomness(self, func: Any, args: tuple[Any, ...]) -> None:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return
-        if func._opname in ("dropout", "feature_dropout", "alpha_dropout") and not args[2]:
+        if func._opname.removesuffix("_") in _DROPOUTS and not args[2]:
             return
         if func._opname == "scaled_dot_product_attention" and (len(args) < 5 or args[4] == 0.0):
             return

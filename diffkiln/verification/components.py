@@ -16,7 +16,7 @@ import torch
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
 from diffkiln.program import REGION, Module, Op, Program, weight_in
-from diffkiln.record.components import Callee, tracing, weights_of
+from diffkiln.record.components import Callee, tracing, weights_of, with_processors
 from diffkiln.record.lengths import Padding, fixed_lengths, whole
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.verification.comparing import close, difference, same
@@ -52,7 +52,7 @@ def compare_component(
     program = recorded.programs[callee.program]
     args, kwargs = unflatten(list(leaves), callee.structure)
     with torch.inference_mode():
-        with tracing(), _blamed(callee, module):
+        with tracing(), with_processors(module, callee.processors), _blamed(callee, module):
             result = getattr(module, callee.method)(*args, **kwargs)
         expected = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         inputs = [leaves[position] for position in callee.tensors if position not in callee.folded]

@@ -1,5 +1,6 @@
 """The table of families and what every one of them goes through: seeded construction and seeded weights."""
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def family(name: str, *, video: bool = False, **call: Any):
+def family(name: str, *, video: bool = False, table: dict[str, Family] = FAMILIES, **call: Any):
     """Register the decorated function, which returns a pipeline with whatever weights, under `name`."""
 
     def register(construct: Callable[[], Any]) -> Callable[[], Any]:
-        if name in FAMILIES:
+        if name in table:
             raise ValueError(f"the family {name!r} is registered twice")
 
         def build() -> Any:
@@ -37,28 +38,31 @@ def family(name: str, *, video: bool = False, **call: Any):
             pipe.set_progress_bar_config(disable=True)
             return pipe
 
-        FAMILIES[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
+        table[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
         return build
 
     return register
 
 
-@torch.no_grad()
 def randomise(pipe: Any, seed: int) -> None:
-    """Give every parameter of every component a seeded random value, so that none is zero or passes nothing on.
+    """Give every parameter of every component a seeded random value: see `randomise_module`."""
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module):
+            randomise_module(component, torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode())))
+
+
+@torch.no_grad()
+def randomise_module(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter a random value, so that none is zero or passes nothing on.
 
     Matrices, kernels and tables are drawn with a variance of one over their fan-in. Vectors (norms, biases, gates)
     keep the value that they were constructed with, and are disturbed: AdaLN-zero gates open, norms stay near one.
     """
-    for name, component in sorted(pipe.components.items()):
-        if not isinstance(component, torch.nn.Module):
-            continue
-        component.eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-        for parameter in component.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.ndim else 1
-            if fan_in > 1:
-                parameter.copy_(noise / fan_in**0.5)
-            else:
-                parameter.add_(noise, alpha=0.1)
+    module.eval().requires_grad_(False)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = math.prod(parameter.shape[1:])
+        if fan_in > 1:
+            parameter.copy_(noise / fan_in**0.5)
+        else:
+            parameter.add_(noise, alpha=0.1)

@@ -223,3 +223,48 @@ def test_values_from_outside_are_refused():
     other = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants()).new_input("y", type_of(X))
     with pytest.raises(RecordError):
         recorded(lambda x: x + other, X)
+
+
+MASK = torch.tensor([True, False, True, True])
+COUNTS = torch.tensor([1, 0, 2, 1])
+
+
+def select_by_a_constant_mask(x):
+    return x[MASK] * 2
+
+
+def write_by_a_constant_mask(x):
+    y = x.clone()
+    y[MASK] *= 3
+    y[:, MASK.repeat(2)[:6]] = 1.0
+    return y
+
+
+def repeat_by_constant_counts(x):
+    return x.repeat_interleave(COUNTS, dim=0), x.repeat_interleave(torch.tensor(2), dim=1)
+
+
+@pytest.mark.parametrize("function", [select_by_a_constant_mask, write_by_a_constant_mask, repeat_by_constant_counts])
+def test_constant_masks_and_counts_decide_shapes(function):
+    """They become positions, so that an engine sees no shape that a value decides."""
+    program = replayed(function, X)
+    assert not any("repeat_interleave" in op.name for op in program.ops)
+    assert not any(type_.dtype == "bool" for type_ in program.types.values())
+
+
+@pytest.mark.parametrize("select", [lambda x: x[x > 0], lambda x: x.repeat_interleave((x[:, 0] > 0).long(), dim=0)])
+def test_masks_and_counts_of_the_request_are_data_dependent(select):
+    with pytest.raises(DataDependent):
+        recorded(select, X)
+
+
+def test_dropout_in_place_is_nothing_in_evaluation():
+    drop = torch.nn.Dropout(0.5, inplace=True).eval()
+    assert not any("dropout" in op.name for op in replayed(lambda x: drop(x + 1), X).ops)
+
+
+def test_double_complex_constants_are_kept_as_pairs():
+    """safetensors knows no complex128, which rotary tables of video models have."""
+    table = torch.polar(torch.ones(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64))
+    program = replayed(lambda x: torch.view_as_real(x.double() * table), X)
+    assert {program.types[f"#{key}"].dtype for key in program.constants} == {"float64"}

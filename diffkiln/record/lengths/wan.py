@@ -44,6 +44,7 @@ REWRITES = (
     Rewrite(
         owners=(
             "pipelines.wan.pipeline_wan:WanPipeline",
+            "pipelines.wan.pipeline_wan_vace:WanVACEPipeline",
             "pipelines.skyreels_v2.pipeline_skyreels_v2:SkyReelsV2Pipeline",
             "pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing:SkyReelsV2DiffusionForcingPipeline",
             "pipelines.anyflow.pipeline_anyflow:AnyFlowPipeline",
