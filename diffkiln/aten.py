@@ -102,8 +102,8 @@ class Interpreter:
     Args:
         program: verified.
         device: what the symbolic device stands for.
-        special: for CALL, REGION, NOISE, STEP and ATTENTION, by the operation's name. One for an ATen operator takes the
-            operator's place.
+        special: for CALL, REGION, NOISE, STEP and ATTENTION, by the operation's name. One for an ATen operator takes
+            its place.
     """
 
     def __init__(

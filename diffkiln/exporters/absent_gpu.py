@@ -167,10 +167,13 @@ def _random_state(_: Gpu) -> Iterator[None]:
 def _driver(gpu: Gpu) -> Iterator[None]:
     """Triton asks its driver for the target, and has it load what it compiled. Inductor looks for a driver again."""
     from torch._inductor.runtime import triton_helpers
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.runtime import driver  # pyright: ignore[reportMissingImports]
 
-    properties = {"max_shared_mem": gpu.shared_memory_per_block_optin, "multiprocessor_count": gpu.multi_processor_count}
+    properties = {
+        "max_shared_mem": gpu.shared_memory_per_block_optin,
+        "multiprocessor_count": gpu.multi_processor_count,
+    }
     stand_in = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size),
         get_current_device=lambda: 0,

@@ -114,9 +114,7 @@ class AotInductor:
             tuned = gpu_is_here(target)
         directory = _lay_out(library, files, scratch / "engine", target.device)
         inputs = tuple(contiguous(type_) for type_ in engine_inputs(lowering.region))
-        return Artefact(
-            self.name, directory, inputs, outputs, dict(lowering.options), requires, autotuned=tuned
-        )
+        return Artefact(self.name, directory, inputs, outputs, dict(lowering.options), requires, autotuned=tuned)
 
 
 def _require_room(folder: Path) -> None:
@@ -134,12 +132,12 @@ def _generate(
 ) -> tuple[tuple[TensorSpec, ...], list[Path]]:
     """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
     folder = scratch / "inductor"
+    options = _options(lowering, compiler, folder / "out")  # before anything stands in for a GPU
     with _INDUCTOR, _quiet(), torch.no_grad():
         try:
             with _told(lowering, folder):
                 flat, exported = _exported(lowering)
                 outputs = layouts(exported, lowering)
-                options = _options(lowering, compiler, folder / "out")
                 files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
         except DiffkilnError:
             raise

@@ -3,9 +3,9 @@
     Inductor ──▶ Triton kernels ──ptxas──▶ cubins ─┐
              └─▶ C++ that calls them ──toolchain───┴──▶ engine.so
 
-The cubins are linked into the engine, so an engine is one file wherever it lies. Kernels are tuned by running them where
-the target's GPU is here; where it is not, `absent_gpu` stands for it and their first forms are taken. The engine asks for
-the driver's library, which is there where it runs: it is linked against an empty one of the same name.
+The cubins are linked into the engine, so an engine is one file wherever it lies. Kernels are tuned by running them
+where the target's GPU is here; where it is not, `absent_gpu` stands for it and their first forms are taken. The engine
+asks for the driver's library, which is there where it runs: it is linked against an empty one of the same name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.bundle.versions import numbers
 from diffkiln.cuda import DRIVERS, cuda_problems, find_cudart, find_headers, find_library_headers, gpu_is_here
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
@@ -44,15 +45,29 @@ _ALWAYS = ("cuGetErrorString", "cuModuleUnload")
 
 def gpu_problems(target: Target) -> list[Problem]:
     """What stands in the way of building for the target's GPU on this machine."""
-    problems = list(cuda_problems())
+    problems = [*cuda_problems(), *_floors(target)]
     if not problems and not gpu_is_here(target) and (reason := torch_problem()):
         problems.append(Problem("torch", reason, "Install one of these, or build on a machine that has the GPU."))
     return problems
 
 
+def _floors(target: Target) -> list[Problem]:
+    """Promises of the spec that code of this torch's CUDA would break."""
+    if torch.version.cuda is None:
+        return []
+    major = int(torch.version.cuda.partition(".")[0])
+    needs = {"driver": DRIVERS.get(major), "cuda": f"{major}.0"}
+    mend = "Raise it, or build with a torch for an earlier CUDA."
+    return [
+        Problem(f"$.target.{name}", f"{stated} has to do, and code of CUDA {torch.version.cuda} needs {needed}", mend)
+        for name, needed in needs.items()
+        if needed and (stated := getattr(target, name)) and numbers(stated) < numbers(needed)
+    ]
+
+
 def gpu_tools(target: Target) -> dict[str, str]:
     """What decides an engine's code beyond the compiler: Triton, CUDA, and the GPU that it was tuned on, if any."""
-    import triton
+    import triton  # pyright: ignore[reportMissingImports]
 
     tuned = torch.cuda.get_device_name() if gpu_is_here(target) else "nothing"
     return {"triton": triton.__version__, "cuda": str(torch.version.cuda), "tuned on": tuned}
@@ -68,7 +83,8 @@ def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if gpu_is_here(target):
         return ours | dict(options)
-    return ours | {name: value for name, value in options.items() if name not in TUNING}
+    # Whether a product's operands are worth padding is found by timing it.
+    return ours | {"shape_padding": False} | {name: value for name, value in options.items() if name not in TUNING}
 
 
 @contextmanager
@@ -102,9 +118,7 @@ def gpu_flags(flags: toolchain.Flags, source: str, scratch: Path) -> toolchain.F
     how = ["-shared", "-fPIC", "-x", "c", "cuda.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
     call([flags.compiler.path, *how], stub, toolchain.plain_environment(), 60)
     headers = ("-isystem", str(find_library_headers()))
-    return replace(
-        flags, compile=(*flags.compile, *headers), link=(f"-L{stub}", *flags.link, str(find_cudart()))
-    )
+    return replace(flags, compile=(*flags.compile, *headers), link=(f"-L{stub}", *flags.link, str(find_cudart())))
 
 
 def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
@@ -125,4 +139,3 @@ def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
 def target_sm(target: Target) -> str:
     """The SM of the cubins for a target, such as "sm_89" or "sm_90a"."""
     return f"{target.sm}{'a' if target.capability >= _OWN_FEATURES else ''}"
-

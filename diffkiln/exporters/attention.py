@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffkiln.aten import Special
 from diffkiln.program import SDPA, Op, Program, TensorType, kernel_of
 from diffkiln.program.attention import call_problems, device_problem, read_attention
 from diffkiln.spec.targets import Target
@@ -23,7 +24,7 @@ _CHANNELS, _MASK = 8, 16
 _Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
 
 
-def explicit_attention(region: Program, target: Target) -> Mapping[str, Callable[[Op], Callable[..., Sequence[Tensor]]]]:
+def explicit_attention(region: Program, target: Target) -> Mapping[str, Special]:
     """What takes attention's place in a region that is traced for a GPU, by the operator's name."""
 
     def chosen(op: Op) -> Callable[..., Sequence[Tensor]]:

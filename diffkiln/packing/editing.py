@@ -152,7 +152,7 @@ class Edit:
         new = {target.name: target.isa for target in self._added}
         isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
         kept = [row for row in self.manifest.engines if row.target not in self._removed]
-        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed.glibc)
+        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed)
 
     def _report(self, manifest: Manifest, what: str) -> None:
         """`build.json` and `README.md`: those of the first build, and what was done since."""
@@ -172,7 +172,9 @@ class Edit:
 
 
 def _packed(manifest: Manifest) -> Packed:
-    return Packed(Recording([], {}, Constants(), []), None, [], glibc=manifest.requires.glibc)
+    asked = manifest.requires
+    empty = Recording([], {}, Constants(), [])
+    return Packed(empty, None, [], glibc=asked.glibc, cuda=asked.cuda, driver=asked.driver)
 
 
 def _check_editable(bundle: Bundle) -> None:

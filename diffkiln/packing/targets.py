@@ -9,7 +9,7 @@ from typing import Any
 
 from diffkiln.bundle import EngineRow, FileRow, Manifest, engine_targets
 from diffkiln.errors import ManifestInvalid
-from diffkiln.packing.packed import as_json
+from diffkiln.packing.packed import Packed, as_json
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module
 from diffkiln.program.sizes import Family, families
@@ -61,7 +61,7 @@ def retargeted(
     files: tuple[FileRow, ...],
     engines: Sequence[EngineRow],
     isas: Mapping[str, str],
-    glibc: str | None,
+    packed: Packed,
 ) -> Manifest:
     """The manifest with these files and engines.
 
@@ -70,13 +70,15 @@ def retargeted(
         files: the new files.
         engines: the new engines, in any order.
         isas: the instruction set of each target, in the targets' order.
-        glibc: the oldest that all engines need.
+        packed: what the engines that were built ask of the machine, on top of what the old manifest asks.
     """
     ordered = _ordered(manifest, engines, list(isas))
-    requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), "glibc": glibc})
-    gpus: Any = manifest.runtime.get("gpus")
+    asked = {"glibc": packed.glibc, "cuda": packed.cuda, "driver": packed.driver}
+    requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), **asked})
+    before: Any = manifest.runtime.get("gpus", {})
+    gpus = {**before, **packed.gpus}
     runtime: dict[str, Any] = {**manifest.runtime, "targets": dict(isas)}
-    if gpus is not None:
+    if gpus:
         runtime["gpus"] = {name: gpus[name] for name in isas if name in gpus}
     return manifest.model_copy(update={"files": files, "engines": ordered, "requires": requires, "runtime": runtime})
 

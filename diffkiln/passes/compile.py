@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from diffkiln.cuda import cuda_problems
 from diffkiln.errors import Problem
 from diffkiln.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
@@ -54,7 +55,8 @@ class Compile(Pass):
     `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
-    `aot_inductor` writes native code for a CPU. `onnx` writes ONNX, which ONNX Runtime runs with the bundle's weights.
+    `aot_inductor` writes native code for a CPU or a GPU, which need not be in this machine. `onnx` writes ONNX, which
+    ONNX Runtime runs with the bundle's weights.
     """
 
     name: ClassVar[str] = "compile"
@@ -132,12 +134,10 @@ class Compile(Pass):
         yield from self._flag_problems(module, target, where)
         if self.backend == "onnx":
             yield from self._onnx_problems(plan, where)
-        elif target.device != "cpu":
-            yield Problem(
-                where,
-                f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
-                "Choose a CPU target.",
-            )
+        elif target.device == "cuda":
+            for problem in cuda_problems():
+                reason = f"to build for {target.name}, {problem.where}: {problem.reason}"
+                yield Problem(f"{where}.backend", reason, problem.mend)
 
     def _onnx_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
         missing = [name for name in (*onnx.EXPORTING, onnx.PACKAGE) if find_spec(name) is None]
