@@ -198,12 +198,13 @@ def _untuned(_: Gpu) -> Iterator[None]:
     """
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
 
+    first = _first_that_compiles(CachingAutotuner._precompile_worker, NoTritonConfigsError)
     with (
         _replaced(AsyncCompile, use_process_pool=classmethod(lambda _: False)),
         _replaced(PythonWrapperCodegen, generate_and_run_autotune_block=_keep_first_forms),
-        _replaced(CachingAutotuner, _precompile_worker=_first_that_compiles(CachingAutotuner._precompile_worker)),
+        _replaced(CachingAutotuner, _precompile_worker=first),
     ):
         yield
 
@@ -221,9 +222,8 @@ def _keep_first_forms(wrapper: Any) -> None:
             kernel.save_gpu_kernel(0, kernel.launchers[0])
 
 
-def _first_that_compiles(compile_all: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Where nothing is timed, compiling the other forms would be in vain."""
-    from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
+def _first_that_compiles(compile_all: Callable[[Any], None], none: type[Exception]) -> Callable[[Any], None]:
+    """Where nothing is timed, compiling the other forms would be in vain. `none` says that no form compiles."""
 
     def compile_first(kernel: Any) -> None:
         forms = kernel.configs
@@ -233,7 +233,7 @@ def _first_that_compiles(compile_all: Callable[[Any], None]) -> Callable[[Any], 
             kernel.configs = [form]
             try:
                 return compile_all(kernel)
-            except NoTritonConfigsError:
+            except none:
                 continue
         kernel.configs = [forms[-1]]
         return compile_all(kernel)

@@ -74,7 +74,8 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
 def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     operator = torch.ops.aten._scaled_dot_product_attention_math.default
     grouped = query.dim() > 2 and query.shape[-3] != key.shape[-3]
-    return operator(query, key, value, mask, 0.0, causal, None, scale=scale, enable_gqa=grouped)[0]
+    bias = None if mask is None else _added(mask, query.dtype)
+    return operator(query, key, value, bias, 0.0, causal, None, scale=scale, enable_gqa=grouped)[0]
 
 
 _KERNELS: Mapping[str, _Attention] = {
@@ -87,12 +88,17 @@ _KERNELS: Mapping[str, _Attention] = {
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A mask as what is added to every score, [batch, heads, queries, keys], its rows on the kernels' boundaries."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
+    mask = _added(mask, query.dtype)
     keys = mask.shape[-1]
     if keys != 1:
         mask = _padded(mask, _MASK)[..., :keys]
     return mask.expand(*query.shape[:-1], key.shape[-2])
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), float("-inf"))
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
