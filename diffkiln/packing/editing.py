@@ -31,7 +31,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.packing.engines import pack_family
 from diffkiln.packing.packed import Packed, as_json
-from diffkiln.packing.targets import Group, groups_of, isas_of, retargeted, spec_for
+from diffkiln.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
 from diffkiln.program import Module
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
@@ -83,6 +83,10 @@ class Edit:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
+
+    def stated(self) -> Mapping[str, Target]:
+        """The targets that the bundle's spec has, by name."""
+        return targets_in(self._verified.read(_SPEC))
 
     def remove(self, names: Sequence[str]) -> None:
         """Leave out the engines for these targets."""

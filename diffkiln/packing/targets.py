@@ -114,16 +114,32 @@ def spec_for(data: bytes, removed: Sequence[str] = (), added: Sequence[Target] =
     Raises:
         ManifestInvalid: it is no spec.
     """
+    spec, entries = _read(data)
+    again = {target.name for target in added}  # what is built anew stands as it stood
+    entries = [entry for entry in entries if (name := resolve_target(entry).name) not in removed or name in again]
+    stated = {resolve_target(entry).name for entry in entries}
+    entries += [_entry(target) for target in added if target.name not in stated]
+    written = [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
+    return as_json(spec | {"target": written[0] if len(written) == 1 else written})
+
+
+def targets_in(data: bytes) -> dict[str, Target]:
+    """The targets of a `spec.json` by name, those whose numbers are written out among them.
+
+    Raises:
+        ManifestInvalid: it is no spec.
+    """
+    targets = [resolve_target(entry) for entry in _read(data)[1]]
+    return {target.name: target for target in targets}
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], list[TargetSpec]]:
     try:
         spec = json.loads(data)
         stated = spec["target"]
-        entries = [TargetSpec.model_validate(entry) for entry in (stated if isinstance(stated, list) else [stated])]
+        return spec, [TargetSpec.model_validate(entry) for entry in (stated if isinstance(stated, list) else [stated])]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ManifestInvalid(f"'spec.json' is not a spec: {error}") from None
-    entries = [entry for entry in entries if resolve_target(entry).name not in removed]
-    entries += [_entry(target) for target in added]
-    written = [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
-    return as_json(spec | {"target": written[0] if len(written) == 1 else written})
 
 
 def _entry(target: Target) -> TargetSpec:
