@@ -138,9 +138,8 @@ def test_what_engines_for_gpus_ask_of_the_machine_adds_up():
     packed = nothing_packed()
     _take_over_requirements(packed, CPU, Artefact("onnx", Path(), (), ()))
     assert packed.gpus == {}
-    _take_over_requirements(
-        packed, L4, artefact(sm="sm_89", cuda="13.0", driver="580.65.06", glibc="2.34", tuned="yes")
-    )
+    asked = {"sm": "sm_89", "cuda": "13.0", "driver": "580.65.06"}
+    _take_over_requirements(packed, L4, artefact(**asked, glibc="2.34", tuned="yes"))
     assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": True}}
     _take_over_requirements(packed, L4, artefact(**asked, glibc="2.9"))
     assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": False}}
