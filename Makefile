@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test coverage fuzz lint bench install
+.PHONY: demo test test-cross coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,18 @@ test: install
 # Every class and every call, an hour or more; what has a result is not measured again. Remove results to measure anew.
 coverage: install
 	DIFFKILN_TEST_CACHE=$${DIFFKILN_TEST_CACHE:-$(abspath build/coverage)} $(BIN)/python -m tests.coverage --missing
+
+# Engines for GPUs that are not there. Its own environment has torch built with CUDA, some 7 GB; `===` asks for that very
+# name, and not for a build of the same version without CUDA.
+CROSS_VENV ?= .venv-cross
+$(CROSS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CROSS_VENV)
+	$(CROSS_VENV)/bin/pip install --quiet torch===$$(sed -n 's/^torch==//p' constraints.txt)
+	$(CROSS_VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,cuda]'
+	touch $@
+
+test-cross: $(CROSS_VENV)/.installed
+	$(CROSS_VENV)/bin/python -m pytest -q -m cross tests/cross
 
 # Ten minutes, shared out among the harnesses; what is found lies in build/fuzz/found.
 FUZZ_SECONDS ?= 600

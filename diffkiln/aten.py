@@ -102,7 +102,8 @@ class Interpreter:
     Args:
         program: verified.
         device: what the symbolic device stands for.
-        special: for CALL, REGION, NOISE, STEP and ATTENTION, by the operation's name.
+        special: for CALL, REGION, NOISE, STEP and ATTENTION, by the operation's name. One for an ATen operator takes
+            its place.
     """
 
     def __init__(
@@ -154,11 +155,12 @@ class Interpreter:
         return self._slots.setdefault(name, len(self._slots))
 
     def _step(self, op: Op, special: Mapping[str, Special]) -> tuple[Callable[[list[Any]], Any], Any]:
-        function = overload(op.name) if op.is_aten else special[op.name](op)
-        kernel = kernel_of(op) if op.is_aten else None
+        own = op.is_aten and op.name not in special
+        function = overload(op.name) if own else special[op.name](op)
+        kernel = kernel_of(op) if own else None
         run = self._bind(by_kernel(function, kernel, self.program.name) if kernel else function, op)
         outs: Any = [self._slot(name) for name in op.outputs]
-        if op.is_aten and gives_one_tensor(function):
+        if own and gives_one_tensor(function):
             outs = outs[0]
         return run, outs
 

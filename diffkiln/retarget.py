@@ -118,8 +118,8 @@ def retune(
                 "engines for a CPU are not tuned on the machine that builds them, so building them anew would give the "
                 "same ones"
             )
-        name = choose(edit.manifest, torch.device(device)).target
-        wanted = _known(str(name))
+        name = str(choose(edit.manifest, torch.device(device)).target)
+        wanted = edit.stated().get(name) or _known(name)
         edit.remove([wanted.name])
         with tempfile.TemporaryDirectory(prefix="diffkiln-retune-") as scratch:
             edit.build([wanted], EngineCache(Path(scratch)))  # what another machine found is not wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,17 @@ import torch
 import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
+from diffkiln.exporters.base import Artefact
+from diffkiln.packing.engines import _take_over_requirements, _try_out
+from diffkiln.packing.packed import Packed
+from diffkiln.packing.targets import retargeted, spec_for, targets_in
 from diffkiln.passes.quantize import Quantize
+from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import Recording
+from diffkiln.spec import TARGETS
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
-from tests.exporters.regions import engine_cache
+from tests.exporters.regions import CPU, block, engine_cache
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -113,3 +121,61 @@ def test_two_specs_in_one_process_do_not_influence_each_other(tmp_path, digits_b
     again = diffkiln.compile(DIGITS / "spec.json", tmp_path / "second", cache=engine_cache())
     with open_bundle(digits_bundle) as bundle:
         assert again.id == bundle.id
+
+
+L4 = TARGETS["nvidia-l4"]
+
+
+def artefact(**requires: str) -> Artefact:
+    return Artefact("aot_inductor", Path(), (), (), requires=requires, autotuned=requires.get("tuned") == "yes")
+
+
+def nothing_packed() -> Packed:
+    return Packed(Recording([], {}, Constants(), []), None, [])
+
+
+def test_what_engines_for_gpus_ask_of_the_machine_adds_up():
+    packed = nothing_packed()
+    _take_over_requirements(packed, CPU, Artefact("onnx", Path(), (), ()))
+    assert packed.gpus == {}
+    asked = {"sm": "sm_89", "cuda": "13.0", "driver": "580.65.06"}
+    _take_over_requirements(packed, L4, artefact(**asked, glibc="2.34", tuned="yes"))
+    assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": True}}
+    _take_over_requirements(packed, L4, artefact(**asked, glibc="2.9"))
+    assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": False}}
+    assert (packed.cuda, packed.driver, packed.glibc) == ("13.0", "580.65.06", "2.34")
+
+
+def test_an_engine_that_was_built_without_its_gpu_is_said_to_be_untuned_and_untried():
+    notices: list[str] = []
+    for _ in range(2):
+        _try_out(artefact(), block(), {}, L4, "engines/nvidia-l4", notices)
+    assert notices == [
+        "the engines for nvidia-l4 were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is",
+        "the engines for nvidia-l4 were not tried: this machine cannot run them",
+    ]
+
+
+def test_engines_that_are_built_anew_are_what_the_manifest_tells_of(digits_bundle):
+    with open_bundle(digits_bundle) as bundle:
+        manifest = bundle.manifest
+    name = manifest.engines[0].target
+    before = {"gpus": {name: {"sm": "sm_89", "autotuned": False}, "gone": {"sm": "sm_80"}}}
+    manifest = manifest.model_copy(update={"runtime": {**manifest.runtime, **before}})
+    packed = nothing_packed()
+    packed.gpus[name] = {"sm": "sm_89", "autotuned": True}
+    packed.cuda = "13.0"
+    found = retargeted(manifest, manifest.files, manifest.engines, {name: "x86-64-v3"}, packed)
+    assert found.runtime["gpus"] == {name: {"sm": "sm_89", "autotuned": True}}
+    assert found.requires.cuda == "13.0"
+
+
+def test_a_target_that_is_built_anew_stands_in_the_spec_as_it_stood():
+    written_out = {"device": "cuda", "compute_capability": "8.9", "memory_gb": 24, "h2d_gb_per_s": 25}
+    data = json.dumps({"target": [written_out, {"device": "cuda", "gpu": "nvidia-h200", "driver": "590.0"}]}).encode()
+    stated = targets_in(data)
+    assert list(stated) == ["cuda-sm_89-24gb", "nvidia-h200"]
+    again = json.loads(spec_for(data, list(stated), list(stated.values())))["target"]
+    assert [entry.get("compute_capability") for entry in again] == ["8.9", None]
+    assert again[1]["driver"] == "590.0"
+    assert json.loads(spec_for(data, ["nvidia-h200"], [L4]))["target"][1]["gpu"] == "nvidia-l4"

@@ -83,8 +83,16 @@ def _policy(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _is_gpu(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name, ""), str) for name in ("sm", "ptx"))
+
+
 _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
+    "gpus": (
+        "an object of objects, whose `sm` and `ptx` are texts",
+        lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
+    ),
     "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "on_incompatible": ("text", lambda value: isinstance(value, str)),
     "only_diffusers": ("text", lambda value: isinstance(value, str)),

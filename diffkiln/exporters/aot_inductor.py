@@ -1,16 +1,16 @@
-"""Lower a region with torch's AOTInductor: a shared object with the region's fused kernels, for the CPU.
+"""Lower a region with torch's AOTInductor: a shared object with the region's fused kernels, for a CPU or a GPU.
 
     Program ──interpreter──▶ torch.export ──Inductor──▶ C++ ──toolchain──▶ engine.so
 
 The region is traced with fake tensors, so the memory of its weights is never taken. Inductor is told the target's
 instruction set and of more threads than most machines have: by default it sizes its buffers for the builder's, and an
-engine that meets more threads writes beyond them.
+engine that meets more threads writes beyond them. What is particular to GPUs is in `aot_inductor_cuda`.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +22,18 @@ import torch
 
 from diffkiln.attention import kernel_for
 from diffkiln.bundle.manifest import TensorSpec
+from diffkiln.cuda import gpu_is_here
 from diffkiln.errors import DiffkilnError, ExportError, Problem
+from diffkiln.exporters import aot_inductor_cuda as cuda
 from diffkiln.exporters import toolchain
+from diffkiln.exporters.aot_inductor_host import host_options, isa_problems, told_host
+from diffkiln.exporters.attention import explicit_attention
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.spec.targets import Target
 
-#: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
-_ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
 _VECTOR = TensorType("float32", (8,))
 _SMALLEST = Program(
     "prepare",
@@ -43,6 +45,9 @@ _SMALLEST = Program(
 
 #: Inductor's configuration, the environment that names its cache and the instruction set are the process's.
 _INDUCTOR = threading.Lock()
+
+#: Bytes that a build may take: sources, objects, and the precompiled headers that builds share.
+_ROOM = 512 * 2**20
 
 
 #: Inductor's flags that a caller may set.
@@ -63,24 +68,17 @@ class AotInductor:
     version: ClassVar[int] = 1
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
-        problems = unknown_options(options, FLAGS)
-        if target.device != "cpu":
-            problems.append(Problem("$.target", "aot_inductor builds for the CPU only", "Choose another backend."))
-        elif target.isa not in _ISAS:
-            problems.append(Problem("$.target.isa", f"no {target.isa!r} here", f"Choose one of {', '.join(_ISAS)}."))
-        elif target.isa == "x86-64-v4" and not torch.cpu._is_avx512_supported():
-            problems.append(
-                Problem(
-                    "$.target.isa",
-                    "engines for x86-64-v4 are tried out as they are built, and this machine has no AVX-512",
-                    "Build on a machine that has it, or for x86-64-v3.",
-                )
-            )
+        problems = unknown_options(options, FLAGS) + isa_problems(target)
+        if target.device == "cuda":
+            problems += cuda.gpu_problems(target)
         return problems + foreign_operators(region)
 
     def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
+        target = lowering.target
+
         def tools() -> dict[str, str]:
-            return {"torch": torch.__version__, "compiler": toolchain.find_compiler().version}
+            found = {"torch": torch.__version__, "compiler": toolchain.find_compiler().version}
+            return found | (cuda.gpu_tools(target) if target.device == "cuda" else {})
 
         def build(scratch: Path) -> Artefact:
             return self._build(lowering, toolchain.find_compiler(), cache, scratch)
@@ -95,34 +93,52 @@ class AotInductor:
         self.export(Lowering(_SMALLEST, target), cache)
 
     def _build(self, lowering: Lowering, compiler: toolchain.Compiler, cache: EngineCache, scratch: Path) -> Artefact:
-        isa = lowering.target.isa
+        target = lowering.target
+        for place in (scratch, cache.toolchain):
+            _require_room(place)
         outputs, files = _generate(lowering, compiler, scratch)
         flags = toolchain.Flags.from_inductor(
-            compiler, isa, _json(files, "_compile_flags.json"), _json(files, "_linker_flags.json")
+            compiler, target.isa, _json(files, "_compile_flags.json"), _json(files, "_linker_flags.json")
         )
         work = scratch / "build"
         work.mkdir()
-        sources = toolchain.take_apart(_one(files, ".cpp").read_text())
-        library = toolchain.build(sources, [_one(files, ".o")], flags, cache.toolchain, work)
-        requires = toolchain.requirements(library)
-        directory = _lay_out(library, files, scratch / "engine")
+        source = _one(files, ".cpp").read_text()
+        if target.device == "cuda":
+            flags = cuda.gpu_flags(flags, source, scratch)
+        sources = toolchain.take_apart(source, target.device)
+        objects = [file for file in files if file.suffix == ".o"]  # constants, and for a GPU its kernels
+        library = toolchain.build(sources, objects, flags, cache.toolchain, work)
+        requires, tuned = toolchain.requirements(library), None
+        if target.device == "cuda":
+            requires |= cuda.gpu_requirements(library, target)
+            tuned = gpu_is_here(target)
+        directory = _lay_out(library, files, scratch / "engine", target.device)
         inputs = tuple(contiguous(type_) for type_ in engine_inputs(lowering.region))
-        return Artefact(self.name, directory, inputs, outputs, dict(lowering.options), requires)
+        return Artefact(self.name, directory, inputs, outputs, dict(lowering.options), requires, autotuned=tuned)
+
+
+def _require_room(folder: Path) -> None:
+    """A disk that is full in the middle of it would be the compiler's error, or Triton's."""
+    free = shutil.disk_usage(folder).free
+    if free < _ROOM:
+        raise ExportError(
+            f"building an engine may take {_ROOM} bytes, and there are {free} on the disk of {folder}. Make room, or "
+            "set TMPDIR and DIFFKILN_CACHE_DIR to folders on another disk"
+        )
 
 
 def _generate(
     lowering: Lowering, compiler: toolchain.Compiler, scratch: Path
 ) -> tuple[tuple[TensorSpec, ...], list[Path]]:
     """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
-    region, isa = lowering.region, lowering.target.isa
-
-    with _INDUCTOR, _quiet(), torch.no_grad(), _told(isa, scratch / "inductor"), kernel_for(region):
+    folder = scratch / "inductor"
+    options = _options(lowering, compiler, folder / "out")  # before anything stands in for a GPU
+    with _INDUCTOR, _quiet(), torch.no_grad():
         try:
-            flat = examples(region)
-            exported = traced(lowering, flat)
-            outputs = layouts(exported, lowering)
-            options = _options(isa, compiler, scratch / "inductor" / "out") | dict(lowering.options)
-            files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
+            with _told(lowering, folder):
+                flat, exported = _exported(lowering)
+                outputs = layouts(exported, lowering)
+                files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
         except DiffkilnError:
             raise
         except Exception as error:
@@ -136,54 +152,38 @@ def _generate(
     return outputs, [Path(str(file)) for file in files]
 
 
-def _options(isa: str, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:
+@contextmanager
+def _told(lowering: Lowering, folder: Path) -> Iterator[None]:
+    """Inductor, told of the target."""
+    target = lowering.target
+    with told_host(target.isa, folder):
+        if target.device == "cuda":
+            with cuda.told_gpu(target, folder):
+                yield
+        else:
+            with kernel_for(lowering.region):
+                yield
+
+
+def _exported(lowering: Lowering) -> tuple[tuple[torch.Tensor, ...], torch.export.ExportedProgram]:
+    if lowering.target.device == "cpu":
+        flat = examples(lowering.region)
+        return flat, traced(lowering, flat)
+    flat = examples(lowering.region, cuda.DEVICE)
+    return flat, traced(lowering, flat, explicit_attention(lowering.region, lowering.target))
+
+
+def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:
     """Inductor's configuration, as far as this torch has it."""
     import torch._inductor
 
-    wanted = {
-        "aot_inductor.output_path": str(folder),
-        "aot_inductor.model_name_for_generated_files": "engine",
-        "aot_inductor.metadata": {},  # Inductor writes into its own default
-        "aot_inductor.precompile_headers": False,
-        "aot_inductor.enable_line_tables": False,
-        "aot_inductor.enable_frame_pointer": False,
-        "cpp.cxx": (None, compiler.path),
-        "cpp.march": isa,
-        "cpp.simdlen": _ISAS[isa][0],
-        "cpp.vec_isa_ok": True,
-        "cpp.dynamic_threads": False,
-        "cpp.threads": toolchain.MAX_THREADS,
-        "size_asserts": False,
-        "freezing": False,
-        "max_autotune": False,
-        "max_autotune_gemm": False,
-        "fx_graph_cache": False,
-        "fx_graph_remote_cache": False,
-    }
+    target = lowering.target
+    given = dict(lowering.options)
+    wanted = host_options(target.isa, compiler, folder)
+    wanted |= cuda.gpu_options(target, given) if target.device == "cuda" else given
     known = set(torch._inductor.list_options())
     must = {"aot_inductor.package": True, "aot_inductor.package_cpp_only": True}
     return must | {name: value for name, value in wanted.items() if name in known}
-
-
-@contextmanager
-def _told(isa: str, folder: Path) -> Iterator[None]:
-    """Inductor with a cache of its own and the target's vectors, which it would otherwise find by trying compilers."""
-    from torch._inductor import cpu_vec_isa
-
-    vectors = _ISAS[isa][1]
-    isas = [getattr(cpu_vec_isa, vectors)()] if vectors else []
-    before, cache = cpu_vec_isa.valid_vec_isa_list, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder.mkdir()
-    cpu_vec_isa.valid_vec_isa_list = lambda: isas  # type: ignore[assignment]
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        cpu_vec_isa.valid_vec_isa_list = before
-        if cache is None:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        else:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
 
 
 @contextmanager
@@ -197,12 +197,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _lay_out(library: Path, files: Sequence[Path], directory: Path) -> Path:
+def _lay_out(library: Path, files: Sequence[Path], directory: Path, device: str) -> Path:
     """The folder that torch's loader takes for an unpacked package, with what it needs and no more."""
     folder = directory / "data" / "aotinductor" / "model"
     folder.mkdir(parents=True)
     library.rename(folder / "engine.so")
-    (folder / "engine_metadata.json").write_text(json.dumps({"AOTI_DEVICE_KEY": "cpu"}) + "\n")
+    (folder / "engine_metadata.json").write_text(json.dumps({"AOTI_DEVICE_KEY": device}) + "\n")
     for file in files:
         if file.name == "engine.wrapper.json":  # calls that have no C shim
             (folder / "engine.json").write_bytes(file.read_bytes())

@@ -47,7 +47,8 @@ class Artefact:
 
     `inputs` are the region's inputs, then its weights in `Program.weights` order, then its constants in
     `Program.constants` order, all contiguous. `requires` is what the engine's files demand of the machine that loads
-    them, such as {"glibc": "2.34", "glibcxx": "3.4.30"}.
+    them, such as {"glibc": "2.34", "glibcxx": "3.4.30"}. `autotuned` says whether kernels were chosen by running them
+    on the target's GPU; None where there is nothing to choose.
     """
 
     backend: str
@@ -56,6 +57,7 @@ class Artefact:
     outputs: tuple[TensorSpec, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
+    autotuned: bool | None = None
 
 
 class Exporter(Protocol):

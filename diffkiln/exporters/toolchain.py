@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -36,6 +35,7 @@ from diffkiln.exporters.processes import call
 _TORCH = Path(torch.__file__).parent
 _INTERFACE = _TORCH / "_inductor" / "codegen" / "aoti_runtime" / "interface.cpp"
 _MODEL_HEADER = "#include <torch/csrc/inductor/aoti_include/cpu.h>\n"
+_MODEL_HEADERS = {"cpu": _MODEL_HEADER, "cuda": _MODEL_HEADER.replace("cpu", "cuda")}
 _KERNEL_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 #: The model's base class is instantiated with the interface and nowhere else.
 _BASE = "namespace torch::aot_inductor {{ {}template class AOTInductorModelBase<AOTInductorModel>; }}\n"
@@ -97,11 +97,15 @@ class Flags:
 
 @dataclass(frozen=True)
 class Sources:
-    """A region's C++. `interface` is empty where the source could not be taken apart and `model` is all of it."""
+    """A region's C++. `interface` is empty where the source could not be taken apart and `model` is all of it.
+
+    `header` is what the interface and the model begin with. `kernels` is empty where they are a GPU's.
+    """
 
     interface: str
     model: str
     kernels: str
+    header: str = _MODEL_HEADER
 
 
 def find_compiler() -> Compiler:
@@ -129,19 +133,21 @@ def _version(path: str) -> str:
     return done.stdout.partition("\n")[0].strip()
 
 
-def take_apart(source: str) -> Sources:
+def take_apart(source: str, device: str = "cpu") -> Sources:
     """Split what AOTInductor writes as one file. Whatever does not look as expected stays together."""
+    header = _MODEL_HEADERS[device]
     source = _CHECK_CALL.sub("", _CHECK_BODY.sub("", source))
     source = source.replace(_THREADS, f"num_threads(std::min({MAX_THREADS}, omp_get_max_threads()))")
     interface = _INTERFACE.read_text().strip("\n")
     head, found, body = source.partition(interface)
     model, kernel_header, kernels = body.partition(_KERNEL_HEADER)
-    if not found or head.strip() != _MODEL_HEADER.strip() or "AOTInductorModel::run_impl(" not in model:
-        return Sources("", source, "")
+    if not found or head.strip() != header.strip() or "AOTInductorModel::run_impl(" not in model:
+        return Sources("", source, "", header)
     return Sources(
-        _MODEL_HEADER + interface + "\n" + _BASE.format(""),
-        _MODEL_HEADER + _BASE.format("extern ") + model,
+        header + interface + "\n" + _BASE.format(""),
+        header + _BASE.format("extern ") + model,
         kernel_header + kernels,
+        header,
     )
 
 
@@ -159,14 +165,18 @@ def build(sources: Sources, objects: Sequence[Path], flags: Flags, shared: Path,
     if not sources.interface:
         (scratch / "model.cpp").write_text(sources.model)
         return _link([_compile(flags, _WHOLE_LEVEL, "model.cpp", scratch), *objects], flags, scratch)
-    parts = _Shared(shared / flags.key, flags)
+    parts = _Shared(shared / flags.key, flags, sources.header)
     (scratch / "model.cpp").write_text(sources.model)
     (scratch / "kernels.cpp").write_text(sources.kernels)
     with ThreadPoolExecutor(3) as pool:
         interface = pool.submit(parts.interface, sources.interface)
         model = pool.submit(lambda: _compile(flags, _MODEL_LEVEL, "model.cpp", scratch, parts.header("model")))
-        kernels = pool.submit(lambda: _compile(flags, _KERNEL_LEVEL, "kernels.cpp", scratch, parts.header("kernels")))
-        compiled = [interface.result(), model.result()] + ([kernels.result()] if sources.kernels else [])
+        kernels = (
+            pool.submit(lambda: _compile(flags, _KERNEL_LEVEL, "kernels.cpp", scratch, parts.header("kernels")))
+            if sources.kernels
+            else None
+        )
+        compiled = [interface.result(), model.result(), *([kernels.result()] if kernels else [])]
     return _link([*compiled, *objects], flags, scratch)
 
 
@@ -187,18 +197,17 @@ def requirements(library: Path) -> dict[str, str]:
 class _Shared:
     """What engines with the same flags share. Made once, by whoever comes first; others wait for it."""
 
-    _HEADERS: ClassVar = {"model": (_MODEL_HEADER, _MODEL_LEVEL), "kernels": (_KERNEL_HEADER, _KERNEL_LEVEL)}
-
-    def __init__(self, folder: Path, flags: Flags) -> None:
+    def __init__(self, folder: Path, flags: Flags, model_header: str) -> None:
         self.folder = folder
         self.flags = flags
+        self._headers = {"model": (model_header, _MODEL_LEVEL), "kernels": (_KERNEL_HEADER, _KERNEL_LEVEL)}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def header(self, name: str) -> Path | None:
         """The header to include first, precompiled beside it; None for a compiler that is not GCC."""
         if "clang" in self.flags.compiler.version:
             return None
-        text, level = self._HEADERS[name]
+        text, level = self._headers[name]
         header = self.folder / f"{name}.h"
         precompiled = header.with_suffix(".h.gch")
         with self._lock(name):
@@ -260,7 +269,11 @@ def _run(flags: Flags, arguments: Sequence[str], folder: Path) -> None:
 
 
 def _call(command: Sequence[str], folder: Path) -> None:
-    # Translated messages would not be recognised, and a compiler must not be led by the caller's include paths.
-    environment = {key: value for key, value in os.environ.items() if key not in ("CPATH", "CPLUS_INCLUDE_PATH")}
     with _SLOTS:
-        call(command, folder, environment | {"LC_ALL": "C"}, _MINUTES * 60)
+        call(command, folder, plain_environment(), _MINUTES * 60)
+
+
+def plain_environment() -> dict[str, str]:
+    """For compilers: translated messages would not be recognised, and the caller's include paths must not lead them."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("CPATH", "CPLUS_INCLUDE_PATH")}
+    return environment | {"LC_ALL": "C"}

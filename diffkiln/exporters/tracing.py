@@ -6,11 +6,12 @@ graph like any other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import ExportError
 from diffkiln.exporters.base import Lowering, contiguous, engine_inputs, spec_of
@@ -18,27 +19,33 @@ from diffkiln.program import Program
 from diffkiln.program.sizes import Family
 
 
-def examples(region: Program) -> tuple[torch.Tensor, ...]:
-    """A fake tensor for each of the engine's inputs."""
+def examples(region: Program, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """A fake tensor on the device for each of the engine's inputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        return tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype)) for t in engine_inputs(region))
+        return tuple(torch.empty(t.shape, dtype=dtype_of(t.dtype), device=device) for t in engine_inputs(region))
 
 
-def traced(lowering: Lowering, flat: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+def traced(
+    lowering: Lowering, flat: tuple[torch.Tensor, ...], special: Mapping[str, Special] | None = None
+) -> torch.export.ExportedProgram:
     """The region as torch's own program; where it is one of a family, with symbols for the sizes that differ.
+
+    Args:
+        flat: from `examples`, on the device that the region is for.
+        special: what is to take the place of operators, by name.
 
     Raises:
         ExportError: an operator takes one size only.
     """
     family = lowering.family
     if not family:
-        return torch.export.export(_Region(lowering.region), flat, strict=False)
+        return torch.export.export(_Region(lowering.region, flat, special), flat, strict=False)
     shapes: list[Any] = [{} for _ in flat]
     for (position, dimension), (smallest, largest) in family.ranges.items():
         shapes[position][dimension] = torch.export.Dim.AUTO(min=smallest, max=largest)
-    module = _Region(lowering.region, family)
+    module = _Region(lowering.region, flat, special, family)
     exported = torch.export.export(module, flat, strict=False, dynamic_shapes=(tuple(shapes),))
     values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"]
     for position, dimension in family.ranges:
@@ -59,9 +66,16 @@ def layouts(exported: torch.export.ExportedProgram, lowering: Lowering) -> tuple
 class _Region(torch.nn.Module):
     """A region as a module of its flat inputs. Outputs are contiguous, as the inputs of the next region must be."""
 
-    def __init__(self, region: Program, family: Family | None = None) -> None:
+    def __init__(
+        self,
+        region: Program,
+        flat: tuple[torch.Tensor, ...],
+        special: Mapping[str, Special] | None,
+        family: Family | None = None,
+    ) -> None:
         super().__init__()
         self.region, self.family = region, family
+        self.device, self.special = flat[0].device if flat else torch.device("cpu"), special
 
     def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         region = self.region
@@ -71,5 +85,5 @@ class _Region(torch.nn.Module):
         inputs = [next(values) for _ in region.inputs]
         weights = {name: next(values) for name in region.weights}
         constants = {key: next(values) for key in region.constants}
-        outputs = Interpreter(region)(inputs, weights, constants)
+        outputs = Interpreter(region, self.device, self.special)(inputs, weights, constants)
         return tuple(out.clone() if any(out is x for x in flat) else out.contiguous() for out in outputs)

@@ -31,7 +31,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.packing.engines import pack_family
 from diffkiln.packing.packed import Packed, as_json
-from diffkiln.packing.targets import Group, groups_of, isas_of, retargeted, spec_for
+from diffkiln.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
 from diffkiln.program import Module
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
@@ -83,6 +83,10 @@ class Edit:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
+
+    def stated(self) -> Mapping[str, Target]:
+        """The targets that the bundle's spec has, by name."""
+        return targets_in(self._verified.read(_SPEC))
 
     def remove(self, names: Sequence[str]) -> None:
         """Leave out the engines for these targets."""
@@ -152,7 +156,7 @@ class Edit:
         new = {target.name: target.isa for target in self._added}
         isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
         kept = [row for row in self.manifest.engines if row.target not in self._removed]
-        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed.glibc)
+        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed)
 
     def _report(self, manifest: Manifest, what: str) -> None:
         """`build.json` and `README.md`: those of the first build, and what was done since."""
@@ -172,7 +176,9 @@ class Edit:
 
 
 def _packed(manifest: Manifest) -> Packed:
-    return Packed(Recording([], {}, Constants(), []), None, [], glibc=manifest.requires.glibc)
+    asked = manifest.requires
+    empty = Recording([], {}, Constants(), [])
+    return Packed(empty, None, [], glibc=asked.glibc, cuda=asked.cuda, driver=asked.driver)
 
 
 def _check_editable(bundle: Bundle) -> None:

@@ -17,7 +17,7 @@ from diffkiln.packing.packed import Packed
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module, Program
 from diffkiln.program.sizes import Family, families
-from diffkiln.runtime.compatibility import missing_flags
+from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engines import engine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
@@ -127,9 +127,19 @@ def _pack(
         if file.is_file():
             relative = file.relative_to(artefact.directory).as_posix()
             writer.write(f"{path}/{relative}", file.read_bytes(), "native")
-    packed.glibc = max(filter(None, (packed.glibc, artefact.requires.get("glibc"))), key=_numbers, default=None)
+    _take_over_requirements(packed, target, artefact)
     for region in regions:
         packed.engines.append(_engine_row(artefact, region, request, target, path))
+
+
+def _take_over_requirements(packed: Packed, target: Target, artefact: Artefact) -> None:
+    """The newest that any engine asks for is what the bundle asks for."""
+    for name in ("glibc", "cuda", "driver"):
+        stated = filter(None, (getattr(packed, name), artefact.requires.get(name)))
+        setattr(packed, name, max(stated, key=_numbers, default=None))
+    if sm := artefact.requires.get("sm"):
+        before = packed.gpus.get(target.name, {}).get("autotuned", True)
+        packed.gpus[target.name] = {"sm": sm, "autotuned": before and artefact.autotuned is True}
 
 
 def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineRow:
@@ -162,14 +172,26 @@ def _try_out(
     notices: list[str],
 ) -> None:
     """An engine that is wrong is not published. One that this machine cannot run is said to be untried."""
-    if target.device != "cpu" or missing_flags(target.isa):
-        notice = f"the engines for {target.name} were not tried: this machine cannot run them"
-        if notice not in notices:
+    told = []
+    if artefact.autotuned is False:
+        told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
+    if (device := _place(target)) is None:
+        told.append("were not tried: this machine cannot run them")
+    for what in told:
+        if (notice := f"the engines for {target.name} {what}") not in notices:
             notices.append(notice)
+    if device is None:
         return
-    device = torch.device("cpu")
     loaded = engine(artefact.backend)(artefact.directory, _inputs(region), device)
-    self_test(loaded, region, constants, device, path)
+    on_device = {key: tensor.to(device) for key, tensor in constants.items()}
+    self_test(loaded, region, on_device, device, path)
+
+
+def _place(target: Target) -> torch.device | None:
+    """Where this machine can run engines for a target; None if it cannot."""
+    if target.device == "cuda":
+        return torch.device("cuda") if capability() == target.capability else None
+    return None if missing_flags(target.isa) else torch.device("cpu")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -26,6 +26,10 @@ class Packed:
     weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
     features: set[str] = field(default_factory=set)
     glibc: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    #: What engines for GPUs hold, by target: the SM of their code, and whether it was tuned on one.
+    gpus: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: The modules that were recorded, by component, so that an error can say where a region comes from.
     ghosts: Mapping[str, torch.nn.Module] = field(default_factory=dict)
 

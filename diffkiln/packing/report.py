@@ -36,6 +36,8 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         "on_incompatible": checked.spec.runtime.on_incompatible,
         "targets": {target.name: target.isa for target in checked.targets},
     }
+    if packed.gpus:
+        runtime["gpus"] = dict(packed.gpus)
     if checked.spec.runtime.tf32 is not None:
         runtime["tf32"] = checked.spec.runtime.tf32
     if packed.recording.reason:
@@ -48,6 +50,8 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         requires=Requires(
             python=">=3.11",
             torch=f"=={major}.{minor}.*",
+            cuda=packed.cuda,
+            driver=packed.driver,
             cpu_isa=min(target.isa for target in checked.targets) if packed.engines else None,
             glibc=packed.glibc,
             packages=_packages(packed.recording, steps),

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffkiln.bundle import EngineRow, FileRow, Manifest, engine_targets
 from diffkiln.errors import ManifestInvalid
-from diffkiln.packing.packed import as_json
+from diffkiln.packing.packed import Packed, as_json
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module
 from diffkiln.program.sizes import Family, families
@@ -61,7 +61,7 @@ def retargeted(
     files: tuple[FileRow, ...],
     engines: Sequence[EngineRow],
     isas: Mapping[str, str],
-    glibc: str | None,
+    packed: Packed,
 ) -> Manifest:
     """The manifest with these files and engines.
 
@@ -70,13 +70,15 @@ def retargeted(
         files: the new files.
         engines: the new engines, in any order.
         isas: the instruction set of each target, in the targets' order.
-        glibc: the oldest that all engines need.
+        packed: what the engines that were built ask of the machine, on top of what the old manifest asks.
     """
     ordered = _ordered(manifest, engines, list(isas))
-    requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), "glibc": glibc})
-    gpus: Any = manifest.runtime.get("gpus")
+    asked = {"glibc": packed.glibc, "cuda": packed.cuda, "driver": packed.driver}
+    requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), **asked})
+    before: Any = manifest.runtime.get("gpus", {})
+    gpus = {**before, **packed.gpus}
     runtime: dict[str, Any] = {**manifest.runtime, "targets": dict(isas)}
-    if gpus is not None:
+    if gpus:
         runtime["gpus"] = {name: gpus[name] for name in isas if name in gpus}
     return manifest.model_copy(update={"files": files, "engines": ordered, "requires": requires, "runtime": runtime})
 
@@ -112,16 +114,32 @@ def spec_for(data: bytes, removed: Sequence[str] = (), added: Sequence[Target] =
     Raises:
         ManifestInvalid: it is no spec.
     """
+    spec, entries = _read(data)
+    again = {target.name for target in added}  # what is built anew stands as it stood
+    entries = [entry for entry in entries if (name := resolve_target(entry).name) not in removed or name in again]
+    stated = {resolve_target(entry).name for entry in entries}
+    entries += [_entry(target) for target in added if target.name not in stated]
+    written = [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
+    return as_json(spec | {"target": written[0] if len(written) == 1 else written})
+
+
+def targets_in(data: bytes) -> dict[str, Target]:
+    """The targets of a `spec.json` by name, those whose numbers are written out among them.
+
+    Raises:
+        ManifestInvalid: it is no spec.
+    """
+    targets = [resolve_target(entry) for entry in _read(data)[1]]
+    return {target.name: target for target in targets}
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], list[TargetSpec]]:
     try:
         spec = json.loads(data)
         stated = spec["target"]
-        entries = [TargetSpec.model_validate(entry) for entry in (stated if isinstance(stated, list) else [stated])]
+        return spec, [TargetSpec.model_validate(entry) for entry in (stated if isinstance(stated, list) else [stated])]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ManifestInvalid(f"'spec.json' is not a spec: {error}") from None
-    entries = [entry for entry in entries if resolve_target(entry).name not in removed]
-    entries += [_entry(target) for target in added]
-    written = [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
-    return as_json(spec | {"target": written[0] if len(written) == 1 else written})
 
 
 def _entry(target: Target) -> TargetSpec:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
+from diffkiln.cuda import cuda_problems
 from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Plan
 from diffkiln.program import Module, onnx
@@ -50,12 +51,9 @@ class AotInductor(Backend):
 
     def problems(self, component: str, plan: Plan, target: Target, where: str, fullgraph: bool) -> Iterator[Problem]:
         yield from super().problems(component, plan, target, where, fullgraph)
-        if target.device != "cpu":
-            yield Problem(
-                where,
-                f"aot_inductor builds for CPUs only in this version, the target is {target.name}",
-                "Choose a CPU target.",
-            )
+        for problem in cuda_problems() if target.device == "cuda" else ():
+            reason = f"to build for {target.name}, {problem.where}: {problem.reason}"
+            yield Problem(f"{where}.backend", reason, problem.mend)
 
 
 class Onnx(Backend):

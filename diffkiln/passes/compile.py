@@ -53,8 +53,9 @@ class Compile(Pass):
     `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
-    `aot_inductor` writes native code for a CPU. `onnx` writes ONNX, which ONNX Runtime runs with the bundle's weights.
-    `torch_compile` compiles when the bundle is loaded, out of the caches of a compilation when it was made.
+    `aot_inductor` writes native code for a CPU or a GPU, which need not be in this machine. `onnx` writes ONNX, which
+    ONNX Runtime runs with the bundle's weights. `torch_compile` compiles when the bundle is loaded, out of the caches of
+    a compilation when it was made.
     """
 
     name: ClassVar[str] = "compile"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -68,6 +69,7 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
             )
         if requires.glibc and (found := _glibc()) and numbers(found) < numbers(requires.glibc):
             yield Problem("glibc", f"found {found}, required {requires.glibc} or later")
+        yield from _cuda_differences(requires)
     if requires.sm:
         found = _sm()
         if found != requires.sm:
@@ -80,6 +82,17 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
             yield Problem(package, f"found nothing, required {wanted or 'any version'}", install_line(package))
         else:
             yield from _version(package, found, wanted, install_line(package))
+
+
+def _cuda_differences(requires: Requires) -> Iterator[Problem]:
+    """Engines are linked with CUDA's runtime, whose name has the major version; a driver must know their code."""
+    if requires.cuda:
+        found = torch.version.cuda
+        if found is None or numbers(found)[0] != numbers(requires.cuda)[0]:
+            told = f"a torch built for {found}" if found else "a torch built without CUDA"
+            yield Problem("cuda", f"found {told}, required {requires.cuda}", "Install that torch or compile again")
+    if requires.driver and (found := _driver()) and numbers(found) < numbers(requires.driver):
+        yield Problem("driver", f"found {found}, required {requires.driver} or later", "Update the NVIDIA driver")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -121,6 +134,16 @@ def _glibc() -> str | None:
         return os.confstr("CS_GNU_LIBC_VERSION").split()[-1]  # type: ignore[union-attr]
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; None where there is none, or it does not say."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", file.readline())
+    except OSError:
+        return None
+    return found[0] if found else None
 
 
 def capability() -> tuple[int, int] | None:

@@ -144,6 +144,9 @@ def test_a_million_rows_or_containers_are_refused() -> None:
         (("runtime", "device"), []),
         (("runtime", "offload"), "group"),
         (("runtime", "tf32"), 1),
+        (("runtime", "gpus"), ["sm_89"]),
+        (("runtime", "gpus"), {"nvidia-l4": "sm_89"}),
+        (("runtime", "gpus"), {"nvidia-l4": {"sm": 89}}),
     ],
 )
 def test_refuses_a_field_that_is_out_of_bounds(path: tuple[str | int, ...], value: Any) -> None:

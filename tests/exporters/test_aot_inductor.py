@@ -19,7 +19,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.program import REGION, Op, Ref
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine
 from diffkiln.runtime.self_test import self_test
-from diffkiln.spec.targets import CPUS, Target
+from diffkiln.spec.targets import CPUS
 from tests.exporters.regions import (
     CPU,
     Writer,
@@ -200,6 +200,15 @@ class TestTakingApart:
     def test_leaves_together_what_it_does_not_know(self) -> None:
         assert toolchain.take_apart("int main() {}\n") == toolchain.Sources("", "int main() {}\n", "")
 
+    def test_a_gpus_engine_has_kernels_of_its_own_and_no_loops(self) -> None:
+        header = toolchain._MODEL_HEADERS["cuda"]
+        run = "void AOTInductorModel::run_impl() {}\n"
+        sources = toolchain.take_apart(f"{header}{toolchain._INTERFACE.read_text()}\n{run}", "cuda")
+        assert sources.interface.startswith(header)
+        assert sources.model.startswith(header)
+        assert sources.kernels == ""
+        assert sources.header == header
+
 
 class TestRefusing:
     def reasons(self, problems: Sequence[object]) -> str:
@@ -207,10 +216,6 @@ class TestRefusing:
 
     def test_accepts_what_it_can_build(self) -> None:
         assert not AotInductor().check(block(), CPU, {})
-
-    def test_gpu(self) -> None:
-        target = Target("l4", "cuda", compute_capability="8.9")
-        assert "CPU only" in self.reasons(AotInductor().check(block(), target, {}))
 
     def test_unknown_option(self) -> None:
         assert "$.level" in self.reasons(AotInductor().check(block(), CPU, {"level": 3}))

@@ -32,11 +32,17 @@ def test_component_without_blocks_is_refused():
         checked(plan, COMPILE)
 
 
-def test_gpu_target_is_refused_with_the_reason():
+def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
     plan = ghost("flux")
     target = resolve_target(TargetSpec(device="cuda", gpu="nvidia-l4"))
-    with pytest.raises(IllegalPlan, match="CPUs only"):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        IllegalPlan, match=r"\$\.passes\[0\]\.backend: .*nvidia-l4, torch: .*built without CUDA.*pip install"
+    ):
         manager.run(plan, placed(COMPILE), [target])
+    monkeypatch.setattr("diffkiln.passes.compile.cuda_problems", lambda: iter(()))
+    after, _ = manager.run(plan, placed(COMPILE | {"flags": {"max_autotune": True}}), [target])
+    assert after.compile[0].options == {"max_autotune": True}
 
 
 def test_twice_for_one_component_is_refused():

@@ -48,10 +48,14 @@ def test_the_right_machine_passes(machine):
         ({"packages": {"no-such-package": ">=1"}}, None, "no-such-package: found nothing.*pip install no-such-package"),
         ({"packages": {"numpy": ">=99"}}, None, "numpy: found .*, required >=99"),
         ({"torch": "~=2.13"}, None, "cannot read"),
+        ({"cuda": "12.8"}, None, r"cuda: found a torch built for 13\.0, required 12\.8"),
+        ({"driver": "580.65.06"}, None, r"driver: found 570\.26, required 580\.65\.06 or later.*Update"),
     ],
 )
 def test_each_difference_is_found_against_required(machine, changed, isa, message):
     machine.setattr(compatibility, "_sm", lambda: None)
+    machine.setattr(compatibility.torch.version, "cuda", "13.0")
+    machine.setattr(compatibility, "_driver", lambda: "570.26")
     with pytest.raises(Incompatible, match=message):
         check_target(requires(**changed), isa, native=True)
 
@@ -75,6 +79,18 @@ def test_differences_come_together(machine):
     with pytest.raises(Incompatible) as caught:
         check_target(requires(torch="==2.12.*", glibc="2.40"), "x86-64-v4", native=True)
     assert [problem.where for problem in caught.value.problems] == ["torch", "cpu_isa", "glibc"]
+
+
+def test_another_minor_version_of_cuda_and_a_later_driver_fit(machine):
+    machine.setattr(compatibility.torch.version, "cuda", "13.2")
+    machine.setattr(compatibility, "_driver", lambda: "590.12")
+    check_target(requires(cuda="13.0", driver="580.65.06"), None, native=True)
+
+
+def test_a_torch_without_cuda_does_not_fit_engines_for_gpus(machine):
+    machine.setattr(compatibility.torch.version, "cuda", None)
+    with pytest.raises(Incompatible, match=r"cuda: found a torch built without CUDA, required 13\.0"):
+        check_target(requires(cuda="13.0"), None, native=True)
 
 
 def test_without_native_code_torch_and_cpu_do_not_matter(machine):

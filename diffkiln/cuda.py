@@ -1,0 +1,129 @@
+"""What building for an NVIDIA GPU needs of this machine: a torch with CUDA, an assembler and headers; not the GPU.
+
+All of it comes with pip: torch's build with CUDA brings CUDA's runtime, and Triton brings ptxas and the headers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from diffkiln.errors import Problem
+from diffkiln.spec.targets import Target
+
+#: The lowest driver that runs code of a CUDA major version, whatever its minor. Source: CUDA Compatibility, "Minor
+#: Version Compatibility".
+DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+
+#: What an engine's C++ includes, and what that includes in turn; the last is of another part of CUDA, its C++ library.
+_HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "crt/host_defines.h")
+_LIBRARY_HEADER = "nv/target"
+_VERSION = re.compile(r"^#define CUDA_VERSION (\d+)", re.MULTILINE)
+
+
+def gpu_is_here(target: Target) -> bool:
+    """Whether this machine has a GPU of the target's compute capability, which torch can use."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == target.capability
+
+
+def cuda_problems() -> Iterator[Problem]:
+    """What this machine lacks to build for an NVIDIA GPU, each with the package that brings it."""
+    if torch.version.cuda is None:
+        yield Problem(
+            "torch",
+            f"found {torch.__version__}, which is built without CUDA, and engines for a GPU need one built with it",
+            f"No GPU is needed, but several GB of disk: pip install --force-reinstall 'torch==={_release()}'",
+        )
+        return
+    if find_spec("triton") is None:
+        yield Problem("triton", "not installed, and it compiles the engines' GPU code", "pip install triton")
+    elif find_ptxas() is None:
+        yield Problem(
+            "ptxas",
+            "not found: neither in the package triton nor where TRITON_PTXAS_PATH says, and it assembles GPU code",
+            "pip install --force-reinstall triton",
+        )
+    if find_headers() is None:
+        yield Problem(
+            "cuda.h",
+            f"no headers of CUDA {_major()} found: neither in the packages triton and nvidia-cuda-runtime nor in "
+            "CUDA_HOME, and the engines' C++ includes them",
+            "pip install --force-reinstall triton, or set CUDA_HOME to a CUDA toolkit of that version",
+        )
+    if find_library_headers() is None:
+        package = f"nvidia-cuda-cccl=={_major()}.*" if _major() > 12 else f"nvidia-cuda-cccl-cu{_major()}"
+        yield Problem(
+            _LIBRARY_HEADER,
+            "not found: neither in that package nor in CUDA_HOME, and CUDA's headers include it",
+            f"pip install '{package}'",
+        )
+    if find_cudart() is None:
+        yield Problem(
+            f"libcudart.so.{_major()}",
+            "not found, and engines are linked with it",
+            f"pip install 'nvidia-cuda-runtime=={_major()}.*', or set CUDA_HOME to a CUDA toolkit of that version",
+        )
+
+
+def find_ptxas() -> Path | None:
+    """The assembler that Triton will run, if it is there."""
+    stated = os.environ.get("TRITON_PTXAS_PATH")
+    path = Path(stated) if stated else _triton() / "bin" / "ptxas"
+    return path if os.access(path, os.X_OK) else None
+
+
+def find_headers() -> Path | None:
+    """A folder with CUDA's headers, of torch's own major version; Triton's, which belong to this torch, first."""
+    folders = [_triton() / "include", _wheel() / "include", *(home / "include" for home in _homes())]
+    return next((folder for folder in folders if _complete(folder)), None)
+
+
+def find_library_headers() -> Path | None:
+    """A folder with the headers of CUDA's C++ library, which lie apart from the others since CUDA 13."""
+    roots = [_wheel() / "include", *(home / "include" for home in _homes())]
+    folders = [folder for root in roots for folder in (root / "cccl", root)]
+    return next((folder for folder in folders if (folder / _LIBRARY_HEADER).is_file()), None)
+
+
+def find_cudart() -> Path | None:
+    """CUDA's runtime library: the one that torch has loaded, else where it is installed."""
+    name = f"libcudart.so.{_major()}"
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        loaded = [Path(line.split()[-1]) for line in maps if line.rstrip().endswith(f"/{name}")]
+    installed = [_wheel() / "lib" / name, *(home / "lib64" / name for home in _homes())]
+    return next((path for path in [*loaded, *installed] if path.is_file()), None)
+
+
+def _complete(folder: Path) -> bool:
+    if not all((folder / header).is_file() for header in _HEADERS):
+        return False
+    found = _VERSION.search((folder / "cuda.h").read_text(errors="replace"))
+    return found is not None and int(found[1]) // 1000 == _major()
+
+
+def _triton() -> Path:
+    spec = find_spec("triton")
+    return Path(spec.origin).parent / "backends" / "nvidia" if spec and spec.origin else Path("/nonexistent")
+
+
+def _wheel() -> Path:
+    """Where NVIDIA's packages for this CUDA lie, beside torch."""
+    return Path(torch.__file__).parent.parent / "nvidia" / f"cu{_major()}"
+
+
+def _homes() -> list[Path]:
+    stated = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return [Path(home) for home in (*stated, "/usr/local/cuda")]
+
+
+def _major() -> int:
+    return int((torch.version.cuda or "0").partition(".")[0])
+
+
+def _release() -> str:
+    return torch.__version__.partition("+")[0]

@@ -1,0 +1,291 @@
+"""A GPU that is not there: what torch's Inductor and Triton ask of one while they compile, answered from numbers.
+
+Compiling needs no GPU. But Inductor asks the driver which GPU it compiles for, loads each kernel to look at it, and
+runs it to choose between forms of it. Inside `absent_gpu` it is told what the target's GPU would answer, kernels are
+compiled and not loaded, and the first form of each is taken: *nothing is tuned*.
+
+Each stand-in below replaces what one part of torch asks, says why, and puts back what was there. They are the
+process's, so whoever enters waits for nobody else to be compiling. They were written against the insides of torch
+2.11 to 2.15; one that is gone in another is an error, never left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from diffkiln.errors import ExportError
+
+OLDEST, NEWEST = (2, 11), (2, 15)
+
+#: Compute capability: (multiprocessors, threads resident on each, bytes of shared memory that a block may opt in to).
+#: The first is of a common card, for Inductor's choice of how far to split reductions. Sources: CUDA C++ Programming
+#: Guide, "Technical Specifications per Compute Capability"; NVIDIA's data sheets.
+_LIMITS = {
+    (7, 5): (40, 1024, 65536),
+    (8, 0): (108, 2048, 166912),
+    (8, 6): (84, 1536, 101376),
+    (8, 9): (128, 1536, 101376),
+    (9, 0): (132, 2048, 232448),
+    (10, 0): (148, 2048, 232448),
+    (10, 3): (148, 2048, 232448),
+    (12, 0): (170, 1536, 101376),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Properties of a GPU by the names that torch gives them."""
+
+    major: int
+    minor: int
+    multi_processor_count: int
+    max_threads_per_multi_processor: int
+    shared_memory_per_block_optin: int
+    name: str = "a GPU that is not there"
+    regs_per_multiprocessor: int = 65536
+    max_threads_per_block: int = 1024
+    warp_size: int = 32
+    shared_memory_per_block: int = 49152
+    shared_memory_per_multiprocessor: int = 65536
+    L2_cache_size: int = 4 * 2**20
+    total_memory: int = 16 * 2**30
+    is_integrated: int = 0
+    gcnArchName: str = ""
+
+
+def numbers_of(capability: tuple[int, int]) -> Gpu:
+    """The numbers of a GPU of this compute capability.
+
+    Raises:
+        ExportError: they are not known here.
+    """
+    if capability not in _LIMITS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in _LIMITS)
+        raise ExportError(
+            f"building without the GPU needs numbers of it, which are known here for compute capability {known}, not "
+            f"for {capability[0]}.{capability[1]}. Build on a machine that has the GPU"
+        )
+    return Gpu(*capability, *_LIMITS[capability])
+
+
+def torch_problem() -> str:
+    """Why this torch cannot build for a GPU that is not there; empty if it can."""
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if OLDEST <= found <= NEWEST:
+        return ""
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return f"found torch {torch.__version__}, and building without the GPU is written for {oldest} to {newest}"
+
+
+@contextmanager
+def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """While it lasts, this process compiles for a GPU of this compute capability, which it need not have.
+
+    Raises:
+        ExportError: this torch is none that it was written for, or the GPU's numbers are not known.
+    """
+    if problem := torch_problem():
+        raise ExportError(f"{problem}. Install one of these, or build on a machine that has the GPU")
+    gpu = numbers_of(capability)
+    with ExitStack() as stack:
+        stack.callback(_forget)
+        for stand_in in (_fake_tensors, _device, _interface, _random_state, _driver, _untuned):
+            stack.enter_context(stand_in(gpu))
+        _forget()
+        yield
+
+
+@contextmanager
+def _fake_tensors(_: Gpu) -> Iterator[None]:
+    """Fake tensors ask whether there is a GPU, and where there seems to be one they move constants to it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _replaced(FakeTensorMode, avoid_device_init=property(lambda _: True)):
+        yield
+
+
+@contextmanager
+def _device(gpu: Gpu) -> Iterator[None]:
+    """Inductor and export ask `torch.cuda` what there is, and make the device current before they compile for it."""
+    with _replaced(
+        torch.cuda,
+        _lazy_init=lambda: None,
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        set_device=lambda device: None,
+        synchronize=lambda device=None: None,
+        get_device_properties=lambda device=None: gpu,
+        get_device_capability=lambda device=None: (gpu.major, gpu.minor),
+        is_bf16_supported=lambda *_, **__: gpu.major >= 8,
+        _exchange_device=lambda device: 0,
+        _maybe_exchange_device=lambda device: 0,
+    ):
+        yield
+
+
+@contextmanager
+def _interface(gpu: Gpu) -> Iterator[None]:
+    """The same by another way: Dynamo's table of devices holds on to functions of `torch.cuda`."""
+    from torch._dynamo.device_interface import CudaInterface
+
+    answers: dict[str, Callable[..., Any]] = {
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "synchronize": lambda device=None: None,
+        "get_device_properties": lambda device=None: gpu,
+        "is_bf16_supported": lambda *_, **__: gpu.major >= 8,
+        "exchange_device": lambda device: 0,
+        "maybe_exchange_device": lambda device: 0,
+    }
+    worker = {name: staticmethod(answers[name]) for name in ("current_device", "get_device_properties")}
+    with (
+        _replaced(CudaInterface, **{name: staticmethod(answer) for name, answer in answers.items()}),
+        _replaced(CudaInterface.Worker, **worker),
+    ):
+        yield
+
+
+@contextmanager
+def _random_state(_: Gpu) -> Iterator[None]:
+    """Tracing keeps the GPU's random state, to put it back when it is done."""
+    with _replaced(
+        torch.cuda, get_rng_state=lambda device=None: torch.empty(0), set_rng_state=lambda state, device=None: None
+    ):
+        yield
+
+
+@contextmanager
+def _driver(gpu: Gpu) -> Iterator[None]:
+    """Triton asks its driver for the target, and has it load what it compiled. Inductor looks for a driver again."""
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.runtime import driver  # pyright: ignore[reportMissingImports]
+
+    properties = {
+        "max_shared_mem": gpu.shared_memory_per_block_optin,
+        "multiprocessor_count": gpu.multi_processor_count,
+    }
+    stand_in = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+        launcher_cls=lambda source, metadata: None,
+        utils=SimpleNamespace(
+            # Module, function, registers, spilled registers, most threads of a block: nothing is loaded.
+            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, gpu.max_threads_per_block),
+            get_device_properties=lambda device: properties,
+        ),
+    )
+    with _replaced(driver, _active=stand_in), _replaced(triton_helpers, set_driver_to_gpu=lambda: None):
+        yield
+
+
+@contextmanager
+def _untuned(_: Gpu) -> Iterator[None]:
+    """Inductor runs each kernel on random data to choose its form, and keeps the code of the one that it took.
+
+    It has other processes compile kernels, in which there would be none of these stand-ins.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
+
+    first = _first_that_compiles(CachingAutotuner._precompile_worker, NoTritonConfigsError)
+    with (
+        _replaced(AsyncCompile, use_process_pool=classmethod(lambda _: False)),
+        _replaced(PythonWrapperCodegen, generate_and_run_autotune_block=_keep_first_forms),
+        _replaced(CachingAutotuner, _precompile_worker=first),
+    ):
+        yield
+
+
+def _keep_first_forms(wrapper: Any) -> None:
+    """In the place of running kernels: compile them, which their definitions do, and keep their code."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    scope: dict[str, Any] = {}
+    exec(f"{wrapper.kernel_autotune_defs.getvalue()}\nasync_compile.wait(globals())\n", scope)
+    for kernel in scope.values():
+        if isinstance(kernel, CachingAutotuner):
+            if not kernel.launchers:
+                kernel.precompile()
+            kernel.save_gpu_kernel(0, kernel.launchers[0])
+
+
+def _first_that_compiles(compile_all: Callable[[Any], None], none: type[Exception]) -> Callable[[Any], None]:
+    """Where nothing is timed, compiling the other forms would be in vain. `none` says that no form compiles."""
+
+    def compile_first(kernel: Any) -> None:
+        forms = kernel.configs
+        if kernel.compile_results or not forms:
+            return compile_all(kernel)
+        for form in forms[:-1]:
+            kernel.configs = [form]
+            try:
+                return compile_all(kernel)
+            except none:
+                continue
+        kernel.configs = [forms[-1]]
+        return compile_all(kernel)
+
+    return compile_first
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of a module, class or object while it lasts.
+
+    Raises:
+        ExportError: one of them is not there to be replaced.
+    """
+    with ExitStack() as stack:
+        for name, value in attributes.items():
+            if name not in vars(owner):
+                what = getattr(owner, "__name__", type(owner).__name__)
+                raise ExportError(
+                    f"torch {torch.__version__} has no {what}.{name}, which stands for the GPU that is not there. "
+                    "Build on a machine that has the GPU"
+                )
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, value)
+        yield
+
+
+#: Modules whose cached functions look at the GPU, and at nothing that is dear to find out again.
+_LOOKED = (
+    "torch._inductor.codegen.cuda.cuda_env",
+    "torch._inductor.runtime.hints",
+    "torch._inductor.utils",
+    "torch.utils._triton",
+    "triton.compiler.compiler",
+)
+_CACHED = type(functools.lru_cache(lambda: None))
+
+
+def _forget() -> None:
+    """Drop what functions remember of the GPU: of the machine's own before, of the one that is not there after."""
+    from torch._dynamo import device_interface
+    from torch._inductor.codecache import CacheBase, CudaKernelParamCache
+
+    device_interface.caching_worker_device_properties.clear()
+    device_interface.caching_worker_current_devices.clear()
+    CudaKernelParamCache.cache_clear()
+    CacheBase.get_system.cache_clear()
+    for name in _LOOKED:
+        module = sys.modules.get(name)
+        values = list(vars(module).values()) if module else []
+        methods = [method for value in values if isinstance(value, type) for method in vars(value).values()]
+        for value in (*values, *methods):
+            function = getattr(value, "__func__", value) if isinstance(value, (staticmethod, classmethod)) else value
+            if isinstance(function, _CACHED):
+                function.cache_clear()

@@ -1,0 +1,107 @@
+"""Engines for three GPUs that are not there: what is in them, and that nothing of the stand-ins is left."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffkiln.errors import ExportError
+from diffkiln.exporters.absent_gpu import absent_gpu
+from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.exporters.cubins import cubins_of
+from diffkiln.spec import TARGETS
+from tests.cross import blocks
+from tests.exporters.regions import block, engine_cache, in_type
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.cross, *(pytest.mark.filterwarnings(text) for text in WARNING_FILTERS)]
+
+
+@cache
+def built(name: str, sm: str) -> Artefact:
+    return AotInductor().export(Lowering(blocks.small(name), TARGETS[blocks.TARGETS[sm]]), engine_cache())
+
+
+def library(artefact: Artefact) -> Path:
+    (found,) = artefact.directory.rglob("engine.so")
+    return found
+
+
+def readelf(*arguments: str) -> str:
+    return subprocess.run(["readelf", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", sorted(blocks.SMALL))
+@pytest.mark.parametrize("sm", sorted(blocks.TARGETS))
+class TestEngines:
+    def test_holds_kernels_for_the_sm_that_was_asked_for_and_no_other(self, name: str, sm: str) -> None:
+        artefact = built(name, sm)
+        found = cubins_of(library(artefact))
+        assert len(found) > 3
+        assert {cubin.sm for cubin in found} == {sm}
+        assert artefact.requires["sm"] == sm
+        assert artefact.autotuned is False
+
+    def test_asks_for_the_drivers_library_by_its_own_name(self, name: str, sm: str) -> None:
+        listing = readelf("-d", str(library(built(name, sm))))
+        assert "[libcuda.so.1]" in listing
+        assert f"[libcudart.so.{str(torch.version.cuda).partition('.')[0]}]" in listing
+        assert "RPATH" not in listing
+        assert "RUNPATH" not in listing
+
+    def test_names_no_place_where_it_was_built(self, name: str, sm: str) -> None:
+        data = library(built(name, sm)).read_bytes()
+        for place in (b"diffkiln-export-", str(Path(torch.__file__).parent).encode(), b"/triton/"):
+            assert place not in data
+
+
+def test_the_same_engine_is_built_twice(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    (tmp_path / "toolchain").symlink_to(engine_cache().toolchain)
+    again = AotInductor().export(Lowering(blocks.small("SDXL"), TARGETS["nvidia-l4"]), cache)
+    assert library(again).read_bytes() == library(built("SDXL", "sm_89")).read_bytes()
+
+
+def test_attention_is_by_the_kernel_of_the_type() -> None:
+    target = TARGETS["nvidia-l4"]
+    for region, kernel in ((block(), b"efficient_attention"), (in_type(block(), "float16"), b"flash_attention")):
+        artefact = AotInductor().export(Lowering(region, target), engine_cache())
+        assert b"_scaled_dot_product_" + kernel in library(artefact).read_bytes()
+
+
+def test_another_gpus_numbers_are_forgotten() -> None:
+    """Two targets in one process, and torch's own answers afterwards."""
+    assert {cubin.sm for sm in ("sm_80", "sm_89") for cubin in cubins_of(library(built("Flux", sm)))} == {
+        "sm_80",
+        "sm_89",
+    }
+    assert torch.cuda.is_available() is False
+    assert torch.cuda.device_count() == 0
+
+
+def test_leaves_torch_and_triton_as_they_were() -> None:
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from triton.runtime import driver  # pyright: ignore[reportMissingImports]
+
+    def state() -> list[object]:
+        owners = (torch.cuda, CudaInterface, CudaInterface.Worker, PythonWrapperCodegen)
+        return [dict(vars(owner)) for owner in owners] + [driver._active]
+
+    before = state()
+    with absent_gpu((8, 9)):
+        assert torch.cuda.get_device_capability() == (8, 9)
+        assert state() != before
+    assert state() == before
+
+
+def test_a_missing_assembler_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))
+    with pytest.raises(ExportError, match=r"ptxas.*pip install --force-reinstall triton"):
+        AotInductor().export(Lowering(block(), TARGETS["nvidia-l4"]), EngineCache(tmp_path))
