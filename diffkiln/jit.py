@@ -10,11 +10,7 @@ The exporter and the runtime both come here, so that both ask for the same thing
 from __future__ import annotations
 
 import operator
-import os
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +19,11 @@ import torch
 from diffkiln.aten import Special, dtype_of, gives_one_tensor, literal, overload
 from diffkiln.attention import kernel_for
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency
+from diffkiln.inductor import INDUCTOR, ISAS, quiet, told_host
 from diffkiln.program import Op, Program, Ref, TensorType
-
-#: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
-ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
 
 #: What a compiled region is called with: its inputs, weights and constants, in `engine_inputs` order.
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
-
-#: Inductor's configuration, the environment that names its cache and the instruction set are the process's.
-INDUCTOR = threading.RLock()
 
 
 def compiled(
@@ -70,7 +61,7 @@ def compiled(
     module = as_graph(region, device, special or {})
     zeros = [torch.zeros(t.shape, dtype=dtype_of(t.dtype), device=device) for t in _types(region)]
     counters = torch._dynamo.utils.counters
-    with INDUCTOR, quiet(), inductor_in(folder, isa), torch.inference_mode(), kernel_for(region):
+    with INDUCTOR, quiet(), told_host(isa, folder), torch.inference_mode(), kernel_for(region):
         misses = counters["inductor"]["fxgraph_cache_miss"]
         # Its forward alone: the method that calls it is one for all graphs, and no guard would tell them apart.
         run: Any = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False, options=_options(isa, flags or {}))
@@ -138,42 +129,6 @@ def _options(isa: str, flags: Mapping[str, bool]) -> dict[str, Any]:
     return {name: value for name, value in (wanted | dict(flags)).items() if name in known} | {
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe
     }
-
-
-@contextmanager
-def inductor_in(folder: Path, isa: str) -> Iterator[None]:
-    """Inductor with a cache of its own and the target's vectors, which it would otherwise find by trying compilers.
-
-    The caller holds `INDUCTOR`.
-    """
-    from torch._inductor import cpu_vec_isa
-
-    before, cache = cpu_vec_isa.valid_vec_isa_list, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder.mkdir(exist_ok=True)
-    if isa:
-        vectors = ISAS[isa][1]
-        isas = [getattr(cpu_vec_isa, vectors)()] if vectors else []
-        cpu_vec_isa.valid_vec_isa_list = lambda: isas  # type: ignore[assignment]
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        cpu_vec_isa.valid_vec_isa_list = before
-        if cache is None:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        else:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what torch warns its own authors of: parts of it that use parts that are deprecated."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)
-        # Rotary embeddings as complex numbers: what it has no code for, it leaves to ATen.
-        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
-        yield
 
 
 def _explained(error: Exception) -> DiffkilnError:

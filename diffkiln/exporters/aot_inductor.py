@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +24,12 @@ from diffkiln.cuda import gpu_is_here
 from diffkiln.errors import DiffkilnError, ExportError, Problem
 from diffkiln.exporters import aot_inductor_cuda as cuda
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.aot_inductor_host import host_options, isa_problems, told_host
+from diffkiln.exporters.aot_inductor_host import host_options, isa_problems
 from diffkiln.exporters.attention import explicit_attention
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.exporters.tracing import examples, layouts, traced
+from diffkiln.inductor import FLAGS, INDUCTOR, quiet, told_host
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.spec.targets import Target
 
@@ -43,22 +42,8 @@ _SMALLEST = Program(
     {"%x": _VECTOR, "%1": _VECTOR},
 )
 
-#: Inductor's configuration, the environment that names its cache and the instruction set are the process's.
-_INDUCTOR = threading.Lock()
-
 #: Bytes that a build may take: sources, objects, and the precompiled headers that builds share.
 _ROOM = 512 * 2**20
-
-
-#: Inductor's flags that a caller may set.
-FLAGS = (
-    "conv_1x1_as_mm",
-    "coordinate_descent_check_all_directions",
-    "coordinate_descent_tuning",
-    "epilogue_fusion",
-    "force_fuse_int_mm_with_mul",
-    "max_autotune",
-)
 
 
 class AotInductor:
@@ -133,7 +118,7 @@ def _generate(
     """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
     folder = scratch / "inductor"
     options = _options(lowering, compiler, folder / "out")  # before anything stands in for a GPU
-    with _INDUCTOR, _quiet(), torch.no_grad():
+    with INDUCTOR, quiet(), torch.no_grad():
         try:
             with _told(lowering, folder):
                 flat, exported = _exported(lowering)
@@ -184,17 +169,6 @@ def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> 
     known = set(torch._inductor.list_options())
     must = {"aot_inductor.package": True, "aot_inductor.package_cpp_only": True}
     return must | {name: value for name, value in wanted.items() if name in known}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch warns its own authors of: parts of it that use parts that are deprecated."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)
-        # Rotary embeddings as complex numbers: what it has no code for, it leaves to ATen.
-        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
-        yield
 
 
 def _lay_out(library: Path, files: Sequence[Path], directory: Path, device: str) -> Path:

@@ -24,9 +24,9 @@ from diffkiln.cuda import DRIVERS, cuda_problems, find_cudart, find_headers, fin
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.absent_gpu import absent_gpu, torch_problem
-from diffkiln.exporters.aot_inductor_host import environment
 from diffkiln.exporters.cubins import cubins_of
 from diffkiln.exporters.processes import call
+from diffkiln.inductor import environment
 from diffkiln.spec.targets import Target
 
 #: The device that a region is traced on. An engine runs on whichever it is loaded for.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,8 @@ import torch
 
 from diffkiln.errors import Problem
 from diffkiln.exporters import toolchain
+from diffkiln.inductor import ISAS
 from diffkiln.spec.targets import Target
-
-#: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
-ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
 
 
 def isa_problems(target: Target) -> list[Problem]:
@@ -55,35 +50,3 @@ def host_options(isa: str, compiler: toolchain.Compiler, folder: Path) -> dict[s
         "fx_graph_cache": False,
         "fx_graph_remote_cache": False,
     }
-
-
-@contextmanager
-def told_host(isa: str, folder: Path) -> Iterator[None]:
-    """Inductor with a cache of its own and the target's vectors, which it would otherwise find by trying compilers."""
-    from torch._inductor import cpu_vec_isa
-
-    vectors = ISAS[isa][1]
-    isas = [getattr(cpu_vec_isa, vectors)()] if vectors else []
-    before = cpu_vec_isa.valid_vec_isa_list
-    folder.mkdir()
-    cpu_vec_isa.valid_vec_isa_list = lambda: isas  # type: ignore[assignment]
-    try:
-        with environment(TORCHINDUCTOR_CACHE_DIR=str(folder)):
-            yield
-    finally:
-        cpu_vec_isa.valid_vec_isa_list = before
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables while it lasts."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

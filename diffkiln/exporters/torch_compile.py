@@ -20,9 +20,9 @@ import torch
 from diffkiln.aten import dtype_of
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.aot_inductor import FLAGS
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
+from diffkiln.inductor import FLAGS
 from diffkiln.jit import compiled
 from diffkiln.program import ATTENTION, Op, Program, dumps, program_to_json
 from diffkiln.spec.targets import Target

@@ -54,8 +54,8 @@ class Compile(Pass):
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
     `aot_inductor` writes native code for a CPU or a GPU, which need not be in this machine. `onnx` writes ONNX, which
-    ONNX Runtime runs with the bundle's weights. `torch_compile` compiles when the bundle is loaded, out of the caches of
-    a compilation when it was made.
+    ONNX Runtime runs with the bundle's weights. `torch_compile` compiles when the bundle is loaded, out of the caches
+    of a compilation when it was made.
     """
 
     name: ClassVar[str] = "compile"

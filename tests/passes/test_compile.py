@@ -40,7 +40,7 @@ def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
         IllegalPlan, match=r"\$\.passes\[0\]\.backend: .*nvidia-l4, torch: .*built without CUDA.*pip install"
     ):
         manager.run(plan, placed(COMPILE), [target])
-    monkeypatch.setattr("diffkiln.passes.compile.cuda_problems", lambda: iter(()))
+    monkeypatch.setattr("diffkiln.passes.backends.cuda_problems", lambda: iter(()))
     after, _ = manager.run(plan, placed(COMPILE | {"flags": {"max_autotune": True}}), [target])
     assert after.compile[0].options == {"max_autotune": True}
 
