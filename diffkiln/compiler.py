@@ -194,13 +194,16 @@ def compile(
             pack_configuration(writer, checked)
             pack_licences(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)
+        engines = cache or EngineCache()
         for request in checked.plan.compile:
-            with steps(f"compile the blocks of {request.component}"):
-                pack_engines(writer, packed, request, checked.targets, cache or EngineCache())
-        used = weights_used(recording)
+            if not request.holds_weights:
+                with steps(f"compile the blocks of {request.component}"):
+                    pack_engines(writer, packed, request, checked.targets, engines)
+        held = frozenset(request.component for request in checked.plan.compile if request.holds_weights)
+        used = weights_used(recording, held)
         for name in checked.plan.modules:
             with steps(f"weights of {name}"):
-                packed.weights[name] = _stream(checked, name, writer, packed, verification, used.get(name, frozenset()))
+                packed.weights[name] = _stream(checked, name, writer, packed, verification, used, engines)
         with steps("publish"):
             identity = writer.publish(
                 lambda rows: manifest_of(rows, packed, chosen),
@@ -268,9 +271,18 @@ def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
 
 
 def _stream(
-    checked: Checked, name: str, writer: BundleWriter, packed: Packed, verification: Verification, used: frozenset[str]
+    checked: Checked,
+    name: str,
+    writer: BundleWriter,
+    packed: Packed,
+    verification: Verification,
+    used: Mapping[str, frozenset[str]],
+    cache: EngineCache,
 ) -> tuple[GroupRow, ...]:
-    """Load one component, apply its passes, check it against its ghost and its program, write it, and let it go."""
+    """Load one component, apply its passes, check it against its ghost and its program, write it, and let it go.
+
+    Engines that hold its weights are built while they are here.
+    """
     module = load_module(checked.source, name, checked.dtype)
     refuse_nonfinite(module, name)
     if manager.apply(module, name, checked.placed):
@@ -281,7 +293,10 @@ def _stream(
     _same_weights(name, checked.plan.modules[name], module)
     verification.check_component(name, module)
     check_rows(packed.recording, name, module, verification)
-    rows = pack_weights(writer, name, module, packed, used)
+    for request in checked.plan.compile:
+        if request.component == name and request.holds_weights:
+            pack_engines(writer, packed, request, checked.targets, cache, dict(weights_of(module)))
+    rows = pack_weights(writer, name, module, packed, used.get(name, frozenset()))
     del module
     if large:
         _return_memory()

@@ -83,14 +83,29 @@ def _policy(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_gpu(row: Any) -> bool:
+    """Whether it says what engines hold: `sm`, `ptx`, `exact` and the `packages` that run them, each if it is there."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row[name], str) for name in ("sm", "ptx") if name in row)
+        and isinstance(row.get("exact", False), bool)
+        and _are_texts(row.get("packages", {}))
+    )
+
+
 _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
     "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "on_incompatible": ("text", lambda value: isinstance(value, str)),
     "only_diffusers": ("text", lambda value: isinstance(value, str)),
-    "targets": (
-        "an object of texts",
-        lambda value: isinstance(value, dict) and all(isinstance(isa, str) for isa in value.values()),
+    "targets": ("an object of texts", _are_texts),
+    "gpus": (
+        "an object that says what the engines of each target hold",
+        lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
 }

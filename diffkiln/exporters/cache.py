@@ -145,7 +145,13 @@ def _artefact(body: Mapping[str, Any], directory: Path) -> Artefact:
         return tuple(TensorSpec.model_validate_json(json.dumps(spec)) for spec in body[name])
 
     return Artefact(
-        body["backend"], directory, specs("inputs"), specs("outputs"), dict(body["options"]), dict(body["requires"])
+        body["backend"],
+        directory,
+        specs("inputs"),
+        specs("outputs"),
+        dict(body["options"]),
+        dict(body["requires"]),
+        dict(body.get("packages", {})),  # entries of earlier versions have none
     )
 
 

@@ -39,3 +39,4 @@ def exporter(name: str) -> Exporter:
 
 register("aot_inductor", "diffkiln.exporters.aot_inductor:AotInductor")
 register("onnx", "diffkiln.exporters.onnx:Onnx")
+register("tensorrt", "diffkiln.exporters.tensorrt:Tensorrt")

@@ -152,7 +152,8 @@ class Edit:
         new = {target.name: target.isa for target in self._added}
         isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
         kept = [row for row in self.manifest.engines if row.target not in self._removed]
-        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed.glibc)
+        engines = [*kept, *self._packed.engines]
+        return retargeted(self.manifest, rows, engines, isas, self._packed.glibc, self._packed.gpus)
 
     def _report(self, manifest: Manifest, what: str) -> None:
         """`build.json` and `README.md`: those of the first build, and what was done since."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -23,17 +25,28 @@ from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
 
+#: Weights by their names in the component.
+Weights = Mapping[str, torch.Tensor]
+_NONE: Weights = MappingProxyType({})
+
+
 def pack_engines(
-    writer: BundleWriter, packed: Packed, request: CompileRequest, targets: Sequence[Target], cache: EngineCache
+    writer: BundleWriter,
+    packed: Packed,
+    request: CompileRequest,
+    targets: Sequence[Target],
+    cache: EngineCache,
+    weights: Weights = _NONE,
 ) -> None:
     """`engines/<target>/<component>/<Region>/`: a component's regions for every target, tried where they can run.
 
-    Regions that differ by sizes alone share an engine, where that is asked for and the backend can.
+    Regions that differ by sizes alone share an engine, where that is asked for and the backend can. `weights` are the
+    component's, for engines that are to hold them.
     """
     module = packed.recording.modules.get(request.component)
     for family in _families(module, request.dynamic) if module else ():
         for target in targets:
-            pack_family(writer, packed, request, target, family, cache)
+            pack_family(writer, packed, request, target, family, cache, weights)
 
 
 def pack_family(
@@ -43,9 +56,10 @@ def pack_family(
     target: Target,
     family: Family,
     cache: EngineCache,
+    weights: Weights = _NONE,
 ) -> None:
     """The engines of regions that may share one, for one target."""
-    for artefact, regions in _built_together(family, packed, request, target, cache):
+    for artefact, regions in _built_together(family, packed, request, target, cache, weights):
         _pack(writer, packed, request, target, artefact, regions)
 
 
@@ -55,13 +69,14 @@ def _families(module: Module, dynamic: bool) -> list[Family]:
 
 
 def _built_together(
-    family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache
+    family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache, weights: Weights
 ) -> Iterator[tuple[Artefact, tuple[Program, ...]]]:
     """Engines, each with the regions that it is for: one for all of them, or one for each."""
 
     def built(region: Program, whole: Family | None) -> Artefact:
         constants = _constants(packed, region)
-        lowering = Lowering(region, target, constants, dict(request.options), whole)
+        own = {name: weights[name] for name in region.weights if name in weights}
+        lowering = Lowering(region, target, constants, dict(request.options), whole, own)
         artefact = exporter(request.backend).export(lowering, cache)
         for member in whole.members if whole else (region,):
             path = f"engines/{target.name}/{request.component}/{member.name}"
@@ -116,8 +131,18 @@ def _pack(
             relative = file.relative_to(artefact.directory).as_posix()
             writer.write(f"{path}/{relative}", file.read_bytes(), "native")
     packed.glibc = max(filter(None, (packed.glibc, artefact.requires.get("glibc"))), key=_numbers, default=None)
+    if target.device == "cuda":
+        _tell_gpu(packed.gpus.setdefault(target.name, {"sm": target.sm}), artefact)
     for region in regions:
         packed.engines.append(_engine_row(artefact, region, request, target, path))
+
+
+def _tell_gpu(row: dict[str, Any], artefact: Artefact) -> None:
+    """Add to what the manifest says of a GPU's engines what this one needs."""
+    if artefact.packages:
+        row["packages"] = {**row.get("packages", {}), **artefact.packages}
+    if "sm" in artefact.requires:  # its code is for that one, and no later one runs it
+        row["exact"] = True
 
 
 def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineRow:

@@ -26,6 +26,8 @@ class Packed:
     weights: dict[str, tuple[GroupRow, ...]] = field(default_factory=dict)
     features: set[str] = field(default_factory=set)
     glibc: str | None = None
+    #: By target, what its engines hold for a GPU and the packages that run them: the manifest's `runtime.gpus`.
+    gpus: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: The modules that were recorded, by component, so that an error can say where a region comes from.
     ghosts: Mapping[str, torch.nn.Module] = field(default_factory=dict)
 

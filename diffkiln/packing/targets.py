@@ -62,6 +62,7 @@ def retargeted(
     engines: Sequence[EngineRow],
     isas: Mapping[str, str],
     glibc: str | None,
+    gpus: Mapping[str, Any],
 ) -> Manifest:
     """The manifest with these files and engines.
 
@@ -71,13 +72,15 @@ def retargeted(
         engines: the new engines, in any order.
         isas: the instruction set of each target, in the targets' order.
         glibc: the oldest that all engines need.
+        gpus: what the new engines hold, for targets that are GPUs.
     """
     ordered = _ordered(manifest, engines, list(isas))
     requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), "glibc": glibc})
-    gpus: Any = manifest.runtime.get("gpus")
+    before: Any = manifest.runtime.get("gpus")
     runtime: dict[str, Any] = {**manifest.runtime, "targets": dict(isas)}
-    if gpus is not None:
-        runtime["gpus"] = {name: gpus[name] for name in isas if name in gpus}
+    if before is not None or gpus:
+        rows = {**(before or {}), **gpus}
+        runtime["gpus"] = {name: rows[name] for name in isas if name in rows}
     return manifest.model_copy(update={"files": files, "engines": ordered, "requires": requires, "runtime": runtime})
 
 

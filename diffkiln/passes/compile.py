@@ -15,7 +15,7 @@ from diffkiln.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
-from diffkiln.program import onnx
+from diffkiln.program import onnx, tensorrt
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
@@ -55,6 +55,7 @@ class Compile(Pass):
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
     `aot_inductor` writes native code for a CPU. `onnx` writes ONNX, which ONNX Runtime runs with the bundle's weights.
+    `tensorrt` has TensorRT build that ONNX into an engine for a GPU.
     """
 
     name: ClassVar[str] = "compile"
@@ -73,13 +74,16 @@ class Compile(Pass):
         {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
         {"name": "compile", "component": "scheduler"},
         {"name": "compile", "component": "text_encoder", "backend": "onnx"},
+        {"name": "compile", "component": "transformer", "backend": "tensorrt"},
     )
 
-    backend: Literal["aot_inductor", "onnx"] = Field("aot_inductor", description="The backend that lowers the regions.")
+    backend: Literal["aot_inductor", "onnx", "tensorrt"] = Field(
+        "aot_inductor", description="The backend that lowers the regions."
+    )
     scope: Literal["blocks", "whole"] | None = Field(
         None,
         description="What a region is: a repeated block, or the whole component. Absent: blocks for aot_inductor, "
-        "the whole for onnx.",
+        "the whole for onnx and tensorrt.",
     )
     between: bool = Field(False, description="Lower what lies between the blocks, too.")
     dynamic: bool | None = Field(
@@ -89,16 +93,28 @@ class Compile(Pass):
     )
     fullgraph: bool = Field(True, description="Demand that a region is one graph, without breaks.")
     flags: Flags | None = Field(None, description="Flags of torch's Inductor.")
+    weights: Literal["input", "engine"] | None = Field(
+        None,
+        description="tensorrt only: whether weights are the engine's inputs, which the bundle's store brings in, or the "
+        "engine's own, which TensorRT streams where the GPU cannot hold them. Absent: input.",
+    )
+    weight_budget_gb: float | None = Field(
+        None,
+        ge=0,
+        description="With weights of the engine's own: how much of them stays on the GPU, in GB. Absent: what the "
+        "target's memory allows.",
+    )
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
         if given.get("fullgraph") is False:
             yield ("fullgraph",), refuse("an engine that is built ahead of time has no graph breaks", "Remove it")
-        onnx_whole = given.get("backend") == "onnx" and given.get("scope") != "blocks"
-        if given.get("between") and (given.get("scope") == "whole" or onnx_whole):
+        runner = _WHOLE.get(str(given.get("backend")))
+        if given.get("between") and (given.get("scope") == "whole" or (runner and given.get("scope") != "blocks")):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
-        if given.get("backend") == "onnx" and given.get("flags"):
-            yield ("flags",), refuse("they are Inductor's, and ONNX Runtime has none of them", "Remove them")
+        if runner and given.get("flags"):
+            yield ("flags",), refuse(f"they are Inductor's, and {runner} has none of them", "Remove them")
+        yield from _weight_conflicts(given)
         if given.get("component") == SCHEDULER:
             for name in ("scope", "between"):
                 if given.get(name):
@@ -107,7 +123,7 @@ class Compile(Pass):
     @property
     def whole(self) -> bool:
         """Whether the component is one region."""
-        return self.scope == "whole" or (self.scope is None and self.backend == "onnx")
+        return self.scope == "whole" or (self.scope is None and self.backend in _WHOLE)
 
     def packages(self) -> dict[str, str]:
         return {onnx.PACKAGE: onnx.VERSIONS} if self.backend == "onnx" else {}
@@ -131,7 +147,11 @@ class Compile(Pass):
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
         if self.backend == "onnx":
-            yield from self._onnx_problems(plan, where)
+            yield from self._missing(where, *onnx.EXPORTING, onnx.PACKAGE)
+            yield from self._attention_problems(plan, where)
+        elif self.backend == "tensorrt":
+            yield from self._attention_problems(plan, where)
+            yield from self._tensorrt_problems(module, target, where)
         elif target.device != "cpu":
             yield Problem(
                 where,
@@ -139,24 +159,67 @@ class Compile(Pass):
                 "Choose a CPU target.",
             )
 
-    def _onnx_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
-        missing = [name for name in (*onnx.EXPORTING, onnx.PACKAGE) if find_spec(name) is None]
-        if missing:
+    def _missing(self, where: str, *names: str) -> Iterator[Problem]:
+        if missing := [name for name in names if find_spec(name) is None]:
             reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
             yield Problem(f"{where}.backend", reason, "pip install 'diffkiln[onnx]'")
+
+    def _attention_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
         if Fact("attention_chosen", self.component) in plan.facts:
-            reason = "ONNX Runtime computes attention in its own way, whatever kernel attention_backend chose"
+            reason = (
+                f"{_WHOLE[self.backend]} computes attention in its own way, whatever kernel attention_backend chose"
+            )
             yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
 
+    def _tensorrt_problems(self, module: torch.nn.Module | None, target: Target, where: str) -> Iterator[Problem]:
+        """What library and target say, and the types of the weights."""
+        at = f"{where}.backend"
+        if target.device != "cuda":
+            reason = f"TensorRT builds for NVIDIA's GPUs, the target is {target.name}"
+            yield Problem(at, reason, "Choose a GPU as the target, or another backend.")
+            return
+        if target.capability < tensorrt.OLDEST:
+            least = ".".join(map(str, tensorrt.OLDEST))
+            reason = f"found compute capability {target.compute_capability} ({target.name}), required {least} or later"
+            yield Problem(at, f"TensorRT: {reason}", "Choose another backend.")
+            return
+        yield from self._missing(where, *onnx.EXPORTING)
+        library = tensorrt.library_for(target.capability)
+        if find_spec(library.module) is None:
+            yield Problem(at, *_library_missing(library, target))
+        kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters()} if module else set()
+        for reason in filter(None, (tensorrt.type_problem(kind, target.capability) for kind in sorted(kinds))):
+            yield Problem(
+                at, f"tensorrt cannot compute {self.component}: {reason} (its weights)", self._cast("float16")
+            )
+
+    def _cast(self, dtype: str) -> str:
+        return f'Put {{"name": "cast", "component": "{self.component}", "dtype": "{dtype}"}} before it.'
+
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
-        """Types that ONNX Runtime cannot compute in."""
+        """Types that the backend cannot compute in."""
         module = recording.modules.get(self.component)
-        if self.backend != "onnx" or module is None:
+        if self.backend not in _WHOLE or module is None:
             return
         programs = (*(module.programs.values() if self.whole else ()), *module.regions.values())
-        for reason in dict.fromkeys(reason for program in programs for reason in onnx.type_problems(program)):
-            mend = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "float32"}} before it.'
-            yield Problem(f"{where}.backend", f"onnx cannot compute {self.component}: {reason}", mend)
+        if self.backend == "onnx":
+            reasons, mend = (reason for program in programs for reason in onnx.type_problems(program)), "float32"
+        else:
+            capability = target.capability
+            reasons = (reason for program in programs for reason in tensorrt.type_problems(program, capability))
+            mend = "float16"
+        for reason in dict.fromkeys(reasons):
+            told = f"{self.backend} cannot compute {self.component}: {reason}"
+            yield Problem(f"{where}.backend", told, self._cast(mend))
+
+    def _options(self) -> dict[str, Any]:
+        """What the exporter is given."""
+        options: dict[str, Any] = self._flags()
+        if self.weights == "engine":
+            options["weights"] = self.weights
+        if self.weight_budget_gb is not None:
+            options["weight_budget"] = int(self.weight_budget_gb * 1e9)
+        return options
 
     def _flags(self) -> dict[str, bool]:
         return self.flags.model_dump(exclude_none=True) if self.flags else {}
@@ -172,7 +235,7 @@ class Compile(Pass):
 
     def run(self, plan: Plan) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
-        request = CompileRequest(self.component, self.backend, self._flags(), dynamic)
+        request = CompileRequest(self.component, self.backend, self._options(), dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
@@ -196,6 +259,34 @@ class Compile(Pass):
             outlined = whole(module) if self.whole else between_blocks(module)
             recording = replace(recording, modules={**recording.modules, self.component: outlined})
         return recording, ()
+
+
+#: The backends that lower whole components unless told otherwise, and what runs them.
+_WHOLE = {"onnx": "ONNX Runtime", "tensorrt": "TensorRT"}
+
+
+def _weight_conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Options of weights where they would decide nothing, or where an engine serves several blocks."""
+    for name in ("weights", "weight_budget_gb"):
+        if given.get(name) is not None and given.get("backend") != "tensorrt":
+            yield (name,), refuse("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
+    if given.get("weights") == "engine" and given.get("scope") == "blocks":
+        yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
+    if given.get("weight_budget_gb") is not None and given.get("weights") != "engine":
+        mend = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
+        yield ("weight_budget_gb",), refuse("the engine has no weights of its own", mend)
+
+
+def _library_missing(library: tensorrt.Library, target: Target) -> tuple[str, str]:
+    """Why and what to do where the library that builds for a target is not installed."""
+    reason = f"{target.name} ({target.sm}): found no package {library.package}, required to build for it"
+    if library is tensorrt.RTX:
+        return reason, library.install
+    able = ", ".join(f"{major}.{minor}" for major, minor in sorted(tensorrt.RTX.portable))
+    return f"{reason}, since {tensorrt.RTX.package} builds for {able} alone", (
+        f"{library.install}, on a machine with that GPU, which {library.title} times its kernels on; or choose another "
+        "target or backend."
+    )
 
 
 def _has_convolutions_of_one(module: torch.nn.Module) -> bool:

@@ -41,3 +41,4 @@ def engine(name: str) -> EngineClass:
 
 register("aot_inductor", "diffkiln.runtime.engines.aot_inductor:AotInductorEngine")
 register("onnx", "diffkiln.runtime.engines.onnx:OnnxEngine")
+register("tensorrt", "diffkiln.runtime.engines.tensorrt:TensorrtEngine")
