@@ -39,6 +39,7 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.compile import Compile
 from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.components import weights_of
@@ -133,7 +134,10 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
     plan, report = manager.run(
-        plan, placed, targets, [*_runtime_problems(parsed, targets), *_calibration_problems(placed)]
+        plan,
+        placed,
+        targets,
+        [*_runtime_problems(parsed, targets), *_calibration_problems(placed), *_fallback_problems(parsed, placed)],
     )
     if plan.scheduler is not None:
         pipe.register_modules(scheduler=plan.scheduler)
@@ -268,6 +272,16 @@ def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
     lonely = [item for item in calibrations if not any(_is_schedule(other, item.step.component) for other in placed)]
     mend = 'Add a cache_schedule with "steps": "calibrated".'
     return [Problem(item.where, "no cache_schedule of the component would use it", mend) for item in lonely]
+
+
+def _fallback_problems(spec: Spec, placed: Sequence[Placed]) -> list[Problem]:
+    """Engines that hold their weights, where the bundle is to run without engines on other machines."""
+    if spec.runtime.on_incompatible != "eager":
+        return []
+    held = [item for item in placed if isinstance(item.step, Compile) and item.step.weights == "engine"]
+    reason = "the weights are in the engines, and without them the bundle cannot be replayed"
+    mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
+    return [Problem(f"{item.where}.weights", reason, mend) for item in held]
 
 
 def _stream(

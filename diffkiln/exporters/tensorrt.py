@@ -44,7 +44,7 @@ _CAST = "Cast the component to float32, float16 or bfloat16 before it is compile
 class Tensorrt:
     """The backend `tensorrt`.
 
-    Options: `weights`, "input" or "engine"; `weight_budget`, the bytes of the engine's own weights that stay on the GPU.
+    Options: `weights`, "input" or "engine"; `weight_budget`, the bytes of an engine's own weights that stay on the GPU.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -125,7 +125,7 @@ def _tools(lowering: Lowering) -> dict[str, str]:
         digest = hashlib.sha256()
         for position, tensor in weights.items():
             digest.update(f"{position} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
         tools |= {"weights": digest.hexdigest(), "weight_budget": str(_budget(lowering))}
     return tools
 

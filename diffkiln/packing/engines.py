@@ -24,7 +24,6 @@ from diffkiln.runtime.engines import engine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
-
 #: Weights by their names in the component.
 Weights = Mapping[str, torch.Tensor]
 _NONE: Weights = MappingProxyType({})

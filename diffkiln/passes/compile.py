@@ -95,8 +95,8 @@ class Compile(Pass):
     flags: Flags | None = Field(None, description="Flags of torch's Inductor.")
     weights: Literal["input", "engine"] | None = Field(
         None,
-        description="tensorrt only: whether weights are the engine's inputs, which the bundle's store brings in, or the "
-        "engine's own, which TensorRT streams where the GPU cannot hold them. Absent: input.",
+        description="tensorrt only: whether weights are the engine's inputs, which the bundle's store brings in, or "
+        "the engine's own, which TensorRT streams where the GPU cannot hold them. Absent: input.",
     )
     weight_budget_gb: float | None = Field(
         None,
@@ -166,9 +166,8 @@ class Compile(Pass):
 
     def _attention_problems(self, plan: Plan, where: str) -> Iterator[Problem]:
         if Fact("attention_chosen", self.component) in plan.facts:
-            reason = (
-                f"{_WHOLE[self.backend]} computes attention in its own way, whatever kernel attention_backend chose"
-            )
+            runner = _WHOLE[self.backend]
+            reason = f"{runner} computes attention in its own way, whatever kernel attention_backend chose"
             yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
 
     def _tensorrt_problems(self, module: torch.nn.Module | None, target: Target, where: str) -> Iterator[Problem]:

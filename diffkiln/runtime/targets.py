@@ -172,10 +172,7 @@ def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
     if fit.rank is None:
         raise Incompatible(fit.why)
     if row.get("exact") and fit.rank != EXACT:
-        found = capability() or (0, 0)
-        raise Incompatible(
-            f"gpu: found sm_{found[0]}{found[1]}, required {sm}, which these engines are for and no other"
-        )
+        raise Incompatible(f"gpu: required {sm}, which these engines are for and no other, but {fit.why}")
     return (fit.rank, fit.number), fit.why
 
 

@@ -21,7 +21,6 @@ from diffkiln.runtime.engines.base import Layout, check_inputs
 from diffkiln.runtime.engines.tensorrt_files import check_machine, read_facts
 from diffkiln.runtime.engines.tensorrt_kernels import Kernels
 
-
 #: Bytes that an address must be a multiple of (NvInferRuntime.h, setTensorAddress). torch's own allocations are.
 _ALIGNMENT = 256
 

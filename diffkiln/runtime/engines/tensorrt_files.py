@@ -5,19 +5,21 @@ TensorRT looks at an engine's version and size, too, but says little of what it 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from diffkiln.errors import Incompatible, Incomplete, ManifestInvalid, MissingDependency, Problem
 from diffkiln.program.tensorrt import ENGINE, FACTS, LIBRARIES, Library
 from diffkiln.runtime.compatibility import capability
 
 _LARGEST = 2**20
+_Text = Annotated[str, StringConstraints(max_length=256)]
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,39 @@ def read_facts(directory: Path) -> Facts:
 def _facts(path: Path) -> Facts:
     try:
         if path.stat().st_size > _LARGEST:
-            raise ValueError(f"more than {_LARGEST} bytes")
-        data: Any = json.loads(path.read_bytes())
-        budget, names = data["weight_budget"], (data["inputs"], data["outputs"])
-        texts = [data["library"], data["version"], data["sm"], *data["outputs"]]
-        numbers = [data["bytes"], *([] if budget is None else [budget])]
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(item, list) for item in names):
-            raise ValueError("texts are something else")
-        if not all(name is None or isinstance(name, str) for name in data["inputs"]):
-            raise ValueError("inputs are no names")
-        if (
-            not all(type(number) is int and number >= 0 for number in numbers)
-            or type(data["holds_weights"]) is not bool
-        ):
-            raise ValueError("numbers are something else")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ManifestInvalid(f"{path}: it does not say what the engine is: {error}") from None
-    if data["library"] not in LIBRARIES:
-        raise Incompatible(
-            f"library: found {data['library'][:100]!r}, this diffkiln runs {', '.join(LIBRARIES)}. Install a later diffkiln"
-        )
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        read = _Facts.model_validate_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        first = str(error).partition("\n")[0]
+        raise ManifestInvalid(f"{path}: it does not say what the engine is: {first}") from None
+    if read.library not in LIBRARIES:
+        known = ", ".join(LIBRARIES)
+        raise Incompatible(f"library: found {read.library!r}, this diffkiln runs {known}. Install a later diffkiln")
     return Facts(
-        LIBRARIES[data["library"]],
-        data["version"],
-        data["sm"],
-        data["bytes"],
-        tuple(data["inputs"]),
-        tuple(data["outputs"]),
-        budget,
-        data["holds_weights"],
+        LIBRARIES[read.library],
+        read.version,
+        read.sm,
+        read.bytes,
+        read.inputs,
+        read.outputs,
+        read.weight_budget,
+        read.holds_weights,
     )
+
+
+class _Facts(BaseModel):
+    """The facts as they stand in the file."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore")
+
+    library: _Text
+    version: _Text
+    sm: _Text
+    bytes: _Count
+    inputs: tuple[_Text | None, ...]
+    outputs: tuple[_Text, ...]
+    weight_budget: _Count | None
+    holds_weights: bool
 
 
 def check_machine(directory: Path, facts: Facts, device: torch.device) -> None:

@@ -32,7 +32,7 @@ class Kernels:
 
     def context(self, engine: Any) -> Any:
         """A context that takes its kernels from those that are kept; an ordinary one where the library keeps none."""
-        config = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
+        config: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         if not hasattr(config, "create_runtime_cache"):
             return engine.create_execution_context()
         self._file = self._own_file()
