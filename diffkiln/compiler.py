@@ -133,12 +133,8 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted)) if all(wanted) else ()
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    plan, report = manager.run(
-        plan,
-        placed,
-        targets,
-        [*_runtime_problems(parsed, targets), *_calibration_problems(placed), *_fallback_problems(parsed, placed)],
-    )
+    problems = _runtime_problems(parsed, targets) + _calibration_problems(placed) + _fallback_problems(parsed, placed)
+    plan, report = manager.run(plan, placed, targets, problems)
     if plan.scheduler is not None:
         pipe.register_modules(scheduler=plan.scheduler)
     after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}
