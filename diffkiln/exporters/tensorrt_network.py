@@ -83,7 +83,7 @@ def build(trt: Any, library: Library, folder: Path, wanted: Wanted) -> Engine:
         config = _configured(trt, builder, network, library, wanted)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
-            raise ExportError(_refusal(library, trt, wanted.origins))
+            raise ExportError(_refusal(library, trt, wanted))
         taken = _inputs(network)
         inputs = tuple(name if name in taken else None for name in wanted.inputs)
         return Engine(bytes(serialized), inputs, outputs, _layers(network, wanted.origins), _timing(config, library))
@@ -167,8 +167,7 @@ def _add_profile(builder: Any, config: Any, network: Any, wanted: Wanted) -> Non
             smallest[dimension], largest[dimension] = low, high
         profile.set_shape(value.name, smallest, largest, largest)
     if config.add_optimization_profile(profile) < 0:
-        told = ", ".join(f"input {position}: {dict(free)}" for position, free in wanted.ranges.items())
-        raise ExportError(f"range of sizes: found {told}, required one that an optimization profile takes{_last()}")
+        raise ExportError(f"{_told(wanted)}, required a range that an optimization profile takes{_last()}")
 
 
 def _timing(config: Any, library: Library) -> bytes:
@@ -212,12 +211,23 @@ def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mappin
     return f"{library.title} {trt.__version__} {reasons}. {_MEND}"
 
 
-def _refusal(library: Library, trt: Any, origins: Mapping[str, str]) -> str:
-    """What the builder said, and the operator of the node that it named."""
-    said = _SAID[0] if _SAID else "without a reason"
+def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
+    """What the builder said, the operator of the node that it named, and the sizes that were to be free."""
+    said, origins = _SAID[0] if _SAID else "without a reason", wanted.origins
+    sizes = f" for {_told(wanted)}, required a range that it takes" if wanted.ranges else ""
     named = sorted((node for node in origins if re.search(rf"\b{re.escape(node)}\b", said)), key=len)
     origin = f" (it names {named[-1]}, which comes from {origins[named[-1]]})" if named else ""
-    return f"{library.title} {trt.__version__} builds no engine: {_short(said)}{origin}. {_MEND}"
+    return f"{library.title} {trt.__version__} builds no engine{sizes}: {_short(said)}{origin}. {_MEND}"
+
+
+def _told(wanted: Wanted) -> str:
+    """The sizes that are free."""
+    rows = (
+        f"{low} to {high} in dimension {dimension} of {wanted.inputs[position]}"
+        for position, free in wanted.ranges.items()
+        for dimension, (low, high) in free.items()
+    )
+    return f"sizes found {', '.join(rows)}"
 
 
 def _last() -> str:
