@@ -82,6 +82,7 @@ def compile_module(
         named = {name: weights[name] for name in region.weights if name in weights}
         lowering = Lowering(region, machine, own, dict(options or {}), weights=named)
         artefacts[region.name] = artefact = exporter(backend).export(lowering, cache or EngineCache())
+        engines[region.name] = _Elsewhere(machine)
         if place is not None:
             inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
             engines[region.name] = engine(backend)(artefact.directory, inputs, place)
@@ -130,8 +131,6 @@ class CompiledModule:
             CallError: a tensor has another type or shape, or another argument another value, than the example's.
             Incompatible: this machine has not the GPU that the engines are for.
         """
-        if self._engines.keys() != self.regions.keys():
-            raise Incompatible(_elsewhere(self.target))
         leaves, structure = flatten(((), kwargs))
         if key_of(leaves, structure) != self._expected:
             raise CallError(_difference(kwargs, unflatten(self._callee.leaves, self._callee.structure)[1]))
@@ -195,13 +194,22 @@ def _place(target: Target) -> torch.device | None:
     return torch.device("cuda") if capability() == target.capability else None
 
 
-def _elsewhere(target: Target) -> str:
-    found = capability()
-    here = f"sm_{found[0]}{found[1]}" if found else f"none that torch {torch.__version__} can use"
-    return (
-        f"gpu: found {here}, required {target.sm} ({target.name}), which the module was compiled for. Compile it on "
-        "such a machine, which takes the engines from the cache if it is there, or for this one"
-    )
+class _Elsewhere:
+    """In the place of an engine for a GPU that is not here."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = capability()
+        here = f"sm_{found[0]}{found[1]}" if found else f"none that torch {torch.__version__} can use"
+        raise Incompatible(
+            f"gpu: found {here}, required {self._target.sm} ({self._target.name}), which the module was compiled for. "
+            "Compile it on such a machine, which takes the engines from the cache if it is there, or for this one"
+        )
+
+    def check(self, flat: Sequence[torch.Tensor]) -> None:
+        self([])
 
 
 def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:

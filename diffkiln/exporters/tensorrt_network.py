@@ -117,7 +117,7 @@ def _parsed(trt: Any, builder: Any, library: Library, folder: Path, wanted: Want
     if not parser.parse_from_file(str(folder / MODEL)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise ExportError(_unparsed(library, trt, errors, wanted.origins))
-    network.name = "diffkiln"  # its own would count the networks of the process, and stand in the engine
+    network.name = "diffkiln"  # its own counts the networks of the process, and stands in the engine
     for name, value in _inputs(network).items():
         if value.is_shape_tensor:
             raise ExportError(f"found a shape that follows the values of the input {name}, required sizes alone")

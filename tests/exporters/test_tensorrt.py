@@ -138,12 +138,10 @@ class TestBuilding:
         assert found <= {"BF16", "INT64", "INT32"}
         assert "BF16" in found
 
-    def test_same_region_same_bytes(self, tmp_path: Path) -> None:
-        region, artefact = built_tensorrt(block)
-        again = Tensorrt().export(Lowering(region, RTX_4090), EngineCache(tmp_path))
-        found = {path.name: path.read_bytes() for path in again.directory.iterdir()}
-        wanted = {path.name: path.read_bytes() for path in artefact.directory.iterdir()}
-        assert [name for name in wanted if found[name] != wanted[name]] == []
+    def test_engine_names_no_place_of_this_machine(self) -> None:
+        _, artefact = built_tensorrt(block)
+        for path in artefact.directory.iterdir():
+            assert b"/tmp" not in path.read_bytes()
 
     def test_second_export_builds_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         region, artefact = built_tensorrt(block)
