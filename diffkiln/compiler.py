@@ -36,6 +36,7 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.compile import Compile
 from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.constants import Constants
@@ -129,9 +130,8 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted)) if all(wanted) else ()
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    plan, report = manager.run(
-        plan, placed, targets, [*_runtime_problems(parsed, targets), *_calibration_problems(placed)]
-    )
+    problems = _runtime_problems(parsed, targets) + _calibration_problems(placed) + _fallback_problems(parsed, placed)
+    plan, report = manager.run(plan, placed, targets, problems)
     if plan.scheduler is not None:
         pipe.register_modules(scheduler=plan.scheduler)
     after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}
@@ -191,14 +191,17 @@ def compile(
             pack_configuration(writer, checked)
             pack_licences(writer, checked)
             pack_programs(writer, packed, checked.requests, checked.pipe)
+        engines = cache or EngineCache()
         for request in checked.plan.compile:
-            with steps(f"compile the blocks of {request.component}"):
-                pack_engines(writer, packed, request, checked.targets, cache or EngineCache())
-        used = weights_used(recording)
+            if not request.holds_weights:
+                with steps(f"compile the blocks of {request.component}"):
+                    pack_engines(writer, packed, request, checked.targets, engines)
+        held = frozenset(request.component for request in checked.plan.compile if request.holds_weights)
+        used = weights_used(recording, held)
         for name in checked.plan.modules:
             with steps(f"weights of {name}"):
                 packed.weights[name] = stream_weights(
-                    checked, name, writer, packed, verification, used.get(name, frozenset())
+                    checked, name, writer, packed, verification, used.get(name, frozenset()), engines
                 )
         with steps("publish"):
             identity = writer.publish(
@@ -264,6 +267,16 @@ def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
     lonely = [item for item in calibrations if not any(_is_schedule(other, item.step.component) for other in placed)]
     mend = 'Add a cache_schedule with "steps": "calibrated".'
     return [Problem(item.where, "no cache_schedule of the component would use it", mend) for item in lonely]
+
+
+def _fallback_problems(spec: Spec, placed: Sequence[Placed]) -> list[Problem]:
+    """Engines that hold their weights, where the bundle is to run without engines on other machines."""
+    if spec.runtime.on_incompatible != "eager":
+        return []
+    held = [item for item in placed if isinstance(item.step, Compile) and item.step.weights == "engine"]
+    reason = "the weights are in the engines, and without them the bundle cannot be replayed"
+    mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
+    return [Problem(f"{item.where}.weights", reason, mend) for item in held]
 
 
 @contextmanager

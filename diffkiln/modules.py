@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.aten import Interpreter, type_of
-from diffkiln.errors import CallError, Incompatible, SpecError
-from diffkiln.exporters.base import Lowering, contiguous, engine_inputs
+from diffkiln.errors import BuildError, CallError, Incompatible, SpecError
+from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
 from diffkiln.passes.outlining import between_blocks, whole
 from diffkiln.program import REGION, Module, Op, Program, weight_in
-from diffkiln.record.components import Callee, record_component
+from diffkiln.record.components import Callee, record_component, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import emptied, haunt
 from diffkiln.record.structure import flatten, key_of, unflatten
-from diffkiln.runtime.compatibility import missing_flags
+from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engines import Engine, engine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.runtime.shims import weight_getter
@@ -63,7 +66,10 @@ def compile_module(
         RecordError: the module cannot be recorded, with the line of its code.
         VerifyError: what was recorded or lowered gives something else than the module.
         ExportError: the backend cannot lower a region.
-        Incompatible: this machine cannot run the target's engines.
+        Incompatible: the target is a CPU of a higher level than this machine's.
+
+    Engines for a GPU that this machine has not are built and not tried: what comes back can be saved, not called. To
+    call engines for the GPU that is here, move the module and the arguments to it.
     """
     machine = _machine(target)
     if scope not in _SCOPES:
@@ -73,15 +79,21 @@ def compile_module(
     constants = Constants()
     callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
+    place, weights = _place(machine), dict(weights_of(module))
     engines: dict[str, Engine] = {}
+    artefacts: dict[str, Artefact] = {}
     for region in recorded.regions.values():
         own = {key: constants.tensors[key] for key in region.constants}
-        lowering = Lowering(region, machine, own, dict(options or {}))
-        artefact = exporter(backend).export(lowering, cache or EngineCache())
-        inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
-        engines[region.name] = engine(backend)(artefact.directory, inputs, torch.device("cpu"))
-        self_test(engines[region.name], region, own, torch.device("cpu"), f"the engine of {region.name}")
-    return CompiledModule(module, callee, recorded, engines, constants.tensors)
+        named = {name: weights[name] for name in region.weights if name in weights}
+        lowering = Lowering(region, machine, own, dict(options or {}), weights=named)
+        artefacts[region.name] = artefact = exporter(backend).export(lowering, cache or EngineCache())
+        engines[region.name] = _Elsewhere(machine)
+        if place is not None:
+            inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
+            engines[region.name] = engine(backend)(artefact.directory, inputs, place)
+            self_test(engines[region.name], region, own, place, f"the engine of {region.name}")
+    folded = {key: tensor.to(place) if place and tensor.ndim else tensor for key, tensor in constants.tensors.items()}
+    return CompiledModule(module, callee, recorded, engines, folded, artefacts, machine)
 
 
 class CompiledModule:
@@ -90,6 +102,8 @@ class CompiledModule:
     Attributes:
         module: the original, whose weights are looked up at each call.
         program: what runs; `regions` are the pieces of it that have engines.
+        artefacts: the engine of each region, on disk.
+        target: the machine that they are for.
     """
 
     def __init__(
@@ -99,8 +113,11 @@ class CompiledModule:
         recorded: Module,
         engines: Mapping[str, Engine],
         constants: Mapping[str, torch.Tensor],
+        artefacts: Mapping[str, Artefact],
+        target: Target,
     ) -> None:
         self.module, self.regions = module, recorded.regions
+        self.artefacts, self.target = artefacts, target
         self.program: Program = recorded.programs[callee.program]
         self._callee, self._engines, self._constants = callee, engines, constants
         self._expected = key_of(callee.leaves, callee.structure)
@@ -117,6 +134,7 @@ class CompiledModule:
 
         Raises:
             CallError: a tensor has another type or shape, or another argument another value, than the example's.
+            Incompatible: this machine has not the GPU that the engines are for.
         """
         leaves, structure = flatten(((), kwargs))
         if key_of(leaves, structure) != self._expected:
@@ -131,6 +149,20 @@ class CompiledModule:
             found = iter(self._interpreter(inputs, self._now, self._constants))
         result, shape = self._callee.result
         return unflatten([next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in result], shape)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the engine of each region into a new directory: `<Region>/…`, as its backend lays it out.
+
+        Raises:
+            BuildError: the directory is there already, or cannot be written.
+        """
+        root = Path(directory)
+        try:
+            root.mkdir(parents=True)
+            for name, artefact in self.artefacts.items():
+                shutil.copytree(artefact.directory, root / name)
+        except OSError as error:
+            raise BuildError(f"{root}: the engines cannot be saved: {error}") from error
 
     def _region(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         region, run = self.regions[op.attrs["region"]], self._engines[op.attrs["region"]]
@@ -180,6 +212,31 @@ def _machine(target: str | Target) -> Target:
     if found.device == "cpu" and (missing := missing_flags(found.isa)):
         raise Incompatible(f"{found.name}: this machine lacks {', '.join(sorted(missing))}. Choose a lower level")
     return found
+
+
+def _place(target: Target) -> torch.device | None:
+    """Where the target's engines run on this machine; None where it cannot run them."""
+    if target.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda") if capability() == target.capability else None
+
+
+class _Elsewhere:
+    """In the place of an engine for a GPU that is not here."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = capability()
+        here = f"sm_{found[0]}{found[1]}" if found else f"none that torch {torch.__version__} can use"
+        raise Incompatible(
+            f"gpu: found {here}, required {self._target.sm} ({self._target.name}), which the module was compiled for. "
+            "Compile it on such a machine, which takes the engines from the cache if it is there, or for this one"
+        )
+
+    def check(self, flat: Sequence[torch.Tensor]) -> None:
+        self([])
 
 
 def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:

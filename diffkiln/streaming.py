@@ -16,10 +16,12 @@ import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow
 from diffkiln.errors import PassError
+from diffkiln.exporters.cache import EngineCache
 from diffkiln.layers import repeated_blocks
 from diffkiln.memory import return_memory
-from diffkiln.packing import Packed, WeightsPacker
+from diffkiln.packing import Packed, WeightsPacker, pack_engines
 from diffkiln.passes import manager
+from diffkiln.passes.base import CompileRequest
 from diffkiln.record.components import weights_of
 from diffkiln.record.ghosts import emptied, load_module, refuse_nonfinite
 from diffkiln.record.portions import OUTSIDE, Portions, open_portions, unit_of
@@ -52,12 +54,21 @@ class _Way:
 
 
 def stream_weights(
-    checked: Checked, name: str, writer: BundleWriter, packed: Packed, verification: Verification, used: frozenset[str]
+    checked: Checked,
+    name: str,
+    writer: BundleWriter,
+    packed: Packed,
+    verification: Verification,
+    used: frozenset[str],
+    cache: EngineCache,
 ) -> tuple[GroupRow, ...]:
     """Write the weights of one component as the passes leave them, and verify it with them.
 
+    Engines that are to hold its weights are built while they are here.
+
     Args:
         used: names of the weights that programs read.
+        cache: of engines.
 
     Raises:
         SourceError: its checkpoint cannot be read.
@@ -78,6 +89,8 @@ def stream_weights(
         _have_data(name, module, units)
         trial.add(module, units)
         packer.add(module)
+        for request in _holding(checked, name):
+            pack_engines(writer, packed, request, checked.targets, cache, dict(weights_of(module)))
         del module  # before the next one is loaded
     if checked.bytes_before[name] > _LARGE:
         return_memory()
@@ -125,8 +138,15 @@ def _way(checked: Checked, name: str, needed: Collection[str], notices: list[str
     return _Way([units], lambda _: load_module(checked.source, name, checked.dtype))
 
 
+def _holding(checked: Checked, name: str) -> list[CompileRequest]:
+    """What asks for engines with this component's weights in them."""
+    return [request for request in checked.plan.compile if request.component == name and request.holds_weights]
+
+
 def _needs_all(checked: Checked, name: str) -> str:
     """Why a pass takes the component whole only; empty if all take it in portions."""
+    if _holding(checked, name):
+        return "its engines hold its weights"
     steps = [item.step for item in checked.placed if item.step.component == name]
     return next((f"{step.name} {step.needs_all}" for step in steps if step.needs_all), "")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diffkiln
-from diffkiln.errors import CallError, DataDependent, SpecError
+from diffkiln.errors import BuildError, CallError, DataDependent, Incompatible, SpecError
 from tests.exporters.regions import engine_cache
 from tests.pipelines import WARNING_FILTERS
 
@@ -101,6 +101,20 @@ def test_other_arguments_are_refused_by_name(example, compiled, change, reason):
 def test_unknown_words_are_refused_with_what_there_is(example, options, reason):
     with pytest.raises(SpecError, match=reason):
         diffkiln.compile_module(*example, **options)
+
+
+def test_engines_for_a_gpu_that_is_not_there_are_built_and_saved_and_not_called(example, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffkiln.modules.capability", lambda: None)
+    module, kwargs = example
+    built = diffkiln.compile_module(module, kwargs, target="rtx 4090", backend="tensorrt", cache=engine_cache())
+    assert set(built.artefacts) == {"Block"}
+    with pytest.raises(Incompatible, match=r"gpu: found none that torch .*, required sm_89 \(nvidia-rtx-4090\)"):
+        built(**kwargs)
+    built.save(tmp_path / "engines")
+    saved = {path.name for path in (tmp_path / "engines" / "Block").iterdir()}
+    assert saved == {"engine.trt", "engine.onnx", "engine.json", "layers.json"}
+    with pytest.raises(BuildError, match="cannot be saved"):
+        built.save(tmp_path / "engines")
 
 
 def test_whole_module_is_one_engine(example):

@@ -83,22 +83,30 @@ def _policy(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _is_gpu(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name, ""), str) for name in ("sm", "ptx"))
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_gpu(row: Any) -> bool:
+    """Whether it says what engines hold, as far as it says anything: the `sm` and `ptx` of their code, whether it is
+    for that one `exact`ly, whether it was `autotuned`, and the `packages` that run it."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name, ""), str) for name in ("sm", "ptx"))
+        and all(isinstance(row.get(name, False), bool) for name in ("exact", "autotuned"))
+        and _are_texts(row.get("packages", {}))
+    )
 
 
 _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
-    "gpus": (
-        "an object of objects, whose `sm` and `ptx` are texts",
-        lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
-    ),
     "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "on_incompatible": ("text", lambda value: isinstance(value, str)),
     "only_diffusers": ("text", lambda value: isinstance(value, str)),
-    "targets": (
-        "an object of texts",
-        lambda value: isinstance(value, dict) and all(isinstance(isa, str) for isa in value.values()),
+    "targets": ("an object of texts", _are_texts),
+    "gpus": (
+        "an object that says what the engines of each target hold",
+        lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
 }

@@ -146,7 +146,8 @@ def _artefact(body: Mapping[str, Any], directory: Path) -> Artefact:
 
     return Artefact(
         body["backend"], directory, specs("inputs"), specs("outputs"), dict(body["options"]), dict(body["requires"]),
-        autotuned=body.get("autotuned"),  # entries of earlier versions do not say
+        # Entries of earlier versions do not have these.
+        autotuned=body.get("autotuned"), packages=dict(body.get("packages", {})), exact=body.get("exact", False),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,19 +51,28 @@ class Onnx:
         return problems + foreign_operators(region)
 
     def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
-        return export_once(self, lowering, cache, _tools, lambda scratch: self._build(lowering, scratch))
+        return export_once(self, lowering, cache, exporting_tools, lambda scratch: self._build(lowering, scratch))
 
     def _build(self, lowering: Lowering, scratch: Path) -> Artefact:
-        outputs = _write(lowering, scratch)
+        outputs = write_model(lowering, scratch).outputs
         inputs = tuple(contiguous(type_) for type_ in engine_inputs(lowering.region))
         return Artefact(self.name, scratch, inputs, outputs, dict(lowering.options))
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model on disk: its inputs' names, its outputs' layouts, and by each node's name the operator it comes from."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    origins: Mapping[str, str]
 
 
 _CAST = "Cast the component to float32 or float16 before it is compiled, or choose aot_inductor."
 
 
-def _tools() -> dict[str, str]:
-    """The versions of what decides an engine's bytes.
+def exporting_tools() -> dict[str, str]:
+    """The versions of what decides a model's bytes.
 
     Raises:
         MissingDependency: names the package and what installs it.
@@ -73,8 +83,12 @@ def _tools() -> dict[str, str]:
         raise MissingDependency(f"the backend onnx needs {error.name}: pip install 'diffkiln[onnx]'") from None
 
 
-def _write(lowering: Lowering, folder: Path) -> tuple[TensorSpec, ...]:
-    """Write the model into the folder, and give the layouts of its outputs."""
+def write_model(lowering: Lowering, folder: Path) -> Written:
+    """Write the region as a model into the folder.
+
+    Raises:
+        ExportError: torch's exporter or ONNX's checker refuses it.
+    """
     with _EXPORTING, _quiet(), torch.no_grad():
         try:
             flat = examples(lowering.region)
@@ -98,8 +112,16 @@ def _write(lowering: Lowering, folder: Path) -> tuple[TensorSpec, ...]:
                 "supported"
             )
         _fold(program.model)
+        origins = {node.name: _origin(node) for node in program.model.graph.all_nodes() if node.name}
         _save(program.model, folder)
-        return layouts(exported, lowering)
+        names = tuple(str(value.name) for value in program.model.graph.inputs)
+        return Written(names, layouts(exported, lowering), origins)
+
+
+def _origin(node: Any) -> str:
+    """The ATen operator that a node was translated from, as torch's exporter notes it."""
+    found = re.search(r"target=torch\.ops\.([\w.]+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+    return found[1] if found else "the graph itself"
 
 
 def _translations() -> dict[Any, Any]:

@@ -40,3 +40,4 @@ def exporter(name: str) -> Exporter:
 register("aot_inductor", "diffkiln.exporters.aot_inductor:AotInductor")
 register("onnx", "diffkiln.exporters.onnx:Onnx")
 register("torch_compile", "diffkiln.exporters.torch_compile:TorchCompile")
+register("tensorrt", "diffkiln.exporters.tensorrt:Tensorrt")

@@ -206,6 +206,9 @@ def _check_buildable(
         if target.device != device
     ]
     for group in groups:
+        if group.request.holds_weights:
+            reason = f"the engines of {group.request.component} hold weights, which only compiling a spec has at hand"
+            problems.append(Problem("", reason, "Compile the spec for all of its targets."))
         for name in group.regions:
             region = modules[group.request.component].regions[name]
             for target in targets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -22,18 +23,28 @@ from diffkiln.runtime.engines import engine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
+#: Weights by their names in the component.
+Weights = Mapping[str, torch.Tensor]
+_NONE: Weights = MappingProxyType({})
+
 
 def pack_engines(
-    writer: BundleWriter, packed: Packed, request: CompileRequest, targets: Sequence[Target], cache: EngineCache
+    writer: BundleWriter,
+    packed: Packed,
+    request: CompileRequest,
+    targets: Sequence[Target],
+    cache: EngineCache,
+    weights: Weights = _NONE,
 ) -> None:
     """`engines/<target>/<component>/<Region>/`: a component's regions for every target, tried where they can run.
 
-    Regions that differ by sizes alone share an engine, where that is asked for and the backend can.
+    Regions that differ by sizes alone share an engine, where that is asked for and the backend can. `weights` are the
+    component's, for engines that are to hold them.
     """
     module = packed.recording.modules.get(request.component)
     for family in _families(module, request.dynamic) if module else ():
         for target in targets:
-            pack_family(writer, packed, request, target, family, cache)
+            pack_family(writer, packed, request, target, family, cache, weights)
 
 
 def pack_family(
@@ -43,9 +54,10 @@ def pack_family(
     target: Target,
     family: Family,
     cache: EngineCache,
+    weights: Weights = _NONE,
 ) -> None:
     """The engines of regions that may share one, for one target."""
-    for artefact, regions in _built_together(family, packed, request, target, cache):
+    for artefact, regions in _built_together(family, packed, request, target, cache, weights):
         _pack(writer, packed, request, target, artefact, regions)
 
 
@@ -55,14 +67,15 @@ def _families(module: Module, dynamic: bool) -> list[Family]:
 
 
 def _built_together(
-    family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache
+    family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache, weights: Weights
 ) -> Iterator[tuple[Artefact, tuple[Program, ...]]]:
     """Engines, each with the regions that it is for: one for all of them, or one for each."""
 
     def built(region: Program, whole: Family | None) -> Artefact:
         constants = _constants(packed, region)
         _tell_breaks(packed, request, region)
-        lowering = Lowering(region, target, constants, dict(request.options), whole)
+        own = {name: weights[name] for name in region.weights if name in weights}
+        lowering = Lowering(region, target, constants, dict(request.options), whole, own)
         artefact = exporter(request.backend).export(lowering, cache)
         for member in whole.members if whole else (region,):
             path = f"engines/{target.name}/{request.component}/{member.name}"
@@ -133,13 +146,21 @@ def _pack(
 
 
 def _take_over_requirements(packed: Packed, target: Target, artefact: Artefact) -> None:
-    """The newest that any engine asks for is what the bundle asks for."""
+    """The newest that any engine asks for is what the bundle asks for; what is a GPU's stands with its target."""
     for name in ("glibc", "cuda", "driver"):
         stated = filter(None, (getattr(packed, name), artefact.requires.get(name)))
         setattr(packed, name, max(stated, key=_numbers, default=None))
-    if sm := artefact.requires.get("sm"):
-        before = packed.gpus.get(target.name, {}).get("autotuned", True)
-        packed.gpus[target.name] = {"sm": sm, "autotuned": before and artefact.autotuned is True}
+    if (sm := artefact.requires.get("sm")) is None:
+        return
+    row = packed.gpus.setdefault(target.name, {"sm": sm})
+    if row["sm"] == target.sm:  # `sm_90a` says more than `sm_90`
+        row["sm"] = sm
+    if artefact.autotuned is not None:
+        row["autotuned"] = row.get("autotuned", True) and artefact.autotuned
+    if artefact.packages:
+        row["packages"] = {**row.get("packages", {}), **artefact.packages}
+    if artefact.exact:
+        row["exact"] = True
 
 
 def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineRow:

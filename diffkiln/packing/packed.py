@@ -28,7 +28,7 @@ class Packed:
     glibc: str | None = None
     cuda: str | None = None
     driver: str | None = None
-    #: What engines for GPUs hold, by target: the SM of their code, and whether it was tuned on one.
+    #: By target, what its engines hold for a GPU and the packages that run them: the manifest's `runtime.gpus`.
     gpus: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: The modules that were recorded, by component, so that an error can say where a region comes from.
     ghosts: Mapping[str, torch.nn.Module] = field(default_factory=dict)

@@ -40,6 +40,8 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
         runtime["gpus"] = dict(packed.gpus)
     if checked.spec.runtime.tf32 is not None:
         runtime["tf32"] = checked.spec.runtime.tf32
+    if packed.gpus:
+        runtime["gpus"] = packed.gpus
     if packed.recording.reason:
         runtime["only_diffusers"] = packed.recording.reason
     steps = [ran.placed.step for ran in checked.report]

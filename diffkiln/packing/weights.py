@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import safetensors.torch
 import torch
@@ -19,14 +19,19 @@ from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
 from diffkiln.spec import Offload
 
 
-def weights_used(recording: Recording) -> dict[str, frozenset[str]]:
-    """By component, the weights that programs read; the others serve `as_diffusers` only."""
+def weights_used(recording: Recording, held: Collection[str] = ()) -> dict[str, frozenset[str]]:
+    """By component, the weights that programs read; the others serve `as_diffusers` only.
+
+    Args:
+        recording: what was recorded.
+        held: components whose engines hold the weights of their regions themselves.
+    """
     used: dict[str, set[str]] = {name: set() for name in recording.modules}
     for name, module in recording.modules.items():
         for program in module.programs.values():
             used[name].update(program.weights)
             for op in program.ops:
-                if op.name == REGION:
+                if op.name == REGION and name not in held:
                     region = module.regions[op.attrs["region"]]
                     used[name].update(weight_in(op, weight) for weight in region.weights)
     for programs in recording.calls:

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
+import torch
+
 from diffkiln.cuda import cuda_problems
 from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Plan
-from diffkiln.program import Module, onnx
+from diffkiln.program import Module, Program, onnx, tensorrt
 from diffkiln.spec import Target
 
 
@@ -24,33 +26,76 @@ class Backend:
         whole: whether a region is the whole component where the spec does not say.
         flagless: why the backend has none of Inductor's flags; empty where it has them.
         unbroken: why a region cannot have graph breaks; empty where it can.
+        computes: a type that it takes, for whoever must cast.
     """
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False
     flagless: ClassVar[str] = ""
     unbroken: ClassVar[str] = "an engine that is built ahead of time has no graph breaks"
+    computes: ClassVar[str] = "float32"
 
     def packages(self) -> dict[str, str]:
         """What the bundle needs where it runs."""
         return {}
 
-    def problems(self, component: str, plan: Plan, target: Target, where: str, fullgraph: bool) -> Iterator[Problem]:
+    def problems(
+        self,
+        component: str,
+        module: torch.nn.Module | None,
+        plan: Plan,
+        target: Target,
+        where: str,
+        fullgraph: bool,
+    ) -> Iterator[Problem]:
         """What stands in the way, from configuration."""
         if Fact("attention_by_package", component) in plan.facts:
             reason = "an engine holds torch's operators alone, and a package computes the attention"
             yield Problem(where, reason, "Choose a native kernel, or torch_compile with graph breaks.")
 
-    def type_problems(self, component: str, module: Module, whole: bool, where: str) -> Iterator[Problem]:
+    def type_problems(
+        self, component: str, module: Module, target: Target, whole: bool, where: str
+    ) -> Iterator[Problem]:
         """Types that the backend cannot compute in, from the recording."""
+        programs = (*(module.programs.values() if whole else ()), *module.regions.values())
+        for reason in dict.fromkeys(reason for program in programs for reason in self._refused(program, target)):
+            yield Problem(
+                f"{where}.backend", f"{self.name} cannot compute {component}: {reason}", self._cast(component)
+            )
+
+    def _refused(self, program: Program, target: Target) -> Iterator[str]:
+        """Why types of one program cannot be computed in."""
         return iter(())
+
+    def _cast(self, component: str) -> str:
+        return f'Put {{"name": "cast", "component": "{component}", "dtype": "{self.computes}"}} before it.'
+
+
+def _own_attention(runner: str, component: str, plan: Plan, where: str) -> Iterator[Problem]:
+    if Fact("attention_chosen", component) in plan.facts:
+        reason = f"{runner} computes attention in its own way, whatever kernel attention_backend chose"
+        yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
+
+
+def _missing(where: str, *names: str) -> Iterator[Problem]:
+    if missing := [name for name in names if find_spec(name) is None]:
+        reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
+        yield Problem(f"{where}.backend", reason, "pip install 'diffkiln[onnx]'")
 
 
 class AotInductor(Backend):
     name = "aot_inductor"
 
-    def problems(self, component: str, plan: Plan, target: Target, where: str, fullgraph: bool) -> Iterator[Problem]:
-        yield from super().problems(component, plan, target, where, fullgraph)
+    def problems(
+        self,
+        component: str,
+        module: torch.nn.Module | None,
+        plan: Plan,
+        target: Target,
+        where: str,
+        fullgraph: bool,
+    ) -> Iterator[Problem]:
+        yield from super().problems(component, module, plan, target, where, fullgraph)
         for problem in cuda_problems() if target.device == "cuda" else ():
             reason = f"to build for {target.name}, {problem.where}: {problem.reason}"
             yield Problem(f"{where}.backend", reason, problem.mend)
@@ -64,30 +109,90 @@ class Onnx(Backend):
     def packages(self) -> dict[str, str]:
         return {onnx.PACKAGE: onnx.VERSIONS}
 
-    def problems(self, component: str, plan: Plan, target: Target, where: str, fullgraph: bool) -> Iterator[Problem]:
-        missing = [name for name in (*onnx.EXPORTING, onnx.PACKAGE) if find_spec(name) is None]
-        if missing:
-            reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
-            yield Problem(f"{where}.backend", reason, "pip install 'diffkiln[onnx]'")
-        if Fact("attention_chosen", component) in plan.facts:
-            reason = "ONNX Runtime computes attention in its own way, whatever kernel attention_backend chose"
-            yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
+    def problems(
+        self,
+        component: str,
+        module: torch.nn.Module | None,
+        plan: Plan,
+        target: Target,
+        where: str,
+        fullgraph: bool,
+    ) -> Iterator[Problem]:
+        yield from _missing(where, *onnx.EXPORTING, onnx.PACKAGE)
+        yield from _own_attention("ONNX Runtime", component, plan, where)
 
-    def type_problems(self, component: str, module: Module, whole: bool, where: str) -> Iterator[Problem]:
-        programs = (*(module.programs.values() if whole else ()), *module.regions.values())
-        for reason in dict.fromkeys(reason for program in programs for reason in onnx.type_problems(program)):
-            mend = f'Put {{"name": "cast", "component": "{component}", "dtype": "float32"}} before it.'
-            yield Problem(f"{where}.backend", f"onnx cannot compute {component}: {reason}", mend)
+    def _refused(self, program: Program, target: Target) -> Iterator[str]:
+        return onnx.type_problems(program)
+
+
+class Tensorrt(Backend):
+    name = "tensorrt"
+    whole = True
+    flagless = "TensorRT has none of them"
+    computes = "float16"
+
+    def problems(
+        self,
+        component: str,
+        module: torch.nn.Module | None,
+        plan: Plan,
+        target: Target,
+        where: str,
+        fullgraph: bool,
+    ) -> Iterator[Problem]:
+        """What library and target say, and the types of the weights."""
+        yield from _own_attention("TensorRT", component, plan, where)
+        where = f"{where}.backend"
+        if target.device != "cuda":
+            reason = f"TensorRT builds for NVIDIA's GPUs, the target is {target.name}"
+            yield Problem(where, reason, "Choose a GPU as the target, or another backend.")
+            return
+        if target.capability < tensorrt.OLDEST:
+            least = ".".join(map(str, tensorrt.OLDEST))
+            reason = f"found compute capability {target.compute_capability} ({target.name}), required {least} or later"
+            yield Problem(where, f"TensorRT: {reason}", "Choose another backend.")
+            return
+        yield from _missing(where.removesuffix(".backend"), *onnx.EXPORTING)
+        library = tensorrt.library_for(target.capability)
+        if find_spec(library.module) is None:
+            yield Problem(where, *_library_missing(library, target))
+        kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters()} if module else set()
+        for reason in filter(None, (tensorrt.type_problem(kind, target.capability) for kind in sorted(kinds))):
+            told = f"tensorrt cannot compute {component}: {reason} (its weights)"
+            yield Problem(where, told, self._cast(component))
+
+    def _refused(self, program: Program, target: Target) -> Iterator[str]:
+        return tensorrt.type_problems(program, target.capability)
+
+
+def _library_missing(library: tensorrt.Library, target: Target) -> tuple[str, str]:
+    """Why and what to do where the library that builds for a target is not installed."""
+    reason = f"{target.name} ({target.sm}): found no package {library.package}, required to build for it"
+    if library is tensorrt.RTX:
+        return reason, library.install
+    able = ", ".join(f"{major}.{minor}" for major, minor in sorted(tensorrt.RTX.portable))
+    return f"{reason}, since {tensorrt.RTX.package} builds for {able} alone", (
+        f"{library.install}, on a machine with that GPU, which {library.title} times its kernels on; or choose another "
+        "target or backend."
+    )
 
 
 class TorchCompile(Backend):
     name = "torch_compile"
     unbroken = ""
 
-    def problems(self, component: str, plan: Plan, target: Target, where: str, fullgraph: bool) -> Iterator[Problem]:
+    def problems(
+        self,
+        component: str,
+        module: torch.nn.Module | None,
+        plan: Plan,
+        target: Target,
+        where: str,
+        fullgraph: bool,
+    ) -> Iterator[Problem]:
         if fullgraph and Fact("attention_by_package", component) in plan.facts:
             reason = "the graph of a block breaks where a package computes the attention"
             yield Problem(f"{where}.fullgraph", reason, 'Set "fullgraph" to false, or choose a native kernel.')
 
 
-BACKENDS: Mapping[str, Backend] = {each.name: each() for each in (AotInductor, Onnx, TorchCompile)}
+BACKENDS: Mapping[str, Backend] = {each.name: each() for each in (AotInductor, Onnx, Tensorrt, TorchCompile)}

@@ -44,6 +44,11 @@ class CompileRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     dynamic: bool = False
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the engines are to hold their weights, which are then needed to build them."""
+        return self.options.get("weights") == "engine"
+
 
 @dataclass(frozen=True)
 class Plan:

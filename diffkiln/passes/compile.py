@@ -54,8 +54,8 @@ class Compile(Pass):
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
 
     `aot_inductor` writes native code for a CPU or a GPU, which need not be in this machine. `onnx` writes ONNX, which
-    ONNX Runtime runs with the bundle's weights. `torch_compile` compiles when the bundle is loaded, out of the caches
-    of a compilation when it was made.
+    ONNX Runtime runs with the bundle's weights. `tensorrt` has TensorRT build that ONNX into an engine for a GPU.
+    `torch_compile` compiles when the bundle is loaded, out of the caches of a compilation when it was made.
     """
 
     name: ClassVar[str] = "compile"
@@ -72,16 +72,17 @@ class Compile(Pass):
         {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
         {"name": "compile", "component": "scheduler"},
         {"name": "compile", "component": "text_encoder", "backend": "onnx"},
+        {"name": "compile", "component": "transformer", "backend": "tensorrt"},
         {"name": "compile", "component": "transformer", "backend": "torch_compile", "fullgraph": False},
     )
 
-    backend: Literal["aot_inductor", "onnx", "torch_compile"] = Field(
+    backend: Literal["aot_inductor", "onnx", "tensorrt", "torch_compile"] = Field(
         "aot_inductor", description="The backend that lowers the regions."
     )
     scope: Literal["blocks", "whole"] | None = Field(
         None,
-        description="What a region is: a repeated block, or the whole component. Absent: the whole for onnx, blocks "
-        "for the others.",
+        description="What a region is: a repeated block, or the whole component. Absent: the whole for onnx and "
+        "tensorrt, blocks for the others.",
     )
     between: bool = Field(False, description="Lower what lies between the blocks, too.")
     dynamic: bool | None = Field(
@@ -91,6 +92,17 @@ class Compile(Pass):
     )
     fullgraph: bool = Field(True, description="Demand that a region is one graph, without breaks.")
     flags: Flags | None = Field(None, description="Flags of torch's Inductor.")
+    weights: Literal["input", "engine"] | None = Field(
+        None,
+        description="tensorrt only: whether weights are the engine's inputs, which the bundle's store brings in, or "
+        "the engine's own, which TensorRT streams where the GPU cannot hold them. Absent: input.",
+    )
+    weight_budget_gb: float | None = Field(
+        None,
+        ge=0,
+        description="With weights of the engine's own: how much of them stays on the GPU, in GB. Absent: what the "
+        "target's memory allows.",
+    )
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -101,6 +113,7 @@ class Compile(Pass):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
         if given.get("flags") and backend.flagless:
             yield ("flags",), refuse(f"they are Inductor's, and {backend.flagless}", "Remove them")
+        yield from _weight_conflicts(given)
         if given.get("component") == SCHEDULER:
             for name in ("scope", "between"):
                 if given.get(name):
@@ -136,11 +149,22 @@ class Compile(Pass):
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
-        yield from self._backend.problems(self.component, plan, target, where, self.fullgraph)
+        yield from self._backend.problems(self.component, module, plan, target, where, self.fullgraph)
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
         if module := recording.modules.get(self.component):
-            yield from self._backend.type_problems(self.component, module, self.whole, where)
+            yield from self._backend.type_problems(self.component, module, target, self.whole, where)
+
+    def _options(self) -> dict[str, Any]:
+        """What the exporter is given."""
+        options: dict[str, Any] = self._flags()
+        if not self.fullgraph:
+            options["fullgraph"] = False
+        if self.weights == "engine":
+            options["weights"] = self.weights
+        if self.weight_budget_gb is not None:
+            options["weight_budget"] = int(self.weight_budget_gb * 1e9)
+        return options
 
     def _flags(self) -> dict[str, bool]:
         return self.flags.model_dump(exclude_none=True) if self.flags else {}
@@ -156,8 +180,7 @@ class Compile(Pass):
 
     def run(self, plan: Plan) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
-        options = self._flags() if self.fullgraph else self._flags() | {"fullgraph": False}
-        request = CompileRequest(self.component, self.backend, options, dynamic)
+        request = CompileRequest(self.component, self.backend, self._options(), dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
@@ -181,6 +204,18 @@ class Compile(Pass):
             outlined = whole(module) if self.whole else between_blocks(module)
             recording = replace(recording, modules={**recording.modules, self.component: outlined})
         return recording, ()
+
+
+def _weight_conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Options of weights where they would decide nothing, or where an engine serves several blocks."""
+    for name in ("weights", "weight_budget_gb"):
+        if given.get(name) is not None and given.get("backend") != "tensorrt":
+            yield (name,), refuse("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
+    if given.get("weights") == "engine" and given.get("scope") == "blocks":
+        yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
+    if given.get("weight_budget_gb") is not None and given.get("weights") != "engine":
+        mend = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
+        yield ("weight_budget_gb",), refuse("the engine has no weights of its own", mend)
 
 
 def _has_convolutions_of_one(module: torch.nn.Module) -> bool:

@@ -13,7 +13,7 @@ from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import CallError
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
-from diffkiln.runtime.engines import Engine
+from diffkiln.runtime.engines import Engine, holds_weights
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
@@ -196,7 +196,9 @@ class _Component:
         yield from self._program.weights
         for op in self._program.ops:
             if op.name == REGION and not op.attrs["instance"]:
-                yield from self._module.regions[op.attrs["region"]].weights
+                engine = self._executor.engines.get((self._name, op.attrs["region"]))
+                if engine is None or not holds_weights(engine):
+                    yield from self._module.regions[op.attrs["region"]].weights
 
     def _block_order(self) -> list[Key]:
         """The groups of the regions in the order of their use; a group that serves neighbours comes once."""
@@ -231,8 +233,11 @@ class _Component:
         if engine is None:
             replay = Interpreter(region, self._executor.device, {ATTENTION: packaged})
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
-        names = [weight_in(op, weight) for weight in region.weights]
         folded = [constants[item] for item in region.constants]
+        if holds_weights(engine):
+            inside = [torch.empty(0, device=self._executor.device)] * len(region.weights)
+            return lambda *args: engine([*args, *inside, *folded])
+        names = [weight_in(op, weight) for weight in region.weights]
 
         def call(*args: torch.Tensor) -> Sequence[torch.Tensor]:
             weights = self._enter_block(key)

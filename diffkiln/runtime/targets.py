@@ -160,7 +160,9 @@ def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
     isas: Any = manifest.runtime.get("targets", {})
     level = str(isas.get(name, "")) or None
     sm, ptx = _gpu_of(manifest, name)
-    check_target(manifest.requires.model_copy(update={"sm": None}), level, native=True)
+    row = _gpu_row(manifest, name)
+    packages = {**manifest.requires.packages, **row.get("packages", {})}
+    check_target(manifest.requires.model_copy(update={"sm": None, "packages": packages}), level, native=True)
     if manifest.runtime.get("device") != "cuda" or sm is None:
         own = own_level()
         exact = level == own
@@ -169,14 +171,21 @@ def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
     fit = gpu_fit(capability(), sm, ptx)
     if fit.rank is None:
         raise Incompatible(fit.why)
+    if row.get("exact") and fit.rank != EXACT:
+        raise Incompatible(f"gpu: required {sm}, which these engines are for and no other, but {fit.why}")
     return (fit.rank, fit.number), fit.why
 
 
 def _gpu_of(manifest: Manifest, name: str) -> tuple[str | None, str | None]:
     """What a target's engines hold: the SM of their cubins, and of their PTX if they have it."""
-    rows: Any = manifest.runtime.get("gpus", {})
-    row = rows.get(name, {})
+    row = _gpu_row(manifest, name)
     return row.get("sm", manifest.requires.sm), row.get("ptx")
+
+
+def _gpu_row(manifest: Manifest, name: str) -> dict[str, Any]:
+    """What the manifest says of a target that is a GPU."""
+    rows: Any = manifest.runtime.get("gpus", {})
+    return rows.get(name, {})
 
 
 def _parsed(text: str) -> tuple[int, int, str]:

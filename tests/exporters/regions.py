@@ -19,11 +19,13 @@ from diffkiln.exporters.aot_inductor import AotInductor
 from diffkiln.exporters.base import Artefact, Lowering, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import Onnx
+from diffkiln.exporters.tensorrt import Tensorrt
 from diffkiln.exporters.torch_compile import TorchCompile
 from diffkiln.program import ATTENTION, SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
-from diffkiln.spec.targets import Target
+from diffkiln.spec.targets import GPUS, Target
 
 CPU = Target(name="cpu-x86-64-v3", device="cpu", isa="x86-64-v3")
+RTX_4090 = GPUS["nvidia-rtx-4090"]
 
 
 class Writer:
@@ -196,6 +198,12 @@ def engine_cache() -> EngineCache:
 def built(make: Callable[[], Program]) -> tuple[Program, Artefact]:
     region = make()
     return region, AotInductor().export(Lowering(region, CPU), engine_cache())
+
+
+@cache
+def built_tensorrt(make: Callable[[], Program]) -> tuple[Program, Artefact]:
+    region = make()
+    return region, Tensorrt().export(Lowering(region, RTX_4090), engine_cache())
 
 
 @cache

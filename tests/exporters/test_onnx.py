@@ -99,7 +99,7 @@ class TestBuilding:
 
     def test_second_export_exports_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         region, artefact = built_onnx(block)
-        monkeypatch.setattr(backend, "_write", None)
+        monkeypatch.setattr(backend, "write_model", None)
         assert Onnx().export(Lowering(region, CPU), engine_cache()) == artefact
 
     @pytest.mark.parametrize("make", [int8_linear, int8_product, float8_linear, float16_block])

@@ -77,6 +77,67 @@ def test_onnx_takes_gpus():
     )
 
 
+RTX_4090, L4, H200, T4 = (
+    resolve_target(TargetSpec(device="cuda", gpu=name)) for name in ("rtx 4090", "l4", "h200", "t4")
+)
+
+
+def test_tensorrt_takes_the_whole_component_for_a_gpu_that_is_not_there():
+    plan = ghost("flux")
+    built = COMPILE | {"backend": "tensorrt"}
+    after, report = manager.run(plan, placed(built), [RTX_4090, L4])
+    assert [(request.component, request.backend) for request in after.compile] == [("transformer", "tensorrt")]
+    assert after.compile[0].options == {}
+    assert not after.compile[0].holds_weights
+    assert report[0].notes == ("whole by tensorrt",)
+    assert manager.run(plan, placed(built | {"scope": "blocks"}), [RTX_4090])[1][0].notes == ("blocks by tensorrt",)
+
+
+def test_engines_that_hold_their_weights_have_a_budget():
+    held = COMPILE | {"backend": "tensorrt", "weights": "engine", "weight_budget_gb": 6}
+    after, _ = manager.run(ghost("flux"), placed(held), [RTX_4090])
+    assert after.compile[0].options == {"weights": "engine", "weight_budget": 6 * 10**9}
+    assert after.compile[0].holds_weights
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "reason"),
+    [
+        (CPU, None, r"builds for NVIDIA's GPUs, the target is cpu-x86-64-v3\. Choose a GPU"),
+        (
+            replace(RTX_4090, compute_capability="7.0"),
+            None,
+            r"found compute capability 7\.0 .*, required 7\.5 or later",
+        ),
+        (RTX_4090, "tensorrt_rtx", r"sm_89\): found no package tensorrt-rtx, req.*pip install 'diffkiln\[tensorrt\]'"),
+        (
+            H200,
+            "tensorrt",
+            r"sm_90\): found no package tensorrt, required .* builds for 7\.5, 8\.6, .*pip install tensorrt, ",
+        ),
+    ],
+)
+def test_targets_that_tensorrt_cannot_build_for_are_refused_from_configuration(target, module, reason, monkeypatch):
+    monkeypatch.setattr("diffkiln.passes.backends.find_spec", lambda name: None if name == module else name)
+    with pytest.raises(IllegalPlan, match=reason) as caught:
+        manager.run(ghost("flux"), placed(COMPILE | {"backend": "tensorrt"}), [target])
+    assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float64", RTX_4090), ("float8_e4m3fn", RTX_4090), ("bfloat16", T4)])
+def test_types_that_tensorrt_cannot_compute_are_refused_from_configuration(dtype, target):
+    layer = torch.nn.Linear(4, 4, device="meta").requires_grad_(False).to(getattr(torch, dtype))
+    with pytest.raises(IllegalPlan, match=rf"cannot compute transformer: found {dtype}.*required .*float16") as caught:
+        manager.run(Plan("Pipeline", {"transformer": layer}), placed(COMPILE | {"backend": "tensorrt"}), [target])
+    assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
+
+
+def test_tensorrt_after_a_choice_of_kernel_is_refused():
+    chosen = {"name": "attention_backend", "component": "transformer", "backend": "native_math"}
+    with pytest.raises(IllegalPlan, match="TensorRT computes attention in its own way"):
+        manager.run(ghost("flux"), placed(chosen, COMPILE | {"backend": "tensorrt"}), [RTX_4090])
+
+
 def test_onnx_without_its_packages_is_refused_with_what_installs_them(monkeypatch):
     monkeypatch.setattr("diffkiln.passes.backends.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(IllegalPlan, match=r"onnxscript: not installed.*pip install 'diffkiln\[onnx\]'"):
@@ -89,19 +150,27 @@ def test_onnx_after_a_choice_of_kernel_is_refused():
         checked(ghost("flux"), chosen, COMPILE | {"backend": "onnx"})
 
 
-@pytest.mark.parametrize(("dtype", "where"), [("bfloat16", ["$.passes[0].backend"]), ("float32", [])])
-def test_types_that_onnx_runtime_cannot_compute_are_refused_from_the_recording(dtype, where):
+@pytest.mark.parametrize(
+    ("backend", "target", "dtype", "reason"),
+    [
+        ("onnx", CPU, "bfloat16", "found aten.add.Tensor in bfloat16, required float32"),
+        ("onnx", CPU, "float32", None),
+        ("tensorrt", RTX_4090, "float64", "found float64, required one of float32"),
+        ("tensorrt", RTX_4090, "bfloat16", None),
+    ],
+)
+def test_types_that_a_backend_cannot_compute_are_refused_from_the_recording(backend, target, dtype, reason):
     kind = TensorType(dtype, (4,))
     double = Op("aten.add.Tensor", (Ref("%x"), Ref("%x")), ("%1",))
     program = Program("transformer", (Input("%x", kind),), (double,), (Ref("%1"),), {"%x": kind, "%1": kind})
     recording = Recording(
         [{}], {"transformer": Module("transformer", {"transformer": program}, {})}, Constants(), [], []
     )
-    with nullcontext() if not where else pytest.raises(IllegalPlan) as caught:
-        manager.check_recording(recording, placed(COMPILE | {"backend": "onnx"}), [CPU])
-    if where:
-        assert [problem.where for problem in caught.value.problems] == where
-        assert "found aten.add.Tensor in bfloat16, required float32" in str(caught.value)
+    with nullcontext() if not reason else pytest.raises(IllegalPlan) as caught:
+        manager.check_recording(recording, placed(COMPILE | {"backend": backend}), [target])
+    if reason:
+        assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
+        assert reason in str(caught.value)
 
 
 def test_arithmetic_of_the_scheduler_is_a_component():
@@ -160,6 +229,13 @@ def test_what_would_decide_nothing_is_refused(options, where, reason):
         ({"backend": "onnx", "between": True}, "between"),
         ({"backend": "onnx", "flags": {"conv_1x1_as_mm": True}}, "flags"),
         ({"backend": "onyx"}, "backend"),
+        ({"backend": "tensorrt", "between": True}, "between"),
+        ({"backend": "tensorrt", "flags": {"conv_1x1_as_mm": True}}, "flags"),
+        ({"backend": "onnx", "weights": "engine"}, "weights"),
+        ({"weight_budget_gb": 4}, "weight_budget_gb"),
+        ({"backend": "tensorrt", "scope": "blocks", "weights": "engine"}, "weights"),
+        ({"backend": "tensorrt", "weight_budget_gb": 4}, "weight_budget_gb"),
+        ({"backend": "tensorrt", "weights": "engine", "weight_budget_gb": -1}, "weight_budget_gb"),
     ],
 )
 def test_wrong_options_are_refused_by_path(options, where):

@@ -155,6 +155,29 @@ def test_a_gpu_that_fits_none_is_told_found_against_required(three: Manifest, mo
         assert f"gpu: found sm_70, required {sm}" in str(caught.value)
 
 
+def test_engines_that_run_on_one_gpu_alone_are_for_no_later_one(
+    three: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = for_gpus(three)
+    gpus = {name: row | {"exact": True} for name, row in manifest.runtime["gpus"].items()}  # type: ignore[union-attr]
+    exact = manifest.model_copy(update={"runtime": manifest.runtime | {"gpus": gpus}})
+    monkeypatch.setattr(targets, "capability", lambda: (8, 6))
+    assert choose(exact, torch.device("cuda")).target == NAMES[1]
+    monkeypatch.setattr(targets, "capability", lambda: (8, 9))
+    with pytest.raises(Incompatible, match="required sm_86, which these engines are for and no other"):
+        choose(exact, torch.device("cuda"))
+
+
+def test_packages_are_those_of_the_target_that_is_used(three: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = for_gpus(three)
+    gpus = manifest.runtime["gpus"] | {NAMES[1]: {"sm": "sm_86", "packages": {"no-such-library": "==1.7.1"}}}  # type: ignore[operator]
+    needing = manifest.model_copy(update={"runtime": manifest.runtime | {"gpus": gpus}})
+    monkeypatch.setattr(targets, "capability", lambda: (8, 6))
+    choice = choose(needing, torch.device("cuda"))
+    assert choice.target == NAMES[0]
+    assert "no-such-library: found nothing, required ==1.7.1" in choice.others[NAMES[1]]
+
+
 @pytest.mark.parametrize("as_diffusers", [False, True])
 def test_a_bundle_for_a_gpu_on_a_machine_without_one_fails_with_one_sentence(
     copy: Path,  # noqa: F811

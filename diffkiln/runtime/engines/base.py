@@ -40,6 +40,11 @@ class Engine(Protocol):
         ...
 
 
+def holds_weights(engine: Engine) -> bool:
+    """Whether an engine has weights of its own, and looks at none of those among its inputs."""
+    return getattr(engine, "holds_weights", False)
+
+
 class EngineClass(Protocol):
     def __call__(self, directory: Path, inputs: Sequence[Layout], device: torch.device | str = "cpu") -> Engine: ...
 

@@ -42,3 +42,4 @@ def engine(name: str) -> EngineClass:
 register("aot_inductor", "diffkiln.runtime.engines.aot_inductor:AotInductorEngine")
 register("onnx", "diffkiln.runtime.engines.onnx:OnnxEngine")
 register("torch_compile", "diffkiln.runtime.engines.torch_compile:TorchCompileEngine")
+register("tensorrt", "diffkiln.runtime.engines.tensorrt:TensorrtEngine")
