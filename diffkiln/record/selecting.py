@@ -24,7 +24,7 @@ def by_position(
     if name != "aten.repeat_interleave.self_Tensor":
         indices = [place for index in args[1] for place in _places(index, is_marked)]
         return func, name, (args[0], indices, *args[2:]), dict(kwargs)
-    given = dict(zip(("self", "repeats", "dim"), args, strict=False)) | kwargs
+    given = dict(zip(("self", "repeats", "dim"), args, strict=False)) | dict(kwargs)
     tensor, repeats, dim = given["self"], given["repeats"], given.get("dim")
     if is_marked(repeats) or dim is None:
         return func, name, args, dict(kwargs)
