@@ -24,6 +24,7 @@ from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, ve
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import likeness
+from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
 
@@ -98,27 +99,6 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-
-
-def processors_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The processor of every attention of diffusers, by its path."""
-    parts = ((path, getattr(part, "processor", None)) for path, part in module.named_modules())
-    return {path: processor for path, processor in parts if processor is not None}
-
-
-@contextlib.contextmanager
-def with_processors(module: torch.nn.Module, processors: Mapping[str, Any]) -> Iterator[None]:
-    """While it lasts, attentions have the processors that a call gives them and takes away, as that of perturbed
-    attention guidance does; those that the module has not are left out."""
-    parts = {path: part for path, part in module.named_modules() if path in processors}
-    own = {path: part.processor for path, part in parts.items()}
-    try:
-        for path, part in parts.items():
-            part.processor = processors[path]
-        yield
-    finally:
-        for path, part in parts.items():
-            part.processor = own[path]  # type: ignore[assignment]
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
-from diffkiln.record.components import Callee, processors_of, record_component, run_shapes, weights_of
+from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
 from diffkiln.record.lengths import fixed_lengths, outdated
+from diffkiln.record.processors import processors_of
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel

@@ -25,13 +25,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
 from diffkiln.program.operators import RESHAPES, allowed
 from diffkiln.record.constants import Constants
+from diffkiln.record.selecting import SELECTS, by_position
 
 #: Operators that turn a value into a Python number or choose a shape by it.
 _READS = {
@@ -40,13 +41,6 @@ _READS = {
     "aten.equal.default",
     "aten.is_nonzero.default",
     "aten.allclose.default",
-}
-#: Operators that take masks or counts which decide the result's shape.
-_SELECTS = {
-    "aten.index.Tensor",
-    "aten.index_put.default",
-    "aten.index_put_.default",
-    "aten.repeat_interleave.self_Tensor",
 }
 _PAST_THE_DISPATCHER = ("tolist", "numpy")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
@@ -199,8 +193,8 @@ class Tape(TorchDispatchMode):
                 return result
         if name in _READS:
             return self._read(name, args)
-        if name in _SELECTS:
-            func, name, args, kwargs = self._selecting(func, name, args, kwargs)
+        if name in SELECTS:
+            func, name, args, kwargs = by_position(func, name, args, kwargs, self.is_marked)
         if name in _IDENTITY_WHEN_EVAL:
             return args[0]
         if func._schema.is_mutable:
@@ -214,26 +208,6 @@ class Tape(TorchDispatchMode):
             return func.decompose(*args, **kwargs)
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
-
-    def _selecting(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same with positions in the place of masks and counts, where these do not depend on the request."""
-        if name != "aten.repeat_interleave.self_Tensor":
-            indices = [place for index in args[1] for place in self._places(index)]
-            return func, name, (args[0], indices, *args[2:]), kwargs
-        given = dict(zip(("self", "repeats", "dim"), args, strict=False)) | kwargs
-        tensor, repeats, dim = given["self"], given["repeats"], given.get("dim")
-        if self.is_marked(repeats) or dim is None:
-            return func, name, args, kwargs
-        with _disable_current_modes():
-            counts = repeats.expand(tensor.shape[dim]) if repeats.ndim else repeats.repeat(tensor.shape[dim])
-            places = torch.repeat_interleave(counts)
-        return torch.ops.aten.index_select.default, "aten.index_select.default", (tensor, dim, places), {}
-
-    def _places(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        if index is None or index.dtype not in (torch.bool, torch.uint8) or self.is_marked(index):
-            return [index]
-        with _disable_current_modes():
-            return index.nonzero(as_tuple=True)
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fakes = self._as_fakes(args), self._as_fakes(kwargs)

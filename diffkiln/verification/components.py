@@ -16,8 +16,9 @@ import torch
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
 from diffkiln.program import REGION, Module, Op, Program, weight_in
-from diffkiln.record.components import Callee, tracing, weights_of, with_processors
+from diffkiln.record.components import Callee, tracing, weights_of
 from diffkiln.record.lengths import Padding, fixed_lengths, whole
+from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.verification.comparing import close, difference, same
 from diffkiln.verification.twins import in_float32, shrunken

@@ -8,7 +8,9 @@ import torch
 
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes.base import Plan
-from tests.passes.plans import both, checked, ghost, placed, real, types
+from diffkiln.passes.fuse_qkv import FuseQKV
+from tests import coverage
+from tests.passes.plans import CPU, both, checked, ghost, placed, real, types
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -199,6 +201,13 @@ def test_refused_where_the_fused_processor_would_leave_out_norms():
     plan = ghost("sd3")
     with pytest.raises(IllegalPlan, match=r"FusedJointAttnProcessor2_0 leaves out transformer_blocks\.0\.attn\.norm_q"):
         checked(plan, fuse("sd3"))
+
+
+def test_refused_for_grouped_queries():
+    """DreamLite has fewer heads of keys than of queries; diffusers' fused processor divides by three."""
+    module, _ = coverage.CASES["DreamLiteUNetModel"].built()
+    problems = list(FuseQKV(component="unet").check_module(module, None, CPU, ""))
+    assert "takes keys for as wide as queries" in problems[0].reason
 
 
 def test_refused_after_quantization():

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffkiln.errors import RecordError, SpecError
 from diffkiln.program import CALL, REGION, verify_module
-from diffkiln.record.components import processors_of, repeated_blocks, weights_of, with_processors
+from diffkiln.record.components import repeated_blocks, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline
 from diffkiln.record.pipeline import Request, record
@@ -148,17 +148,3 @@ def test_other_changes_of_a_prompt_are_refused():
     recorder = TextRecorder(None, {text: ("prompt", 0)}, {})
     with pytest.raises(RecordError, match="closed list"):
         recorder._row(text[::2] + " kiln")
-
-
-class _Other:
-    """An attention processor that a call gives and takes away."""
-
-
-def test_attention_processors_of_a_call_are_given_and_taken_away():
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    own, other = _Other(), _Other()
-    module[0].processor = own
-    assert processors_of(module) == {"0": own}
-    with with_processors(module, {"0": other, "7": other}):
-        assert processors_of(module) == {"0": other}
-    assert processors_of(module) == {"0": own}
