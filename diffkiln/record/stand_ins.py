@@ -82,7 +82,8 @@ def qwen_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
         eos_token="<|im_end|>",
         model_max_length=model_max_length,
     )
-    made.add_tokens([AddedToken(token, special=True) for token in special])
+    for token in special:
+        made.add_tokens(AddedToken(token, special=True), special_tokens=True)  # pyright: ignore[reportArgumentType]
     return made
 
 
