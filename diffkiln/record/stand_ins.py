@@ -83,7 +83,7 @@ def qwen_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
         model_max_length=model_max_length,
     )
     for token in special:
-        made.add_tokens(AddedToken(token, special=True))
+        made.add_tokens(AddedToken(token, special=True), special_tokens=True)  # pyright: ignore[reportArgumentType]
     return made
 
 
