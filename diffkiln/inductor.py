@@ -76,4 +76,6 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         # Rotary embeddings as complex numbers: what it has no code for, it leaves to ATen.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
+        # Precision is the bundle's `tf32`, not the builder's.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         yield
