@@ -39,10 +39,11 @@ from diffkiln.passes.calibrate import Calibrate
 from diffkiln.passes.compile import Compile
 from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
+from diffkiln.record.call import Request
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline, load_module
 from diffkiln.record.lengths import of_fixed_length
-from diffkiln.record.pipeline import Recording, Request, record
+from diffkiln.record.pipeline import Recording, record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.requests import requests_of
 from diffkiln.record.source import SourceModel, open_source

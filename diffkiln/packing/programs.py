@@ -12,7 +12,8 @@ from diffkiln.bundle import BundleWriter, Variant
 from diffkiln.errors import RecordError
 from diffkiln.packing.packed import Packed, as_json
 from diffkiln.program import Program, dumps, module_to_json, program_to_json
-from diffkiln.record.pipeline import Recording, Request, defaults
+from diffkiln.record.call import Request, defaults
+from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.loading import CONSTANTS, SCHEMAS
 
 

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from diffkiln.aten import dtype_name, type_of
-from diffkiln.errors import DataDependent, DiffkilnError, RecordError, SpecError
-from diffkiln.program import CALL, NOISE, STEP, Input, Module, Op, Program, Ref, TensorType, drop_dead, verify
-from diffkiln.record.components import Callee, record_component, run_shapes, weights_of
+from diffkiln.errors import DataDependent, RecordError
+from diffkiln.program import CALL, NOISE, STEP, Module, Op, Program, Ref, TensorType, drop_dead, verify
+from diffkiln.record.call import CallRecorder, Request, Unread, defaults
+from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
 from diffkiln.record.lengths import fixed_lengths, outdated
-from diffkiln.record.processors import processors_of
-from diffkiln.record.structure import flatten, key_of, unflatten
-from diffkiln.record.tape import Tape
-from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
 
 if TYPE_CHECKING:
     from diffkiln.record.batches import Rebatched
-
-PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
-NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
-
-#: The methods of a component that a pipeline calls.
-METHODS = ("forward", "decode")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One variant: the keywords of the pipeline's call that are fixed, and the batch."""
-
-    fixed: Mapping[str, Any]
-    batch_size: int = 1
 
 
 @dataclass
@@ -122,19 +101,8 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
     """
     callees: dict[str, Callee] = {}
     with fixed_lengths():
-        recorder = _Recorder(recording.pipe, recording.fake, Constants(), callees)
+        recorder = CallRecorder(recording.pipe, recording.fake, Constants(), callees)
         return recorder.run(request, {}, negative, None), callees
-
-
-def defaults(pipe: Any, request: Request) -> dict[str, Any]:
-    """Every keyword of the call that is fixed in a variant: the pipeline's own defaults under the spec's values."""
-    skipped = {*PROMPTS, *NEGATIVES, "generator", "latents", "output_type", "return_dict", "callback_on_step_end"}
-    fixed: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
-        plain = isinstance(parameter.default, (bool, int, float, str, list, tuple, type(None)))
-        if name not in skipped and plain and parameter.default is not parameter.empty and "callback" not in name:
-            fixed[name] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    return fixed | dict(request.fixed)
 
 
 def _record_variant(
@@ -150,7 +118,7 @@ def _record_variant(
     scale = request.fixed.get("guidance_scale")
 
     def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
-        return _Recorder(pipe, fake, constants, callees).run(request, extra, negative, latents)
+        return CallRecorder(pipe, fake, constants, callees).run(request, extra, negative, latents)
 
     def free(program: Program, negative: bool, latents: TensorType | None = None) -> Program:
         source = source_of(programs["call"]) if programs else None
@@ -160,7 +128,7 @@ def _record_variant(
     programs: dict[str, Program] = {}
     programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:
-        with contextlib.suppress(_Unread):
+        with contextlib.suppress(Unread):
             programs["call+negative"] = free(once({}, True), True)
     if "latents" in parameters:
         for name in list(programs):
@@ -178,25 +146,6 @@ def _record_variant(
     return programs
 
 
-class _Unread(RecordError):
-    """A keyword was given that the call does not read."""
-
-
-def _reads_negatives(text: TextRecorder) -> bool:
-    return any(row.get("keyword") in NEGATIVES for entry in text.texts for row in entry["rows"])
-
-
-def _end_that_wants_negatives(text: TextRecorder) -> Callable[..., Any]:
-    """The end of a step, which stops the recording if no negative prompt was read by then."""
-
-    def end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not _reads_negatives(text):
-            raise _Unread("the call reads no negative prompt")
-        return _step_end(pipe, step, timestep, values)
-
-    return end
-
-
 def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[TensorType]) -> Program | None:
     for type_ in types:
         with contextlib.suppress(RecordError):
@@ -209,180 +158,6 @@ def _latents_types(program: Program) -> list[TensorType]:
     steps = [program.types[op.outputs[0]] for op in program.ops if op.name == STEP]
     noise = [program.types[op.outputs[0]] for op in program.ops if op.name == NOISE]
     return list(dict.fromkeys([*steps[:1], *noise[:1]]))
-
-
-class _Recorder:
-    """One run of the pipeline's own `__call__` under a tape."""
-
-    def __init__(self, pipe: Any, fake: FakeTensorMode, constants: Constants, callees: dict[str, Callee]) -> None:
-        self.pipe, self.callees = pipe, callees
-        modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._processors = {name: processors_of(module) for name, module in modules.items()}
-        weights = [
-            (f"{name}/{weight}", tensor) for name, module in modules.items() for weight, tensor in weights_of(module)
-        ]
-        self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
-
-    def run(self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None) -> Program:
-        keywords = call_keywords(self.pipe, request, negative)
-        sentinels = {
-            text: (keyword, index)
-            for keyword in (*PROMPTS, *NEGATIVES)
-            for index, text in enumerate(_as_list(keywords.get(keyword)))
-        }
-        names = {id(part): name for name, part in self.pipe.components.items() if part is not None}
-        text = TextRecorder(self.tape, sentinels, names)
-        if negative and "callback_on_step_end" in keywords:
-            keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
-        if latents is not None:
-            keywords["latents"] = self.tape.new_input("latents", latents, {"kind": "tensor", "keyword": "latents"})
-        try:
-            with torch.inference_mode(), self._patched(text), self.tape:
-                result = self.pipe(**keywords | dict(extra))
-        except DiffkilnError:
-            raise
-        except Exception as error:  # whatever the pipeline's own code raises
-            raise RecordError(
-                f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}"
-            ) from error
-        if negative and not _reads_negatives(text):
-            raise _Unread("the call reads no negative prompt")
-        outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        if not outputs or not self.tape.is_marked(outputs[0]):
-            raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")
-        field_name = next(iter(result.keys()))
-        program = self.tape.finish("call", outputs[:1], texts=tuple(text.texts), signature={"result": field_name})
-        return _live_texts(program)
-
-    @contextlib.contextmanager
-    def _patched(self, text: TextRecorder) -> Iterator[None]:
-        from transformers import PreTrainedTokenizerBase
-
-        tokenize = PreTrainedTokenizerBase.__call__
-        decode = PreTrainedTokenizerBase.batch_decode
-        with contextlib.ExitStack() as stack:
-            for module in _diffusers_modules_with("randn_tensor"):
-                stack.enter_context(mock.patch.object(module, "randn_tensor", self._noise))
-            stack.enter_context(
-                mock.patch.object(
-                    PreTrainedTokenizerBase, "__call__", lambda tokenizer, *a, **k: text(tokenizer, tokenize, *a, **k)
-                )
-            )
-            stack.enter_context(
-                mock.patch.object(
-                    PreTrainedTokenizerBase,
-                    "batch_decode",
-                    lambda tokenizer, ids, *a, **k: "" if self.tape.is_marked(ids) else decode(tokenizer, ids, *a, **k),
-                )
-            )
-            for name, module, method in component_methods(self.pipe):
-                original = getattr(module, method)
-                module.__dict__[method] = self._component(name, module, method, original)
-                stack.callback(module.__dict__.pop, method)
-            yield
-
-    def _noise(
-        self, shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
-    ) -> torch.Tensor:
-        type_ = TensorType(dtype_name(dtype or torch.get_default_dtype()), tuple(int(size) for size in shape))
-        fresh = self.tape.blank(type_)
-        self.tape.emit(NOISE, (), [fresh], attrs={"shape": list(type_.shape), "dtype": type_.dtype})
-        return fresh
-
-    def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = flatten((args, kwargs))
-            key = f"{name}.{method}|{key_of(leaves, structure)}"
-            if key not in self.callees:
-                result = run_shapes(module, original, leaves, structure, self.tape, f"component {name!r}")
-                own, now = self._processors[name], processors_of(module)
-                given = {path: processor for path, processor in now.items() if processor is not own.get(path)}
-                self.callees[key] = Callee(name, method, module, original, leaves, structure, result, processors=given)
-            result, shape = self.callees[key].result
-            fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
-            arguments = [self.tape.value(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            outputs = [leaf for leaf in fresh if isinstance(leaf, torch.Tensor)]
-            self.tape.emit(CALL, arguments, outputs, attrs={"component": name, "program": key})
-            return unflatten(fresh, shape)
-
-        return called
-
-
-def component_methods(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """(name, module, method) of every entry of every component."""
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            for method in METHODS:
-                if callable(getattr(module, method, None)):
-                    yield name, module, method
-
-
-def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]:
-    """The keywords of one recorded call: the fixed ones, sentinels for the prompts, tensors out.
-
-    Raises:
-        SpecError: a fixed keyword is not one of the pipeline's call.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    unknown = [name for name in request.fixed if name not in parameters]
-    if unknown:
-        raise SpecError(
-            f"$.inputs.call: {type(pipe).__name__} has no keyword {unknown[0]!r}; it has {sorted(parameters)}"
-        )
-    keywords = dict(request.fixed)
-    for keyword in (*PROMPTS, *(NEGATIVES if negative else ())):
-        if keyword in parameters:
-            texts = [sentinel(keyword, index) for index in range(request.batch_size)]
-            keywords[keyword] = texts[0] if request.batch_size == 1 else texts
-    keywords["output_type"] = "pt"
-    if "callback_on_step_end" in parameters:
-        keywords["callback_on_step_end"] = _step_end
-    return keywords
-
-
-def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The callback of a recorded call: marks the end of a step, where the runtime calls the user's own."""
-    tape = next(
-        (mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Tape)),
-        None,
-    )
-    if tape is None or not tape.is_marked(values["latents"]):
-        return {}
-    fresh = tape.blank(type_of(values["latents"]))
-    attrs = {"step": step, "timestep": float(timestep)}
-    with _disable_current_modes():
-        latents = tape.value(values["latents"])
-    tape.emit(STEP, (latents,), [fresh], attrs=attrs)
-    return {"latents": fresh}
-
-
-def _diffusers_modules_with(name: str) -> list[Any]:
-    return [
-        module
-        for key, module in list(sys.modules.items())
-        if key.startswith("diffusers.") and name in getattr(module, "__dict__", {})
-    ]
-
-
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _live_texts(program: Program) -> Program:
-    """Keep the texts and token inputs that the program uses; refuse those whose length follows the prompt."""
-    used = set(program.uses())
-    inputs = [item for item in program.inputs if item.name in used or item.source.get("kind") == "tensor"]
-    live = {item.source["text"] for item in inputs if item.source.get("kind") == "tokens"}
-    refuse_unpadded(list(program.texts), live)  # type: ignore[arg-type]
-    order = {old: new for new, old in enumerate(sorted(live))}
-
-    def moved(item: Input) -> Input:
-        if item.source.get("kind") != "tokens":
-            return item
-        return replace(item, source={**item.source, "text": order[item.source["text"]]})
-
-    texts = tuple(program.texts[index] for index in sorted(live))
-    return drop_dead(replace(program, inputs=tuple(moved(item) for item in inputs), texts=texts))
 
 
 def _find_folded(programs: Sequence[Program], callees: Mapping[str, Callee], constants: Constants) -> None:
@@ -418,4 +193,4 @@ def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
     return drop_dead(replace(program, ops=tuple(map(linked, program.ops))))
 
 
-__all__ = ["Recording", "Request", "call_keywords", "component_methods", "defaults", "record", "record_once"]
+__all__ = ["Recording", "record", "record_once"]

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from diffkiln.errors import Problem, SpecError
-from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Request
+from diffkiln.record.call import NEGATIVES, PROMPTS, Request
 from diffkiln.spec import Inputs, Spec, as_tuple, suggest
 
 _BY_THE_CALLER = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback"}

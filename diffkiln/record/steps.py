@@ -7,7 +7,7 @@ import copy
 import inspect
 from typing import Any
 
-from diffkiln.record.pipeline import Request, defaults
+from diffkiln.record.call import Request, defaults
 
 #: Keywords that leave out steps of the schedule.
 _PARTIAL = ("strength", "denoising_start", "denoising_end")

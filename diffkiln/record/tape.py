@@ -32,6 +32,7 @@ from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
 from diffkiln.program.operators import RESHAPES, allowed
 from diffkiln.record.constants import Constants
+from diffkiln.record.nests import map_tensors, same_geometry, tensors_in
 from diffkiln.record.selecting import SELECTS, by_position
 
 #: Operators that turn a value into a Python number or choose a shape by it.
@@ -180,7 +181,7 @@ class Tape(TorchDispatchMode):
         return self._dispatched(func, args, dict(kwargs or {}))
 
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(is_traceable_wrapper_subclass(t) for t in _tensors((args, kwargs))):
+        if any(is_traceable_wrapper_subclass(t) for t in tensors_in((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
             self._refuse_randomness(func, args)
@@ -215,7 +216,7 @@ class Tape(TorchDispatchMode):
             result = func(*fakes[0], **fakes[1])
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise self._data_dependent(name) from None
-        if any(result is tensor for tensor in _tensors(fakes)):
+        if any(result is tensor for tensor in tensors_in(fakes)):
             return result  # `to` or `contiguous` with nothing to do
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         if not all(isinstance(tensor, FakeTensor) for tensor in outputs):
@@ -317,7 +318,7 @@ class Tape(TorchDispatchMode):
         base = storage.base
         name = self._names[id(fresh)][0]
         whole_name = name
-        if not _same_geometry(target, base):
+        if not same_geometry(target, base):
             whole = self.blank(type_of(base))
             geometry = tuple(target.shape), tuple(target.stride()), int(target.storage_offset())
             self.emit("aten.as_strided_scatter.default", (self._contiguous(base), Ref(name), *geometry), [whole])
@@ -342,7 +343,7 @@ class Tape(TorchDispatchMode):
     # -- helpers --
 
     def _touches_marked(self, args: Any, kwargs: Any) -> bool:
-        return any(self.is_marked(tensor) for tensor in _tensors((args, kwargs)))
+        return any(self.is_marked(tensor) for tensor in tensors_in((args, kwargs)))
 
     def _as_fakes(self, args: Any) -> Any:
         """The arguments with real tensors that hold marked data replaced by marked ones of the same geometry."""
@@ -353,7 +354,7 @@ class Tape(TorchDispatchMode):
             twin = self._storage(tensor).twin
             return torch.as_strided(twin, tensor.shape, tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
 
-        return _map_tensors(args, fake)
+        return map_tensors(args, fake)
 
     def _check_allowed(self, name: str) -> None:
         if not allowed(name):
@@ -373,31 +374,6 @@ class Tape(TorchDispatchMode):
             f"{self.what} reads a value that depends on the request ({name}), so its shape or its control flow may "
             f"change with the prompt{_where()}"
         )
-
-
-def _same_geometry(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
-
-
-def _tensors(nest: Any) -> Iterable[torch.Tensor]:
-    if isinstance(nest, torch.Tensor):
-        yield nest
-    elif isinstance(nest, (list, tuple)):
-        for item in nest:
-            yield from _tensors(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
-            yield from _tensors(item)
-
-
-def _map_tensors(nest: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(nest, torch.Tensor):
-        return change(nest)
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(_map_tensors(item, change) for item in nest)
-    if isinstance(nest, dict):
-        return {key: _map_tensors(item, change) for key, item in nest.items()}
-    return nest
 
 
 def _where() -> str:

@@ -16,10 +16,11 @@ from diffkiln.errors import VerifyError
 from diffkiln.layers import repeated_blocks
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import Module, Program
+from diffkiln.record.call import NEGATIVES, PROMPTS, Request, component_methods, defaults
 from diffkiln.record.components import Callee, record_component, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
-from diffkiln.record.pipeline import NEGATIVES, PROMPTS, Recording, Request, component_methods, defaults
+from diffkiln.record.pipeline import Recording
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant

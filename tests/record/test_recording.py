@@ -8,10 +8,11 @@ from torch import nn
 
 from diffkiln.errors import RecordError, SpecError
 from diffkiln.program import CALL, REGION, verify_module
+from diffkiln.record.call import Request
 from diffkiln.record.components import repeated_blocks, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline
-from diffkiln.record.pipeline import Request, record
+from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, sentinel
 from tests.passes.plans import source
