@@ -1,6 +1,6 @@
 """Tensors in the arguments and results of operators: alone, or in lists, tuples and dicts within each other.
 
-It is torch's pytree for these types alone, called once for every operation that is recorded: that one takes longer.
+torch's own pytree does as much for more types, and is private to torch.
 """
 
 from __future__ import annotations
