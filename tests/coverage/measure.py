@@ -25,7 +25,9 @@ from diffkiln.spec import TARGETS
 from tests.coverage.registry import Case, Draw
 
 RESULTS = Path(__file__).with_name("results")
-BACKENDS = ("aot_inductor", "onnx")
+BACKENDS = ("aot_inductor", "onnx", "tensorrt")
+#: The GPU that TensorRT for RTX builds for. It need not be there, and where it is not, engines are built and not run.
+RTX = "rtx 4090"
 
 
 def measure(
@@ -75,6 +77,17 @@ def run(case: Case, backend: str, cache: EngineCache | None = None) -> tuple[flo
     return max(differences), len(compiled.regions)
 
 
+def build(case: Case, backend: str, target: str, cache: EngineCache | None = None) -> int:
+    """Build a case for a machine that is not this one; gives the number of engines.
+
+    Raises:
+        DiffkilnError: it cannot be recorded or lowered.
+    """
+    module, kwargs = case.built()
+    given = {"backend": backend, "scope": case.scope, "fixed": case.fixed, "cache": cache}
+    return len(diffkiln.compile_module(module, kwargs, target=target, **given).regions)
+
+
 def other_values(kwargs: dict[str, Any], case: Case) -> dict[str, Any]:
     """Other numbers in the tensors that are drawn from a normal distribution; masks and positions stay."""
     draw = Draw(1)
@@ -91,6 +104,8 @@ def other_values(kwargs: dict[str, Any], case: Case) -> dict[str, Any]:
 
 def _compiled(case: Case, backend: str, cache: EngineCache | None) -> dict[str, Any]:
     def attempt() -> dict[str, Any]:
+        if backend == "tensorrt":
+            return {"engines": build(case, backend, RTX, cache)}
         difference, engines = run(case, backend, cache)
         if not difference <= case.tolerance:
             return {"failure": f"differs from the original by {difference:.0e}, relative to its norm"}

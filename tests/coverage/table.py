@@ -24,7 +24,8 @@ _HEAD = """# Coverage
 What diffkiln compiles, class by class. `make coverage` measures it and writes this page; nothing here is written by
 hand. Every class is built on a tiny configuration with random weights (`tests/coverage`), recorded, lowered for
 `cpu-x86-64-v3`, and called on two sets of numbers. *engines, difference* says how many engines it became and how far
-the result is from diffusers' own, relative to its norm: at most 1e-4 counts as compiled. A dash is not measured.
+the result is from diffusers' own, relative to its norm: at most 1e-4 counts as compiled. TensorRT's engines are built
+for SM 8.9 by TensorRT for RTX and have not been run. A dash is not measured.
 
 *Compiled* says what became engines: `blocks`, the classes of `_repeated_blocks`, with the rest replayed operation by
 operation; `whole`, everything in one. *QKV* says whether `fuse_qkv` is real there: fused, the originals deleted, and
@@ -97,7 +98,8 @@ def _modules(cases: Iterable[Case], results: Mapping[str, Any]) -> str:
 def _engines(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
-    return f"{found['engines']}, {found['difference']}" if "engines" in found else "no"
+    told = [str(found[key]) for key in ("engines", "difference") if key in found]
+    return ", ".join(told) if "engines" in found else "no"
 
 
 def _failures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
