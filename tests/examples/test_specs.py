@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import diffkiln
-from diffkiln.passes.registry import read_passes
-from diffkiln.spec import PassEntry, as_tuple, parse_spec, resolve_targets
+from diffkiln.spec import as_tuple, parse_spec, resolve_targets
 
 SPECS = sorted((Path(__file__).parents[2] / "examples" / "specs").glob("*.json"))
 
@@ -42,20 +41,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path):
+def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path, monkeypatch):
+    monkeypatch.setattr("diffkiln.passes.backends.cuda_problems", lambda: iter(()))  # as with a torch that has CUDA
     data = read(path)
-    passes = data["passes"]
-    built = [entry for entry in passes if entry["name"] == "compile"]
-    assert built, "a ready spec has its blocks compiled"
-    checked = diffkiln.check(data | {"passes": [entry for entry in passes if entry["name"] != "compile"]})
-    objections = [
-        problem.reason
-        for item in read_passes([PassEntry.model_validate(entry) for entry in built])
-        for target in checked.targets
-        for problem in item.step.check(checked.plan, target, item.where)
-    ]
-    # What is left to say of them, until aot_inductor builds for GPUs.
-    assert all(reason.startswith("aot_inductor builds for CPUs only") for reason in objections), objections
+    assert any(entry["name"] == "compile" for entry in data["passes"]), "a ready spec has its blocks compiled"
+    checked = diffkiln.check(data)
     if "runtime" not in data:
         held = sum(checked.bytes_after.values())
         assert all(held <= FOR_WEIGHTS * (target.memory_bytes or 0) for target in checked.targets), held
