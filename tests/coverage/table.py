@@ -41,6 +41,12 @@ with diffusers. A *program* gives the same bits (or, where prompts are padded to
 1e-5); its operations are counted over the call and all components. What cannot be recorded runs *as diffusers*, if the
 spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
 """
+_COMPILED = """
+## Compiled pipelines
+
+Whole pipelines whose denoiser's blocks are compiled by AOTInductor: built, loaded in a fresh process that imports
+neither diffusers nor transformers, and compared with what diffusers draws, relative to its norm.
+"""
 
 
 def document() -> str:
@@ -50,7 +56,7 @@ def document() -> str:
     for group in GROUPS:
         cases = sorted((case for case in CASES.values() if case.group == group), key=lambda case: case.name)
         parts.append(f"\n## {_TITLES[group]}\n\n{_modules(cases, results)}")
-    return "".join([*parts, _CALLS, "\n", _calls()])
+    return "".join([*parts, _CALLS, "\n", _calls(), _COMPILED, "\n", _compiled()])
 
 
 def calls() -> dict[str, dict[str, Any]]:
@@ -74,6 +80,8 @@ def _summary(results: Mapping[str, Any]) -> str:
         lines.append(f"| {_TITLES[group]} | {', '.join(counts) or '–'} |")
     found = calls().values()
     programs = sum("diffusers" not in result for result in found)
+    done = sum("engines" in result for result in compiled().values())
+    lines.append(f"| Pipelines with a compiled denoiser | {done} of {len(compiled())} |")
     lines.append(f"| Calls of pipelines | as programs {programs} of {len(found)} |")
     return "\n".join([*lines, ""])
 
@@ -115,6 +123,19 @@ def _calls() -> str:
         told = reason if reason else f"{result['operations']}{equal}"
         kind = "video" if result["video"] else "image"
         lines.append(_row([f"`{result['class']}`", kind, "diffusers" if reason else "a program", told]))
+    return "\n".join([*lines, ""])
+
+
+def compiled() -> dict[str, dict[str, Any]]:
+    """What became of each pipeline whose denoiser was compiled."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "compiled").glob("*.json"))}
+
+
+def _compiled() -> str:
+    lines = [_row(["pipeline", "engines", "difference"]), _row(["---"] * 3)]
+    for result in sorted(compiled().values(), key=lambda result: result["class"]):
+        cells = [str(result["engines"]), result["difference"]] if "engines" in result else ["–", result["failure"]]
+        lines.append(_row([f"`{result['class']}`", *cells]))
     return "\n".join([*lines, ""])
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from tests.coverage import CASES, GROUPS
 from tests.coverage.calls import CALLS
+from tests.coverage.calls.compiled import COMPILED
 from tests.coverage.calls.measure import measure_call
 from tests.coverage.measure import RESULTS, read, run
-from tests.coverage.table import DOCUMENT, calls, document
+from tests.coverage.table import DOCUMENT, calls, compiled, document
 from tests.exporters.regions import engine_cache
 from tests.pipelines import WARNING_FILTERS
 
@@ -71,6 +72,11 @@ def test_thirty_classes_are_onnx_models():
 
 def test_most_calls_are_programs():
     assert sum("diffusers" not in result for result in calls().values()) >= 30
+
+
+def test_pipelines_are_compiled():
+    assert set(COMPILED) == compiled().keys()
+    assert sum("engines" in result for result in compiled().values()) >= 12
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from tests.pipelines.registry import Family
 FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 #: Families whose denoiser is called at another length than by diffusers, so that its sums have another order.
 PADDED = {"qwen_image", "z_image", "lumina2"}
-_REQUEST = {"prompt": "A small red Fox", "output_type": "pt"}
+#: The request that all are compared with.
+REQUEST, SEED = {"prompt": "A small red Fox", "output_type": "pt"}, 5
 
 
 def measure_call(name: str) -> dict[str, Any]:
@@ -49,11 +50,11 @@ def spec_of(family: Family, model: Path) -> dict[str, Any]:
     return {"spec_version": 1, "source": {"model": str(model)}, "target": {"device": "cpu"}, "inputs": inputs}
 
 
-def drawn(pipe: Any, family: Family, spec: dict[str, Any], seed: int = 5) -> torch.Tensor:
+def drawn(pipe: Any, family: Family, spec: dict[str, Any], seed: int = SEED) -> torch.Tensor:
     """What a pipeline, diffusers' or compiled, gives for the request that all are compared with."""
     given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
     negative = {key: value for key, value in family.call.items() if key == "negative_prompt"}
-    result = pipe(**_REQUEST, **negative, generator=torch.Generator().manual_seed(seed), **given)
+    result = pipe(**REQUEST, **negative, generator=torch.Generator().manual_seed(seed), **given)
     return result.frames if family.video else result.images
 
 
