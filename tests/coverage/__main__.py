@@ -1,8 +1,8 @@
 """Measure coverage: `python -m tests.coverage [NAME …] [--backend NAME] [--group NAME] [--missing] [--page]`.
 
-Names are of classes, and of pipelines, for their calls and compiled. Each result is written as soon as it is known, so that a run may
-be interrupted and several may share the work; with `--missing` only what has no result is measured, with `--page`
-nothing. Writes docs/coverage.md from all results at the end.
+Names are of classes, and of pipelines, for their calls and compiled. Each result is written as soon as it is known, so
+that a run may be interrupted and several may share the work; with `--missing` only what has no result is measured, with
+`--page` nothing. Writes docs/coverage.md from all results at the end.
 """
 
 from __future__ import annotations
