@@ -31,6 +31,7 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
     except OSError as error:
         raise ExportError(f"{name} cannot be run: {error}") from error
     with process:
+        _offer(process)
         try:
             _, told = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as error:
@@ -51,6 +52,15 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
         complaints = [line for line in told.splitlines() if "error" in line or "undefined" in line]
         first = "\n".join((complaints or told.splitlines())[:5])
         raise ExportError(f"{name} failed with status {process.returncode}:\n{first}")
+
+
+def _offer(process: subprocess.Popen[str]) -> None:
+    """Have the kernel take the compiler where memory runs out, which this process lives to tell, and not this process.
+
+    What the compiler starts inherits it. Source: proc_pid_oom_score_adj(5).
+    """
+    with suppress(OSError):  # it has ended, or there is no such file here
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -56,6 +56,17 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path):
     assert all_end(tmp_path)
 
 
+def test_memory_that_runs_out_takes_the_compiler_and_what_it_started(tmp_path):
+    look = "open('/proc/self/oom_score_adj').read().strip()"
+    own = Path("/proc/self/oom_score_adj").read_text()
+    code = f"import time, subprocess, sys; time.sleep(0.2); open('own', 'w').write({look})"
+    code += "; open('inherited', 'w').write(subprocess.check_output(['cat', '/proc/self/oom_score_adj'], text=True))"
+    run(code, tmp_path)
+    assert (tmp_path / "own").read_text() == "1000"
+    assert (tmp_path / "inherited").read_text().strip() == "1000"
+    assert Path("/proc/self/oom_score_adj").read_text() == own
+
+
 def test_an_interrupt_ends_the_compiler_and_its_children(tmp_path, monkeypatch):
     def interrupted(self, *_, **__):
         while not (tmp_path / "ids").exists():
