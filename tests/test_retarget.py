@@ -17,7 +17,7 @@ from diffkiln.bundle import PARTIAL, dump_partial, has_receipt, open_bundle
 from diffkiln.cli import main
 from diffkiln.errors import BuildError, ExportError, Incompatible, NativeCodeRefused
 from diffkiln.exporters import cache
-from diffkiln.exporters.cache import engine_key
+from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.packing import editing
 from diffkiln.packing.targets import groups_of
 from diffkiln.program import Module, Program
@@ -292,7 +292,7 @@ def test_a_region_that_does_not_export_is_told_with_its_class_its_line_and_the_m
 
     monkeypatch.setattr(torch.export, "export", stop)
     with pytest.raises(ExportError) as caught:
-        diffkiln.compile(DIGITS / "spec.json", tmp_path / "bundle")
+        diffkiln.compile(DIGITS / "spec.json", tmp_path / "bundle", cache=EngineCache(tmp_path / "empty"))
     message = str(caught.value)
     assert "transformer: FluxTransformerBlock (diffusers.models.transformers.transformer_flux, " in message
     assert "transformer_flux.py, line " in message

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.layers import repeated_blocks
-from diffkiln.passes.backends import BACKENDS, Backend
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
+from diffkiln.passes.compiling import BACKENDS, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
 from diffkiln.record.pipeline import Recording

@@ -42,7 +42,9 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path, monkeypatch):
-    monkeypatch.setattr("diffkiln.passes.backends.cuda_problems", lambda: iter(()))  # as with a torch that has CUDA
+    monkeypatch.setattr(
+        "diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(())
+    )  # as with a torch that has CUDA
     data = read(path)
     assert any(entry["name"] == "compile" for entry in data["passes"]), "a ready spec has its blocks compiled"
     checked = diffkiln.check(data)

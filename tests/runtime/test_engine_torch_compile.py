@@ -61,13 +61,12 @@ torch.testing.assert_close(run(flat)[0], interpreted(region, flat)[0], rtol=1e-4
 """
 
 
-def test_fresh_process_compiles_nothing(tmp_path):
+def test_fresh_process_calls_no_compiler(tmp_path):
     _, artefact = built_jit(gated)
     moved = shutil.copytree(artefact.directory, tmp_path / "moved")
     before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
     done = subprocess.run([sys.executable, "-c", FRESH, moved], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "compiled anew" not in done.stderr
     assert before == {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
 
 

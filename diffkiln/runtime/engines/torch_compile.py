@@ -1,8 +1,7 @@
 """Run what the backend `torch_compile` prepared: compile the region here, out of the caches that came with it.
 
-Inductor reads and writes a private copy of the caches, which is gone when the engine is there. What it finds in them it
-unpickles and loads as native code, so they must be files that were verified and are trusted: those gates come before
-this module.
+Inductor reads and writes a private copy of the caches, which is gone when the engine is there. What it finds in them
+can do whatever code can, so they must be files that were verified and are trusted: those gates come before this module.
 """
 
 from __future__ import annotations

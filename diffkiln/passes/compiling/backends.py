@@ -51,7 +51,11 @@ class Backend:
         """What stands in the way, from configuration."""
         if Fact("attention_by_package", component) in plan.facts:
             reason = "an engine holds torch's operators alone, and a package computes the attention"
-            yield Problem(where, reason, "Choose a native kernel, or torch_compile with graph breaks.")
+            yield Problem(
+                where,
+                f"compile cannot follow attention_backend: {reason}",
+                "Choose a native kernel, or torch_compile with graph breaks.",
+            )
 
     def type_problems(
         self, component: str, module: Module, target: Target, whole: bool, where: str
