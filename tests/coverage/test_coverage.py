@@ -70,6 +70,10 @@ def test_thirty_classes_are_onnx_models():
     assert sum(counted(group, "onnx") for group in GROUPS) >= 30
 
 
+def test_most_transformers_are_engines_of_tensorrt():
+    assert counted("transformer", "tensorrt") >= 25
+
+
 def test_most_calls_are_programs():
     assert sum("diffusers" not in result for result in calls().values()) >= 30
 
