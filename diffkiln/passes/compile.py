@@ -12,7 +12,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
-from diffkiln.passes.compiling import BACKENDS, Backend
+from diffkiln.passes.compiling import BACKENDS, Asked, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
 from diffkiln.record.pipeline import Recording
@@ -149,7 +149,7 @@ class Compile(Pass):
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
-        yield from self._backend.problems(self.component, module, plan, target, where, self.fullgraph)
+        yield from self._backend.problems(Asked(self.component, module, plan, target, where, self.fullgraph))
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
         if module := recording.modules.get(self.component):

@@ -1,5 +1,5 @@
 """The backends of `compile`."""
 
-from diffkiln.passes.compiling.backends import BACKENDS, Backend
+from diffkiln.passes.compiling.backends import BACKENDS, Asked, Backend
 
-__all__ = ["BACKENDS", "Backend"]
+__all__ = ["BACKENDS", "Asked", "Backend"]

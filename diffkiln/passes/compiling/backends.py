@@ -6,6 +6,7 @@ The exporters, which do the work, are another part; a backend's name is all that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -13,9 +14,35 @@ import torch
 
 from diffkiln.cuda import cuda_problems
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Plan
+from diffkiln.passes.base import Plan
 from diffkiln.program import Module, Program, onnx, tensorrt
 from diffkiln.spec import Target
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A component that is to be compiled, as a spec asks for it.
+
+    Attributes:
+        component: its name.
+        module: its ghost; None for the scheduler's arithmetic.
+        plan: what the passes before made of the pipeline.
+        target: one that is built for.
+        where: the JSON path of the pass.
+        fullgraph: whether graph breaks are forbidden.
+    """
+
+    component: str
+    module: torch.nn.Module | None
+    plan: Plan
+    target: Target
+    where: str
+    fullgraph: bool
+
+    @property
+    def facts(self) -> set[str]:
+        """What passes established of the component, by name."""
+        return {fact.name for fact in self.plan.facts if fact.component == self.component}
 
 
 class Backend:
@@ -39,20 +66,12 @@ class Backend:
         """What the bundle needs where it runs."""
         return {}
 
-    def problems(
-        self,
-        component: str,
-        module: torch.nn.Module | None,
-        plan: Plan,
-        target: Target,
-        where: str,
-        fullgraph: bool,
-    ) -> Iterator[Problem]:
+    def problems(self, asked: Asked) -> Iterator[Problem]:
         """What stands in the way, from configuration."""
-        if Fact("attention_by_package", component) in plan.facts:
+        if "attention_by_package" in asked.facts:
             reason = "an engine holds torch's operators alone, and a package computes the attention"
             yield Problem(
-                where,
+                asked.where,
                 f"compile cannot follow attention_backend: {reason}",
                 "Choose a native kernel, or torch_compile with graph breaks.",
             )
@@ -75,10 +94,10 @@ class Backend:
         return f'Put {{"name": "cast", "component": "{component}", "dtype": "{self.computes}"}} before it.'
 
 
-def _own_attention(runner: str, component: str, plan: Plan, where: str) -> Iterator[Problem]:
-    if Fact("attention_chosen", component) in plan.facts:
+def _own_attention(runner: str, asked: Asked) -> Iterator[Problem]:
+    if "attention_chosen" in asked.facts:
         reason = f"{runner} computes attention in its own way, whatever kernel attention_backend chose"
-        yield Problem(where, reason, "Remove one of the two, or choose aot_inductor.")
+        yield Problem(asked.where, reason, "Remove one of the two, or choose aot_inductor.")
 
 
 def _missing(where: str, *names: str) -> Iterator[Problem]:
@@ -90,19 +109,11 @@ def _missing(where: str, *names: str) -> Iterator[Problem]:
 class AotInductor(Backend):
     name = "aot_inductor"
 
-    def problems(
-        self,
-        component: str,
-        module: torch.nn.Module | None,
-        plan: Plan,
-        target: Target,
-        where: str,
-        fullgraph: bool,
-    ) -> Iterator[Problem]:
-        yield from super().problems(component, module, plan, target, where, fullgraph)
-        for problem in cuda_problems() if target.device == "cuda" else ():
-            reason = f"to build for {target.name}, {problem.where}: {problem.reason}"
-            yield Problem(f"{where}.backend", reason, problem.mend)
+    def problems(self, asked: Asked) -> Iterator[Problem]:
+        yield from super().problems(asked)
+        for problem in cuda_problems() if asked.target.device == "cuda" else ():
+            reason = f"to build for {asked.target.name}, {problem.where}: {problem.reason}"
+            yield Problem(f"{asked.where}.backend", reason, problem.mend)
 
 
 class Onnx(Backend):
@@ -113,17 +124,9 @@ class Onnx(Backend):
     def packages(self) -> dict[str, str]:
         return {onnx.PACKAGE: onnx.VERSIONS}
 
-    def problems(
-        self,
-        component: str,
-        module: torch.nn.Module | None,
-        plan: Plan,
-        target: Target,
-        where: str,
-        fullgraph: bool,
-    ) -> Iterator[Problem]:
-        yield from _missing(where, *onnx.EXPORTING, onnx.PACKAGE)
-        yield from _own_attention("ONNX Runtime", component, plan, where)
+    def problems(self, asked: Asked) -> Iterator[Problem]:
+        yield from _missing(asked.where, *onnx.EXPORTING, onnx.PACKAGE)
+        yield from _own_attention("ONNX Runtime", asked)
 
     def _refused(self, program: Program, target: Target) -> Iterator[str]:
         return onnx.type_problems(program)
@@ -135,18 +138,10 @@ class Tensorrt(Backend):
     flagless = "TensorRT has none of them"
     computes = "float16"
 
-    def problems(
-        self,
-        component: str,
-        module: torch.nn.Module | None,
-        plan: Plan,
-        target: Target,
-        where: str,
-        fullgraph: bool,
-    ) -> Iterator[Problem]:
+    def problems(self, asked: Asked) -> Iterator[Problem]:
         """What library and target say, and the types of the weights."""
-        yield from _own_attention("TensorRT", component, plan, where)
-        where = f"{where}.backend"
+        yield from _own_attention("TensorRT", asked)
+        target, where = asked.target, f"{asked.where}.backend"
         if target.device != "cuda":
             reason = f"TensorRT builds for NVIDIA's GPUs, the target is {target.name}"
             yield Problem(where, reason, "Choose a GPU as the target, or another backend.")
@@ -156,14 +151,14 @@ class Tensorrt(Backend):
             reason = f"found compute capability {target.compute_capability} ({target.name}), required {least} or later"
             yield Problem(where, f"TensorRT: {reason}", "Choose another backend.")
             return
-        yield from _missing(where.removesuffix(".backend"), *onnx.EXPORTING)
+        yield from _missing(asked.where, *onnx.EXPORTING)
         library = tensorrt.library_for(target.capability)
         if find_spec(library.module) is None:
             yield Problem(where, *_library_missing(library, target))
-        kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters()} if module else set()
+        kinds = {str(p.dtype).removeprefix("torch.") for p in asked.module.parameters()} if asked.module else set()
         for reason in filter(None, (tensorrt.type_problem(kind, target.capability) for kind in sorted(kinds))):
-            told = f"tensorrt cannot compute {component}: {reason} (its weights)"
-            yield Problem(where, told, self._cast(component))
+            told = f"tensorrt cannot compute {asked.component}: {reason} (its weights)"
+            yield Problem(where, told, self._cast(asked.component))
 
     def _refused(self, program: Program, target: Target) -> Iterator[str]:
         return tensorrt.type_problems(program, target.capability)
@@ -185,18 +180,10 @@ class TorchCompile(Backend):
     name = "torch_compile"
     unbroken = ""
 
-    def problems(
-        self,
-        component: str,
-        module: torch.nn.Module | None,
-        plan: Plan,
-        target: Target,
-        where: str,
-        fullgraph: bool,
-    ) -> Iterator[Problem]:
-        if fullgraph and Fact("attention_by_package", component) in plan.facts:
+    def problems(self, asked: Asked) -> Iterator[Problem]:
+        if asked.fullgraph and "attention_by_package" in asked.facts:
             reason = "the graph of a block breaks where a package computes the attention"
-            yield Problem(f"{where}.fullgraph", reason, 'Set "fullgraph" to false, or choose a native kernel.')
+            yield Problem(f"{asked.where}.fullgraph", reason, 'Set "fullgraph" to false, or choose a native kernel.')
 
 
 BACKENDS: Mapping[str, Backend] = {each.name: each() for each in (AotInductor, Onnx, Tensorrt, TorchCompile)}
