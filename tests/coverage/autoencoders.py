@@ -24,7 +24,7 @@ class Decoder(torch.nn.Module):
         return self.vae.decode(z, return_dict=False, **self.fixed)[0]
 
 
-def decoder(name: str, scope: str = "whole"):
+def decoder(name: str):
     """Register what builds an autoencoder and gives its latents' shape, of size 1; the height comes last but one."""
 
     def register(make):
@@ -32,7 +32,7 @@ def decoder(name: str, scope: str = "whole"):
             vae, shape, *fixed = make()
             return Decoder(vae, **(fixed[0] if fixed else {})), {"z": draw(*shape[:-2], shape[-2] * size, shape[-1])}
 
-        return case(name, "autoencoder", scope)(made)
+        return case(name, "autoencoder", "whole")(made)
 
     return register
 
@@ -246,7 +246,7 @@ def kl_magvit():
     return vae, (1, 4, 2, 4, 4)
 
 
-@decoder("AutoencoderKLMiniMaxH3", "blocks")
+@decoder("AutoencoderKLMiniMaxH3")
 def kl_minimax_h3():
     vae = diffusers.AutoencoderKLMiniMaxH3(
         latent_channels=4,
@@ -277,7 +277,7 @@ class Coordinates(torch.nn.Module):
         return self.vae.decode(return_dict=False, **given)
 
 
-@case("RFD4ProteinaAutoencoder", "autoencoder")
+@case("RFD4ProteinaAutoencoder", "autoencoder", "whole")
 def rfd4_proteina(draw: Draw, size: int):
     kinds, residues, types = 7, 6 * size, 20
     vae = RFD4ProteinaAutoencoder(

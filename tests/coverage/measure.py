@@ -107,6 +107,8 @@ def _compiled(case: Case, backend: str, cache: EngineCache | None) -> dict[str, 
         if backend == "tensorrt":
             return {"engines": build(case, backend, RTX, cache)}
         difference, engines = run(case, backend, cache)
+        if not engines:
+            return {"failure": "it calls none of its repeated blocks, so there is nothing to compile"}
         if not difference <= case.tolerance:
             return {"failure": f"differs from the original by {difference:.0e}, relative to its norm"}
         return {"engines": engines, "difference": f"{difference:.0e}"}

@@ -66,6 +66,10 @@ def test_nearly_every_transformer_is_compiled():
     assert counted("transformer", "aot_inductor") >= 42
 
 
+def test_every_unet_is_compiled():
+    assert counted("unet", "aot_inductor") == sum(case.group == "unet" for case in CASES.values())
+
+
 def test_thirty_classes_are_onnx_models():
     assert sum(counted(group, "onnx") for group in GROUPS) >= 30
 
