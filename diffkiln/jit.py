@@ -20,7 +20,10 @@ from diffkiln.aten import Special, dtype_of, gives_one_tensor, literal, overload
 from diffkiln.attention import kernel_for
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency
 from diffkiln.inductor import INDUCTOR, ISAS, quiet, told_host
-from diffkiln.program import Op, Program, Ref, TensorType
+from diffkiln.program import Op, Program, Ref, engine_types
+
+#: The files of an engine: the region, what `compiled` is told, and a folder of Inductor's caches.
+REGION, OPTIONS, CACHES = "region.json", "options.json", "caches"
 
 #: What a compiled region is called with: its inputs, weights and constants, in `engine_inputs` order.
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -59,7 +62,7 @@ def compiled(
     import torch._dynamo.utils
 
     module = as_graph(region, device, special or {})
-    zeros = [torch.zeros(t.shape, dtype=dtype_of(t.dtype), device=device) for t in _types(region)]
+    zeros = [torch.zeros(t.shape, dtype=dtype_of(t.dtype), device=device) for t in engine_types(region).values()]
     counters = torch._dynamo.utils.counters
     with INDUCTOR, quiet(), told_host(isa, folder), torch.inference_mode(), kernel_for(region):
         misses = counters["inductor"]["fxgraph_cache_miss"]
@@ -78,9 +81,7 @@ def compiled(
 def as_graph(region: Program, device: torch.device, special: Mapping[str, Special]) -> torch.fx.GraphModule:
     """A region as torch's graph of its inputs, weights and constants. Outputs are contiguous and no input's alias."""
     graph = torch.fx.Graph()
-    names = [item.name for item in region.inputs]
-    names += [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
-    nodes = {name: graph.placeholder(f"a{position}") for position, name in enumerate(names)}
+    nodes = {name: graph.placeholder(f"a{position}") for position, name in enumerate(engine_types(region))}
     given = frozenset(nodes.values())
 
     def filled(arg: Any) -> Any:
@@ -106,11 +107,6 @@ def _function(op: Op, special: Mapping[str, Special]) -> Callable[..., Any]:
     if op.is_aten:
         return overload(op.name)
     return torch.compiler.disable(special[op.name](op), reason=f"{op.name} is no operator of torch's")
-
-
-def _types(region: Program) -> list[TensorType]:
-    names = [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
-    return [*(item.type for item in region.inputs), *(region.types[name] for name in names)]
 
 
 def _options(isa: str, flags: Mapping[str, bool]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import Problem
-from diffkiln.program import ATTENTION, Program, TensorType
+from diffkiln.program import ATTENTION, Program, TensorType, engine_types
 from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
 
@@ -86,8 +86,7 @@ class Exporter(Protocol):
 
 def engine_inputs(region: Program) -> tuple[TensorType, ...]:
     """The types of an engine's inputs in their order."""
-    names = [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
-    return (*(item.type for item in region.inputs), *(region.types[name] for name in names))
+    return tuple(engine_types(region).values())
 
 
 def contiguous(type_: TensorType) -> TensorSpec:

@@ -23,12 +23,9 @@ from diffkiln.exporters import toolchain
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.inductor import FLAGS
-from diffkiln.jit import compiled
+from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
 from diffkiln.program import ATTENTION, Op, Program, dumps, program_to_json
 from diffkiln.spec.targets import Target
-
-#: The files of an engine: the region, what `compiled` is told, and a folder of Inductor's caches.
-REGION, OPTIONS, CACHES = "region.json", "options.json", "caches"
 
 
 class TorchCompile:

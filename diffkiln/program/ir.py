@@ -158,6 +158,12 @@ class Module:
     regions: Mapping[str, Program] = field(default_factory=dict)
 
 
+def engine_types(region: Program) -> dict[str, TensorType]:
+    """What a region's engine takes, in order: its inputs, its weights and its constants, by their names in it."""
+    names = [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
+    return {item.name: item.type for item in region.inputs} | {name: region.types[name] for name in names}
+
+
 def weight_in(op: Op, weight: str) -> str:
     """The name in its component of a weight of the region that a REGION operation calls."""
     return f"{op.attrs['instance']}.{weight}" if op.attrs["instance"] else weight

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from diffkiln.errors import Incompatible, Incomplete
-from diffkiln.jit import compiled
+from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
 from diffkiln.program import ATTENTION, program_from_json
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines.base import Layout, check_inputs
 
-_REGION, _OPTIONS, _CACHES = "region.json", "options.json", "caches"
 _LOG = logging.getLogger("diffkiln")
 
 
@@ -45,14 +44,14 @@ class TorchCompileEngine:
         self.inputs = tuple(inputs)
         self.device = torch.device(device)
         self._name = f"the engine {directory.name}"
-        told = json.loads(_read(directory / _OPTIONS))
+        told = json.loads(_read(directory / OPTIONS))
         if told["device"] != self.device.type:
             raise Incompatible(f"{directory}: found {self.device.type}, required {told['device']}")
-        region = program_from_json(json.loads(_read(directory / _REGION)))
+        region = program_from_json(json.loads(_read(directory / REGION)))
         with tempfile.TemporaryDirectory(prefix="diffkiln-jit-") as scratch:
-            caches = Path(scratch) / _CACHES
-            if (directory / _CACHES).is_dir():
-                shutil.copytree(directory / _CACHES, caches, copy_function=shutil.copyfile)
+            caches = Path(scratch) / CACHES
+            if (directory / CACHES).is_dir():
+                shutil.copytree(directory / CACHES, caches, copy_function=shutil.copyfile)
             self._run, found = compiled(
                 region,
                 caches,
@@ -63,7 +62,7 @@ class TorchCompileEngine:
                 special={ATTENTION: packaged},
             )
         if not found:
-            _LOG.warning("%s: its caches are of another torch, and it was compiled anew", self._name)
+            _LOG.warning("%s: its caches do not fit this torch or its settings, and it was compiled anew", self._name)
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
         with torch.inference_mode():
