@@ -116,7 +116,7 @@ else:
     checked = compiler.check(spec)
     told = {"check": time.perf_counter() - started, "after_check": peak()}
     started = time.perf_counter()
-    with quiet_libraries():
+    with quiet_libraries(), compiler._collection_paused():  # as compile does
         record(checked.pipe, checked.requests, Constants())
     told["record"] = time.perf_counter() - started
 print(json.dumps(told | {"imported": imported, "peak": peak()}))

@@ -96,6 +96,11 @@ def literal(arg: Any, device: torch.device) -> Any:
     return arg
 
 
+def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as a real one whose last dimension holds real and imaginary parts; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 class Interpreter:
     """Runs one program on one device. Values live in slots and are freed after their last use.
 

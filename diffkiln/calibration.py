@@ -22,8 +22,9 @@ from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
-from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
+from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
 
 #: Gives a number for images [prompts, …] from 0 to 1, float32, and the prompts that they were drawn for.
 Metric = Callable[[torch.Tensor, Sequence[str]], float]
@@ -161,7 +162,7 @@ class _Real:
         variant = CompiledVariant("calibrated", {}, {"call": call})
         compiled = CompiledPipeline(self._class_name, [variant], executor, self._text, None)
         texts = [self._calibrate.texts[prompt]] * variant.batch_size
-        inputs = list(compiled._inputs(variant, call, {"prompt": texts}, {}, None))
+        inputs = list(compiled._inputs(variant, call, {"prompt": texts}, {}, {}, None))
         generator = torch.Generator().manual_seed(self._calibrate.seed + prompt)
         return executor(call, inputs, generator)
 

@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from diffkiln.cli_hub import pull_, push_
+from diffkiln.cli_run import run_
 from diffkiln.cli_targets import retune_, strip_
-from diffkiln.cli_trust import POLICY, hashed_bytes, sign, verify
+from diffkiln.cli_trust import sign, verify
 from diffkiln.errors import DiffkilnError
 from diffkiln.printing import (
     Watch,
@@ -32,7 +32,6 @@ from diffkiln.printing import (
     print_program,
     print_schedules,
     print_table,
-    save,
     say,
     schedules,
     schedules_json,
@@ -40,9 +39,6 @@ from diffkiln.printing import (
 )
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
-_NATIVE = click.option(
-    "--allow-native", is_flag=True, help="Load native code of a bundle that was not built on this machine."
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -141,61 +137,7 @@ cli.add_command(verify)
 cli.add_command(sign)
 
 
-@cli.command("run")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, multiple=True, help="What to draw; several for a batch.")
-@click.option("--negative-prompt", multiple=True, help="What not to draw.")
-@click.option("--seed", type=int, help="Seed of the noise.")
-@click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps.")
-@click.option("--height", type=int, help="In pixels.")
-@click.option("--width", type=int, help="In pixels.")
-@click.option("--guidance-scale", type=float, help="Guidance scale.")
-@click.option("--as-diffusers", is_flag=True, help="Run as the original diffusers pipeline with engines plugged in.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image, or animation, to write.")
-@click.option("--rehash", is_flag=True, help="Hash weights again that an earlier load hashed and that look untouched.")
-@POLICY
-@_NATIVE
-def run_(
-    bundle: Path,
-    prompt: tuple[str, ...],
-    negative_prompt: tuple[str, ...],
-    seed: int | None,
-    as_diffusers: bool,
-    output: Path,
-    allow_native: bool,
-    policy: Path | None,
-    rehash: bool,
-    **keywords: Any,
-) -> None:
-    """Make images with a bundle. Sizes and steps must be those of a variant; left out, they are the first's."""
-    if not output.absolute().parent.is_dir():
-        raise click.BadParameter(f"the directory {output.parent} is not there", param_hint="--output")
-    import torch
-
-    from diffkiln.runtime.loading import load
-
-    given = {name: value for name, value in keywords.items() if value is not None}
-    if as_diffusers:  # whose own defaults are other sizes
-        given = _fixed_in_the_first_variant(bundle) | given
-    given["prompt"] = prompt[0] if len(prompt) == 1 else list(prompt)
-    if negative_prompt:
-        given["negative_prompt"] = negative_prompt[0] if len(negative_prompt) == 1 else list(negative_prompt)
-    if seed is not None:
-        given["generator"] = torch.Generator("cpu").manual_seed(seed)
-    with Watch() as watch:
-        watch("load")
-        pipe = load(
-            bundle,
-            allow_native=allow_native,
-            as_diffusers=as_diffusers,
-            policy=policy,
-            rehash=rehash,
-            progress=watch.hashing(hashed_bytes(bundle)),
-        )
-        watch("run")
-        result = pipe(**given)
-    for path in save(next(iter(result.values())), output):
-        click.echo(str(path))
+cli.add_command(run_)
 
 
 @cli.command("passes")
@@ -286,14 +228,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"error: diffkiln failed: {type(error).__name__}: {error}. Set DIFFKILN_DEBUG=1 to see where")
         return 4
-
-
-def _fixed_in_the_first_variant(path: Path) -> dict[str, Any]:
-    from diffkiln.bundle import open_bundle
-
-    with open_bundle(path) as bundle:
-        fixed = bundle.manifest.pipeline.variants[0].fixed
-    return {name: value for name, value in fixed.items() if value is not None}
 
 
 def _needs_compiler() -> None:

@@ -9,7 +9,7 @@ tensors have shapes and no data. Weights are then streamed through the same pass
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 from diffkiln.built import Built
 from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.calibration import Metric, calibrated
-from diffkiln.errors import Problem, RecordError
+from diffkiln.errors import RecordError, found_together
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.legality import is_schedule, problems_of
 from diffkiln.memory import keep_large_tensors_apart
 from diffkiln.packing import (
     Packed,
@@ -36,7 +37,6 @@ from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
-from diffkiln.passes.compile import Compile
 from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.call import Request
@@ -109,10 +109,12 @@ def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
 
 def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
-    placed = read_passes(parsed.passes)
-    targets = resolve_targets(parsed)
     home = _base(spec, base)
-    source = open_source(parsed.source, home)
+    placed, targets, source = found_together(
+        lambda: read_passes(parsed.passes),
+        lambda: resolve_targets(parsed),
+        lambda: open_source(parsed.source, home),
+    )
     placed = [replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in placed]
     pipe = ghost_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -131,8 +133,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted)) if all(wanted) else ()
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    problems = _runtime_problems(parsed, targets) + _calibration_problems(placed) + _fallback_problems(parsed, placed)
-    plan, report = manager.run(plan, placed, targets, problems)
+    plan, report = manager.run(plan, placed, targets, problems_of(parsed, placed, targets))
     if plan.scheduler is not None:
         pipe.register_modules(scheduler=plan.scheduler)
     after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}
@@ -244,7 +245,7 @@ def _calibrate(
         if not isinstance(item.step, Calibrate) or not recording.calls:
             continue
         component = item.step.component
-        place = next(place for place in checked.placed if _is_schedule(place, component))
+        place = next(place for place in checked.placed if is_schedule(place, component))
         with steps(f"calibrate the schedule of {component}"), quiet_libraries():
             modules = {name: load_module(checked.source, name, checked.dtype) for name in checked.plan.modules}
             for name, module in modules.items():
@@ -256,28 +257,6 @@ def _calibrate(
         chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
         checked = checked.with_step(place, chosen)
     return checked
-
-
-def _is_schedule(place: Placed, component: str) -> bool:
-    return isinstance(place.step, CacheSchedule) and place.step.component == component
-
-
-def _calibration_problems(placed: Sequence[Placed]) -> list[Problem]:
-    """Calibrations that nothing follows."""
-    calibrations = [item for item in placed if isinstance(item.step, Calibrate)]
-    lonely = [item for item in calibrations if not any(_is_schedule(other, item.step.component) for other in placed)]
-    mend = 'Add a cache_schedule with "steps": "calibrated".'
-    return [Problem(item.where, "no cache_schedule of the component would use it", mend) for item in lonely]
-
-
-def _fallback_problems(spec: Spec, placed: Sequence[Placed]) -> list[Problem]:
-    """Engines that hold their weights, where the bundle is to run without engines on other machines."""
-    if spec.runtime.on_incompatible != "eager":
-        return []
-    held = [item for item in placed if isinstance(item.step, Compile) and item.step.weights == "engine"]
-    reason = "the weights are in the engines, and without them the bundle cannot be replayed"
-    mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
-    return [Problem(f"{item.where}.weights", reason, mend) for item in held]
 
 
 @contextmanager
@@ -294,20 +273,6 @@ def _collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _runtime_problems(spec: Spec, targets: Sequence[Target]) -> list[Problem]:
-    """What the runtime section asks for and the targets would ignore."""
-    if any(target.device != "cpu" for target in targets):
-        return []
-    problems: list[Problem] = []
-    offload = spec.runtime.offload
-    if offload is not None and offload.to == "host":
-        reason = "on a CPU weights are used where they would wait: in the host's memory"
-        problems.append(Problem("$.runtime.offload.to", reason, 'Remove it, or set it to "disk".'))
-    if spec.runtime.tf32 is not None:
-        problems.append(Problem("$.runtime.tf32", "a CPU has no TF32", "Remove it."))
-    return problems
 
 
 def _spec_source(spec: Any) -> Any:

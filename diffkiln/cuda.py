@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from diffkiln.bundle.versions import numbers
 from diffkiln.errors import Problem
 from diffkiln.spec.targets import Target
 
@@ -70,6 +72,22 @@ def cuda_problems() -> Iterator[Problem]:
         )
 
 
+def broken_promises(target: Target, where: str = "$.target") -> Iterator[Problem]:
+    """What a target says has to do, and code of this torch's CUDA would not run with: its driver, its CUDA.
+
+    Args:
+        where: the target's JSON path.
+    """
+    if target.device != "cuda" or torch.version.cuda is None:
+        return
+    needs = {"driver": DRIVERS.get(_major()), "cuda": f"{_major()}.0"}
+    for name, required in needs.items():
+        promised = getattr(target, name)
+        if promised and required and numbers(promised) < numbers(required):
+            reason = f"found {promised}, required {required} or later: engines hold code of CUDA {torch.version.cuda}"
+            yield Problem(f"{where}.{name}", reason, "Raise it, or build with a torch for an earlier CUDA.")
+
+
 def find_ptxas() -> Path | None:
     """The assembler that Triton will run, if it is there."""
     stated = os.environ.get("TRITON_PTXAS_PATH")
@@ -79,13 +97,13 @@ def find_ptxas() -> Path | None:
 
 def find_headers() -> Path | None:
     """A folder with CUDA's headers, of torch's own major version; Triton's, which belong to this torch, first."""
-    folders = [_triton() / "include", _wheel() / "include", *(home / "include" for home in _homes())]
+    folders = [_triton() / "include", *(home / "include" for home in (*_wheels(), *_homes()))]
     return next((folder for folder in folders if _complete(folder)), None)
 
 
 def find_library_headers() -> Path | None:
     """A folder with the headers of CUDA's C++ library, which lie apart from the others since CUDA 13."""
-    roots = [_wheel() / "include", *(home / "include" for home in _homes())]
+    roots = [home / "include" for home in (*_wheels(), *_homes())]
     folders = [folder for root in roots for folder in (root / "cccl", root)]
     return next((folder for folder in folders if (folder / _LIBRARY_HEADER).is_file()), None)
 
@@ -95,7 +113,7 @@ def find_cudart() -> Path | None:
     name = f"libcudart.so.{_major()}"
     with open("/proc/self/maps", encoding="utf-8") as maps:
         loaded = [Path(line.split()[-1]) for line in maps if line.rstrip().endswith(f"/{name}")]
-    installed = [_wheel() / "lib" / name, *(home / "lib64" / name for home in _homes())]
+    installed = [*(wheel / "lib" / name for wheel in _wheels()), *(home / "lib64" / name for home in _homes())]
     return next((path for path in [*loaded, *installed] if path.is_file()), None)
 
 
@@ -111,14 +129,20 @@ def _triton() -> Path:
     return Path(spec.origin).parent / "backends" / "nvidia" if spec and spec.origin else Path("/nonexistent")
 
 
-def _wheel() -> Path:
-    """Where NVIDIA's packages for this CUDA lie, beside torch."""
-    return Path(torch.__file__).parent.parent / "nvidia" / f"cu{_major()}"
+def _wheels() -> list[Path]:
+    """Where NVIDIA's packages for this CUDA lie: beside torch, and in other folders of Python's path, since they share
+    a namespace that may be spread over several."""
+    found = find_spec("nvidia")
+    elsewhere = (found.submodule_search_locations if found else None) or ()
+    roots = [Path(torch.__file__).parent.parent / "nvidia", *map(Path, elsewhere)]
+    return [root / f"cu{_major()}" for root in dict.fromkeys(roots)]
 
 
 def _homes() -> list[Path]:
     stated = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return [Path(home) for home in (*stated, "/usr/local/cuda")]
+    compiler = shutil.which("nvcc")
+    beside = [Path(compiler).resolve().parents[1]] if compiler else []
+    return [*map(Path, stated), *beside, Path("/usr/local/cuda")]
 
 
 def _major() -> int:

@@ -32,9 +32,9 @@ A `Problem` is one thing that is wrong; errors that can collect several carry th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,22 @@ class DiffkilnError(Exception):
 
 class SpecError(DiffkilnError):
     exit_code = 2
+
+
+def found_together(*looks: Callable[[], Any]) -> list[Any]:
+    """What each look returns; where several raise `SpecError`, one with the problems of all, and else the one."""
+    found: list[Any] = []
+    errors: list[SpecError] = []
+    for look in looks:
+        try:
+            found.append(look())
+        except SpecError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise SpecError(problems=[p for error in errors for p in error.problems or (Problem("", str(error)),)])
+    return found
 
 
 class SourceError(SpecError):

@@ -157,14 +157,11 @@ def choice_here(bundle: Bundle) -> Mapping[str, Any]:
     """Which target's engines this machine would use and why; why not each of the others. Empty without engines."""
     if not bundle.manifest.engines:
         return {}
-    import torch
-
     from diffkiln.errors import Incompatible
-    from diffkiln.runtime.targets import choose
+    from diffkiln.runtime.targets import choose, place_for
 
-    device = torch.device(str(bundle.manifest.runtime.get("device", "cpu")))
     try:
-        choice = choose(bundle.manifest, device, bundle.targets)
+        choice = choose(bundle.manifest, place_for(bundle.manifest), bundle.targets)
     except Incompatible as error:
         return {"choice": {"target": None, "why": str(error), "others": {}}}
     return {"choice": asdict(choice)}
@@ -244,21 +241,6 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
         click.echo("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
     else:
         print_json(data)
-
-
-def save(images: Any, output: Path) -> list[Path]:
-    """Write one image, several with numbers in their names, or videos as animations."""
-    items = list(images)
-    paths = [output] if len(items) == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(len(items))]
-    try:
-        for item, path in zip(items, paths, strict=True):
-            if isinstance(item, list):
-                item[0].save(path, save_all=True, append_images=item[1:], duration=62, loop=0)
-            else:
-                item.save(path)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{output} cannot be written: {error}. Give a name such as image.png") from error
-    return paths
 
 
 def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:

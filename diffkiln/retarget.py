@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from diffkiln.built import Built
+from diffkiln.bundle import devices_of
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.packing.editing import Edit
@@ -113,12 +114,12 @@ def retune(
         SpecError, IntegrityError, BuildError: as `add_target`.
     """
     with Edit(bundle, output, force, progress) as edit:
-        if (device := str(edit.manifest.runtime.get("device", "cpu"))) == "cpu":
+        if "cuda" not in devices_of(edit.manifest):
             raise IllegalPlan(
                 "engines for a CPU are not tuned on the machine that builds them, so building them anew would give the "
                 "same ones"
             )
-        name = str(choose(edit.manifest, torch.device(device)).target)
+        name = str(choose(edit.manifest, torch.device("cuda")).target)
         wanted = edit.stated().get(name) or _known(name)
         edit.remove([wanted.name])
         with tempfile.TemporaryDirectory(prefix="diffkiln-retune-") as scratch:

@@ -154,9 +154,10 @@ def _needs_all(checked: Checked, name: str) -> str:
 def _origins(found: Portions, checked: Checked) -> dict[str, str]:
     """The blocks that the passes leave, each with the name that it had; empty if one is no block that was there."""
     module = emptied(copy.deepcopy(found.module))
-    before = {id(block): block_name for block_name, block in repeated_blocks(module)}
+    before = repeated_blocks(module)  # held until the end: an id is that of a block that lives
+    names = {id(block): block_name for block_name, block in before}
     manager.apply(module, found.name, checked.placed)
-    left = {block_name: before.get(id(block), "") for block_name, block in repeated_blocks(module)}
+    left = {block_name: names.get(id(block), "") for block_name, block in repeated_blocks(module)}
     return left if all(left.values()) else {}
 
 

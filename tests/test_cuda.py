@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 from diffkiln import cuda
 from diffkiln.cuda import cuda_problems, find_headers, find_library_headers, find_ptxas, gpu_is_here
 from diffkiln.spec import TARGETS
+
+#: As they are, beside what `toolkit` puts in their place.
+WHEELS, HOMES = cuda._wheels, cuda._homes
 
 
 def told() -> str:
@@ -29,7 +34,7 @@ def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ptxas").touch(mode=0o755)
     monkeypatch.setattr(cuda, "_triton", lambda: tmp_path)
-    monkeypatch.setattr(cuda, "_wheel", lambda: tmp_path / "no-wheel")
+    monkeypatch.setattr(cuda, "_wheels", list)
     monkeypatch.setattr(cuda, "_homes", lambda: [tmp_path])
     monkeypatch.setattr(cuda, "find_spec", lambda name: name)
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
@@ -70,6 +75,30 @@ def test_what_is_missing_names_its_package(toolkit: Path, missing: str, package:
 def test_triton_is_told_apart_from_its_assembler(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda _: None)
     assert "pip install triton" in told()
+
+
+def test_a_package_in_another_folder_of_pythons_path_is_found(
+    toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `pip install --target` leaves it where torch's own folder is not to be written to."""
+    (toolkit / "include" / "cccl" / "nv" / "target").unlink()
+    headers = tmp_path / "site" / "nvidia" / "cu13" / "include" / "cccl"
+    (headers / "nv").mkdir(parents=True)
+    (headers / "nv" / "target").touch()
+    monkeypatch.setattr(cuda, "_wheels", WHEELS)
+    monkeypatch.setattr(cuda, "find_spec", find_spec)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert find_library_headers() == headers
+
+
+def test_the_toolkit_of_the_compiler_on_the_path_counts(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (toolkit / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setattr(cuda, "_homes", HOMES)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(toolkit / "bin"))
+    assert find_library_headers() == toolkit / "include" / "cccl"
 
 
 def test_headers_of_another_major_version_do_not_count(toolkit: Path) -> None:

@@ -13,10 +13,13 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
 from diffkiln.exporters.base import Artefact
+from diffkiln.packing import engines as packing_engines
 from diffkiln.packing.engines import _take_over_requirements, _try_out
 from diffkiln.packing.packed import Packed
+from diffkiln.packing.programs import _features
 from diffkiln.packing.targets import retargeted, spec_for, targets_in
 from diffkiln.passes.quantize import Quantize
+from diffkiln.program import NOISE, Input, Op, Program, TensorType
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import TARGETS
@@ -165,7 +168,8 @@ def test_engines_that_are_built_anew_are_what_the_manifest_tells_of(digits_bundl
     packed = nothing_packed()
     packed.gpus[name] = {"sm": "sm_89", "autotuned": True}
     packed.cuda = "13.0"
-    found = retargeted(manifest, manifest.files, manifest.engines, {name: "x86-64-v3"}, packed)
+    isas, devices = {name: "x86-64-v3"}, {name: "cuda"}
+    found = retargeted(manifest, manifest.files, manifest.engines, isas, devices, packed)
     assert found.runtime["gpus"] == {name: {"sm": "sm_89", "autotuned": True}}
     assert found.requires.cuda == "13.0"
 
@@ -179,3 +183,24 @@ def test_a_target_that_is_built_anew_stands_in_the_spec_as_it_stood():
     assert [entry.get("compute_capability") for entry in again] == ["8.9", None]
     assert again[1]["driver"] == "590.0"
     assert json.loads(spec_for(data, ["nvidia-h200"], [L4]))["target"][1]["gpu"] == "nvidia-l4"
+
+
+def test_a_call_says_what_its_runtime_must_know():
+    def call(*ops, **source):
+        inputs = (Input("%x", TensorType("float32", (1, 3, 8, 8)), source),) if source else ()
+        return Program("call", inputs, ops, (), {})
+
+    drawn = {"shape": [4], "dtype": "float32"}
+    assert set(_features(call(Op(NOISE, (), ("%0",), attrs=drawn)))) == set()
+    assert set(_features(call(Op(NOISE, (), ("%0",), attrs=drawn | {"seeded": False})))) == {"unseeded_noise"}
+    assert set(_features(call(kind="image", keyword="image", index=[0]))) == {"image_inputs"}
+
+
+def test_what_trying_an_engine_made_lies_beside_it(tmp_path, monkeypatch):
+    """TensorRT for RTX compiles kernels when an engine first runs: they come with a bundle that is built on the GPU."""
+    monkeypatch.setattr(packing_engines, "learned_by", lambda engine: {"runtime.cache": b"kernels"})
+    built = diffkiln.compile(DIGITS / "spec.json", tmp_path / "bundle", cache=engine_cache())
+    with open_bundle(built.path) as bundle:
+        paths = {row.path for row in bundle.manifest.engines}
+        kept = {row.path: row.role for row in bundle.manifest.files if row.path.endswith("runtime.cache")}
+    assert kept == {f"{path}/runtime.cache": "native" for path in paths}

@@ -6,9 +6,8 @@ import io
 import sys
 
 import pytest
-from PIL import Image
 
-from diffkiln.printing import Watch, save, size_of
+from diffkiln.printing import Watch, size_of
 
 
 def test_steps_are_plain_lines_where_there_is_no_terminal(capsys):
@@ -35,11 +34,3 @@ def test_steps_are_shown_live_on_a_terminal(monkeypatch):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.50 GB")])
 def test_sizes(count, text):
     assert size_of(count) == text
-
-
-def test_several_images_are_numbered_and_videos_move(tmp_path):
-    pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    assert [path.name for path in save(pictures, tmp_path / "out.png")] == ["out-0.png", "out-1.png"]
-    (video,) = save([pictures], tmp_path / "out.gif")
-    with Image.open(video) as moving:
-        assert moving.n_frames == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,3 +161,27 @@ def test_a_pass_that_puts_other_blocks_in_has_all_weights(loads, tmp_path, monke
     passes = [entry("prune", blocks=["single_transformer_blocks.1"])]
     built = diffkiln.compile(digits(passes=passes), tmp_path / "bundle", base=DIGITS)
     assert any("transformer is loaded whole" in notice for notice in built.notices)
+
+
+def test_old_blocks_live_until_new_ones_are_compared_with_them(monkeypatch):
+    """Otherwise a new one could lie where an old one did, and be taken for it."""
+
+    class Block(torch.nn.Module):
+        pass
+
+    class Blocks(torch.nn.Module):
+        _repeated_blocks = ("Block",)
+
+        def __init__(self):
+            super().__init__()
+            self.all = torch.nn.ModuleList([Block(), Block()])
+
+    def replacing(module, name, placed):
+        pruned = weakref.ref(module.all[1])
+        del module.all[1]
+        module.all[0] = Block()
+        gc.collect()
+        assert pruned() is not None
+
+    monkeypatch.setattr(streaming.manager, "apply", replacing)
+    assert not streaming._origins(SimpleNamespace(module=Blocks(), name="model"), SimpleNamespace(placed=[]))

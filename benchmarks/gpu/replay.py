@@ -8,9 +8,11 @@ Random weights of the true shapes: times and memory mean something, images do no
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,48 @@ def timed(pipe: Any, call: dict[str, Any], runs: int) -> tuple[list[float], int]
     return seconds, torch.cuda.max_memory_allocated()
 
 
+def measured(
+    spec: dict[str, Any], folder: Path, call: dict[str, Any], runs: int
+) -> Iterator[tuple[str, list[float] | str, int]]:
+    """Each way with its seconds, or with what went wrong, and its peak of memory. One that fails costs its own row."""
+    import diffkiln
+
+    def built(offload: str | None) -> Path:
+        path = folder / str(offload)
+        runtime = {"offload": {"num_blocks_per_group": 1, "to": offload}} if offload else {}
+        return path if path.exists() else diffkiln.compile(spec | {"runtime": runtime}, path).path
+
+    def eager() -> tuple[list[float], int]:
+        pipe = diffkiln.load(built(None), as_diffusers=True)
+        pipe.set_progress_bar_config(disable=True)
+        return timed(pipe, call, runs)
+
+    def bundle(offload: str | None) -> tuple[list[float], int]:
+        with diffkiln.load(built(offload)) as pipe:
+            return timed(pipe, call, runs)
+
+    ways: dict[str, Callable[[], tuple[list[float], int]]] = {
+        "eager diffusers": eager,
+        "bundle, resident": lambda: bundle(None),
+        "bundle, streamed from host": lambda: bundle("host"),
+        "bundle, streamed from disk": lambda: bundle("disk"),
+    }
+    for name, way in ways.items():
+        try:
+            yield name, *way()
+        except Exception as error:
+            yield name, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", 0
+        gc.collect()  # diffusers' pipelines refer to themselves, and would count in the next one's peak
+        torch.cuda.empty_cache()
+
+
+def shown_row(way: str, seconds: list[float] | str, peak: int, eager: float | None) -> tuple[str, ...]:
+    if isinstance(seconds, str):
+        return way, seconds, "", "", ""
+    ratio = f"{median(seconds) / eager:.2f}" if eager else ""
+    return way, f"{median(seconds):.3f} s", spread(seconds), ratio, f"{peak / 1e9:.2f} GB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=SIZES, default="sd-1.5")
@@ -46,8 +90,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=10)
     options = parser.parse_args()
-
-    import diffkiln
 
     side = SIZES[options.architecture]
     call = {"height": side, "width": side, "num_inference_steps": options.steps, "guidance_scale": 5.0}
@@ -59,25 +101,17 @@ def main() -> None:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, offload in (("resident", None), ("streamed from host", "host"), ("streamed from disk", "disk")):
-            runtime = {"offload": {"num_blocks_per_group": 1, "to": offload}} if offload else {}
-            built = diffkiln.compile(spec | {"runtime": runtime}, Path(folder) / name.replace(" ", "-"))
-            with diffkiln.load(built.path) as pipe:
-                rows.append((f"bundle, {name}", *timed(pipe, call, options.runs)))
-            if offload is None:
-                pipe = diffkiln.load(built.path, as_diffusers=True)
-                pipe.set_progress_bar_config(disable=True)
-                rows.insert(0, ("eager diffusers", *timed(pipe, call, options.runs)))
-                del pipe
-                torch.cuda.empty_cache()
-    eager = median(rows[0][1])
+        for name, seconds, peak in measured(spec, Path(folder), call, options.runs):
+            told = f"{median(seconds):.3f} s, {peak / 1e9:.2f} GB" if isinstance(seconds, list) else seconds
+            print(f"{name}: {told}", file=sys.stderr, flush=True)
+            rows.append((name, seconds, peak))
+    if not any(isinstance(seconds, list) for _, seconds, _ in rows):
+        sys.exit("nothing could be measured")
     what = f"{options.architecture}, {options.dtype}, {side}², {options.steps} steps"
     print(f"# Replay on {torch.cuda.get_device_name()}: {what}\n")
     print(f"{machine()}; CUDA {torch.version.cuda}\n")
-    shown = [
-        (way, f"{median(values):.3f} s", spread(values), f"{median(values) / eager:.2f}", f"{peak / 1e9:.2f} GB")
-        for way, values, peak in rows
-    ]
+    eager = rows[0][1]
+    shown = [shown_row(*row, median(eager) if isinstance(eager, list) else None) for row in rows]
     print(table(("way", "median", "spread, s", "× eager", "peak allocated"), shown))
 
 

@@ -1,5 +1,6 @@
 """The on-disk format: what a bundle claims (manifest), how it is written, and how it is read and checked."""
 
+from diffkiln.bundle.devices import device_features, device_of, device_policy, devices_of
 from diffkiln.bundle.digest import Progress, sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import (
     FORMAT_MAJOR,
@@ -72,6 +73,10 @@ __all__ = [
     "check_path",
     "check_unique",
     "claimed",
+    "device_features",
+    "device_of",
+    "device_policy",
+    "devices_of",
     "dump_manifest",
     "dump_partial",
     "engine_targets",

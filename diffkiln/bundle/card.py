@@ -41,7 +41,7 @@ def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, 
     sections = [
         _metadata(manifest, build),
         _what(manifest, build, identity),
-        _use(repo),
+        _use(manifest, repo),
         _variants(manifest),
         _passes(manifest, build),
         _measured(build),
@@ -71,10 +71,27 @@ def _base_models(manifest: Manifest, source: Mapping[str, Any]) -> list[str]:
 
 
 def _task(manifest: Manifest, source: Mapping[str, Any]) -> str:
-    if isinstance(stated := source.get("pipeline_tag"), str):
-        return stated
-    films = any(variant.fixed.get("num_frames") for variant in manifest.pipeline.variants)
-    return "text-to-video" if films else "text-to-image"
+    images = _images(manifest)
+    given = "text" if not images else "video" if "video" in images else "image"
+    if isinstance(stated := source.get("pipeline_tag"), str):  # of the class that the model names
+        return f"{given}-{stated.removeprefix('text-')}" if images and stated.startswith("text-to-") else stated
+    return f"{given}-to-{'video' if _films(manifest) else 'image'}"
+
+
+def _films(manifest: Manifest) -> bool:
+    """Whether it makes videos."""
+    return "video" in _images(manifest) or any(v.fixed.get("num_frames") for v in manifest.pipeline.variants)
+
+
+def _images(manifest: Manifest) -> list[str]:
+    """Keywords that take images: what the first variant fixes of them is a size, or a list of sizes."""
+
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, list | tuple) and value else value
+
+    sizes = {name: first(value) for name, value in manifest.pipeline.variants[0].fixed.items()}
+    taken = [name for name, size in sizes.items() if isinstance(size, Mapping) and set(size) == {"height", "width"}]
+    return sorted(filter(str.isidentifier, taken))
 
 
 def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) -> list[str]:
@@ -99,14 +116,16 @@ def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) ->
     ]
 
 
-def _use(repo: str | None) -> list[str]:
+def _use(manifest: Manifest, repo: str | None) -> list[str]:
     fetch = [f"    diffkiln pull {repo} -o bundle", ""] if repo else []
     place = "bundle" if repo else "this/folder"
+    images = "".join(f", {name}={name}" for name in _images(manifest))
+    made, results = ("frames", "frames") if _films(manifest) else ("image", "images")
     return [
         *fetch,
         "    import diffkiln",
         f'    pipe = diffkiln.load("{place}")',
-        '    image = pipe("a prompt").images[0]',
+        f'    {made} = pipe("a prompt"{images}).{results}[0]',
     ]
 
 

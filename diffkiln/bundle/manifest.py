@@ -36,7 +36,11 @@ FORMAT_MINOR = 0
 # What a bundle may demand of its reader by name. A feature is added here together with the code that honours it.
 # channels_last: tensors that weights' files hold as [N, H, W, C] and programs take as [N, C, H, W].
 # attention_kernels: operations that name the kernel of their attention, and the pass attention_backend.
-KNOWN_FEATURES: frozenset[str] = frozenset({"attention_kernels", "channels_last"})
+# image_inputs: inputs of calls that are images. unseeded_noise: noise that the caller's generator does not draw.
+# mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
+KNOWN_FEATURES: frozenset[str] = frozenset(
+    {"attention_kernels", "channels_last", "image_inputs", "mixed_devices", "unseeded_noise"}
+)
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
@@ -100,6 +104,10 @@ def _is_gpu(row: Any) -> bool:
 
 _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
+    "devices": (
+        "an object of cpu and cuda",
+        lambda value: isinstance(value, dict) and all(device in ("cpu", "cuda") for device in value.values()),
+    ),
     "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "on_incompatible": ("text", lambda value: isinstance(value, str)),
     "only_diffusers": ("text", lambda value: isinstance(value, str)),
@@ -108,6 +116,7 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an object that says what the engines of each target hold",
         lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
+    "cuda_graphs": ("step or program", lambda value: value in (None, "step", "program")),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
 }
 

@@ -97,7 +97,7 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
     gpu = numbers_of(capability)
     with ExitStack() as stack:
         stack.callback(_forget)
-        for stand_in in (_fake_tensors, _device, _interface, _random_state, _driver, _untuned):
+        for stand_in in (_fake_tensors, _device, _interface, _random_state, _folding, _driver, _untuned):
             stack.enter_context(stand_in(gpu))
         _forget()
         yield
@@ -160,6 +160,31 @@ def _random_state(_: Gpu) -> Iterator[None]:
     with _replaced(
         torch.cuda, get_rng_state=lambda device=None: torch.empty(0), set_rng_state=lambda state, device=None: None
     ):
+        yield
+
+
+@contextmanager
+def _folding(_: Gpu) -> Iterator[None]:
+    """Inductor computes tensors of one value on the GPU, one element of each, to fold what is made of them."""
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    class OnTheHost(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+    def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with OnTheHost():
+                return function(*args, **kwargs)
+
+        return call
+
+    folder = UniformValueConstantFolder
+    moved = {"__init__": on_the_host(folder.__init__), "_deduce_value": on_the_host(folder._deduce_value)}
+    with _replaced(folder, **moved):
         yield
 
 

@@ -19,8 +19,15 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle.versions import numbers
-from diffkiln.cuda import DRIVERS, cuda_problems, find_cudart, find_headers, find_library_headers, gpu_is_here
+from diffkiln.cuda import (
+    DRIVERS,
+    broken_promises,
+    cuda_problems,
+    find_cudart,
+    find_headers,
+    find_library_headers,
+    gpu_is_here,
+)
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.absent_gpu import absent_gpu, torch_problem
@@ -45,24 +52,10 @@ _ALWAYS = ("cuGetErrorString", "cuModuleUnload")
 
 def gpu_problems(target: Target) -> list[Problem]:
     """What stands in the way of building for the target's GPU on this machine."""
-    problems = [*cuda_problems(), *_floors(target)]
+    problems = [*cuda_problems(), *broken_promises(target)]
     if not problems and not gpu_is_here(target) and (reason := torch_problem()):
         problems.append(Problem("torch", reason, "Install one of these, or build on a machine that has the GPU."))
     return problems
-
-
-def _floors(target: Target) -> list[Problem]:
-    """Promises of the spec that code of this torch's CUDA would break."""
-    if torch.version.cuda is None:
-        return []
-    major = int(torch.version.cuda.partition(".")[0])
-    needs = {"driver": DRIVERS.get(major), "cuda": f"{major}.0"}
-    mend = "Raise it, or build with a torch for an earlier CUDA."
-    return [
-        Problem(f"$.target.{name}", f"{stated} has to do, and code of CUDA {torch.version.cuda} needs {needed}", mend)
-        for name, needed in needs.items()
-        if needed and (stated := getattr(target, name)) and numbers(stated) < numbers(needed)
-    ]
 
 
 def gpu_tools(target: Target) -> dict[str, str]:

@@ -22,10 +22,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffkiln.aten import in_pairs
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency, Problem
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
+from diffkiln.exporters.onnx_forms import onnx_forms
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.program import Program
 from diffkiln.program.onnx import EXPORTING, OPSET, type_problems
@@ -43,7 +45,7 @@ class Onnx:
     """The backend `onnx`. It has no options."""
 
     name: ClassVar[str] = "onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
         problems = unknown_options(options, ())
@@ -91,8 +93,8 @@ def write_model(lowering: Lowering, folder: Path) -> Written:
     """
     with _EXPORTING, _quiet(), torch.no_grad():
         try:
-            flat = examples(lowering.region)
-            exported = traced(lowering, flat)
+            flat = tuple(map(in_pairs, examples(lowering.region)))
+            exported = traced(lowering, flat, onnx_forms(lowering.region))
             program: Any = torch.onnx.export(
                 exported,
                 (),
@@ -112,6 +114,7 @@ def write_model(lowering: Lowering, folder: Path) -> Written:
                 "supported"
             )
         _fold(program.model)
+        _part(program.model.graph)
         origins = {node.name: _origin(node) for node in program.model.graph.all_nodes() if node.name}
         _save(program.model, folder)
         names = tuple(str(value.name) for value in program.model.graph.inputs)
@@ -144,6 +147,19 @@ def _fold(model: Any) -> None:
 
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
+
+
+def _part(graph: Any) -> None:
+    """Give each output a value of its own. Outputs are bound by name, so one of two of a name would stay unwritten."""
+    import onnx_ir
+
+    seen: set[Any] = set()
+    for position, value in enumerate(graph.outputs):
+        if value in seen:
+            twin = onnx_ir.Value(name=f"{value.name}_{position}", type=value.type, shape=value.shape)
+            graph.append(onnx_ir.Node("", "Identity", [value], outputs=[twin]))
+            graph.outputs[position] = twin
+        seen.add(graph.outputs[position])
 
 
 def _save(model: Any, folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffkiln.aten import in_pairs
 from diffkiln.errors import ExportError, MissingDependency, Problem
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
@@ -48,7 +49,7 @@ class Tensorrt:
     """
 
     name: ClassVar[str] = "tensorrt"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> Sequence[Problem]:
         problems = unknown_options(options, _OPTIONS)
@@ -178,7 +179,7 @@ def _weights(lowering: Lowering) -> dict[int, torch.Tensor]:
     if missing := [name for name in region.weights if name not in lowering.weights]:
         raise ExportError(f"the engine is to hold its weights, and {missing[0]} is not given")
     first = len(region.inputs)
-    tensors = (lowering.weights[name].detach().cpu().contiguous() for name in region.weights)
+    tensors = (in_pairs(lowering.weights[name].detach()).cpu().contiguous() for name in region.weights)
     return dict(enumerate(tensors, first))
 
 

@@ -67,6 +67,7 @@ def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
         for key in _PATHS:
             config.pop(key, None)
         if name == "model_index.json":
+            config["_class_name"] = source.class_name  # which the spec may have chosen
             config |= {
                 key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
             }

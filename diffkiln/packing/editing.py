@@ -18,6 +18,8 @@ from diffkiln.bundle import (
     BundleWriter,
     FileRow,
     Manifest,
+    device_of,
+    devices_of,
     engine_targets,
     has_receipt,
     left_out,
@@ -100,8 +102,10 @@ class Edit:
             Incompatible: the bundle is for another torch, Python or operating system.
             BuildError: there is no room, or the build failed.
         """
-        requires = self.manifest.requires.model_copy(update={"packages": {}, "sm": None})
-        check_target(requires, None, native=True)
+        asked: dict[str, Any] = {"packages": {}, "sm": None}
+        if all(target.device == "cpu" for target in targets):
+            asked |= {"cuda": None, "driver": None}
+        check_target(self.manifest.requires.model_copy(update=asked), None, native=True)
         check_schemas(read_json(self._verified, SCHEMAS))
         modules = read_modules(self._verified)
         groups = groups_of(self.manifest, modules)
@@ -155,8 +159,10 @@ class Edit:
     def _manifest(self, rows: tuple[FileRow, ...]) -> Manifest:
         new = {target.name: target.isa for target in self._added}
         isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
+        added = {target.name: target.device for target in self._added}
+        devices = {name: added.get(name) or device_of(self.manifest, name) for name in isas}
         kept = [row for row in self.manifest.engines if row.target not in self._removed]
-        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, self._packed)
+        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, devices, self._packed)
 
     def _report(self, manifest: Manifest, what: str) -> None:
         """`build.json` and `README.md`: those of the first build, and what was done since."""
@@ -199,11 +205,13 @@ def _check_buildable(
     manifest: Manifest, groups: Sequence[Group], modules: Mapping[str, Module], targets: Sequence[Target]
 ) -> None:
     """Raises `IllegalPlan` with every reason, each once."""
-    device = manifest.runtime.get("device", "cpu")
+    devices = devices_of(manifest)
+    only = " and ".join(sorted(devices))
+    mend = "Compile the spec for all of its targets: passes are checked against each device."
     problems = [
-        Problem(target.name, f"its device is {target.device}, and the bundle runs on {device}")
+        Problem(target.name, f"its device is {target.device}, and the bundle runs on {only}", mend)
         for target in targets
-        if target.device != device
+        if target.device not in devices
     ]
     for group in groups:
         if group.request.holds_weights:

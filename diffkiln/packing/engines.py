@@ -20,11 +20,14 @@ from diffkiln.program import Module, Program
 from diffkiln.program.sizes import Family, families
 from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engines import engine
+from diffkiln.runtime.engines.base import learned as learned_by
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
 #: Weights by their names in the component.
 Weights = Mapping[str, torch.Tensor]
+#: Relative path → content.
+Files = Mapping[str, bytes]
 _NONE: Weights = MappingProxyType({})
 
 
@@ -57,8 +60,8 @@ def pack_family(
     weights: Weights = _NONE,
 ) -> None:
     """The engines of regions that may share one, for one target."""
-    for artefact, regions in _built_together(family, packed, request, target, cache, weights):
-        _pack(writer, packed, request, target, artefact, regions)
+    for artefact, learned, regions in _built_together(family, packed, request, target, cache, weights):
+        _pack(writer, packed, request, target, artefact, learned, regions)
 
 
 def _families(module: Module, dynamic: bool) -> list[Family]:
@@ -68,30 +71,31 @@ def _families(module: Module, dynamic: bool) -> list[Family]:
 
 def _built_together(
     family: Family, packed: Packed, request: CompileRequest, target: Target, cache: EngineCache, weights: Weights
-) -> Iterator[tuple[Artefact, tuple[Program, ...]]]:
-    """Engines, each with the regions that it is for: one for all of them, or one for each."""
+) -> Iterator[tuple[Artefact, Files, tuple[Program, ...]]]:
+    """Engines, each with what trying it made and the regions that it is for: one for all of them, or one for each."""
 
-    def built(region: Program, whole: Family | None) -> Artefact:
+    def built(region: Program, whole: Family | None) -> tuple[Artefact, Files]:
         constants = _constants(packed, region)
         _tell_breaks(packed, request, region)
         own = {name: weights[name] for name in region.weights if name in weights}
         lowering = Lowering(region, target, constants, dict(request.options), whole, own)
         artefact = exporter(request.backend).export(lowering, cache)
+        files: Files = {}
         for member in whole.members if whole else (region,):
             path = f"engines/{target.name}/{request.component}/{member.name}"
-            _try_out(artefact, member, constants, target, path, packed.notices)
-        return artefact
+            files = _try_out(artefact, member, constants, target, path, packed.notices)
+        return artefact, files
 
     if family.ranges:
         try:
-            yield built(family.members[0], family), family.members
+            yield *built(family.members[0], family), family.members
             return
         except (ExportError, VerifyError) as error:
             names = ", ".join(member.name for member in family.members)
             packed.notices.append(f"{request.component}: each of {names} has an engine of its own: {error}")
     for region in family.members:
         try:
-            yield built(region, None), (region,)
+            yield *built(region, None), (region,)
         except ExportError as error:
             origin = _origin(packed.ghosts.get(request.component), region)
             raise ExportError(f"{request.component}: {origin}{error}", problems=error.problems) from error
@@ -132,14 +136,17 @@ def _pack(
     request: CompileRequest,
     target: Target,
     artefact: Artefact,
+    learned: Files,
     regions: tuple[Program, ...],
 ) -> None:
     """An engine's files, and a row for each region that it is for."""
     path = f"engines/{target.name}/{request.component}/{regions[0].name}"
     for file in sorted(artefact.directory.rglob("*")):
-        if file.is_file():
-            relative = file.relative_to(artefact.directory).as_posix()
+        relative = file.relative_to(artefact.directory).as_posix()
+        if file.is_file() and relative not in learned:
             writer.write(f"{path}/{relative}", file.read_bytes(), "native")
+    for relative, data in learned.items():
+        writer.write(f"{path}/{relative}", data, "native")
     _take_over_requirements(packed, target, artefact)
     for region in regions:
         packed.engines.append(_engine_row(artefact, region, request, target, path))
@@ -191,8 +198,11 @@ def _try_out(
     target: Target,
     path: str,
     notices: list[str],
-) -> None:
-    """An engine that is wrong is not published. One that this machine cannot run is said to be untried."""
+) -> Files:
+    """An engine that is wrong is not published. One that this machine cannot run is said to be untried.
+
+    Returns what running the engine made, to be kept beside it.
+    """
     told = []
     if artefact.autotuned is False:
         told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
@@ -202,10 +212,11 @@ def _try_out(
         if (notice := f"the engines for {target.name} {what}") not in notices:
             notices.append(notice)
     if device is None:
-        return
+        return {}
     loaded = engine(artefact.backend)(artefact.directory, _inputs(region), device)
     on_device = {key: tensor.to(device) for key, tensor in constants.items()}
     self_test(loaded, region, on_device, device, path)
+    return learned_by(loaded)
 
 
 def _place(target: Target) -> torch.device | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -11,7 +11,8 @@ from diffkiln.aten import schemas
 from diffkiln.bundle import BundleWriter, Variant
 from diffkiln.errors import RecordError
 from diffkiln.packing.packed import Packed, as_json
-from diffkiln.program import Program, dumps, module_to_json, program_to_json
+from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_json
+from diffkiln.program.images import image_keywords
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.loading import CONSTANTS, SCHEMAS
@@ -28,6 +29,7 @@ def pack_programs(writer: BundleWriter, packed: Packed, requests: Sequence[Reque
         if programs:
             free = {item.source["keyword"] for item in programs["call"].inputs if item.source.get("kind") == "scalar"}
             fixed = {key: value for key, value in fixed.items() if key not in free}
+            packed.features.update(*map(_features, programs.values()))
             data = {"programs": {key: program_to_json(program) for key, program in programs.items()}}
             writer.write(path, dumps(data), "program")
         packed.variants.append(Variant(name=name, fixed=fixed, programs=dict.fromkeys(programs, path)))
@@ -41,6 +43,14 @@ def pack_programs(writer: BundleWriter, packed: Packed, requests: Sequence[Reque
         writer.write(SCHEMAS, as_json(schemas(every)), "program")
         for name, text in tokenizers_of(recording, pipe).items():
             writer.write(f"text/{name}.json", text.encode(), "config")
+
+
+def _features(call: Program) -> Iterator[str]:
+    """What a runtime must know to run a call."""
+    if image_keywords(call.inputs):
+        yield "image_inputs"
+    if not all(op.attrs.get("seeded", True) for op in call.ops if op.name == NOISE):
+        yield "unseeded_noise"
 
 
 def every_program(recording: Recording) -> list[Program]:
@@ -78,6 +88,9 @@ def _tokenizer_json(name: str, tokenizer: Any) -> str:
 def _variant_name(request: Request, taken: set[str]) -> str:
     fixed = request.fixed
     sizes = [str(fixed[key]) for key in ("height", "width", "num_frames") if fixed.get(key)]
+    if not sizes:  # those of its images
+        width, height = next(size if isinstance(size[0], int) else size[0] for size in request.images.values())
+        sizes = [str(height), str(width)]
     name = "x".join(sizes) + f"-{fixed['num_inference_steps']}-steps"
     if request.batch_size > 1:
         name += f"-batch-{request.batch_size}"

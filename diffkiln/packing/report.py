@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import diffkiln
-from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires
+from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires, device_features, device_policy
 from diffkiln.bundle.card import card
 from diffkiln.errors import MissingDependency
 from diffkiln.packing.packed import Packed, as_json
@@ -30,24 +30,24 @@ def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> 
     import diffusers
 
     offload = packed.offload.model_dump(mode="json", exclude_none=True) if packed.offload else None
+    devices = {target.name: target.device for target in checked.targets}
     runtime: dict[str, Any] = {
-        "device": checked.targets[0].device,
+        **device_policy(devices),
         "offload": offload,
         "on_incompatible": checked.spec.runtime.on_incompatible,
         "targets": {target.name: target.isa for target in checked.targets},
     }
     if packed.gpus:
         runtime["gpus"] = dict(packed.gpus)
-    if checked.spec.runtime.tf32 is not None:
-        runtime["tf32"] = checked.spec.runtime.tf32
-    if packed.gpus:
-        runtime["gpus"] = packed.gpus
+    for name in ("cuda_graphs", "tf32"):
+        if (asked := getattr(checked.spec.runtime, name)) is not None:
+            runtime[name] = asked
     if packed.recording.reason:
         runtime["only_diffusers"] = packed.recording.reason
     steps = [ran.placed.step for ran in checked.report]
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
-        features_required=tuple(sorted(packed.features.union(*(step.features for step in steps)))),
+        features_required=device_features(packed.features.union(*(step.features for step in steps)), devices),
         source=checked.source.pinned(),
         requires=Requires(
             python=">=3.11",

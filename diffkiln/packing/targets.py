@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffkiln.bundle import EngineRow, FileRow, Manifest, engine_targets
+from diffkiln.bundle import EngineRow, FileRow, Manifest, device_features, device_policy, engine_targets
 from diffkiln.errors import ManifestInvalid
 from diffkiln.packing.packed import Packed, as_json
 from diffkiln.passes.base import CompileRequest
@@ -61,6 +61,7 @@ def retargeted(
     files: tuple[FileRow, ...],
     engines: Sequence[EngineRow],
     isas: Mapping[str, str],
+    devices: Mapping[str, str],
     packed: Packed,
 ) -> Manifest:
     """The manifest with these files and engines.
@@ -70,17 +71,26 @@ def retargeted(
         files: the new files.
         engines: the new engines, in any order.
         isas: the instruction set of each target, in the targets' order.
+        devices: the device of each.
         packed: what the engines that were built ask of the machine, on top of what the old manifest asks.
     """
     ordered = _ordered(manifest, engines, list(isas))
-    asked = {"glibc": packed.glibc, "cuda": packed.cuda, "driver": packed.driver}
+    gpu = "cuda" in devices.values()
+    asked = {
+        "glibc": packed.glibc,
+        "cuda": packed.cuda if gpu else None,
+        "driver": packed.driver if gpu else None,
+    }
     requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), **asked})
     before: Any = manifest.runtime.get("gpus", {})
     gpus = {**before, **packed.gpus}
-    runtime: dict[str, Any] = {**manifest.runtime, "targets": dict(isas)}
-    if gpus:
-        runtime["gpus"] = {name: gpus[name] for name in isas if name in gpus}
-    return manifest.model_copy(update={"files": files, "engines": ordered, "requires": requires, "runtime": runtime})
+    kept = {name: value for name, value in manifest.runtime.items() if name not in ("devices", "gpus")}
+    runtime: dict[str, Any] = {**kept, **device_policy(devices), "targets": dict(isas)}
+    if used := {name: gpus[name] for name in isas if name in gpus}:
+        runtime["gpus"] = used
+    features = device_features(manifest.features_required, devices)
+    changed = {"files": files, "engines": ordered, "requires": requires, "runtime": runtime}
+    return manifest.model_copy(update={**changed, "features_required": features})
 
 
 def _ordered(manifest: Manifest, engines: Sequence[EngineRow], targets: Sequence[str]) -> tuple[EngineRow, ...]:

@@ -80,7 +80,7 @@ class Input:
     """A value that the caller brings. `source` says where a call's input comes from; it is empty elsewhere.
 
     Sources: {"kind": "tokens", "text": <index into Program.texts>, "key": "input_ids"}, {"kind": "scalar", "keyword":
-    "guidance_scale"} and {"kind": "tensor", "keyword": "latents"}.
+    "guidance_scale"}, {"kind": "tensor", "keyword": "latents"} and {"kind": "image", …} (`diffkiln.program.images`).
     """
 
     name: str
@@ -96,7 +96,8 @@ class Op:
     CALL       attrs {"component", "program"}, args = the component program's inputs in order
     REGION     attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
                empty for a region that is no block: its weights are the component's
-    NOISE      attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it
+    NOISE      attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it;
+               with "seeded" false by torch's own generator, where the pipeline leaves the caller's out
     STEP       attrs {"step", "timestep"}, args = (latents,): the end of a step, where a caller may replace them
     ATTENTION  attrs {"kernel", "causal", "scale"}, args = (query, key, value), each [batch, heads, tokens, channels]:
                attention by a package's kernel; `causal` masks the keys after the query's own place, `scale` may be null

@@ -2,7 +2,7 @@
 
 Found by trying ONNX Runtime 1.31 on a CPU: bfloat16 and the types of eight bits are kept, moved and cast there, and
 nothing else; float16 is computed in float32 where it has no kernel. On a GPU the CUDA provider computes in bfloat16,
-but lacks many kernels of it, so it counts as kept there, too.
+but lacks many kernels of it, so it counts as kept there, too. Complex numbers become pairs of real ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffkiln.program.ir import Program, refs
+from diffkiln.program.pairs import PARTS, pair_problems
 
 #: Package: versions that the tests ran with, and later ones. One of `DISTRIBUTIONS` will do.
 PACKAGE, VERSIONS = "onnxruntime", ">=1.31"
@@ -36,7 +37,7 @@ def type_problems(program: Program) -> Iterator[str]:
     """The types that ONNX Runtime cannot take or compute in, each once, with who uses it."""
     told: set[str] = set()
     for name, type_ in program.types.items():
-        if type_.dtype not in NUMBERS and type_.dtype not in told:
+        if PARTS.get(type_.dtype, type_.dtype) not in NUMBERS and type_.dtype not in told:
             told.add(type_.dtype)
             yield f"found {type_.dtype} ({name.lstrip('%@#')}), required one of {', '.join(NUMBERS)}"
     for op in program.ops:
@@ -47,3 +48,4 @@ def type_problems(program: Program) -> Iterator[str]:
         for dtype in sorted(used & KEPT - told):
             told.add(dtype)
             yield f"found {op.name} in {dtype}, required float32, float16 or float64: {dtype} is only kept and cast"
+    yield from pair_problems(program)

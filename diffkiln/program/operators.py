@@ -17,7 +17,7 @@ log_softmax special_expm1
 """
 _REDUCTIONS = """
 sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod norm linalg_vector_norm var_mean std_mean
-logsumexp count_nonzero argsort sort topk searchsorted bucketize
+logsumexp count_nonzero argsort sort topk searchsorted bucketize quantile median
 """
 _SHAPES = """
 reshape view _unsafe_view _reshape_alias view_as reshape_as flatten unflatten expand expand_as squeeze unsqueeze
@@ -29,7 +29,7 @@ as_strided_scatter slice_scatter select_scatter diagonal_scatter scatter scatter
 index_put index_add index_fill index_copy take_along_dim masked_scatter meshgrid broadcast_to broadcast_tensors
 pixel_shuffle pixel_unshuffle channel_shuffle lift_fresh lift_fresh_copy view_as_complex view_as_real resolve_conj
 resolve_neg complex polar real imag view_copy expand_copy permute_copy movedim unsafe_chunk unsafe_split_with_sizes
-atleast_1d atleast_2d atleast_3d ravel unsqueeze_copy adjoint mH
+atleast_1d atleast_2d atleast_3d ravel unsqueeze_copy adjoint mH conj_physical
 """
 _CREATION = """
 to _to_copy type_as zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full
@@ -44,7 +44,7 @@ _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _u
 _upsample_bicubic2d_aa avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_max_pool2d cosine_similarity bilinear _int_mm _weight_int8pack_mm _scaled_mm fft_fft
 fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn
-fft_fftshift fft_ifftshift logaddexp cdist linalg_norm linalg_qr
+fft_fftshift fft_ifftshift logaddexp cdist linalg_norm linalg_qr cross linalg_cross
 """
 
 OPERATORS: frozenset[str] = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _SHAPES, _CREATION, _LAYERS)).split())

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffkiln.program.ir import Program
+from diffkiln.program.pairs import PARTS, pair_problems
 
 #: What an engine's directory holds: the engine, the model that it was built from, what it needs, and its layers.
 ENGINE, MODEL, FACTS, LAYERS = "engine.trt", "engine.onnx", "engine.json", "layers.json"
@@ -73,10 +74,12 @@ def type_problems(program: Program, capability: Capability) -> Iterator[str]:
     """The types of a program that TensorRT cannot take, each once, with who uses it."""
     told: set[str] = set()
     for name, kind in program.types.items():
-        reason = None if kind.dtype in told else type_problem(kind.dtype, capability)
+        dtype = PARTS.get(kind.dtype, kind.dtype)
+        reason = None if dtype in told else type_problem(dtype, capability)
         if reason:
-            told.add(kind.dtype)
+            told.add(dtype)
             yield f"{reason} ({name.lstrip('%@#')} of {program.name})"
+    yield from pair_problems(program)
 
 
 def planned_budget(memory: int | None, weights: int) -> int | None:

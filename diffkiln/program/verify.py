@@ -7,6 +7,7 @@ from typing import Any
 
 from diffkiln.errors import VerifyError
 from diffkiln.program.attention import NATIVE, PACKAGED, SDPA
+from diffkiln.program.images import is_edits, is_scaled, is_size, size_after
 from diffkiln.program.ir import ATTENTION, CALL, NOISE, REGION, STEP, Input, Module, Op, Program, Ref, refs
 from diffkiln.program.operators import allowed
 
@@ -28,6 +29,18 @@ def _index(value: Any) -> bool:
 
 def _shape(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_index, value))
+
+
+def _indices(value: Any) -> bool:
+    return _shape(value) and len(value) > 0
+
+
+def _size(value: Any) -> bool:
+    return value is None or is_size(value)
+
+
+def _scaled(value: Any) -> bool:
+    return value is None or is_scaled(value)
 
 
 def _flag(value: Any) -> bool:
@@ -53,6 +66,15 @@ _SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokens": {"text": _index, "key": _text},
     "scalar": {"keyword": _text, "default": _number},
     "tensor": {"keyword": _text},
+    "image": {
+        "keyword": _text,
+        "index": _indices,
+        "edits": is_edits,
+        "size": _size,
+        "normalize": _flag,
+        "binarize": _flag,
+        "scaled": _scaled,
+    },
 }
 #: How many values these take and give.
 _COUNTS = {NOISE: (0, 1), STEP: (1, 1), ATTENTION: (3, 1)}
@@ -117,8 +139,21 @@ def _verify_input(item: Input, program: Program) -> None:
         raise VerifyError(f"{where}: there is no kind of source {kind!r}")
     if wrong := _wrong(item.source, _SOURCES[kind]):
         raise VerifyError(f"{where}: its source lacks a proper {wrong}")
+    if kind == "image":
+        _verify_image(item, where)
     if kind == "tokens" and item.source["text"] >= len(program.texts):
         raise VerifyError(f"{where}: there is no text {item.source['text']}")
+
+
+def _verify_image(item: Input, where: str) -> None:
+    source, type_ = item.source, item.type
+    if type_.dtype != "float32" or len(type_.shape) != 4 or type_.shape[0] != len(source["index"]):
+        raise VerifyError(f"{where}: {type_} is no tensor of {len(source['index'])} images")
+    left = size_after(source["edits"], source["size"])
+    if left is not None and left != (type_.shape[3], type_.shape[2]):
+        raise VerifyError(f"{where}: its images end at {left[0]} x {left[1]} pixels (width x height), not {type_}")
+    if "mean" in (source["scaled"] or ()) and type_.shape[1] != len(source["scaled"]["mean"]):
+        raise VerifyError(f"{where}: {type_} has not the channels that are scaled")
 
 
 def _wrong(given: Mapping[str, Any], rules: Mapping[str, Callable[[Any], bool]]) -> list[str]:

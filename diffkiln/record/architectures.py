@@ -50,8 +50,8 @@ class ArchitectureModel(SourceModel):
         return dict(self.origin)
 
 
-def open_architecture(name: str, seed: int) -> ArchitectureModel:
-    """The architecture `name` with weights drawn from `seed`.
+def open_architecture(name: str, seed: int, pipeline: str | None = None) -> ArchitectureModel:
+    """The architecture `name` with weights drawn from `seed`, as another pipeline where that is wanted.
 
     Raises:
         SourceError: diffkiln does not know it, or its folder cannot be written.
@@ -67,8 +67,8 @@ def open_architecture(name: str, seed: int) -> ArchitectureModel:
         folder = _cached_folder(name, ARCHITECTURES[name])
     except OSError as error:
         raise SourceError(f"the folder of {name} cannot be written into the cache: {error}") from error
-    origin = {"architecture": name, "seed": seed}
-    return ArchitectureModel(folder, *read_folder(folder, weights=False), origin)
+    origin = {"architecture": name, "seed": seed} | ({"pipeline": pipeline} if pipeline else {})
+    return ArchitectureModel(folder, *read_folder(folder, weights=False, pipeline=pipeline), origin)
 
 
 def _cached_folder(name: str, architecture: Architecture) -> Path:

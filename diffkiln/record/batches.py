@@ -17,6 +17,7 @@ from diffkiln.aten import type_of
 from diffkiln.errors import RecordError
 from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
 from diffkiln.record.components import Callee, record_component
+from diffkiln.record.images import twice_the_images
 from diffkiln.record.lengths import fixed_lengths
 from diffkiln.record.pipeline import Recording, record_once
 from diffkiln.record.structure import names_of, unflatten
@@ -109,7 +110,7 @@ def _with_twice_the_prompts(recording: Recording, component: str) -> dict[str, C
             before = _calls(call, component)
             if "latents" in name or set(before) <= found.keys():
                 continue
-            twice = replace(request, batch_size=2 * request.batch_size)
+            twice = replace(request, batch_size=2 * request.batch_size, images=twice_the_images(request.images))
             program, callees = record_once(recording, twice, "negative" in name)
             after = _calls(program, component)
             if len(after) != len(before):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,10 +19,13 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, drop_dead
-from diffkiln.record.components import Callee, run_shapes, weights_of
+from diffkiln.program.images import IMAGES
+from diffkiln.record.casts import Casts
+from diffkiln.record.components import Callee, call_key, run_shapes, weights_of
 from diffkiln.record.constants import Constants
+from diffkiln.record.images import ImageRecorder, Sizes, sentinels, sizes_as_json
 from diffkiln.record.processors import processors_of
-from diffkiln.record.structure import flatten, key_of, unflatten
+from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
 
@@ -28,15 +33,16 @@ PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
 
 #: The methods of a component that a pipeline calls.
-METHODS = ("forward", "decode")
+METHODS = ("forward", "encode", "decode")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One variant: the keywords of the pipeline's call that are fixed, and the batch."""
+    """One variant: the keywords of the pipeline's call that are fixed, the batch, and the images' width and height."""
 
     fixed: Mapping[str, Any]
     batch_size: int = 1
+    images: Mapping[str, Sizes] = field(default_factory=dict)
 
 
 class Unread(RecordError):
@@ -59,38 +65,63 @@ def _end_that_wants_negatives(text: TextRecorder) -> Callable[..., Any]:
 
 
 class CallRecorder:
-    """One run of the pipeline's own `__call__` under a tape."""
+    """Runs of the pipeline's own `__call__`, each under a tape of its own.
+
+    Args:
+        pipe: the ghost.
+        fake: the mode of its weights.
+        constants: where folded tensors go.
+        callees: gets every way in which the runs call a component.
+    """
+
+    tape: Tape
 
     def __init__(self, pipe: Any, fake: FakeTensorMode, constants: Constants, callees: dict[str, Callee]) -> None:
         self.pipe, self.callees = pipe, callees
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        self._casts = Casts(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
         weights = [
             (f"{name}/{weight}", tensor) for name, module in modules.items() for weight, tensor in weights_of(module)
         ]
-        self.tape = Tape(fake, constants, weights, what=f"the call of {type(pipe).__name__}")
+        self._new_tape = partial(Tape, fake, constants, weights, f"the call of {type(pipe).__name__}")
 
     def run(self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None) -> Program:
+        """Record one run.
+
+        Args:
+            request: the variant.
+            extra: keywords beyond those of the request.
+            negative: give negative prompts.
+            latents: of the latents that the caller gives, if any.
+
+        Raises:
+            RecordError: the run cannot be written down.
+            Unread: the call does not read the negative prompts that it is given.
+        """
+        self.tape = self._new_tape()
         keywords = call_keywords(self.pipe, request, negative)
-        sentinels = {
+        prompts = {
             text: (keyword, index)
             for keyword in (*PROMPTS, *NEGATIVES)
             for index, text in enumerate(_as_list(keywords.get(keyword)))
         }
         names = {id(part): name for name, part in self.pipe.components.items() if part is not None}
-        text = TextRecorder(self.tape, sentinels, names)
+        text, images = TextRecorder(self.tape, prompts, names), ImageRecorder(self.tape)
         if negative and "callback_on_step_end" in keywords:
             keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
         if latents is not None:
             keywords["latents"] = self.tape.new_input("latents", latents, {"kind": "tensor", "keyword": "latents"})
+        prepared = images.patched() if request.images else contextlib.nullcontext()
         try:
-            with torch.inference_mode(), self._patched(text), self.tape:
+            with torch.inference_mode(), self._patched(text), prepared, self.tape:
                 result = self.pipe(**keywords | dict(extra))
         except DiffkilnError:
             raise
         except Exception as error:  # whatever the pipeline's own code raises
+            hint = _hint(self.pipe, request)
             raise RecordError(
-                f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}"
+                f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}{hint}"
             ) from error
         if negative and not _reads_negatives(text):
             raise Unread("the call reads no negative prompt")
@@ -99,7 +130,7 @@ class CallRecorder:
             raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")
         field_name = next(iter(result.keys()))
         program = self.tape.finish("call", outputs[:1], texts=tuple(text.texts), signature={"result": field_name})
-        return _live_texts(program)
+        return _live_inputs(program, images.sources())
 
     @contextlib.contextmanager
     def _patched(self, text: TextRecorder) -> Iterator[None]:
@@ -126,6 +157,10 @@ class CallRecorder:
                 original = getattr(module, method)
                 module.__dict__[method] = self._component(name, module, method, original)
                 stack.callback(module.__dict__.pop, method)
+            stack.enter_context(self._casts.watched())
+            # diffusers looks through all modules for hooks that move them, at every step; a ghost has none.
+            here = property(lambda _: torch.device("cpu"))
+            stack.enter_context(mock.patch.object(type(self.pipe), "_execution_device", here, create=True))
             yield
 
     def _noise(
@@ -133,18 +168,24 @@ class CallRecorder:
     ) -> torch.Tensor:
         type_ = TensorType(dtype_name(dtype or torch.get_default_dtype()), tuple(int(size) for size in shape))
         fresh = self.tape.blank(type_)
-        self.tape.emit(NOISE, (), [fresh], attrs={"shape": list(type_.shape), "dtype": type_.dtype})
+        attrs: dict[str, Any] = {"shape": list(type_.shape), "dtype": type_.dtype}
+        self.tape.emit(NOISE, (), [fresh], attrs=attrs if generator is not None else attrs | {"seeded": False})
         return fresh
 
     def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = flatten((args, kwargs))
-            key = f"{name}.{method}|{key_of(leaves, structure)}"
+            # Some pipelines hand the generator on; a component that draws from it is refused.
+            leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
+            cast = self._casts.of(name)
+            key = call_key(name, method, leaves, structure, cast)
             if key not in self.callees:
                 result = run_shapes(module, original, leaves, structure, self.tape, f"component {name!r}")
                 own, now = self._processors[name], processors_of(module)
                 given = {path: processor for path, processor in now.items() if processor is not own.get(path)}
-                self.callees[key] = Callee(name, method, module, original, leaves, structure, result, processors=given)
+                self.callees[key] = Callee(
+                    name, method, module, original, leaves, structure, result, processors=given, cast=cast
+                )
             result, shape = self.callees[key].result
             fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
             arguments = [self.tape.value(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -176,12 +217,14 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
         raise SpecError(
             f"$.inputs.call: {type(pipe).__name__} has no keyword {unknown[0]!r}; it has {sorted(parameters)}"
         )
-    keywords = dict(request.fixed)
+    keywords = dict(request.fixed) | sentinels(request.images)
     for keyword in (*PROMPTS, *(NEGATIVES if negative else ())):
         if keyword in parameters:
             texts = [sentinel(keyword, index) for index in range(request.batch_size)]
             keywords[keyword] = texts[0] if request.batch_size == 1 else texts
     keywords["output_type"] = "pt"
+    if "generator" in parameters:
+        keywords["generator"] = torch.Generator()
     if "callback_on_step_end" in parameters:
         keywords["callback_on_step_end"] = _step_end
     return keywords
@@ -215,8 +258,20 @@ def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _live_texts(program: Program) -> Program:
-    """Keep the texts and token inputs that the program uses; refuse those whose length follows the prompt."""
+def _hint(pipe: Any, request: Request) -> str:
+    """What may be missing where a pipeline's own code fails."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    able = [keyword for keyword in IMAGES if keyword in parameters and keyword not in request.images]
+    return f". If it needs images, name them in inputs.call: {{{json.dumps(able[0])}: {{}}}}" if able else ""
+
+
+def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> Program:
+    """Keep the texts and inputs that the program uses; refuse texts whose length follows the prompt.
+
+    Args:
+        program: as recorded.
+        images: by the name of an input, what its source says besides.
+    """
     used = set(program.uses())
     inputs = [item for item in program.inputs if item.name in used or item.source.get("kind") == "tensor"]
     live = {item.source["text"] for item in inputs if item.source.get("kind") == "tokens"}
@@ -225,7 +280,7 @@ def _live_texts(program: Program) -> Program:
 
     def moved(item: Input) -> Input:
         if item.source.get("kind") != "tokens":
-            return item
+            return replace(item, source={**item.source, **images.get(item.name, {})})
         return replace(item, source={**item.source, "text": order[item.source["text"]]})
 
     texts = tuple(program.texts[index] for index in sorted(live))
@@ -233,11 +288,15 @@ def _live_texts(program: Program) -> Program:
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:
-    """Every keyword of the call that is fixed in a variant: the pipeline's own defaults under the spec's values."""
-    skipped = {*PROMPTS, *NEGATIVES, "generator", "latents", "output_type", "return_dict", "callback_on_step_end"}
+    """Every keyword of the call that is fixed in a variant: the pipeline's own defaults under the spec's values.
+
+    An image's keyword has its size in pixels.
+    """
+    skipped = {*PROMPTS, *NEGATIVES, *IMAGES}
+    skipped |= {"generator", "latents", "output_type", "return_dict", "callback_on_step_end"}
     fixed: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
         plain = isinstance(parameter.default, (bool, int, float, str, list, tuple, type(None)))
         if name not in skipped and plain and parameter.default is not parameter.empty and "callback" not in name:
             fixed[name] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    return fixed | dict(request.fixed)
+    return fixed | dict(request.fixed) | sizes_as_json(request.images)

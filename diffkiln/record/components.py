@@ -21,9 +21,10 @@ from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.layers import repeated_blocks
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
+from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
-from diffkiln.record.likeness import likeness
+from diffkiln.record.likeness import OncePerLikeness
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -43,11 +44,21 @@ class Callee:
     program: str = ""
     folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
     processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
+    cast: torch.dtype | None = None  # the type that the call casts the component to before
+
+    @property
+    def key(self) -> str:
+        return call_key(self.component, self.method, self.leaves, self.structure, self.cast)
 
     @property
     def tensors(self) -> list[int]:
         """Positions of the tensor leaves."""
         return [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+
+
+def call_key(component: str, method: str, leaves: list[Any], structure: Any, cast: torch.dtype | None) -> str:
+    """What is equal for two calls that share one program."""
+    return f"{component}.{method}|{cast or ''}|{key_of(leaves, structure)}"
 
 
 def run_shapes(
@@ -76,25 +87,23 @@ def run_shapes(
 @contextlib.contextmanager
 def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
     """While it lasts, a block that is like one that ran already gives tensors of the same types."""
-    seen: dict[Any, tuple[list[Any], Any]] = {}
+    blocks = [block for _, block in repeated_blocks(module)]
+    results: OncePerLikeness[tuple[list[Any], Any]] = OncePerLikeness(blocks)
 
-    def shortened(block: torch.nn.Module, mark: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    def shortened(block: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not _plain_arguments(args, kwargs):
                 return original(*args, **kwargs)
-            key = mark, key_of(*flatten((args, kwargs)))
-            if key not in seen:
-                seen[key] = flatten(original(*args, **kwargs))
-            result, shape = seen[key]
+            key = key_of(*flatten((args, kwargs)))
+            result, shape = results.get(block, key, lambda: flatten(original(*args, **kwargs)))
             fresh = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
             return unflatten(fresh, shape)
 
         return forward
 
-    blocks = [block for _, block in repeated_blocks(module)]
     try:
         for block in blocks:
-            block.forward = shortened(block, likeness(block), block.forward)
+            block.forward = shortened(block, block.forward)
         yield
     finally:
         for block in blocks:
@@ -164,7 +173,9 @@ def _record_one(callee: Callee, table: _Regions, fake: FakeTensorMode, constants
         else:
             leaves[position] = tape.new_input(names[position], type_of(leaves[position]))
     args, kwargs = unflatten(leaves, callee.structure)
-    with torch.inference_mode(), table.patched(tape), tracing(), tape:
+    # The blocks of a component that is cast are no regions: their weights are results of the program's own casts.
+    regions = contextlib.nullcontext() if callee.cast else table.patched(tape)
+    with torch.inference_mode(), regions, tracing(), tape, casted(callee.module, callee.cast):
         result = callee.original(*args, **kwargs)
     outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     return tape.finish(callee.program, outputs)
@@ -180,8 +191,7 @@ class _Regions:
         self.blocks = repeated_blocks(module) if wanted else []
         self.programs: dict[str, Program] = {}
         self._by_print: dict[str, str] = {}
-        self._results: dict[tuple[Any, str], tuple[str, list[Any], Any]] = {}
-        self._marks = {name: likeness(block) for name, block in self.blocks}
+        self._results: OncePerLikeness[tuple[str, list[Any], Any]] = OncePerLikeness(block for _, block in self.blocks)
 
     @contextlib.contextmanager
     def patched(self, tape: Tape) -> Iterator[None]:
@@ -199,10 +209,9 @@ class _Regions:
             leaves, structure = flatten((args, kwargs))
             if not _plain_arguments(args, kwargs):
                 return original(*args, **kwargs)
-            key = (self._marks[name], key_of(leaves, structure))
-            if key not in self._results:
-                self._results[key] = self._record(name, block, original, leaves, structure)
-            region, result, shape = self._results[key]
+            region, result, shape = self._results.get(
+                block, key_of(leaves, structure), lambda: self._record(name, block, original, leaves, structure)
+            )
             fresh = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             outputs = [leaf for leaf in fresh if isinstance(leaf, torch.Tensor)]

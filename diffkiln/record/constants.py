@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.aten import dtype_name
+
+#: Bytes from which on a tensor is compared before it is hashed.
+_LARGE = 2**16
 
 
 class Constants:
@@ -15,12 +19,30 @@ class Constants:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
 
     def add(self, tensor: torch.Tensor) -> str:
         """Keep a copy of a real tensor; gives its key. The same content, dtype and shape give the same key."""
         with _disable_current_modes():
+            if key := self._still(tensor):
+                return key
             data = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-            return self._add(data)
+            key = self._add(data)
+            self._known[id(tensor)] = weakref.ref(tensor), key
+            return key
+
+    def _still(self, tensor: torch.Tensor) -> str:
+        """The key of a large tensor that was added before and has the same bits now; "" where it is not one.
+
+        Every block of a model may get the same table, and to compare costs a tenth of what hashing does.
+        """
+        reference, key = self._known.get(id(tensor), (None, ""))
+        if reference is None or reference() is not tensor or tensor.nbytes < _LARGE:
+            return ""
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():  # its memory is not what it is read as
+            return ""
+        kept = self.tensors[key]
+        return key if tensor.shape == kept.shape and torch.equal(_bits(tensor), _bits(kept)) else ""
 
     def add_joined(self, first: str, second: str) -> str:
         """Keep two constants as one, the rows of the second after those of the first; gives its key."""
@@ -28,7 +50,13 @@ class Constants:
 
     def _add(self, data: torch.Tensor) -> str:
         head = f"{dtype_name(data.dtype)}{tuple(data.shape)}".encode()
-        body = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-        key = hashlib.blake2b(head + body, digest_size=12).hexdigest()
+        digest = hashlib.blake2b(head, digest_size=12)
+        if data.numel():
+            digest.update(_bits(data).numpy().data)
+        key = digest.hexdigest()
         self.tensors.setdefault(key, data)
         return key
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

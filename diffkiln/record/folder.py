@@ -33,22 +33,25 @@ class Component:
 
 
 def read_folder(
-    folder: Path, *, weights: bool = True, elsewhere: Collection[str] = ()
+    folder: Path, *, weights: bool = True, elsewhere: Collection[str] = (), pipeline: str | None = None
 ) -> tuple[type, dict[str, Component], list[str]]:
     """The pipeline class, the components that are used, and notices of those that are not.
 
-    Without `weights`, modules need a configuration only; so do those whose weights are `elsewhere`.
+    Without `weights`, modules need a configuration only; so do those whose weights are `elsewhere`. `pipeline` is the
+    class that is wanted in the place of the folder's own.
 
     Raises:
         SourceError: with every problem that was found.
     """
     index = read_index(folder)
     pipeline_class = _pipeline_class(index.get("_class_name"))
+    if pipeline is not None:
+        pipeline_class = _other_class(pipeline, pipeline_class, index)
     components: dict[str, Component] = {}
     notices: list[str] = []
     problems: list[Problem] = []
     for name, entry in entries(index):
-        if entry == [None, None]:
+        if entry == [None, None] or (pipeline is not None and name not in _arguments(pipeline_class)):
             continue
         if reason := _left_out(name, pipeline_class):
             notices.append(f"{name} is left out: {reason}")
@@ -114,6 +117,26 @@ def _pipeline_class(name: Any) -> type:
     if not issubclass(kind, DiffusionPipeline):
         raise source_error(f"{name} is a class of diffusers, but not a pipeline")
     return kind
+
+
+def _other_class(name: str, own: type, index: Mapping[str, Any]) -> type:
+    """The class that a spec names, if the components are all that it needs."""
+    where = "$.source.pipeline"
+    try:
+        kind = _pipeline_class(name)
+    except SourceError as error:
+        raise source_error(f"{error}", "Give the name of a pipeline class of diffusers", where) from error
+    needed = [name for name, parameter in _arguments(kind).items() if parameter.default is parameter.empty]
+    lacking = [name for name in needed if name not in index and name not in LEFT_OUT]
+    if lacking:
+        mend = f"Save a {name} with all its components, and give its folder as the model"
+        raise source_error(f"{name} needs {', '.join(lacking)}, which this {own.__name__} does not have", mend, where)
+    return kind
+
+
+def _arguments(pipeline_class: type) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+    return {item.name: item for item in parameters if item.name != "self" and item.kind is not item.VAR_KEYWORD}
 
 
 def _left_out(name: str, pipeline_class: type) -> str:

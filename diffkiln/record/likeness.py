@@ -3,23 +3,78 @@
 Two modules are alike when every submodule has the same class, the same attributes, weights of the same shapes and
 types, and buffers of the same values. Whatever cannot be compared counts as different, which costs time and nothing
 else.
+
+transformers numbers the layers of a model, for their places in a cache of keys and values. The number of a layer makes
+a difference only where the layer reads it, which is watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from typing import Any
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"forward"}
+#: The number of a layer.
+_INDEX = "layer_idx"
+_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"forward", _INDEX}
+
+_Found = TypeVar("_Found")
+
+
+class OncePerLikeness(Generic[_Found]):
+    """What calls of blocks give, found out once for those that are alike.
+
+    Args:
+        blocks: all that may be asked for. They must live as long as this does.
+    """
+
+    def __init__(self, blocks: Iterable[torch.nn.Module]) -> None:
+        self._marks = {block: (likeness(block), _indices(block)) for block in blocks}
+        self._found: dict[Hashable, _Found] = {}
+
+    def get(self, block: torch.nn.Module, arguments: Hashable, find: Callable[[], _Found]) -> _Found:
+        """What `find` gave for an alike block and the same arguments, or gives now; it runs the block's forward."""
+        alike, indices = self._marks[block]
+        of_any, of_this = (alike, arguments), (alike, arguments, indices)
+        for key in (of_any, of_this):
+            if key in self._found:
+                return self._found[key]
+        with _index_reads(block) as reads:
+            found = find()
+        self._found[of_this if reads else of_any] = found
+        return found
+
+
+def _indices(module: torch.nn.Module) -> Hashable:
+    return tuple(part.__dict__.get(_INDEX) for part in module.modules())
+
+
+@contextlib.contextmanager
+def _index_reads(module: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
+    """The parts whose index is read while it lasts."""
+    reads: list[torch.nn.Module] = []
+
+    def read(part: torch.nn.Module) -> Any:
+        reads.append(part)
+        return part.__dict__[_INDEX]
+
+    def write(part: torch.nn.Module, index: Any) -> None:
+        part.__dict__[_INDEX] = index
+
+    with contextlib.ExitStack() as stack:
+        for cls in {type(part) for part in module.modules() if _INDEX in part.__dict__}:
+            stack.enter_context(mock.patch.object(cls, _INDEX, property(read, write), create=True))
+        yield reads
 
 
 def likeness(module: torch.nn.Module) -> Hashable:
-    """A key that alike modules share."""
+    """A key that alike modules share, whatever their index."""
     return tuple(
         (name, type(part), tuple(_attributes(part.__dict__)), tuple(_tensors(part)))
         for name, part in module.named_modules()

@@ -76,7 +76,8 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
             haunt(module, fake)
     callees: dict[str, Callee] = {}
     notices: list[str] = []
-    calls = [_record_variant(pipe, request, fake, constants, callees, notices) for request in requests]
+    recorder = CallRecorder(pipe, fake, constants, callees)
+    calls = [_record_variant(recorder, request, constants, notices) for request in requests]
     every = [program for programs in calls for program in programs.values()]
     used = {op.attrs["program"] for program in every for op in program.ops if op.name == CALL}
     callees = {key: callee for key, callee in callees.items() if key in used}
@@ -106,25 +107,19 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
 
 
 def _record_variant(
-    pipe: Any,
-    request: Request,
-    fake: FakeTensorMode,
-    constants: Constants,
-    callees: dict[str, Callee],
-    notices: list[str],
+    recorder: CallRecorder, request: Request, constants: Constants, notices: list[str]
 ) -> dict[str, Program]:
     """The programs of one variant, by which optional keywords the caller gives: "call", "call+latents", …"""
-
     scale = request.fixed.get("guidance_scale")
 
     def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
-        return CallRecorder(pipe, fake, constants, callees).run(request, extra, negative, latents)
+        return recorder.run(request, extra, negative, latents)
 
     def free(program: Program, negative: bool, latents: TensorType | None = None) -> Program:
         source = source_of(programs["call"]) if programs else None
         return free_guidance(lambda extra: once(extra, negative, latents), program, scale, constants, notices, source)
 
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = inspect.signature(type(recorder.pipe).__call__).parameters
     programs: dict[str, Program] = {}
     programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:

@@ -118,7 +118,7 @@ def open_source(source: Source, base: Path) -> SourceModel:
     if source.architecture is not None:
         from diffkiln.record.architectures import open_architecture
 
-        return open_architecture(source.architecture, source.seed or 0)
+        return open_architecture(source.architecture, source.seed or 0, source.pipeline)
     model = source.model or ""
     try:
         folder = (base / Path(model).expanduser()).absolute()
@@ -142,7 +142,8 @@ def open_source(source: Source, base: Path) -> SourceModel:
 def _opened(folder: Path, source: Source, base: Path, origin: Mapping[str, Any]) -> SourceModel:
     """The model in a folder, with the weights of some components in GGUF files."""
     gguf = {name: (base / Path(file).expanduser()).absolute() for name, file in (source.gguf or {}).items()}
-    found = SourceModel(folder, *read_folder(folder, elsewhere=gguf), origin, gguf)
+    origin = {**origin, "pipeline": source.pipeline} if source.pipeline else origin
+    found = SourceModel(folder, *read_folder(folder, elsewhere=gguf, pipeline=source.pipeline), origin, gguf)
     for name, path in gguf.items():
         where = f"$.source.gguf.{name}"
         component = found.components.get(name)

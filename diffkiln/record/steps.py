@@ -18,13 +18,14 @@ def wanted_steps(pipe: Any, request: Request) -> int:
 
     0 where a keyword such as `strength` leaves some of them out.
     """
-    if any(name in request.fixed for name in _PARTIAL):
+    fixed = defaults(pipe, request)
+    if any(fixed.get(name) not in (None, 1.0) for name in _PARTIAL):
         return 0
     for name in ("sigmas", "timesteps"):
         given = request.fixed.get(name)
         if isinstance(given, (list, tuple)):
             return len(given)
-    return int(defaults(pipe, request).get("num_inference_steps") or 1)
+    return int(fixed.get("num_inference_steps") or 1)
 
 
 def steps_with(scheduler: Any, wanted: int) -> int:

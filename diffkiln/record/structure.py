@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +16,24 @@ from diffkiln.errors import RecordError
 Literal = (bool, int, float, str, type(None))
 
 
+@functools.cache
+def _know_distributions() -> None:
+    """What an autoencoder's encoder gives: a distribution, which is made anew from the tensor of its parameters."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    def taken_apart(given: Any) -> tuple[list[Any], Any]:
+        return [given.parameters], given.deterministic
+
+    def remade(leaves: Any, deterministic: Any) -> Any:
+        return DiagonalGaussianDistribution(next(iter(leaves)), deterministic)
+
+    name = f"{DiagonalGaussianDistribution.__module__}.{DiagonalGaussianDistribution.__qualname__}"
+    pytree.register_pytree_node(DiagonalGaussianDistribution, taken_apart, remade, serialized_type_name=name)
+
+
 def flatten(nest: Any) -> tuple[list[Any], Any]:
     """Leaves and structure; model outputs of diffusers and transformers are known to pytree."""
+    _know_distributions()
     return pytree.tree_flatten(nest)
 
 

@@ -212,12 +212,16 @@ class Tape(TorchDispatchMode):
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fakes = self._as_fakes(args), self._as_fakes(kwargs)
+        if name == "aten._conj.default":
+            func, name = _conjugated, "aten.conj_physical.default"
         try:
             result = func(*fakes[0], **fakes[1])
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise self._data_dependent(name) from None
         if any(result is tensor for tensor in tensors_in(fakes)):
             return result  # `to` or `contiguous` with nothing to do
+        if not isinstance(result, (torch.Tensor, list, tuple)):
+            return result  # what is asked of types and shapes alone
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         if not all(isinstance(tensor, FakeTensor) for tensor in outputs):
             raise self._data_dependent(name)
@@ -374,6 +378,15 @@ class Tape(TorchDispatchMode):
             f"{self.what} reads a value that depends on the request ({name}), so its shape or its control flow may "
             f"change with the prompt{_where()}"
         )
+
+
+def _conjugated(tensor: torch.Tensor) -> torch.Tensor:
+    """Conjugation at once: put off, it is a bit of the tensor, which an engine that is given its memory does not see.
+
+    The dispatcher takes what comes back for a view, so it must not be a tensor of inference.
+    """
+    with torch.inference_mode(False):
+        return torch.ops.aten.conj_physical.default(tensor)
 
 
 def _where() -> str:

@@ -25,6 +25,7 @@ from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
 from diffkiln.runtime.originals import build, class_of, quiet, read_weights
 from diffkiln.runtime.shims import plug_in
+from diffkiln.runtime.targets import place_for
 
 
 def load_as_diffusers(
@@ -57,7 +58,7 @@ def load_as_diffusers(
         raise MissingDependency(f"as_diffusers needs {error.name}: pip install 'diffkiln[compile]'") from None
     manifest = verified.manifest
     check_manifest(manifest)
-    place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
+    place = place_for(manifest, device)
     offload: Any = manifest.runtime.get("offload")
     _refuse_quantized_on_disk(manifest, place, offload)
     attentions = {

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import Interpreter, dtype_of
+from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.errors import CallError
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
-from diffkiln.runtime.engines import Engine, holds_weights
+from diffkiln.runtime.engines import Engine, holds_weights, make_recordable
+from diffkiln.runtime.graphs import Graphs
 from diffkiln.runtime.noise import Generators, draw
+from diffkiln.runtime.places import current
 from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
 
@@ -32,6 +34,7 @@ class Executor:
         engines: (component, region) → engine; regions without one are replayed.
         device: where everything runs.
         tf32: whether a GPU may compute float32 products in TF32; None leaves torch's settings alone.
+        graphs: launches calls as CUDA graphs; None launches operation by operation.
     """
 
     def __init__(
@@ -42,15 +45,18 @@ class Executor:
         engines: Mapping[tuple[str, str], Engine],
         device: torch.device,
         tf32: bool | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
-        self.tf32 = tf32
+        self.tf32, self.graphs = tf32, graphs
+        for engine in engines.values() if graphs else ():
+            make_recordable(engine)
         self.constants = {key: _placed(tensor, device) for key, tensor in constants.items()}
+        self._twins = {id(t): t.to(device) for t in self.constants.values() if t.device.type != device.type}
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, tuple[Program, Interpreter, list[Key]]] = {}
         self._lock = threading.Lock()
         self._run: _Run | None = None
-        self.last_latents: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -58,6 +64,7 @@ class Executor:
         inputs: Sequence[Any],
         generator: Generators = None,
         step_end: StepEnd | None = None,
+        latents: bool = False,
     ) -> list[torch.Tensor]:
         """Run a call program.
 
@@ -66,16 +73,24 @@ class Executor:
             inputs: tensors (moved to the device) and numbers.
             generator: where noise comes from.
             step_end: called after each denoising step; what it gives takes the latents' place.
+            latents: give those of the last step, and not what the program gives.
 
         Raises:
-            CallError: another thread is running this pipeline, or the callback gives latents of another shape.
+            CallError: another thread is running this pipeline, or the callback gives latents of another shape, or
+                there is a callback and nowhere to call it, or latents are asked for and there are no steps.
         """
+        if latents and not any(op.name == STEP for op in program.ops):
+            raise CallError("output_type: this pipeline does not show its latents. Choose 'pil', 'np' or 'pt'")
+        if self.graphs is not None:
+            self.graphs.check(step_end is not None)
         interpreter, schedule = self._call(program)
         with self.running(schedule, generator, step_end), torch.inference_mode(), float32_precision(self.tf32):
-            self.last_latents = None
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
-            weights = {name: self._weight(name) for name in program.weights}
-            return interpreter(values, weights, self.constants)
+            if self.graphs is not None:
+                found = self.graphs(program, values, lambda: self._weights(program), self.constants, self._special())
+            else:
+                found = interpreter(values, self._weights(program), self.constants)
+            return self.run.latents if latents else found
 
     def component(self, name: str, program: str) -> _Component:
         """One component program, ready to run."""
@@ -103,7 +118,8 @@ class Executor:
             raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
         self._run = run = _Run(self.store.follow(schedule), generator, step_end)
         try:
-            yield
+            with current(self.device):
+                yield
         finally:
             self._run = None
             try:
@@ -117,14 +133,22 @@ class Executor:
             raise CallError("a component runs only within a call")
         return self._run
 
-    def _weight(self, name: str) -> torch.Tensor:
-        component, _, weight = name.partition("/")
-        return self.store.peek(component, weight)
+    def for_engine(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors where an engine reads them: on the device, single numbers too."""
+        kind = self.device.type
+        return [t if t.device.type == kind else self._twins.get(id(t), t).to(self.device) for t in tensors]
+
+    def _weights(self, program: Program) -> dict[str, torch.Tensor]:
+        """Those that a call takes itself."""
+        parts = {name: name.partition("/") for name in program.weights}
+        return {name: self.store.peek(component, weight) for name, (component, _, weight) in parts.items()}
+
+    def _special(self) -> Mapping[str, Special]:
+        return {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
 
     def _call(self, program: Program) -> tuple[Interpreter, list[Key]]:
         if id(program) not in self._calls:
-            special = {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
-            interpreter = Interpreter(program, self.device, special)
+            interpreter = Interpreter(program, self.device, self._special())
             schedule = [
                 key
                 for op in program.ops
@@ -135,17 +159,22 @@ class Executor:
         return self._calls[id(program)][1:]
 
     def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
-        return self.component(op.attrs["component"], op.attrs["program"])
+        component = self.component(op.attrs["component"], op.attrs["program"])
+        if self.graphs is None:
+            return component
+        # A component that moves a single number to the device itself copies from the host, which no graph can hold.
+        return lambda *inputs: component(*self.for_engine(inputs))
 
     def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
-        return lambda: [draw(shape, dtype, self.run.generator, self.device)]
+        seeded = op.attrs.get("seeded", True)
+        return lambda: [draw(shape, dtype, self.run.generator if seeded else None, self.device)]
 
     def _step_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         step, timestep = op.attrs["step"], op.attrs["timestep"]
 
         def end(latents: torch.Tensor) -> Sequence[torch.Tensor]:
-            self.last_latents = latents
+            self.run.latents = [latents]
             if self.run.step_end is None:
                 return [latents]
             changed = self.run.step_end(step, timestep, latents)
@@ -154,8 +183,8 @@ class Executor:
                     f"callback_on_step_end gave latents {changed.dtype} {tuple(changed.shape)} after step {step}; they "
                     f"were {latents.dtype} {tuple(latents.shape)}"
                 )
-            self.last_latents = changed.to(self.device)
-            return [self.last_latents]
+            self.run.latents = [changed.to(self.device)]
+            return self.run.latents
 
         return end
 
@@ -166,6 +195,7 @@ class _Run:
     def __init__(self, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
         self.cursor, self.generator, self.step_end = cursor, generator, step_end
         self.block: Key | None = None
+        self.latents: list[torch.Tensor] = []
 
 
 class _Component:
@@ -233,19 +263,21 @@ class _Component:
         if engine is None:
             replay = Interpreter(region, self._executor.device, {ATTENTION: packaged})
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
-        folded = [constants[item] for item in region.constants]
+        placed = self._executor.for_engine
+        folded = placed([constants[item] for item in region.constants])
         if holds_weights(engine):
             inside = [torch.empty(0, device=self._executor.device)] * len(region.weights)
-            return lambda *args: engine([*args, *inside, *folded])
+            return lambda *args: engine([*placed(args), *inside, *folded])
         names = [weight_in(op, weight) for weight in region.weights]
 
         def call(*args: torch.Tensor) -> Sequence[torch.Tensor]:
             weights = self._enter_block(key)
-            return engine([*args, *[weights[item] for item in names], *folded])
+            return engine([*placed(args), *[weights[item] for item in names], *folded])
 
         return call
 
 
 def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A constant on the device; single numbers stay on the host, where operators take them without a copy."""
+    """A constant on the device; single numbers stay on the host, where operators take them without a copy. Engines do
+    not: `Executor.for_engine`."""
     return tensor if tensor.ndim == 0 else tensor.to(device)

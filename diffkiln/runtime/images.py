@@ -11,6 +11,12 @@ from diffkiln.errors import CallError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def check_output_type(output_type: Any) -> None:
+    """Raises `CallError` for an output type that there is not."""
+    if output_type not in OUTPUT_TYPES:
+        raise CallError(f"output_type: {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+
+
 def convert(tensor: torch.Tensor, output_type: str) -> Any:
     """Images or videos in the form that `output_type` names.
 
@@ -18,14 +24,9 @@ def convert(tensor: torch.Tensor, output_type: str) -> Any:
         tensor: float [images, channels, height, width] or [videos, frames, channels, height, width], 0 to 1.
         output_type: "pt" gives the tensor, "np" float32 arrays with channels last, "pil" `PIL.Image`s (for videos a
             list of them a video).
-
-    Raises:
-        CallError: an output type that is none of these.
     """
     if output_type == "pt":
         return tensor
-    if output_type not in OUTPUT_TYPES:
-        raise CallError(f"output_type: {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
     array = tensor.cpu().movedim(-3, -1).float().numpy()
     if output_type == "np":
         return array

@@ -29,10 +29,13 @@ from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine, Executor
-from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
+from diffkiln.runtime.graphs import graphs_for
+from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.places import current
 from diffkiln.runtime.self_test import self_test
-from diffkiln.runtime.targets import check_device, choose_target, fitting_targets
+from diffkiln.runtime.targets import check_device, choose_target, fitting_targets, place_for
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
 from diffkiln.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
@@ -81,14 +84,18 @@ def load(
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
-        check_device(verified.manifest, torch.device(device or str(verified.manifest.runtime.get("device", "cpu"))))
-        if as_diffusers:
+        device = place_for(verified.manifest, device)
+        check_device(verified.manifest, device)
+        with current(device):
+            if not as_diffusers:
+                return _load(verified, allow_native, trusted, device, check_engines)
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
+            if verified.manifest.runtime.get("cuda_graphs"):
+                log.warning("no CUDA graphs: they are of the bundle's program, which as_diffusers does not run")
             return load_as_diffusers(
                 verified, allow_native=allow_native, policy=trusted, device=device, check_engines=check_engines
             )
-        return _load(verified, allow_native, trusted, device, check_engines)
     except BaseException:
         verified.close()
         raise
@@ -104,7 +111,8 @@ def _load(
             f"{manifest.runtime['only_diffusers']}"
         )
     check_manifest(manifest)
-    place = torch.device(device or str(manifest.runtime.get("device", "cpu")))
+    place = place_for(manifest, device)
+    graphs = graphs_for(manifest, place)
     modules = read_modules(verified)
     check_kernels(kernels_of(modules), place)
     check_schemas(read_json(verified, SCHEMAS))
@@ -113,7 +121,7 @@ def _load(
     offload: Any = manifest.runtime.get("offload")
     store = WeightStore(verified, manifest.weights, place, offload)
     tf32: Any = manifest.runtime.get("tf32")
-    executor = Executor(modules, store, constants, engines, place, tf32)
+    executor = Executor(modules, store, constants, engines, place, tf32, graphs)
     variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
     tokenizers = {
         Path(row.path).stem: verified.read(row.path).decode()

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from diffkiln.aten import dtype_of
 from diffkiln.errors import CallError
 from diffkiln.program import Program
 from diffkiln.runtime.executor import Executor
-from diffkiln.runtime.images import convert
+from diffkiln.runtime.image_end import image_list, pixels
+from diffkiln.runtime.images import check_output_type, convert
 from diffkiln.runtime.noise import Generators
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant, no_variant
 
 PROMPT, NEGATIVE = "prompt", "negative_prompt"
-_NEVER_FIXED = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end"}
 _STEP_INPUTS = "callback_on_step_end_tensor_inputs"
-
-
-@dataclass(frozen=True)
-class CompiledVariant:
-    """One choice of the fixed keywords: its programs by the optional keywords that a caller gives with it."""
-
-    name: str
-    fixed: Mapping[str, Any]
-    programs: Mapping[str, Program]
-
-    @property
-    def batch_size(self) -> int:
-        rows = [row["index"] + 1 for text in self.programs["call"].texts for row in text["rows"] if "index" in row]
-        return max(rows, default=1)
 
 
 class Output(dict[str, Any]):
@@ -82,23 +71,29 @@ class CompiledPipeline:
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step; latents that
                 it returns in a dict take the place of the step's.
             **keywords: negative_prompt, prompt_2, guidance_scale, height, … as in the original call. One that was fixed
-                when the bundle was compiled must have the value of a variant.
+                when the bundle was compiled must have the value of a variant. Images (image, mask_image, …) are
+                `PIL.Image.Image`s, arrays [height, width, channels] or tensors [channels, height, width] of numbers
+                from 0 to 1, or lists of them.
 
         Raises:
-            CallError: an unknown keyword, a value that no variant has, or a wrong number of prompts.
+            CallError: an unknown keyword, a value that no variant has, a wrong number of prompts or images, or an
+                unknown output type.
         """
-        prompts, fixed = self._split(prompt, keywords)
+        check_output_type(output_type)
+        prompts, images, fixed = self._split(prompt, keywords)
         self._check_step_inputs(fixed)
-        variant, program = self._choose(prompts, fixed, latents is not None)
-        inputs = list(self._inputs(variant, program, prompts, fixed, latents))
+        variant, program = self._choose(prompts, images, fixed, latents is not None)
+        inputs = list(self._inputs(variant, program, prompts, images, fixed, latents))
         step_end = self._step_end(callback_on_step_end)
-        result = self.executor(program, inputs, generator, step_end)[0]
+        result = self.executor(program, inputs, generator, step_end, latents=output_type == "latent")[0]
         name = str(program.signature.get("result", "images"))
-        images = self.executor.last_latents if output_type == "latent" else convert(result, output_type)
-        return Output({name: images}) if return_dict else (images,)
+        made = result if output_type == "latent" else convert(result, output_type)
+        return Output({name: made}) if return_dict else (made,)
 
     def close(self) -> None:
-        """Let go of weights, threads, descriptors and temporary files."""
+        """Let go of weights, graphs, threads, descriptors and temporary files."""
+        if self.executor.graphs is not None:
+            self.executor.graphs.close()
         self.executor.store.close()
         self.bundle.close()
 
@@ -110,65 +105,44 @@ class CompiledPipeline:
 
     # -- choosing --
 
-    def _split(self, prompt: Any, keywords: Mapping[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any]]:
-        """Prompts by keyword, and the rest."""
+    def _split(
+        self, prompt: Any, keywords: Mapping[str, Any]
+    ) -> tuple[dict[str, list[str]], dict[str, list[Any]], dict[str, Any]]:
+        """Prompts by keyword, images by keyword, and the rest."""
         given = {PROMPT: prompt} | dict(keywords)
+        taken = {keyword for variant in self.variants for keyword in variant.images}
         prompts: dict[str, list[str]] = {}
+        images: dict[str, list[Any]] = {}
         rest: dict[str, Any] = {}
         for name, value in given.items():
             if name.startswith((PROMPT, NEGATIVE)) and not name.endswith(("embeds", "mask")):
                 if value is not None:
                     prompts[name] = _texts(name, value)
-            else:
-                rest[name] = value
+            elif name in taken:
+                if value is not None:
+                    images[name] = image_list(name, value)
+            else:  # arrays compare by element, and are no word of an error
+                rest[name] = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
         if PROMPT not in prompts:
             raise CallError("prompt: give one, or a list of them")
-        return prompts, rest
+        return prompts, images, rest
 
     def _choose(
-        self, prompts: Mapping[str, list[str]], fixed: Mapping[str, Any], latents: bool
+        self,
+        prompts: Mapping[str, list[str]],
+        images: Mapping[str, Sequence[Any]],
+        fixed: Mapping[str, Any],
+        latents: bool,
     ) -> tuple[CompiledVariant, Program]:
-        batch = len(prompts[PROMPT])
+        batch, refused = len(prompts[PROMPT]), ""
+        others = {keyword: value for keyword, value in fixed.items() if keyword != _STEP_INPUTS}
         for variant in self.variants:
-            if variant.batch_size == batch and all(self._agrees(variant, k, v) for k, v in fixed.items()):
-                return variant, self._program(variant, prompts, latents)
-        raise CallError(self._no_variant(batch, fixed))
-
-    def _agrees(self, variant: CompiledVariant, keyword: str, value: Any) -> bool:
-        if keyword == _STEP_INPUTS or keyword in _scalars(variant.programs["call"]):
-            return True
-        known = variant.fixed.get(keyword, _MISSING)
-        if known is _MISSING and value is None:
-            return True
-        return known == (list(value) if isinstance(value, tuple) else value)
-
-    def _no_variant(self, batch: int, fixed: Mapping[str, Any]) -> str:
-        known = {name for variant in self.variants for name in variant.fixed} | _scalars(
-            self.variants[0].programs["call"]
-        )
-        unknown = [name for name in fixed if name not in known and fixed[name] is not None]
-        if unknown:
-            taken = ", ".join(sorted(known))
-            return f"{unknown[0]}: {self.class_name} was not compiled with this keyword. It takes {taken}"
-        asked = {"batch of prompts": batch, **fixed}
-        if len(self.variants) > _FEW:
-            many = f"{len(self.variants)} variants, with {self._span()}"
-            return f"no variant was compiled for {_words(asked)}. The bundle has {many}"
-        differing = {name for name in fixed if any(v.fixed.get(name, _MISSING) != fixed[name] for v in self.variants)}
-        rows = []
-        for variant in self.variants:
-            shown = {k: variant.fixed[k] for k in sorted(_SHOWN | differing) if variant.fixed.get(k) is not None}
-            rows.append(f"  {variant.name}: batch of prompts {variant.batch_size}, " + _words(shown))
-        return f"no variant was compiled for {_words(asked)}. The bundle has\n" + "\n".join(rows)
-
-    def _span(self) -> str:
-        """What many variants differ in."""
-        parts = []
-        for name in sorted(_SHOWN):
-            values: list[Any] = sorted({v.fixed[name] for v in self.variants if v.fixed.get(name) is not None})
-            if len(values) > 1:
-                parts.append(f"{name} of {', '.join(map(str, values))}")
-        return "; ".join(parts)
+            if variant.batch_size == batch and all(variant.agrees(k, v) for k, v in others.items()):
+                reason = variant.image_refusal(images)
+                if not reason:
+                    return variant, self._program(variant, prompts, latents)
+                refused = refused or reason
+        raise CallError(refused or no_variant(self.class_name, self.variants, batch, others))
 
     def _program(self, variant: CompiledVariant, prompts: Mapping[str, list[str]], latents: bool) -> Program:
         name = "call"
@@ -189,6 +163,7 @@ class CompiledPipeline:
         variant: CompiledVariant,
         program: Program,
         prompts: Mapping[str, list[str]],
+        images: Mapping[str, Sequence[Any]],
         fixed: Mapping[str, Any],
         latents: torch.Tensor | None,
     ) -> Iterator[Any]:
@@ -200,11 +175,13 @@ class CompiledPipeline:
                 value: Any = tokens[source["text"]][source["key"]]
             elif source["kind"] == "scalar":
                 value = _scalar(item.source, fixed)
+            elif source["kind"] == "image":
+                value = pixels(source, item.type.shape, images[source["keyword"]])
             else:
                 value = latents
             if isinstance(value, torch.Tensor) and tuple(value.shape) != item.type.shape:
                 raise CallError(f"{item.name[1:]}: shape {tuple(value.shape)}, this variant takes {item.type.shape}")
-            yield value.to(getattr(torch, item.type.dtype)) if isinstance(value, torch.Tensor) else value
+            yield value.to(dtype_of(item.type.dtype)) if isinstance(value, torch.Tensor) else value
 
     def _check_step_inputs(self, fixed: Mapping[str, Any]) -> None:
         if fixed.get(_STEP_INPUTS) not in (None, ["latents"], ("latents",)):
@@ -228,12 +205,6 @@ def _texts(keyword: str, value: Any) -> list[str]:
     return list(texts)
 
 
-_MISSING = object()
-#: So many variants are listed one by one in an error.
-_FEW = 8
-_SHOWN = {"height", "width", "num_frames", "num_inference_steps", "num_images_per_prompt"}
-
-
 def with_defaults(program: Program, prompts: Mapping[str, list[str]], batch: int) -> dict[str, list[str]]:
     """The prompts with those left out filled in as diffusers does: prompt_2 is prompt, no negative prompt is empty."""
     complete = dict(prompts)
@@ -249,19 +220,14 @@ def with_defaults(program: Program, prompts: Mapping[str, list[str]], batch: int
     return complete
 
 
-def _scalars(program: Program) -> set[str]:
-    return {item.source["keyword"] for item in program.inputs if item.source.get("kind") == "scalar"}
-
-
 def _scalar(source: Mapping[str, Any], given: Mapping[str, Any]) -> float:
     value = given.get(source["keyword"])
-    value = float(source["default"] if value is None else value)
+    try:
+        value = float(source["default"] if value is None else value)
+    except (TypeError, ValueError):
+        raise CallError(f"{source['keyword']}: {reprlib.repr(value)} is no number") from None
     if "above" in source and value <= source["above"]:
         raise CallError(
             f"{source['keyword']}: {value} turns guidance off, which is another program. Compile a variant with it"
         )
     return value
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" if " " not in name else f"{name} {value}" for name, value in values.items())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import Manifest, engine_targets
+from diffkiln.bundle import Manifest, device_of, devices_of, engine_targets
 from diffkiln.errors import Incompatible
 from diffkiln.runtime.compatibility import ISA_FLAGS, capability, check_target, missing_flags
 
@@ -98,11 +98,15 @@ def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None
     used = engine_targets(manifest)
     if not used:
         return Choice(None, "the bundle has no engines, and is replayed operation by operation")
-    if place.type != (built := str(manifest.runtime.get("device", "cpu"))):
-        raise Incompatible(f"device: found {place}, required {built}, which the bundle's engines are for")
+    if place.type not in (built := devices_of(manifest)):
+        listed = " or ".join(sorted(built))
+        raise Incompatible(f"device: found {place}, required {listed}, which the bundle's engines are for")
     fits: dict[str, tuple[tuple[int, int], str]] = {}
     reasons: dict[str, str] = {}
     for name in used:
+        if (device := device_of(manifest, name)) != place.type:
+            reasons[name] = f"device: found {place}, required {device}"
+            continue
         try:
             fits[name] = _fit(manifest, name)
         except Incompatible as error:
@@ -132,12 +136,29 @@ def fitting_targets(manifest: Manifest, device: str | torch.device | None = None
         Incompatible: no target fits, and the bundle needs one.
     """
     try:
-        target = choose_target(manifest, torch.device(device or str(manifest.runtime.get("device", "cpu"))))
+        target = choose_target(manifest, place_for(manifest, device))
     except Incompatible:
         if manifest.runtime.get("on_incompatible") != "eager":
             raise
         return ()
     return (target,) if target else ()
+
+
+def place_for(manifest: Manifest, device: str | torch.device | None = None) -> torch.device:
+    """Where a bundle runs: where the caller says, else on its targets' device; of two, on a GPU that a target fits."""
+    if device is not None:
+        return torch.device(device)
+    devices = devices_of(manifest)
+    if len(devices) == 1:
+        return torch.device(*devices)
+    if capability() is None:
+        return torch.device("cpu")
+    try:
+        choose(manifest, torch.device("cuda"))
+    except Incompatible as error:
+        log.info("not on the GPU: %s", error)
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def check_device(manifest: Manifest, place: torch.device) -> None:
@@ -146,9 +167,10 @@ def check_device(manifest: Manifest, place: torch.device) -> None:
     Raises:
         Incompatible: in one sentence.
     """
-    if place.type != "cuda" or manifest.runtime.get("device") != "cuda" or capability() is not None:
+    if place.type != "cuda" or "cuda" not in devices_of(manifest) or capability() is not None:
         return
-    names = ", ".join(f"{name} ({_gpu_of(manifest, name)[0]})" for name in engine_targets(manifest))
+    gpus = [name for name in engine_targets(manifest) if device_of(manifest, name) == "cuda"]
+    names = ", ".join(f"{name} ({_gpu_of(manifest, name)[0]})" for name in gpus)
     raise Incompatible(
         f"gpu: found none that torch {torch.__version__} can use, required {names or 'a CUDA GPU'}, which this bundle "
         "is for: load it on such a machine, or compile its spec for the CPU"
@@ -162,8 +184,11 @@ def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
     sm, ptx = _gpu_of(manifest, name)
     row = _gpu_row(manifest, name)
     packages = {**manifest.requires.packages, **row.get("packages", {})}
-    check_target(manifest.requires.model_copy(update={"sm": None, "packages": packages}), level, native=True)
-    if manifest.runtime.get("device") != "cuda" or sm is None:
+    asked: dict[str, Any] = {"sm": None, "packages": packages}
+    if device_of(manifest, name) == "cpu":  # what the engines for GPUs beside it ask is nothing to it
+        asked |= {"cuda": None, "driver": None}
+    check_target(manifest.requires.model_copy(update=asked), level, native=True)
+    if device_of(manifest, name) == "cpu" or sm is None:
         own = own_level()
         exact = level == own
         why = f"its {level} is this CPU's own level" if exact else f"{level} is the highest here that this CPU has"

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
+from diffkiln.runtime.lanes import Lane, Layout, aligned, copied
 
 #: (component, group name)
 Key = tuple[str, str]
@@ -63,7 +64,9 @@ class Group:
     entries: Mapping[str, Entry]
     offset: int
     nbytes: int
+    layout: Layout  # on a GPU
     pinned: torch.Tensor | None = None  # host copy, when it is streamed to a GPU from host memory
+    arrived: torch.cuda.Event | None = None  # of its last copy to a GPU
 
 
 def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, int]:
@@ -86,6 +89,7 @@ def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, i
             raise ValueError(f"{CHANNELS_LAST} must list tensors of four dimensions")
         last = set(turned)
         entries = {name: _entry(row, data, name in last) for name, row in table.items() if name != "__metadata__"}
+        _refuse_overlaps(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
     return entries, 8 + length, data
@@ -102,6 +106,14 @@ def _entry(row: Mapping[str, Any], size: int, channels_last: bool) -> Entry:
     if not 0 <= start <= end <= size or math.prod(shape) * dtype.itemsize != end - start or start % dtype.itemsize:
         raise ValueError(f"a tensor {row} that does not fit {size} bytes")
     return Entry(dtype, shape, start, end, channels_last)
+
+
+def _refuse_overlaps(entries: Mapping[str, Entry]) -> None:
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start < end:
+            raise ValueError(f"the tensor {name} begins before another one ends")
+        end = entry.end
 
 
 class WeightStore:
@@ -139,7 +151,7 @@ class WeightStore:
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = ThreadPoolExecutor(1, "diffkiln-weights") if ahead else None
-        self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        self._lane = Lane(device) if ahead and device.type == "cuda" else None
         if offload is None:
             for key in self.groups:
                 self._here[key] = _done(self._bring(key))
@@ -171,6 +183,8 @@ class WeightStore:
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
         self._here.clear()
+        for group in self.groups.values():
+            group.pinned = None
 
     # -- for Cursor --
 
@@ -179,8 +193,8 @@ class WeightStore:
         if key not in self._here:
             self._here[key] = _done(self._bring(key))
         tensors = self._here[key].result()
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        if self._lane is not None and (arrived := self.groups[key].arrived) is not None:
+            self._lane.wait(arrived)
         return tensors
 
     def prefetch(self, key: Key) -> None:
@@ -191,14 +205,16 @@ class WeightStore:
         if self.offload is None or key not in self._here:
             return
         future = self._here.pop(key)
-        if not future.cancel():
-            future.exception()  # wait for it, whatever came of it
-            if self._stream is not None and future.exception() is None:
-                for tensor in future.result().values():
-                    tensor.record_stream(torch.cuda.current_stream(self.device))
-            with self._counting:
-                self.bytes_now -= self.groups[key].nbytes if future.exception() is None else 0
-                self.groups_now -= 1 if future.exception() is None else 0
+        # Waits for it, whatever came of it.
+        if future.cancel() or future.exception() is not None:
+            return
+        with self._counting:
+            self.bytes_now -= self.groups[key].nbytes
+            self.groups_now -= 1
+        if self._lane is not None:
+            self._lane.leaves(future.result().values())
+            del future
+            self._lane.left()
 
     def held(self) -> set[Key]:
         return set(self._here)
@@ -208,7 +224,7 @@ class WeightStore:
     def _add(self, component: str, row: GroupRow) -> None:
         entries, offset, nbytes = read_header(self._verified, row.file)
         key = (component, row.name)
-        self.groups[key] = Group(key, row.file, entries, offset, nbytes)
+        self.groups[key] = Group(key, row.file, entries, offset, nbytes, aligned(entries))
         for name in entries:
             self._of_weight[component, name] = key
 
@@ -221,7 +237,12 @@ class WeightStore:
             self.groups_now += 1
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
-        return {name: entry.of(flat[entry.start : entry.end]) for name, entry in group.entries.items()}
+        return dict(self._tensors(group, flat))
+
+    def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, entry in group.entries.items():
+            start = entry.start if self.device.type == "cpu" else group.layout.starts[name]
+            yield name, entry.of(flat[start : start + entry.end - entry.start])
 
     def _flat(self, group: Group) -> torch.Tensor:
         """The group's data as one buffer on the device."""
@@ -230,12 +251,11 @@ class WeightStore:
         staged = group.pinned
         if staged is None:
             staged = self._read(group, torch.empty(group.nbytes, dtype=torch.uint8, pin_memory=True))
-        if self._stream is None:
-            return staged.to(self.device, non_blocking=False)
-        with torch.cuda.stream(self._stream):
-            flat = staged.to(self.device, non_blocking=True)
+        if self._lane is None:
+            return copied(staged, group.layout, self.device)
+        flat, group.arrived = self._lane.bring(staged, group.layout)
         if group.pinned is None:
-            self._stream.synchronize()  # the staging buffer dies with this frame
+            group.arrived.synchronize()  # the staging buffer dies with this frame
         return flat
 
     def _read(self, group: Group, buffer: torch.Tensor) -> torch.Tensor:

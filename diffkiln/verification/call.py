@@ -16,25 +16,24 @@ from diffkiln.errors import VerifyError
 from diffkiln.layers import repeated_blocks
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import Module, Program
-from diffkiln.record.call import NEGATIVES, PROMPTS, Request, component_methods, defaults
-from diffkiln.record.components import Callee, record_component, weights_of
+from diffkiln.record.call import Request, component_methods, defaults
+from diffkiln.record.casts import Casts
+from diffkiln.record.components import Callee, call_key, record_component, weights_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
 from diffkiln.record.pipeline import Recording
-from diffkiln.record.structure import flatten, key_of, unflatten
+from diffkiln.record.structure import flatten, unflatten
 from diffkiln.runtime.executor import Executor
-from diffkiln.runtime.pipeline import CompiledPipeline, CompiledVariant
+from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
+from diffkiln.verification.cases import TEXTS, cases_of, noise_like
 from diffkiln.verification.comparing import difference, same
 from diffkiln.verification.components import CPU, Given, compare_component, compare_lengths
 from diffkiln.verification.twins import kept_blocks, shrunken
 
 #: Components with more bytes of weights than this are verified as shrunken twins.
 WHOLE_UP_TO = 2 * 2**30
-
-_LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
-#: One token, a usual one with what transforms touch, and one that is cut.
-TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
 
 
 class Verification:
@@ -48,8 +47,9 @@ class Verification:
 
     def __init__(self, pipe: Any, recording: Recording) -> None:
         self._pipe, self._recording = pipe, recording
-        self._keys = {_call_key(callee): callee for callee in recording.callees.values()}
+        self._keys = {callee.key: callee for callee in recording.callees.values()}
         self._paddings: dict[str, Padding] = {}
+        self._casts = Casts(pipe)
         self._case = 0
         #: component program → the arguments of its first call in each of the first cases, with real tensors
         self._seen: dict[tuple[str, str], list[Given]] = {}
@@ -69,8 +69,8 @@ class Verification:
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
-        with self._stand_ins(read), _unheard(logging.getLogger("diffkiln.runtime.text")):
-            for case, (keywords, seed) in enumerate(_cases(programs, request)):
+        with self._stand_ins(read), self._casts.watched(), _unheard(logging.getLogger("diffkiln.runtime.text")):
+            for case, (keywords, seed) in enumerate(cases_of(programs, request)):
                 self._case = case
                 self._compare(compiled, request, keywords, seed)
 
@@ -81,10 +81,12 @@ class Verification:
         given = dict(request.fixed) | keywords
         # Z-Image writes to the caller's own list of prompts.
         own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             reference = self._pipe(**own, generator=generator(), output_type="pt")
+            torch.manual_seed(seed)
+            found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
         (expected,) = [leaf for leaf in flatten(reference)[0][:1] if isinstance(leaf, torch.Tensor)]
-        found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
         if not same(expected, found):
             raise VerifyError(
                 f"the recorded call of {type(self._pipe).__name__} differs from the pipeline's own for "
@@ -95,7 +97,7 @@ class Verification:
         """Values for the weights that the call itself reads."""
         names = {name for program in programs for name in program.weights}
         types = {name: program.types[f"@{name}"] for program in programs for name in program.weights}
-        return {name: _random(types[name], name.encode()).abs() for name in sorted(names)}
+        return {name: noise_like(types[name], name.encode()).abs() for name in sorted(names)}
 
     @contextmanager
     def _stand_ins(self, read: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -127,7 +129,7 @@ class Verification:
             leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
             # Some pipelines hand the generator on; recording refuses components that draw from it.
             leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
-            callee = self._keys.get(f"{component}.{method}|{key_of(leaves, structure)}")
+            callee = self._keys.get(call_key(component, method, leaves, structure, self._casts.of(component)))
             if callee is None:
                 raise VerifyError(
                     f"the pipeline calls {component}.{method} with arguments of types that were not recorded"
@@ -153,7 +155,7 @@ class Verification:
                 digest.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
         seed = digest.digest()
         return [
-            _random(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf
+            noise_like(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf
             for index, leaf in enumerate(callee.result[0])
         ]
 
@@ -210,19 +212,19 @@ class Verification:
         Raises:
             VerifyError: they differ.
         """
+        each = is_rewritten(module)  # as its code joins what several lists of blocks give
         with fixed_lengths():
             if _nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:
-                self._check_twin(callee, module, leaves)
+                self._check_twin(callee, module, leaves, each)
 
     def given(self, name: str, program: str) -> list[list[Any]]:
         """The arguments of the first calls of a component's program, flattened."""
         return [seen.leaves for seen in self._seen[name, program]]
 
-    def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any]) -> None:
-        """The same with a twin that has one block of each kind, recorded anew."""
-        each = is_rewritten(module)  # as its code joins what several lists of blocks give
+    def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
+        """The same with a twin that has one block of each kind, or one in each list of blocks, recorded anew."""
         twin, ghost = shrunken(module, each), shrunken(callee.module, each)
         constants = Constants()
         alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
@@ -268,32 +270,6 @@ class _NoStore:
         pass
 
 
-def _cases(programs: Mapping[str, Program], request: Request) -> Iterator[tuple[dict[str, Any], int]]:
-    """Keywords of calls to compare, and a seed for each."""
-    call = programs["call"]
-
-    def prompts(text: str, keyword: str = "prompt") -> dict[str, Any]:
-        rows = [f"{text}{index}" for index in range(request.batch_size)]
-        return {keyword: text if request.batch_size == 1 else rows}
-
-    for seed, text in enumerate(TEXTS):
-        yield prompts(text), seed
-    if any(item.source.get("kind") == "scalar" for item in call.inputs):
-        yield prompts(TEXTS[1]) | {"guidance_scale": request.fixed["guidance_scale"] * 1.5 + 0.25}, 3
-    second = [keyword for keyword in PROMPTS[1:] if _asks_for(call, keyword)]
-    if second:
-        yield prompts(TEXTS[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
-    if negative := programs.get("call+negative"):
-        words = [keyword for keyword in NEGATIVES[:1] if _asks_for(negative, keyword)]
-        for seed, text in enumerate(TEXTS, 5):
-            yield prompts(TEXTS[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
-    for name in ("call+latents", "call+negative+latents"):
-        if name in programs:
-            (item,) = [item for item in programs[name].inputs if item.source.get("keyword") == "latents"]
-            more = prompts("blurred", "negative_prompt") if "negative" in name else {}
-            yield prompts(TEXTS[1]) | more | {"latents": _random(item.type, name.encode())}, 8
-
-
 @contextmanager
 def _unheard(logger: logging.Logger) -> Iterator[None]:
     """Without the warnings of a logger: prompts are cut here on purpose."""
@@ -306,24 +282,6 @@ def _unheard(logger: logging.Logger) -> Iterator[None]:
 
 def _nbytes(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
-
-
-def _asks_for(program: Program, keyword: str) -> bool:
-    return any(row.get("keyword") == keyword for text in program.texts for row in text["rows"])
-
-
-def _call_key(callee: Callee) -> str:
-    return f"{callee.component}.{callee.method}|{key_of(callee.leaves, callee.structure)}"
-
-
-def _random(type_: Any, seed: bytes) -> torch.Tensor:
-    """A tensor of this type that depends on the seed: normal numbers, or small whole ones."""
-    number = int.from_bytes(hashlib.blake2b(seed, digest_size=7).digest(), "big")
-    generator = torch.Generator().manual_seed(number)
-    dtype = getattr(torch, type_.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(type_.shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)
 
 
 def _shown(keywords: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
 from diffkiln.program import REGION, Module, Op, Program, weight_in
+from diffkiln.record.casts import casted
 from diffkiln.record.components import Callee, tracing, weights_of
 from diffkiln.record.lengths import Padding, fixed_lengths, whole
 from diffkiln.record.processors import with_processors
@@ -53,7 +54,12 @@ def compare_component(
     program = recorded.programs[callee.program]
     args, kwargs = unflatten(list(leaves), callee.structure)
     with torch.inference_mode():
-        with tracing(), with_processors(module, callee.processors), _blamed(callee, module):
+        with (
+            tracing(),
+            with_processors(module, callee.processors),
+            casted(module, callee.cast),
+            _blamed(callee, module),
+        ):
             result = getattr(module, callee.method)(*args, **kwargs)
         expected = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         inputs = [leaves[position] for position in callee.tensors if position not in callee.folded]

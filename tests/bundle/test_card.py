@@ -64,10 +64,35 @@ def test_missing_licence_is_said() -> None:
     assert "states no licence" in text
 
 
-def test_films_are_told_from_pictures() -> None:
+def fixing(fixed: dict[str, Any]) -> Any:
+    """A manifest whose only variant fixes this."""
     made = manifest_of()
-    variant = made.pipeline.variants[0].model_copy(update={"fixed": {"num_frames": 9}})
-    films = made.model_copy(update={"pipeline": made.pipeline.model_copy(update={"variants": (variant,)})})
+    variant = made.pipeline.variants[0].model_copy(update={"fixed": fixed})
+    return made.model_copy(update={"pipeline": made.pipeline.model_copy(update={"variants": (variant,)})})
+
+
+SIZE = {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "task", "call"),
+    [
+        ({"height": 64}, "text-to-image", 'image = pipe("a prompt").images[0]'),
+        ({"num_frames": 9}, "text-to-video", 'frames = pipe("a prompt").frames[0]'),
+        ({"image": SIZE, "mask_image": [SIZE]}, "image-to-image", "image=image, mask_image=mask_image).images"),
+        ({"image": SIZE, "num_frames": 9}, "image-to-video", "image=image).frames"),
+        ({"video": [SIZE] * 5}, "video-to-video", "video=video).frames"),
+        ({"image` x": SIZE}, "text-to-image", 'image = pipe("a prompt").images[0]'),
+    ],
+)
+def test_the_call_is_given_what_it_takes(fixed: dict[str, Any], task: str, call: str) -> None:
+    text = card(fixing(fixed), {"source": {"pipeline_tag": f"text-to-{task.rpartition('-')[2]}"}})
+    assert metadata(text)["pipeline_tag"] == metadata(card(fixing(fixed), {}))["pipeline_tag"] == task
+    assert call in text
+
+
+def test_films_are_told_from_pictures() -> None:
+    films = fixing({"num_frames": 9})
     assert metadata(card(films, {}))["pipeline_tag"] == "text-to-video"
     assert metadata(card(films, {"source": {"pipeline_tag": "image-to-video"}}))["pipeline_tag"] == "image-to-video"
 

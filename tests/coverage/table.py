@@ -36,16 +36,17 @@ way through the code: they are folded, as a pipeline's call folds them (`compile
 _CALLS = """
 ## Calls
 
-Whole pipelines, from text to an image or a video: recorded without weights, packed into a bundle, loaded, and compared
-with diffusers. A *program* gives the same bits (or, where prompts are padded to a fixed length, the same within
-1e-5); its operations are counted over the call and all components. What cannot be recorded runs *as diffusers*, if the
-spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
+Whole pipelines, from text, and from images where the call takes them, to an image or a video: recorded without weights,
+packed into a bundle, loaded, and compared with diffusers. A *program* gives the same bits (or, where prompts are padded
+to a fixed length, the same within 1e-5); its operations are counted over the call and all components. What cannot be
+recorded runs *as diffusers*, if the spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
 """
 _COMPILED = """
 ## Compiled pipelines
 
-Whole pipelines whose denoiser's blocks are compiled by AOTInductor: built, loaded in a fresh process that imports
-neither diffusers nor transformers, and compared with what diffusers draws, relative to its norm.
+Whole pipelines whose denoiser's blocks are compiled by AOTInductor, and, of those that take images, the whole
+autoencoder and ControlNet: built, loaded in a fresh process that imports neither diffusers nor transformers, and
+compared with what diffusers draws, relative to its norm.
 """
 
 
@@ -116,13 +117,14 @@ def _failures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _calls() -> str:
-    lines = [_row(["pipeline", "to", "runs as", "operations or reason"]), _row(["---"] * 4)]
-    for result in sorted(calls().values(), key=lambda result: result["class"]):
+    lines = [_row(["pipeline", "from", "to", "runs as", "operations or reason"]), _row(["---"] * 5)]
+    for result in sorted(calls().values(), key=lambda result: (result["class"], result.get("takes", []))):
         reason = result.get("diffusers")
         equal = "" if result.get("equal", True) else " (within 1e-5)"
         told = reason if reason else f"{result['operations']}{equal}"
         kind = "video" if result["video"] else "image"
-        lines.append(_row([f"`{result['class']}`", kind, "diffusers" if reason else "a program", told]))
+        given = ", ".join(["text", *(f"`{keyword}`" for keyword in result.get("takes", []))])
+        lines.append(_row([f"`{result['class']}`", given, kind, "diffusers" if reason else "a program", told]))
     return "\n".join([*lines, ""])
 
 

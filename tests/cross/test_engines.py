@@ -48,6 +48,11 @@ class TestEngines:
         assert artefact.requires["sm"] == sm
         assert artefact.autotuned is False
 
+    def test_holds_no_ptx_which_would_not_be_portable(self, name: str, sm: str) -> None:
+        data = library(built(name, sm)).read_bytes()
+        assert b".visible .entry" not in data
+        assert b".target sm_" not in data
+
     def test_asks_for_the_drivers_library_by_its_own_name(self, name: str, sm: str) -> None:
         listing = readelf("-d", str(library(built(name, sm))))
         assert "[libcuda.so.1]" in listing

@@ -46,11 +46,13 @@ loaded = time.perf_counter()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 def draw(prompt: str, seed: int):
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(prompt, generator=generator, output_type="np", **job.get("call", {})).images
+    images = {keyword: Image.open(file) for keyword, file in job.get("images", {}).items()}
+    return pipe(prompt, generator=generator, output_type="np", **job.get("call", {}), **images).images
 
 
 images = np.concatenate([draw(prompt, seed) for prompt, seed in job["requests"]])

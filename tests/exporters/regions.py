@@ -21,7 +21,20 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import Onnx
 from diffkiln.exporters.tensorrt import Tensorrt
 from diffkiln.exporters.torch_compile import TorchCompile
-from diffkiln.program import ATTENTION, SDPA, Arg, DType, Input, Op, Program, Ref, TensorType, rename_values, verify
+from diffkiln.program import (
+    ATTENTION,
+    SDPA,
+    Arg,
+    DType,
+    Input,
+    Op,
+    Program,
+    Ref,
+    TensorType,
+    refs,
+    rename_values,
+    verify,
+)
 from diffkiln.spec.targets import GPUS, Target
 
 CPU = Target(name="cpu-x86-64-v3", device="cpu", isa="x86-64-v3")
@@ -44,7 +57,7 @@ class Writer:
 
     def op(self, name: str, *args: Arg, **kwargs: Arg) -> Ref:
         op = Op(f"aten.{name}", args, ("%result",), kwargs)
-        used = {ref.name for ref in (*args, *kwargs.values()) if isinstance(ref, Ref)}
+        used = {ref.name for ref in refs((args, kwargs))}
         one = Program("", tuple(Input(n, self.types[n]) for n in sorted(used)), (op,), (Ref("%result"),), self.types)
         fakes = [
             torch.empty(self.types[n].shape, dtype=dtype_of(self.types[n].dtype), device="meta") for n in sorted(used)
@@ -149,6 +162,28 @@ def float16_block() -> Program:
     return in_type(block(), "float16")
 
 
+def bfloat16_block() -> Program:
+    return in_type(block(), "bfloat16")
+
+
+def convolution() -> Program:
+    """A convolution and a group norm whose weights are inputs, as a VAE has them."""
+    w = Writer()
+    x, weight, bias = w.value("%x", 1, 8, 8, 8), w.value("@conv.weight", 16, 8, 3, 3), w.value("@conv.bias", 16)
+    h = w.op("convolution.default", x, weight, bias, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    h = w.op("group_norm.default", h, 4, w.value("@norm.weight", 16), w.value("@norm.bias", 16), 1e-5)
+    return w.program("Convolution", w.op("silu.default", h))
+
+
+def attention(tokens: int) -> Program:
+    w = Writer()
+    x, weight = w.value("%x", 1, tokens, 32), w.value("@qkv", 96, 32)
+    h = w.op("reshape.default", w.op("linear.default", x, weight), (1, tokens, 3, 2, 16))
+    h = w.op("permute.default", h, (2, 0, 3, 1, 4))
+    h = w.op("scaled_dot_product_attention.default", *(w.op("select.int", h, 0, i) for i in range(3)))
+    return w.program("Attention", w.op("reshape.default", w.op("transpose.int", h, 1, 2), (1, tokens, 32)))
+
+
 def float8_linear() -> Program:
     """A linear layer whose weight is kept in float8 and cast for each call, as layerwise casting leaves it."""
     w = Writer()
@@ -174,6 +209,12 @@ def tensors(region: Program, seed: int = 0) -> list[torch.Tensor]:
         return torch.randn(type_.shape, generator=generator).mul_(0.3).to(dtype_of(type_.dtype))
 
     return [draw(type_) for type_ in engine_inputs(region)]
+
+
+def holding(region: Program, seed: int = 0, target: Target = RTX_4090, **options: object) -> Lowering:
+    """The region with an engine that holds its weights."""
+    weights = dict(zip(region.weights, tensors(region, seed)[len(region.inputs) :], strict=False))
+    return Lowering(region, target, options={"weights": "engine", **options}, weights=weights)
 
 
 def interpreted(region: Program, flat: list[torch.Tensor]) -> list[torch.Tensor]:

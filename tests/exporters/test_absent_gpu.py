@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import ExportError
 from diffkiln.exporters import absent_gpu
-from diffkiln.exporters.absent_gpu import _device, _first_that_compiles, _replaced, numbers_of
+from diffkiln.exporters.absent_gpu import _device, _first_that_compiles, _folding, _replaced, numbers_of
 from diffkiln.spec.targets import GPUS
 
 
@@ -46,6 +47,25 @@ def test_torch_answers_for_the_gpu_and_for_itself_again() -> None:
         assert torch.cuda.get_device_capability("cuda:0") == (9, 0)
         assert torch.cuda.get_device_properties(0).multi_processor_count == 132
     assert dict(vars(torch.cuda)) == before
+
+
+def test_a_tensor_of_one_value_is_folded_without_the_gpu() -> None:
+    from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
+
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        kind = {"dtype": torch.float32, "device": torch.device("cuda:0"), "pin_memory": False}
+        full = graph.call_function(torch.ops.aten.full.default, ([4, 4], 3), kind)
+        full.meta["val"] = torch.empty(4, 4)
+        square = graph.call_function(torch.ops.aten.mul.Tensor, (full, full))
+        square.meta["val"] = torch.empty(4, 4)
+    graph.output((square,))
+    module = torch.fx.GraphModule({}, graph)
+    with pytest.raises((AssertionError, RuntimeError)):
+        constant_fold_uniform_value(module)
+    with _folding(numbers_of((8, 9))):
+        constant_fold_uniform_value(module)
+    assert 9.0 in [node.args[1] for node in module.graph.find_nodes(op="call_function", target=full.target)]
 
 
 def test_what_torch_no_longer_has_is_an_error_and_the_rest_is_put_back() -> None:

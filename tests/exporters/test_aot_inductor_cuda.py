@@ -56,8 +56,8 @@ def test_only_without_the_gpu_does_torchs_version_matter(with_cuda: pytest.Monke
 
 def test_promises_that_this_cuda_breaks_are_refused(with_cuda: pytest.MonkeyPatch) -> None:
     told = reasons(replace(L4, driver="570.26", cuda="12.8"))
-    assert "$.target.driver: 570.26 has to do, and code of CUDA 13.0 needs 580.65.06" in told
-    assert "$.target.cuda: 12.8 has to do" in told
+    assert "$.target.driver: found 570.26, required 580.65.06 or later: engines hold code of CUDA 13.0" in told
+    assert "$.target.cuda: found 12.8, required 13.0 or later" in told
     assert reasons(replace(L4, driver="590.0", cuda="13.0")) == ""
 
 

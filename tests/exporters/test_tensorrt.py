@@ -33,29 +33,19 @@ from tests.exporters.regions import (
     CPU,
     RTX_4090,
     Writer,
+    attention,
+    bfloat16_block,
     block,
     built_tensorrt,
+    convolution,
     engine_cache,
     float8_linear,
+    holding,
     in_type,
     int8_product,
     interpreted,
     tensors,
 )
-from tests.exporters.test_onnx import attention
-
-
-def bfloat16_block() -> Program:
-    return in_type(block(), "bfloat16")
-
-
-def convolution() -> Program:
-    """A convolution and a group norm whose weights are inputs, as a VAE has them."""
-    w = Writer()
-    x, weight, bias = w.value("%x", 1, 8, 8, 8), w.value("@conv.weight", 16, 8, 3, 3), w.value("@conv.bias", 16)
-    h = w.op("convolution.default", x, weight, bias, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    h = w.op("group_norm.default", h, 4, w.value("@norm.weight", 16), w.value("@norm.bias", 16), 1e-5)
-    return w.program("Convolution", w.op("silu.default", h))
 
 
 def linear() -> Program:
@@ -82,12 +72,6 @@ def nodes_in(artefact: Artefact) -> set[str]:
     """The nodes of the model that the engine's own file names."""
     data = (artefact.directory / ENGINE).read_bytes()
     return {name.decode() for name in re.findall(rb"\[ONNX Layer: ([^\]]+)\]", data)}
-
-
-def holding(region: Program, seed: int = 0, target=RTX_4090, **options: object) -> Lowering:
-    """The region with an engine that holds its weights."""
-    weights = dict(zip(region.weights, tensors(region, seed)[len(region.inputs) :], strict=False))
-    return Lowering(region, target, options={"weights": "engine", **options}, weights=weights)
 
 
 class TestBuilding:

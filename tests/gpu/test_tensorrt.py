@@ -18,9 +18,16 @@ from diffkiln.program.tensorrt import library_for
 from diffkiln.runtime.engines.tensorrt import TensorrtEngine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec.targets import Target
-from tests.exporters.regions import block, float16_block, interpreted, tensors
-from tests.exporters.test_onnx import attention
-from tests.exporters.test_tensorrt import bfloat16_block, convolution, holding
+from tests.exporters.regions import (
+    attention,
+    bfloat16_block,
+    block,
+    convolution,
+    float16_block,
+    holding,
+    interpreted,
+    tensors,
+)
 
 _FOUND = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 

@@ -2,8 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,18 +11,27 @@ import torch
 
 @dataclass(frozen=True)
 class Family:
-    """One tiny pipeline: how to build it, and the call keywords (prompt and generator apart) that suit it."""
+    """One tiny pipeline: how to build it, the call keywords (prompt and generator apart) that suit it, and the images
+    that its call takes, as a spec says them."""
 
     name: str
     build: Callable[[], Any]
     call: dict[str, Any]
     video: bool = False
+    images: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def family(name: str, *, video: bool = False, table: dict[str, Family] = FAMILIES, **call: Any):
+def family(
+    name: str,
+    *,
+    video: bool = False,
+    images: Mapping[str, Any] | None = None,
+    table: dict[str, Family] = FAMILIES,
+    **call: Any,
+):
     """Register the decorated function, which returns a pipeline with whatever weights, under `name`."""
 
     def register(construct: Callable[[], Any]) -> Callable[[], Any]:
@@ -38,7 +47,7 @@ def family(name: str, *, video: bool = False, table: dict[str, Family] = FAMILIE
             pipe.set_progress_bar_config(disable=True)
             return pipe
 
-        table[name] = Family(name, build, {"num_inference_steps": 3, **call}, video)
+        table[name] = Family(name, build, {"num_inference_steps": 3, **call}, video, images or {})
         return build
 
     return register

@@ -81,7 +81,7 @@ def qwen(max_length: int = 512):
     return tokenizer
 
 
-def gemma(max_length: int = 512):
+def gemma(max_length: int = 512, padding_side: str = "right"):
     """Gemma: case-sensitive BPE with byte fallback, spaces kept as `▁`, bos in front."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
@@ -89,7 +89,7 @@ def gemma(max_length: int = 512):
     merges = _merges(tuple(lead + word) for word in WORDS for lead in ("▁", ""))
     vocab = _numbered([*special, *bytes_, *alphabet, *map("".join, merges)])
     tokenizer = transformers.GemmaTokenizer(
-        vocab=vocab, merges=merges, padding_side="right", model_max_length=max_length
+        vocab=vocab, merges=merges, padding_side=padding_side, model_max_length=max_length
     )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]

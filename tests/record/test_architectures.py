@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
 
 
 def opened(name, seed=0) -> SourceModel:
-    return open_source(SimpleNamespace(model=None, revision=None, architecture=name, seed=seed), None)
+    return open_source(SimpleNamespace(model=None, revision=None, architecture=name, seed=seed, pipeline=None), None)
 
 
 def test_every_architecture_is_tested():

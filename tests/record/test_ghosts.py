@@ -22,7 +22,9 @@ def folders(tmp_path_factory):
 
 
 def opened(folder):
-    return open_source(SimpleNamespace(model=str(folder), revision=None, architecture=None, gguf=None), folder)
+    return open_source(
+        SimpleNamespace(model=str(folder), revision=None, architecture=None, gguf=None, pipeline=None), folder
+    )
 
 
 def described(module):

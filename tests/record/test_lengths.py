@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +12,27 @@ import torch
 import diffkiln
 from diffkiln.compiler import _record, check
 from diffkiln.errors import DataDependent, RecordError, VerifyError
+from diffkiln.layers import repeated_blocks
 from diffkiln.record import lengths
-from diffkiln.record.lengths import REWRITES, fingerprint, fixed_lengths, lumina2, of_fixed_length, qwen_image, z_image
+from diffkiln.record.lengths import (
+    REWRITES,
+    cogview4,
+    is_rewritten,
+    lumina,
+    lumina2,
+    mochi,
+    of_fixed_length,
+    qwen_image,
+    z_image,
+)
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.verification import Verification, call, close, components
+from diffkiln.verification.twins import shrunken
+from tests.coverage.calls import CALLS
+from tests.coverage.calls.measure import spec_of as spec_of_folder
 from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
-from tests.pipelines import FAMILIES, WARNING_FILTERS
+from tests.pipelines import WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -30,14 +42,31 @@ LENGTH = 224
 PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
 ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
+#: The same of families that only the calls of tests/coverage have.
+MORE = {"mochi": 2e-5, "cogview4": 1e-5, "lumina": 1e-5, "bria": 1e-5, "latte": 1e-5}
+LIMITS = ROUNDING | MORE
 
 
-def compiled(family, root, passes=(), **inputs):
+def spec_for(family, root, padding_side=None, **settings):
+    """The spec of a family's folder, with these settings of its pipeline, and its tokenizer padding on this side."""
+    folder = root / family
+    with quiet_libraries():
+        pipe = CALLS[family].build()
+        pipe.register_to_config(**settings)
+        pipe.save_pretrained(folder, safe_serialization=True)
+    if padding_side:
+        file = folder / "tokenizer" / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": padding_side}))
+    return spec_of_folder(CALLS[family], folder)
+
+
+def compiled(family, root, passes=(), settings=None, **inputs):
     """diffusers' own pipeline, the compiled one, and the keywords of both."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    spec = spec_of(family, root)
-    call = spec["inputs"]["call"] | {"max_sequence_length": LENGTH}
+    spec = spec_for(family, root, **settings or {})
+    call = spec["inputs"]["call"]
+    call |= {"max_sequence_length": LENGTH} if "max_sequence_length" in call else {}
     spec["inputs"] |= {"num_inference_steps": 2, "call": call} | inputs
     built = diffkiln.compile(spec | {"passes": list(passes)}, root / "bundle", cache=engine_cache())
     with quiet_libraries():
@@ -47,7 +76,7 @@ def compiled(family, root, passes=(), **inputs):
     return reference, diffkiln.load(built.path), given
 
 
-@pytest.fixture(scope="module", params=ROUNDING)
+@pytest.fixture(scope="module", params=LIMITS)
 def both(request, tmp_path_factory):
     """The family's name, and what `compiled` gives for it."""
     made = compiled(request.param, tmp_path_factory.mktemp(request.param))
@@ -76,13 +105,13 @@ def difference(reference, pipe, given, **keywords):
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_prompts_of_every_length(both, count):
     family, *pair = both
-    assert difference(*pair, prompt=PROMPTS[count]) <= ROUNDING[family]
+    assert difference(*pair, prompt=PROMPTS[count]) <= LIMITS[family]
 
 
 @pytest.mark.parametrize("count", PROMPTS)
 def test_equals_diffusers_for_negative_prompts_of_every_length(both, count):
     family, *pair = both
-    assert difference(*pair, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= ROUNDING[family]
+    assert difference(*pair, prompt=PROMPTS[20], negative_prompt=PROMPTS[count]) <= LIMITS[family]
 
 
 def test_equals_diffusers_for_another_guidance(both):
@@ -90,36 +119,32 @@ def test_equals_diffusers_for_another_guidance(both):
     if "guidance_scale" in given:
         given = given | {"guidance_scale": 1.5 * given["guidance_scale"]}
     found = difference(reference, pipe, given, prompt=PROMPTS[20], negative_prompt=PROMPTS[1])
-    assert found <= ROUNDING[family]
+    assert found <= LIMITS[family]
 
 
-@pytest.mark.parametrize("family", ROUNDING)
+def test_equals_diffusers_for_an_empty_negative_prompt(both):
+    family, *pair = both
+    assert difference(*pair, prompt=PROMPTS[20], negative_prompt="") <= LIMITS[family]
+
+
+def test_equals_diffusers_where_an_empty_prompt_is_zeroed(tmp_path):
+    """As the last of its batch, for which Mochi zeroes the whole batch, and as the first, for which it does not."""
+    reference, pipe, given = compiled("mochi", tmp_path, settings={"force_zeros_for_empty_prompt": True}, batch_size=2)
+    with pipe:
+        for prompts in ([PROMPTS[200], ""], ["", PROMPTS[20]]):
+            assert difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1]) <= MORE["mochi"]
+
+
+@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina"])
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
+    """On the left where Lumina's are padded, whose tokenizer may: those that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
-    reference, pipe, given = compiled(family, tmp_path, batch_size=2, **repeats)
+    settings = {"padding_side": "left"} if family == "lumina" else None
+    reference, pipe, given = compiled(family, tmp_path, settings=settings, batch_size=2, **repeats)
     with pipe:
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
             found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
-            assert found <= ROUNDING[family]
-
-
-@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.owners[0].partition(":")[2])
-def test_rewrites_are_made_for_the_diffusers_that_is_installed(rewrite):
-    for owner in rewrite.owners:
-        importlib.import_module(f"diffusers.{owner.partition(':')[0]}")
-    assert len(list(rewrite.classes())) == len(rewrite.owners)
-    for owner in rewrite.classes():
-        prints = {name: fingerprint(rewrite.stands_for(owner, name)) for name in rewrite.prints}
-        assert prints == dict(rewrite.prints)
-
-
-def test_methods_are_replaced_only_while_it_lasts():
-    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
-
-    before = WanPipeline._get_t5_prompt_embeds
-    with fixed_lengths():
-        assert WanPipeline._get_t5_prompt_embeds is not before
-    assert WanPipeline._get_t5_prompt_embeds is before
+            assert found <= LIMITS[family]
 
 
 def unzeroed(pipe, prompt, device=None, max_sequence_length=512, **_):
@@ -173,34 +198,57 @@ def test_another_multiple_of_the_length_is_found(tmp_path, monkeypatch):
         diffkiln.compile(spec_of("z_image", tmp_path), tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "lumina2", "z_image"])
+def test_another_multiple_of_the_longest_prompt_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(cogview4, "_MULTIPLE", 8)
+    with pytest.raises(VerifyError, match="the recorded call of CogView4Pipeline differs"):
+        diffkiln.compile(spec_for("cogview4", tmp_path), tmp_path / "bundle")
+
+
+def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
+    """Of a processor, too, which is no component and no module."""
+
+    def unmasked(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None):
+        seen = torch.ones_like(attention_mask)
+        return mochi._attend(self, attn, hidden_states, encoder_hidden_states, seen, image_rotary_emb)
+
+    embeds, attend = mochi.REWRITES
+    monkeypatch.setattr(lengths, "REWRITES", (embeds, replace(attend, replacement=unmasked)))
+    with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_for("mochi", tmp_path), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "lumina2", "z_image", "cogview4", "mochi"])
 def test_large_components_in_other_types_are_verified_too(family, tmp_path, monkeypatch):
     """As twins; lengths are compared in float32, so that what bfloat16 and int8 activations round does not count."""
     check = Verification.check_component
     monkeypatch.setattr(call, "WHOLE_UP_TO", 0)
     monkeypatch.setattr(Verification, "check_component", lambda *args: args[1] == "vae" or check(*args))
-    compared = []
+    compared, twins = [], []
     monkeypatch.setattr(components, "close", lambda want, got: compared.append(want.dtype) or close(want, got))
-    spec = spec_of(family, tmp_path)
+    monkeypatch.setattr(call, "shrunken", lambda *args: twins.append(shrunken(*args)) or twins[-1])
+    spec = spec_for(family, tmp_path)
     spec["source"]["dtype"] = "bfloat16"
     spec["passes"] = [{"name": "quantize", "mapping": {"transformer": {"type": "int8_dynamic"}}}]
     diffkiln.compile(spec, tmp_path / "bundle")
     assert set(compared) == {torch.float32}
+    lists = {"qwen_image": set(), "lumina2": {3}, "z_image": {3}, "cogview4": {1}, "mochi": {1}}
+    kept = [[name.rpartition(".")[0] for name, _ in repeated_blocks(twin)] for twin in twins if is_rewritten(twin)]
+    assert {len(names) for names in kept} == {len(set(names)) for names in kept} == lists[family]
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
-def test_a_tokenizer_that_pads_on_the_left_is_refused(family, tmp_path):
-    spec = spec_of(family, tmp_path)
-    file = Path(spec["source"]["model"]) / "tokenizer" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
-    with pytest.raises(RecordError, match="pads on the left"):
+@pytest.mark.parametrize("family", ["qwen_image", "z_image", "mochi", "bria", "cogview4"])
+def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
+    side = "right" if family == "cogview4" else "left"
+    spec = spec_for(family, tmp_path, padding_side=side)
+    with pytest.raises(RecordError, match=f"pads on the {side}"):
         diffkiln.compile(spec, tmp_path / "bundle")
 
 
 def test_components_of_fixed_length_are_named():
     expected = {"wan": set(), "qwen_image": {"text_encoder", "transformer"}, "lumina2": {"transformer"}}
+    expected |= {"mochi": set(), "cogview4": {"text_encoder", "transformer"}, "bria": {"text_encoder"}}
     for family, names in expected.items():
-        assert of_fixed_length(FAMILIES[family].build(), {"max_sequence_length": LENGTH}) == names
+        assert of_fixed_length(CALLS[family].build(), {"max_sequence_length": LENGTH}) == names
 
 
 def test_engines_that_do_not_fit_diffusers_own_call_are_told(tmp_path):
@@ -222,22 +270,13 @@ def test_another_text_of_the_method_is_refused_and_told(tmp_path, monkeypatch):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_fingerprints_tell_code_and_not_words():
-    class First:
-        def method(self, a: int) -> int:
-            """Words."""
-            return a + 1  # more words
-
-    class Second:
-        def method(self, a):
-            return a + 1
-
-    class Third:
-        def method(self, a):
-            return a + 2
-
-    prints = [fingerprint(kind.method) for kind in (First, Second, Third)]
-    assert prints[0] == prints[1] != prints[2]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_that_is_cut_keeps_its_first_tokens(side):
+    ids = torch.tensor([[7, 8, 9, 10], [5, 6, 0, 0]] if side == "right" else [[7, 8, 9, 10], [0, 0, 5, 6]])
+    kept, mask = lumina._cut(ids, ids.ne(0).long(), torch.tensor(3), side, pad_id=0)
+    expected = [[7, 8, 9, 0], [5, 6, 0, 0]] if side == "right" else [[0, 7, 8, 9], [0, 0, 5, 6]]
+    assert kept.tolist() == expected
+    assert mask.tolist() == kept.ne(0).long().tolist()
 
 
 def test_close_means_type_shape_and_rounding_of_the_largest():

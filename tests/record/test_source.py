@@ -19,7 +19,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def declare(model=None, revision=None, architecture=None, seed=None):
     """What the spec says of the source, without the spec's own checks."""
-    return SimpleNamespace(model=model, revision=revision, architecture=architecture, seed=seed, dtype=None, gguf=None)
+    told = {"model": model, "revision": revision, "architecture": architecture, "seed": seed}
+    return SimpleNamespace(**told, dtype=None, gguf=None, pipeline=None)
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,12 @@ def test_dropout_in_place_is_nothing_in_evaluation():
     assert not any("dropout" in op.name for op in replayed(lambda x: drop(x + 1), X).ops)
 
 
+def test_conjugation_is_done_at_once():
+    """As a bit of the tensor it would be lost on an engine, which is given the tensor's memory."""
+    program = replayed(lambda x: torch.view_as_complex(x).conj(), torch.zeros(4, 2))
+    assert [op.name for op in program.ops] == ["aten.view_as_complex.default", "aten.conj_physical.default"]
+
+
 def test_double_complex_constants_are_kept_as_pairs():
     """safetensors knows no complex128, which rotary tables of video models have."""
     table = torch.polar(torch.ones(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_leaves_the_callers_list_and_tensors_alone() -> None:
     run(flat)
     assert len(flat) == len(copies)
     assert all(torch.equal(a, b) for a, b in zip(flat, copies, strict=True))
+
+
+def test_a_torch_whose_loader_takes_archives_only_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 is such a one. This torch's loader takes both, so it shows that the archive is as it should be."""
+    given: list[str] = []
+    names: list[list[str]] = []
+
+    def archives_only(package: str, *rest: object) -> object:
+        given.append(package)
+        if Path(package).is_dir():
+            raise RuntimeError("Failed to initialize zip archive: file open failed")
+        names.append(zipfile.ZipFile(package).namelist())
+        return real(package, *rest)
+
+    real = torch._C._aoti.AOTIModelPackageLoader
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", archives_only)
+    region, run = loaded()
+    run.make_recordable()
+    flat = tensors(region)
+    torch.testing.assert_close(run(flat)[0], interpreted(region, flat)[0], rtol=1e-5, atol=1e-5)
+    folder = "engine/data/aotinductor/model"
+    assert {f"{folder}/engine.{ending}" for ending in ("so", "cpp")} | {f"{folder}/engine_metadata.json"} <= {*names[0]}
+    assert [Path(package).exists() for package in given] == [True, False, True, False]
 
 
 def test_copies_what_is_not_contiguous() -> None:

@@ -181,10 +181,17 @@ class TestKernels:
         kernels.keep()
         assert kept.read_bytes() == b"own"
 
+    def test_all_that_a_context_has_may_go_into_a_bundle(self, copy: Path) -> None:
+        kernels, engine = Kernels(copy), stand_in()
+        kernels.context(engine)
+        engine.cache.data = b"compiled"
+        assert kernels.compiled() == b"compiled"
+
     def test_library_that_keeps_none_gets_an_ordinary_context(self, copy: Path) -> None:
         kernels = Kernels(copy)
         assert kernels.context(SimpleNamespace(create_execution_context=lambda *given: given)) == ()
         kernels.keep()
+        assert kernels.compiled() == b""
 
     def test_state_that_cannot_be_written_is_told_and_costs_nothing_else(
         self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

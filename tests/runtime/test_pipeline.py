@@ -138,6 +138,24 @@ def test_output_types(pipe, eager):
         pipe("Fox", output_type="jpeg")
 
 
+def test_latents_are_those_of_their_own_call(pipe, monkeypatch):
+    """Also where another thread's call follows at once."""
+    want = pipe("Fox", output_type="latent", generator=seeded(5)).images
+    lock, others = pipe.executor._lock, iter(["Cat"])
+
+    class Followed:
+        acquire = staticmethod(lock.acquire)
+
+        @staticmethod
+        def release():
+            lock.release()
+            for prompt in others:
+                pipe(prompt)
+
+    monkeypatch.setattr(pipe.executor, "_lock", Followed)
+    assert torch.equal(want, pipe("Fox", output_type="latent", generator=seeded(5)).images)
+
+
 @pytest.mark.parametrize(
     ("args", "keywords", "message"),
     [
@@ -147,6 +165,9 @@ def test_output_types(pipe, eager):
         (("a",), {"num_inference_steps": 50}, "num_inference_steps=50"),
         (("a",), {"strenght": 0.5}, "strenght: .* was not compiled with this keyword"),
         (("a",), {"guidance_scale": 1.0}, "turns guidance off"),
+        (("a",), {"guidance_scale": [7.5]}, r"guidance_scale: \[7\.5\] is no number"),
+        (("a",), {"timesteps": np.arange(900)}, r"timesteps=\[0, 1, 2, 3, 4, 5, \.\.\.\]"),
+        (("a",), {"ip_adapter_image": np.zeros((8, 8, 3))}, "ip_adapter_image=.*The bundle has"),
         (("a",), {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents only"),
         ((7,), {}, "prompt"),
         (("a",), {"negative_prompt": ["x", "y"]}, "negative_prompt: 2 prompts"),
@@ -189,3 +210,10 @@ def test_an_error_in_the_callback_leaves_the_pipeline_usable(pipe, eager):
         pipe("a", callback_on_step_end=fail)
     want, got = both(pipe, eager, "A red Fox")
     assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("output_type", ["jpeg", None])
+def test_an_unknown_output_type_is_refused_before_anything_is_drawn(pipe, monkeypatch, output_type):
+    monkeypatch.setattr(pipe, "executor", None)
+    with pytest.raises(CallError, match=f"output_type: {output_type!r} is none of pil, np, pt, latent"):
+        pipe("a red fox", output_type=output_type)

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as attend
 
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.runtime.self_test import self_test
+from tests.exporters.regions import attending_by_package
 
+HOMES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 KIND = TensorType("float32", (3, 4))
 REGION = Program(
     "block",
@@ -72,6 +75,32 @@ def test_a_right_engine_passes_and_its_inputs_are_checked():
     engine = Right()
     assert run(engine) == 0.0
     assert engine.checked == 3
+
+
+def test_neither_computes_in_tf32():
+    """Its rounding is larger than what float32 may differ by, and torch's convolutions take it by default."""
+    seen = []
+
+    class Watched(Right):
+        def __call__(self, flat):
+            seen.append([home.fp32_precision for home in HOMES])
+            return super().__call__(flat)
+
+    before = [home.fp32_precision for home in HOMES]
+    run(Watched())
+    assert seen == [["ieee", "ieee"]]
+    assert [home.fp32_precision for home in HOMES] == before
+
+
+def test_attention_by_a_package_is_part_of_the_replay(monkeypatch):
+    region = attending_by_package()
+    monkeypatch.setattr("diffkiln.runtime.self_test.packaged", lambda _: lambda q, k, v: [attend(q, k, v)])
+
+    class Engine(Right):
+        def __call__(self, flat):
+            return [attend(*flat[:3]) * flat[3]]
+
+    assert self_test(Engine(), region, {}, torch.device("cpu"), "engine e") < 1e-6
 
 
 def test_a_region_that_rounds_may_differ_by_more():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.bundle import Manifest, open_bundle
+from diffkiln.bundle import Manifest, device_features, device_policy, open_bundle
 from diffkiln.errors import Incompatible
 from diffkiln.runtime import compatibility, targets
 from diffkiln.runtime.compatibility import ISA_FLAGS
-from diffkiln.runtime.targets import EXACT, PTX, SAME_MAJOR, choose, gpu_fit, own_level
+from diffkiln.runtime.targets import EXACT, PTX, SAME_MAJOR, choose, gpu_fit, own_level, place_for
 from tests.bundle import making
 from tests.runtime.test_loading import copy, rewritten  # noqa: F401  the fixture of a copied bundle
 
@@ -83,6 +83,77 @@ def test_engines_for_another_torch_fit_nowhere(three: Manifest, monkeypatch: pyt
     monkeypatch.setattr(compatibility.torch, "__version__", "2.99.0")
     with pytest.raises(Incompatible, match=r"torch: found 2\.99\.0, required ==2\.13"):
         choose(three, CPU)
+
+
+# -- CPUs and GPUs in one bundle
+
+
+@pytest.fixture
+def mixed(three: Manifest) -> Manifest:
+    """The manifest of a bundle for a GPU and a level of CPU, built with CUDA 13."""
+    gpu = three.engines[0].model_copy(update={"target": "nvidia-l4"})
+    devices = {"nvidia-l4": "cuda", NAMES[1]: "cpu"}
+    runtime = {
+        **device_policy(devices),
+        "targets": {"nvidia-l4": "x86-64-v3", NAMES[1]: "x86-64-v2"},
+        "gpus": {"nvidia-l4": {"sm": "sm_89"}},
+    }
+    engines = (gpu, next(row for row in three.engines if row.target == NAMES[1]))
+    asked = three.requires.model_copy(update={"cuda": "13.0", "driver": "580.65.06"})
+    return three.model_copy(update={"engines": engines, "runtime": runtime, "requires": asked})
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(compatibility, "_cpu_flags", lambda: flags_of("x86-64-v3"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compatibility, "_driver", lambda: "590.1")
+    monkeypatch.setattr(targets, "capability", lambda: found)
+
+
+def test_a_gpu_that_fits_is_taken_before_the_cpu(mixed: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, (8, 9))
+    assert place_for(mixed) == torch.device("cuda")
+    choice = choose(mixed, place_for(mixed))
+    assert (choice.target, choice.why) == ("nvidia-l4", "its sm_89 is this GPU's own")
+    assert choice.others == {NAMES[1]: "device: found cuda, required cpu"}
+
+
+def test_without_a_gpu_the_cpus_engines_are_taken_and_cuda_is_not_asked_for(
+    mixed: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(monkeypatch, None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert place_for(mixed) == CPU
+    choice = choose(mixed, CPU)
+    assert choice.target == NAMES[1]
+    assert choice.others == {"nvidia-l4": "device: found cpu, required cuda"}
+
+
+def test_a_gpu_that_does_not_fit_is_left_alone_and_the_log_says_why(
+    mixed: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpu(monkeypatch, (7, 5))
+    with caplog.at_level(logging.INFO, "diffkiln"):
+        assert place_for(mixed) == CPU
+    assert "not on the GPU" in caplog.text
+    assert "gpu: found sm_75, required sm_89" in caplog.text
+
+
+def test_a_caller_who_wants_the_gpu_is_told_of_gpus_alone(mixed: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, None)
+    monkeypatch.setattr(targets, "capability", lambda: None)
+    with pytest.raises(Incompatible, match=r"required nvidia-l4 \(sm_89\), which"):
+        targets.check_device(mixed, place_for(mixed, "cuda"))
+
+
+def test_devices_are_said_one_by_one_only_where_they_differ() -> None:
+    assert device_policy({"a": "cuda", "b": "cuda"}) == {"device": "cuda"}
+    assert device_policy({"a": "cpu", "b": "cuda"}) == {"device": "cpu", "devices": {"a": "cpu", "b": "cuda"}}
+
+
+def test_a_reader_must_know_that_devices_are_mixed_as_long_as_they_are() -> None:
+    assert device_features({"channels_last"}, {"a": "cpu", "b": "cuda"}) == ("channels_last", "mixed_devices")
+    assert device_features({"mixed_devices"}, {"a": "cpu"}) == ()
 
 
 # -- GPUs, from their numbers alone

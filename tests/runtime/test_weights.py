@@ -160,6 +160,8 @@ class Bytes:
         '{"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4.0]}}',
         '{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
         '{"x": {"dtype": "F32", "shape": [4611686018427387904, 4, 0], "data_offsets": [0, 0]}}',
+        '{"x": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]}, '
+        '"y": {"dtype": "U8", "shape": [5], "data_offsets": [3, 8]}}',
         "[" * 50_000,
     ],
 )

@@ -7,21 +7,20 @@ verified at every build (diffkiln.verification): the call bit for bit, component
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from diffkiln.record.lengths import lumina2, qwen_image, wan, z_image
+from diffkiln.record.lengths import bria, cogview4, latte, lumina, lumina2, mochi, qwen_image, wan, z_image
 from diffkiln.record.lengths.rewriting import Padding, Rewrite, fingerprint, replaced, whole
+from diffkiln.record.processors import processors_of
 
-REWRITES: tuple[Rewrite, ...] = (*wan.REWRITES, *qwen_image.REWRITES, *lumina2.REWRITES, *z_image.REWRITES)
+_FAMILIES: tuple[Any, ...] = (wan, qwen_image, lumina2, z_image, mochi, cogview4, lumina, bria, latte)
+REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
-#: pipeline class → what its components are given, from the pipeline and the fixed keywords of its call
-_PADDINGS: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Padding]]] = {
-    "QwenImagePipeline": qwen_image.paddings,
-    "ZImagePipeline": z_image.paddings,
-}
+#: Those that give the components of their pipelines other arguments than diffusers does.
+_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte)
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:
@@ -36,26 +35,40 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
         pipe: the pipeline.
         fixed: the keywords of its call, with defaults.
     """
-    made = _PADDINGS.get(type(pipe).__name__)
-    return made(pipe, fixed) if made else {}
+    for family in _PADDED:
+        if any(type(pipe) in rewrite.classes() for rewrite in family.REWRITES):
+            return family.paddings(pipe, fixed)
+    return {}
 
 
 def is_rewritten(module: torch.nn.Module) -> bool:
-    """Whether `fixed_lengths` replaces a method of a component."""
-    return any(owner in type(module).__mro__ and rewrite.fits(owner) for rewrite, owner in _owners())
+    """Whether `fixed_lengths` replaces a method of a component, or of an attention processor in it."""
+    classes = _classes(module)
+    return any(owner in classes and rewrite.fits(owner) for rewrite, owner in _owners())
 
 
 def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
-    """The components that a program calls at another length than diffusers, or that compute at another one."""
+    """The components that a program calls at another length than diffusers, or that compute at another one.
+
+    Not those in which only the attention differs: their blocks are called as diffusers calls them.
+    """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {name for name, module in modules.items() if is_rewritten(module)} | paddings(pipe, fixed).keys()
+    owners = {owner for rewrite, owner in _owners() if rewrite.fits(owner)}
+    own = {name for name, module in modules.items() if not owners.isdisjoint(type(module).__mro__)}
+    return own | paddings(pipe, fixed).keys()
 
 
 def outdated(pipe: Any) -> str:
     """The methods of a pipeline and its components that have a rewrite, made for another text of them; "" if none."""
-    classes = {base for part in (pipe, *pipe.components.values()) for base in type(part).__mro__}
+    classes = {base for part in (pipe, *pipe.components.values()) for base in _classes(part)}
     names = [f"{o.__name__}.{rewrite.method}" for rewrite, o in _owners() if o in classes and not rewrite.fits(o)]
     return ", ".join(names)
+
+
+def _classes(part: Any) -> set[type]:
+    """What a pipeline or a component is an instance of, and what the attention processors in it are."""
+    processors = processors_of(part).values() if isinstance(part, torch.nn.Module) else ()
+    return {base for each in (part, *processors) for base in type(each).__mro__}
 
 
 def _owners() -> list[tuple[Rewrite, type]]:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Padding, Rewrite
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
 
 
 def _encode_prompt(
@@ -64,22 +63,22 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        return args, kwargs | {"input_ids": _resized(ids, text, pad_id), "attention_mask": _resized(mask, text)}
+        return args, kwargs | {"input_ids": resized(ids, text, pad_id), "attention_mask": resized(mask, text)}
 
     def cut_text(tensor: torch.Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        return _resized(tensor, kwargs["input_ids"].shape[1]) if tensor.ndim == 3 else tensor
+        return resized(tensor, kwargs["input_ids"].shape[1]) if tensor.ndim == 3 else tensor
 
     def used_text(tensor: torch.Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        mask = _resized(kwargs["attention_mask"], text).bool()
-        return _resized(tensor, text)[mask]
+        mask = resized(kwargs["attention_mask"], text).bool()
+        return resized(tensor, text)[mask]
 
     def pad_embeds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         embeds, mask = kwargs["encoder_hidden_states"], kwargs["encoder_hidden_states_mask"]
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
         padded = {
-            "encoder_hidden_states": _resized(embeds, length),
-            "encoder_hidden_states_mask": _resized(mask, length),
+            "encoder_hidden_states": resized(embeds, length),
+            "encoder_hidden_states_mask": resized(mask, length),
         }
         return args, kwargs | padded
 
@@ -89,15 +88,15 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     }
 
 
-def _resized(tensor: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
-    """[batch, length, …]: cut, or filled with `value`."""
-    missing = length - tensor.shape[1]
-    return functional.pad(tensor, (*([0, 0] * (tensor.ndim - 2)), 0, missing), value=value)
-
-
 REWRITES = (
     Rewrite(
-        owners=("pipelines.qwenimage.pipeline_qwenimage:QwenImagePipeline",),
+        owners=(
+            "pipelines.qwenimage.pipeline_qwenimage:QwenImagePipeline",
+            "pipelines.qwenimage.pipeline_qwenimage_img2img:QwenImageImg2ImgPipeline",
+            "pipelines.qwenimage.pipeline_qwenimage_inpaint:QwenImageInpaintPipeline",
+            "pipelines.qwenimage.pipeline_qwenimage_controlnet:QwenImageControlNetPipeline",
+            "pipelines.qwenimage.pipeline_qwenimage_controlnet_inpaint:QwenImageControlNetInpaintPipeline",
+        ),
         method="encode_prompt",
         prints={
             "encode_prompt": "4cc93fb6792a8967",

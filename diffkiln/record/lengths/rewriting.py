@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
+
+import torch
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class Rewrite:
         prints: `fingerprint` of every method that the rewrite stands for: by its name, or by "Class.name" for a method
             of another class of the owner's module.
         replacement: a function that takes the method's place.
+        around: the replacement takes the method, and gives what takes its place and calls it.
     """
 
     owners: tuple[str, ...]
     method: str
     prints: Mapping[str, str]
     replacement: Callable[..., Any]
+    around: bool = False
 
     def classes(self) -> Iterator[type]:
         """The owners among the classes that are loaded."""
@@ -47,11 +53,24 @@ class Rewrite:
         """Whether the methods of this class are those that the rewrite was made for."""
         return all(fingerprint(self.stands_for(owner, name)) == known for name, known in self.prints.items())
 
+    def made_for(self, owner: type) -> Callable[..., Any]:
+        """What takes the method's place in this class."""
+        return self.replacement(getattr(owner, self.method)) if self.around else self.replacement
+
     def stands_for(self, owner: type, name: str) -> Any:
         """The method that a key of `prints` names; None where there is none."""
         other, _, method = name.rpartition(".")
         holder = getattr(sys.modules[owner.__module__], other, None) if other else owner
         return getattr(holder, "__dict__", {}).get(method)
+
+
+def resized(
+    tensor: torch.Tensor, length: int, value: float = 0, side: Literal["left", "right"] = "right"
+) -> torch.Tensor:
+    """[batch, length, …]: cut, or filled with `value`, on one side of the second dimension."""
+    missing = length - tensor.shape[1]
+    sides = (missing, 0) if side == "left" else (0, missing)
+    return functional.pad(tensor, (*([0, 0] * (tensor.ndim - 2)), *sides), value=value)
 
 
 def whole(tensor: Any, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
@@ -75,6 +94,7 @@ class Padding:
     used: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = whole
 
 
+@functools.cache
 def fingerprint(function: Any) -> str:
     """A digest of a function's code: its text without comments, docstring, annotations and decorators."""
     if function is None:
@@ -96,5 +116,5 @@ def replaced(rewrites: Iterable[Rewrite]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for rewrite in rewrites:
             for owner in [owner for owner in rewrite.classes() if rewrite.fits(owner)]:
-                stack.enter_context(mock.patch.object(owner, rewrite.method, rewrite.replacement))
+                stack.enter_context(mock.patch.object(owner, rewrite.method, rewrite.made_for(owner)))
         yield

@@ -48,9 +48,25 @@ REWRITES = (
             "pipelines.skyreels_v2.pipeline_skyreels_v2:SkyReelsV2Pipeline",
             "pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing:SkyReelsV2DiffusionForcingPipeline",
             "pipelines.anyflow.pipeline_anyflow:AnyFlowPipeline",
+            "pipelines.anyflow.pipeline_anyflow_far:AnyFlowFARPipeline",
+            "pipelines.lucy.pipeline_lucy_edit:LucyEditPipeline",
+            "pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_i2v:"
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_v2v:"
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            "pipelines.wan.pipeline_wan_video2video:WanVideoToVideoPipeline",
         ),
         method="_get_t5_prompt_embeds",
         prints={"_get_t5_prompt_embeds": "6aceaece50aeec7c"},
+        replacement=_get_t5_prompt_embeds,
+    ),
+    Rewrite(  # which differ in the default of max_sequence_length
+        owners=(
+            "pipelines.wan.pipeline_wan_i2v:WanImageToVideoPipeline",
+            "pipelines.skyreels_v2.pipeline_skyreels_v2_i2v:SkyReelsV2ImageToVideoPipeline",
+        ),
+        method="_get_t5_prompt_embeds",
+        prints={"_get_t5_prompt_embeds": "ecd9d18eb4da28fa"},
         replacement=_get_t5_prompt_embeds,
     ),
 )

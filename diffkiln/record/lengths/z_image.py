@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,10 +15,21 @@ from diffkiln.record.lengths.rewriting import Padding, Rewrite
 _MULTIPLE = 32
 
 
+class _Caption(NamedTuple):
+    """One caption at the fixed length, with its type where pipelines read it."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeds.dtype
+
+
 def _encode_prompt(
     self: Any, prompt: Any, device: Any = None, prompt_embeds: Any = None, max_sequence_length: int = 512
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A caption is a pair: all tokens, with zeros in the padding, and which of them count."""
+) -> list[_Caption]:
+    """All tokens of each caption, with zeros in the padding, and which of them count."""
     if prompt_embeds is not None:
         raise RecordError("prompt_embeds of ZImagePipeline are not recorded")
     if self.tokenizer.padding_side != "right":
@@ -37,14 +48,14 @@ def _encode_prompt(
         input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True
     ).hidden_states[-2]
     embeds = embeds.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return list(zip(embeds.unbind(0), mask.unbind(0), strict=True))
+    return list(map(_Caption, embeds.unbind(0), mask.unbind(0)))
 
 
 def _forward(
     self: Any,
     x: list[torch.Tensor],
     t: torch.Tensor,
-    cap_feats: list[tuple[torch.Tensor, torch.Tensor]],
+    cap_feats: list[_Caption],
     return_dict: bool = True,
     controlnet_block_samples: Any = None,
     siglip_feats: Any = None,
@@ -120,9 +131,9 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """The denoiser's captions follow the prompt's length."""
     length = fixed["max_sequence_length"]
 
-    def padded(caption: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(caption: torch.Tensor) -> _Caption:
         count = caption.shape[0]
-        return functional.pad(caption, (0, 0, 0, length - count)), torch.arange(length) < count
+        return _Caption(functional.pad(caption, (0, 0, 0, length - count)), torch.arange(length) < count)
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         images, times, captions = args
@@ -133,7 +144,11 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
 REWRITES = (
     Rewrite(
-        owners=("pipelines.z_image.pipeline_z_image:ZImagePipeline",),
+        owners=(
+            "pipelines.z_image.pipeline_z_image:ZImagePipeline",
+            "pipelines.z_image.pipeline_z_image_img2img:ZImageImg2ImgPipeline",
+            "pipelines.z_image.pipeline_z_image_inpaint:ZImageInpaintPipeline",
+        ),
         method="_encode_prompt",
         prints={"_encode_prompt": "0669068957634578"},
         replacement=_encode_prompt,

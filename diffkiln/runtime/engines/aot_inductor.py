@@ -6,8 +6,11 @@ manifest allows: the compatibility and trust gates come before this module.
 
 from __future__ import annotations
 
+import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,27 +42,52 @@ class AotInductorEngine:
         self._name = f"the engine {directory.name}"
         if not (directory / _LIBRARY).is_file():
             raise Incomplete(f"{directory}: the file {_LIBRARY} is missing")
+        self._directory = directory
         self._loader, self._run = _load(directory, self.device)
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._run([tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in flat])
 
+    def make_recordable(self) -> None:
+        """Without the events by which calls from several threads wait for one another: a graph cannot hold them."""
+        self._loader, self._run = _load(self._directory, self.device, alone=True)
+
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)
 
 
-def _load(directory: Path, device: torch.device) -> tuple[object, _Run]:
-    """torch's loader, which must live as long as the engine, and its entry point."""
-    aoti = torch._C._aoti  # type: ignore[attr-defined]
-    index = -1 if device.index is None else device.index
+def _load(directory: Path, device: torch.device, alone: bool = False) -> tuple[object, _Run]:
+    """torch's loader, which must live as long as the engine, and its entry point. `alone` says that no two threads will
+    call it at the same time."""
     try:
-        loader = aoti.AOTIModelPackageLoader(str(directory), "model", False, 1, index)
+        try:
+            loader = _loader(directory, device, alone)
+        except RuntimeError as error:
+            if "zip archive" not in str(error):
+                raise
+            loader = _from_archive(directory, device, alone)
         return loader, loader.boxed_run
     except (RuntimeError, TypeError, AttributeError) as error:
-        if device.type != "cpu" or "zip" not in str(error):
-            raise Incompatible(
-                f"{directory}: torch {torch.__version__} cannot load the engine: {str(error).partition(chr(10))[0]}"
-            ) from error
-    # A torch whose loader takes archives only; below it lies a runner that takes the library.
-    runner = aoti.AOTIModelContainerRunnerCpu(str(directory / _LIBRARY), 1)
-    return runner, runner.run
+        raise Incompatible(
+            f"{directory}: torch {torch.__version__} cannot load the engine: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def _loader(package: Path, device: torch.device, alone: bool) -> Any:
+    index = -1 if device.index is None else device.index
+    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", alone, 1, index)  # type: ignore[attr-defined]
+
+
+def _from_archive(directory: Path, device: torch.device, alone: bool) -> Any:
+    """The same by a torch whose loader takes archives only, which it unpacks into a private directory of its own.
+
+    torch 2.11 is one. It takes the place of the metadata from that of a C++ source, which nobody compiles where there
+    is a library, and the archive's root from the first two names.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffkiln-engine-") as scratch:
+        package = Path(scratch) / "engine.pt2"
+        with zipfile.ZipFile(package, "w") as archive:
+            for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+                archive.write(file, Path("engine", file.relative_to(directory)))
+            archive.writestr(str(Path("engine", _LIBRARY.with_suffix(".cpp"))), "")
+        return _loader(package, device, alone)

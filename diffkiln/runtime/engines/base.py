@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +43,19 @@ class Engine(Protocol):
 def holds_weights(engine: Engine) -> bool:
     """Whether an engine has weights of its own, and looks at none of those among its inputs."""
     return getattr(engine, "holds_weights", False)
+
+
+def learned(engine: Engine) -> Mapping[str, bytes]:
+    """Files that running an engine made, to lie beside it so that the next that loads it need not make them again."""
+    files = getattr(engine, "learned", None)
+    return files() if files is not None else {}
+
+
+def make_recordable(engine: Engine) -> None:
+    """Have an engine launch nothing that a CUDA graph cannot record, where it otherwise would."""
+    make = getattr(engine, "make_recordable", None)
+    if make is not None:
+        make()
 
 
 class EngineClass(Protocol):

@@ -1,7 +1,8 @@
 """Run what the backend `onnx` built, with ONNX Runtime, on the bundle's own tensors.
 
-Inputs, weights and outputs are bound where torch has them, by address: nothing is copied on its way in or out. Graph
-optimizations run when the session is made, from the graph alone; libraries of custom operators are never loaded.
+Inputs, weights and outputs are bound where torch has them, by address: nothing is copied on its way in or out. Complex
+tensors are bound as the pairs of real numbers that they are in memory. Graph optimizations run when the session is
+made, from the graph alone; libraries of custom operators are never loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import dtype_name, dtype_of
+from diffkiln.aten import dtype_name, dtype_of, in_pairs
 from diffkiln.errors import Incompatible, MissingDependency
 from diffkiln.program.onnx import NUMBERS
 from diffkiln.runtime.engines.base import Layout, check_inputs
@@ -55,7 +56,7 @@ class OnnxEngine:
         self._fixed = fixed if all(isinstance(size, int) for shape in fixed for size in shape) else None
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
-        held = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in flat]
+        held = [in_pairs(tensor).contiguous() for tensor in flat]
         binding = self._session.io_binding()
         for name, tensor in zip(self._takes, held, strict=True):
             self._bind(binding.bind_input, name, tensor)

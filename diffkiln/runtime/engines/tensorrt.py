@@ -8,15 +8,16 @@ those that the engine was built for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffkiln.aten import in_pairs
 from diffkiln.errors import Incompatible
-from diffkiln.program.tensorrt import ENGINE
+from diffkiln.program.tensorrt import ENGINE, KERNELS
 from diffkiln.runtime.engines.base import Layout, check_inputs
 from diffkiln.runtime.engines.tensorrt_files import check_machine, read_facts
 from diffkiln.runtime.engines.tensorrt_kernels import Kernels
@@ -88,12 +89,18 @@ class TensorrtEngine:
             self._keep_kernels(tuple(tensor.shape for tensor in held))
         return outputs
 
+    def learned(self) -> Mapping[str, bytes]:
+        """The kernels that were compiled for this GPU and driver, for a bundle that is built where it runs."""
+        kernels = self._kernels.compiled()
+        return {KERNELS: kernels} if kernels else {}
+
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as TensorRT takes it: on the GPU, where constants of one number are not, contiguous, aligned."""
-        tensor = tensor.to(self.device).contiguous()
+        """The tensor as TensorRT takes it: real, contiguous, aligned, and on the GPU, where constants of one
+        number are not."""
+        tensor = in_pairs(tensor).to(self.device).contiguous()
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
     def _bind_input(self, name: str, tensor: torch.Tensor) -> None:

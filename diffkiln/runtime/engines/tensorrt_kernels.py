@@ -46,6 +46,10 @@ class Kernels:
         config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)
 
+    def compiled(self) -> bytes:
+        """All kernels that the context has by now; nothing where the library keeps none."""
+        return b"" if self._cache is None else bytes(self._cache.serialize())
+
     def keep(self) -> None:
         """Write what was compiled since the last time, whole or not at all. Nothing is lost where that cannot be."""
         if self._cache is None or self._file is None:

@@ -39,7 +39,7 @@ def cogview3_plus():
 
 @call("cogview4", **SMALL, max_sequence_length=32)
 def cogview4():
-    tokenizer = tokenizers.gemma()
+    tokenizer = tokenizers.gemma(padding_side="left")
     config = transformers.GlmConfig(**parts.decoder_config(tokenizer), partial_rotary_factor=0.5)
     return diffusers.CogView4Pipeline(
         tokenizer=tokenizer,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import diffkiln
 from diffkiln.errors import DiffkilnError
@@ -17,8 +20,8 @@ from tests.coverage.measure import RESULTS, plain
 from tests.pipelines.registry import Family
 
 FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-#: Families whose denoiser is called at another length than by diffusers, so that its sums have another order.
-PADDED = {"qwen_image", "z_image", "lumina2"}
+#: Families of which a component computes at another length than in diffusers, so that its sums have another order.
+PADDED = ("qwen_image", "z_image", "lumina", "mochi", "cogview4", "bria", "latte")
 #: The request that all are compared with.
 REQUEST, SEED = {"prompt": "A small red Fox", "output_type": "pt"}, 5
 
@@ -31,6 +34,7 @@ def measure_call(name: str) -> dict[str, Any]:
             pipe = family.build()
             pipe.save_pretrained(root / "model", safe_serialization=True)
         result = {"class": type(pipe).__name__, "video": family.video}
+        result |= {"takes": sorted(family.images)} if family.images else {}
         try:
             return result | _replayed(family, root)
         except DiffkilnError as error:
@@ -46,16 +50,34 @@ def write_call(name: str, result: dict[str, Any]) -> None:
 def spec_of(family: Family, model: Path) -> dict[str, Any]:
     """The spec that compiles a family's folder for the call that suits it."""
     call = {key: value for key, value in family.call.items() if key not in ("prompt", "negative_prompt")}
-    inputs = {key: call.pop(key) for key in FIELDS if key in call} | {"call": call}
+    inputs = {key: call.pop(key) for key in FIELDS if key in call} | {"call": call | dict(family.images)}
     return {"spec_version": 1, "source": {"model": str(model)}, "target": {"device": "cpu"}, "inputs": inputs}
 
 
 def drawn(pipe: Any, family: Family, spec: dict[str, Any], seed: int = SEED) -> torch.Tensor:
     """What a pipeline, diffusers' or compiled, gives for the request that all are compared with."""
     given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
+    given |= images_for(family, given["height"], given["width"])
+    if family.images and "height" not in inspect.signature(type(pipe).__call__).parameters:
+        given = {key: value for key, value in given.items() if key not in ("height", "width")}
     negative = {key: value for key, value in family.call.items() if key == "negative_prompt"}
+    torch.manual_seed(seed)  # for what a pipeline draws without its generator
     result = pipe(**REQUEST, **negative, generator=torch.Generator().manual_seed(seed), **given)
     return result.frames if family.video else result.images
+
+
+def images_for(family: Family, height: int, width: int) -> dict[str, Any]:
+    """Noise for each image that a family's call takes, in its list where it takes a list."""
+    rng = np.random.default_rng(SEED)
+
+    def image(size: dict[str, int]) -> Image.Image:
+        shape = size.get("height", height), size.get("width", width), 3
+        return Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+
+    return {
+        keyword: [image(size) for size in sizes] if isinstance(sizes, list) else image(sizes)
+        for keyword, sizes in family.images.items()
+    }
 
 
 def _replayed(family: Family, root: Path) -> dict[str, Any]:
@@ -69,7 +91,7 @@ def _replayed(family: Family, root: Path) -> dict[str, Any]:
         want = drawn(reference, family, spec)
     with diffkiln.load(built.path) as pipe:
         difference = float((want - drawn(pipe, family, spec)).abs().max())
-    limit = 1e-5 if family.name in PADDED else 0.0
+    limit = 1e-5 if family.name.startswith(PADDED) else 0.0
     if difference > limit:
         return {"diffusers": f"the replay differs by {difference:.0e}"}
     programs = [json.loads(path.read_text()) for path in (built.path / "programs").glob("*.json")]

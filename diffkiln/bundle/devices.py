@@ -1,0 +1,34 @@
+"""The device that each of a bundle's targets is: the same for all, or each its own where CPUs and GPUs are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffkiln.bundle.manifest import Manifest
+
+MIXED = "mixed_devices"
+
+
+def device_policy(devices: Mapping[str, str]) -> dict[str, Any]:
+    """What the manifest's `runtime` says of the targets' devices, in their order: `devices` only where they differ."""
+    first = next(iter(devices.values()))
+    return {"device": first} | ({"devices": dict(devices)} if len(set(devices.values())) > 1 else {})
+
+
+def device_features(features: Iterable[str], devices: Mapping[str, str]) -> tuple[str, ...]:
+    """What a bundle for these devices demands of its reader, besides other features: to know that they are mixed."""
+    mixed = {MIXED} if len(set(devices.values())) > 1 else set()
+    return tuple(sorted({*features} - {MIXED} | mixed))
+
+
+def devices_of(manifest: Manifest) -> frozenset[str]:
+    """The devices that the bundle is for: "cpu", "cuda", or both."""
+    stated: Any = manifest.runtime.get("devices", {})
+    return frozenset(stated.values()) or frozenset([str(manifest.runtime.get("device", "cpu"))])
+
+
+def device_of(manifest: Manifest, target: str) -> str:
+    """The device of one target."""
+    stated: Any = manifest.runtime.get("devices", {})
+    return str(stated.get(target, manifest.runtime.get("device", "cpu")))

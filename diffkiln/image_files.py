@@ -1,0 +1,60 @@
+"""Image files for the command line: what a call is given, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffkiln.program.images import DEEP, IMAGES
+
+
+def read_images(given: Sequence[str]) -> dict[str, Any]:
+    """Keyword → an image, or a list where several files are for one keyword.
+
+    Args:
+        given: "FILE", for the keyword `image`, or "KEYWORD=FILE". A file for `video` may be an animation.
+
+    Raises:
+        click.BadParameter: a file that is no image, or an image of more than eight bits.
+    """
+    found: dict[str, list[Any]] = {}
+    for item in given:
+        keyword, _, name = item.partition("=")
+        keyword, name = (keyword, name) if keyword in IMAGES and name else ("image", item)
+        found.setdefault(keyword, []).extend(_read(Path(name), every_frame=keyword == "video"))
+    return {keyword: images[0] if len(images) == 1 else images for keyword, images in found.items()}
+
+
+def _read(path: Path, every_frame: bool) -> list[Any]:
+    """RGB, turned as the camera says, as diffusers' `load_image` gives it: the first frame, or all."""
+    from PIL import Image, ImageOps, ImageSequence
+
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith(DEEP):
+                frames = ImageSequence.Iterator(image) if every_frame else [image]
+                return [ImageOps.exif_transpose(frame).convert("RGB") for frame in frames]
+            reason = f"its mode {image.mode!r} has more than eight bits. Save it with eight"
+    except Exception as error:  # whatever Pillow raises for broken files
+        reason = str(error)
+        if isinstance(error, FileNotFoundError) and "=" in str(path):
+            reason += f". Keywords of images are {', '.join(IMAGES)}"
+    raise click.BadParameter(f"{path} cannot be read as an image: {reason}", param_hint="--image")
+
+
+def save(images: Any, output: Path) -> list[Path]:
+    """Write one image, several with numbers in their names, or videos as animations."""
+    items = list(images)
+    paths = [output] if len(items) == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(len(items))]
+    try:
+        for item, path in zip(items, paths, strict=True):
+            if isinstance(item, list):
+                item[0].save(path, save_all=True, append_images=item[1:], duration=62, loop=0)
+            else:
+                item.save(path)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{output} cannot be written: {error}. Give a name such as image.png") from error
+    return paths

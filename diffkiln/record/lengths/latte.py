@@ -1,0 +1,102 @@
+"""Latte: the text of a single prompt, and of its negative prompt, is cut to the prompt's length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+
+#: What diffusers pads prompts to.
+_TEXT = 120
+
+
+def _mask_text_embeddings(self: Any, emb: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """[1, 1, tokens, channels + 1] of a single prompt: zeros where diffusers cuts, and a last channel that says where.
+
+    Several prompts keep their length in diffusers, with zeros in the padding that the denoiser sees.
+    """
+    length = emb.shape[2]
+    if emb.shape[0] > 1:
+        return emb * mask[:, None, :, None], length
+    within = torch.arange(length, device=mask.device) < mask.sum()
+    return _marked(emb, within.unsqueeze(-1)), length
+
+
+def _marked(embeds: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+    channel = within.to(embeds.dtype).expand(*embeds.shape[:-1], 1)
+    return torch.cat([embeds.masked_fill(~within, 0.0), channel], dim=-1)
+
+
+def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The negative prompt has the channel of the prompt, whose length it is cut to."""
+
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        embeds, negative = original(self, *args, **kwargs)
+        if negative is not None and embeds.shape[-1] == negative.shape[-1] + 1:
+            negative = _marked(negative, embeds[..., -1:].gt(0.5))
+        return embeds, negative
+
+    return encode_prompt
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The denoiser's own, with the last channel of the text as the mask of its cross-attention."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        text = encoder_hidden_states
+        if text is not None and text.shape[-1] == self.config.caption_channels + 1:
+            batch, length, _ = text.shape
+            frames = hidden_states.shape[2]
+            within = text[..., -1].gt(0.5)[:, None, None, :].expand(batch, frames, 1, length)
+            encoder_attention_mask, text = within.flatten(0, 1), text[..., :-1]
+        return original(self, hidden_states, timestep, text, encoder_attention_mask, **kwargs)
+
+    return forward
+
+
+def paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """The denoiser follows the length of a single prompt."""
+    single = 2 if fixed["guidance_scale"] > 1.0 else 1
+
+    def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeds = kwargs["encoder_hidden_states"]
+        if embeds.shape[0] != single:
+            return args, kwargs
+        within = torch.arange(_TEXT).unsqueeze(-1) < embeds.shape[1]
+        return args, kwargs | {"encoder_hidden_states": _marked(resized(embeds, _TEXT), within)}
+
+    return {"transformer": Padding(pad)} if fixed["mask_feature"] else {}
+
+
+REWRITES = (
+    Rewrite(
+        owners=("pipelines.latte.pipeline_latte:LattePipeline",),
+        method="mask_text_embeddings",
+        prints={"mask_text_embeddings": "689252936e96b1c1"},
+        replacement=_mask_text_embeddings,
+    ),
+    Rewrite(
+        owners=("pipelines.latte.pipeline_latte:LattePipeline",),
+        method="encode_prompt",
+        prints={"encode_prompt": "624b0d966d84b4ff"},
+        replacement=_encode_prompt,
+        around=True,
+    ),
+    Rewrite(
+        owners=("models.transformers.latte_transformer_3d:LatteTransformer3DModel",),
+        method="forward",
+        prints={"forward": "e98d410d47fd165d"},
+        replacement=_forward,
+        around=True,
+    ),
+)

@@ -1,0 +1,108 @@
+"""The way of weights to a GPU: from pinned memory of the host, ahead of their use, and never far ahead.
+
+A host launches far more than the GPU has computed. So three things are told by events, and not by what the host has
+done: a group is there when its own copy has arrived; its memory is free when the GPU has used it for the last time; and
+no group is brought in before those that left are gone, or a run that is launched in a moment would hold them all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+#: Bytes that an address on a GPU is a multiple of, as torch's own allocations are. Inductor's kernels, cuDNN and
+#: TensorRT copy what is not, in every call (GPU_ALIGN_BYTES in torch/_inductor/utils.py; NvInferRuntime.h).
+ALIGNMENT = 256
+
+
+class Stretch(Protocol):
+    """The bytes [start, end) of a file's data."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file's tensors lie on a GPU: where each begins, what is copied there as (from, to, bytes), and the size."""
+
+    starts: Mapping[str, int]
+    copies: tuple[tuple[int, int, int], ...]
+    nbytes: int
+
+
+def aligned(entries: Mapping[str, Stretch]) -> Layout:
+    """Each tensor at a multiple of `ALIGNMENT`, with as few copies as that takes.
+
+    Args:
+        entries: by name, none overlapping another. They lie side by side, so one of three elements displaces all that
+            follow.
+    """
+    starts: dict[str, int] = {}
+    copies: list[tuple[int, int, int]] = []
+    source = target = end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if (target + entry.start - source) % ALIGNMENT:
+            if end > source:
+                copies.append((source, target, end - source))
+            target += -(-(end - source) // ALIGNMENT) * ALIGNMENT
+            source = end = entry.start
+        starts[name] = target + entry.start - source
+        end = entry.end
+    if end > source:
+        copies.append((source, target, end - source))
+    return Layout(starts, tuple(copies), target + end - source)
+
+
+def copied(host: torch.Tensor, layout: Layout, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+    """A file's data, laid out on the device."""
+    flat = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+    for start, to, size in layout.copies:
+        flat[to : to + size].copy_(host[start : start + size], non_blocking=non_blocking)
+    return flat
+
+
+class Lane:
+    """A stream of its own, on which groups are copied while the GPU computes with others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._left: deque[torch.cuda.Event] = deque()
+
+    def bring(self, host: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Start to copy pinned memory, once all that left before is gone. May be called from another thread.
+
+        Returns:
+            What it is copied to, and the event of its arrival, until which `host` must stay.
+        """
+        while self._left:
+            self._left.popleft().synchronize()
+        arrived = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            flat = copied(host, layout, self._device, non_blocking=True)
+            arrived.record(self._stream)
+        return flat, arrived
+
+    def wait(self, arrived: torch.cuda.Event) -> None:
+        """Have what is launched next wait for an arrival, and for no later one."""
+        torch.cuda.current_stream(self._device).wait_event(arrived)
+
+    def leaves(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep tensors' memory until what was launched with them has run. Whoever holds them then lets them go."""
+        current = torch.cuda.current_stream(self._device)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+    def left(self) -> None:
+        """They were let go. From here on, not before, torch gives their memory to others once it is free."""
+        gone = torch.cuda.Event()
+        gone.record(torch.cuda.current_stream(self._device))
+        self._left.append(gone)

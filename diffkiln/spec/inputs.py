@@ -1,0 +1,73 @@
+"""What is fixed in the pipeline's call.
+
+Docstrings and descriptions of fields are those of the JSON Schema, and of the mend where a field is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from diffkiln.spec.problems import refuse
+from diffkiln.spec.ranges import MAX_SIZES, Count, Range, Size, sizes_of
+from diffkiln.spec.strict import Conflict, Json, Strict
+
+
+class Inputs(Strict):
+    """The fixed inputs of one variant of the pipeline's call, or of one for each size. Sizes are in pixels."""
+
+    unknown_field_mend: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
+
+    height: Size = Field(description="Height of the images or frames in pixels, or a range of them.")
+    width: Size = Field(description="Width of the images or frames in pixels, or a range of them.")
+    num_frames: Count | None = Field(
+        default=None,
+        description="Number of frames, for a pipeline that makes videos.",
+    )
+    batch_size: Count = Field(default=1, description="Number of prompts in one call.")
+    num_images_per_prompt: Count = Field(
+        default=1,
+        description="Number of images (or videos) for each prompt.",
+    )
+    num_inference_steps: Count = Field(description="Number of denoising steps.")
+    guidance_scale: float | None = Field(
+        default=None,
+        description="Guidance scale. Absent: the default of the pipeline's own call.",
+    )
+    call: dict[str, Json] = Field(
+        default_factory=dict,
+        description="Any other keyword of the pipeline's call. Prompts are examples; the others are fixed.",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        call = given.get("call")
+        for name in cls.model_fields:
+            if isinstance(call, dict) and name in call:
+                yield ("call", name), refuse("has a field of its own in the inputs", f'Move "{name}" out of "call"')
+        count = _count(given.get("height")) * _count(given.get("width"))
+        if count > MAX_SIZES:
+            reason = f"the ranges give {count} sizes, and each is recorded; {MAX_SIZES} are the most"
+            yield ("height",), refuse(reason, "Choose larger steps")
+
+    def each(self) -> tuple[Inputs, ...]:
+        """One for each size of the ranges; itself where there are none."""
+        sizes = itertools.product(sizes_of(self.height), sizes_of(self.width))
+        return tuple(self.model_copy(update={"height": height, "width": width}) for height, width in sizes)
+
+    @property
+    def has_ranges(self) -> bool:
+        return isinstance(self.height, Range) or isinstance(self.width, Range)
+
+
+def _count(size: Any) -> int:
+    """How many sizes something that is not validated yet stands for."""
+    given = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
+    numbers = [number for number in given if type(number) is int and number > 0]
+    if len(numbers) != 3:
+        return 1
+    smallest, largest, step = numbers
+    return max((largest - smallest) // step + 1, 1)

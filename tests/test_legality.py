@@ -1,0 +1,58 @@
+"""What a whole spec asks for in vain, by `check` alone: nothing is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import diffkiln
+from diffkiln.errors import IllegalPlan
+from diffkiln.passes.compiling import backends
+from tests.conftest import DIGITS
+
+#: Older than CUDA 13 takes.
+OLD = {"device": "cuda", "gpu": "nvidia-l4", "driver": "570.26", "cuda": "12.8"}
+COMPILE = [{"name": "compile", "component": "transformer"}]
+
+
+def spec(target: Any, passes: list[dict[str, Any]]) -> dict[str, Any]:
+    inputs = {"height": 32, "width": 32, "num_inference_steps": 8}
+    return {"spec_version": 1, "source": {"model": "model"}, "target": target, "inputs": inputs, "passes": passes}
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch built with CUDA 13, on a machine that lacks nothing."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "cuda_problems", lambda: iter(()))
+
+
+def refused(target: Any) -> list[str]:
+    with pytest.raises(IllegalPlan) as caught:
+        diffkiln.check(spec(target, COMPILE), base=DIGITS)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_a_promised_driver_that_engines_will_not_run_with_is_found_before_they_are_built() -> None:
+    mend = "Raise it, or build with a torch for an earlier CUDA."
+    assert refused(OLD) == [
+        f"$.target.driver: found 570.26, required 580.65.06 or later: engines hold code of CUDA 13.0. {mend}",
+        f"$.target.cuda: found 12.8, required 13.0 or later: engines hold code of CUDA 13.0. {mend}",
+    ]
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_of_several_targets_the_one_is_named() -> None:
+    kept = {"device": "cuda", "gpu": "nvidia-h200", "driver": "590.0", "cuda": "13.0"}
+    assert [problem.partition(":")[0] for problem in refused([kept, OLD])] == [
+        "$.target[1].driver",
+        "$.target[1].cuda",
+    ]
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_a_bundle_without_engines_promises_what_it_likes() -> None:
+    assert diffkiln.check(spec(OLD, []), base=DIGITS).targets[0].driver == "570.26"
