@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.pipelines.registry import randomise_module
+from tests.pipelines.registry import randomise_module, seeded
 
 GROUPS = ("transformer", "unet", "autoencoder", "text encoder")
 
@@ -61,8 +61,7 @@ class Case:
     def built(self, size: int = 1) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module with seeded random weights, none of them zero, and the keywords of a call."""
         seed = zlib.crc32(self.name.encode())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             module, kwargs = self.make(Draw(seed), size)
         randomise_module(module, torch.Generator().manual_seed(seed))
         return module, kwargs

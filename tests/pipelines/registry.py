@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +41,7 @@ def family(
 
         def build() -> Any:
             seed = zlib.crc32(name.encode())
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 pipe = construct()
             randomise(pipe, seed)
             pipe.set_progress_bar_config(disable=True)
@@ -51,6 +51,19 @@ def family(
         return build
 
     return register
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules built inside have the same values every time; what a class leaves as it finds it in memory is NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # it fills what torch.empty gives
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def randomise(pipe: Any, seed: int) -> None:
@@ -65,7 +78,8 @@ def randomise_module(module: torch.nn.Module, generator: torch.Generator) -> Non
     """Give every parameter a random value, so that none is zero or passes nothing on.
 
     Matrices, kernels and tables are drawn with a variance of one over their fan-in. Vectors (norms, biases, gates)
-    keep the value that they were constructed with, and are disturbed: AdaLN-zero gates open, norms stay near one.
+    keep the value that they were constructed with (zero where that is none), and are disturbed: AdaLN-zero gates open,
+    norms stay near one.
     """
     module.eval().requires_grad_(False)
     for parameter in module.parameters():
@@ -74,4 +88,4 @@ def randomise_module(module: torch.nn.Module, generator: torch.Generator) -> Non
         if fan_in > 1:
             parameter.copy_(noise / fan_in**0.5)
         else:
-            parameter.add_(noise, alpha=0.1)
+            parameter.nan_to_num_().add_(noise, alpha=0.1)
