@@ -12,6 +12,7 @@ that storage is taken again from the base when it is next used.
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+import diffkiln
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
@@ -389,9 +391,13 @@ def _conjugated(tensor: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten.conj_physical.default(tensor)
 
 
+#: By their own folders: a user's code may well lie in a folder called diffkiln, too.
+_LIBRARIES = tuple(package.__path__[0] + os.sep for package in (torch, diffkiln))
+
+
 def _where() -> str:
     """Where in the model's own code the recorder stopped: the innermost frame that is neither torch's nor ours."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and "/diffkiln/" not in frame.filename:
+        if not frame.filename.startswith(_LIBRARIES):
             return f", at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return ""

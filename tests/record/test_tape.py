@@ -190,6 +190,13 @@ def test_reading_the_request_is_data_dependent_and_names_the_line(read):
         recorded(read, X)
 
 
+def test_a_line_in_a_folder_of_our_name_is_named_too():
+    namespace = {}
+    exec(compile("def read(x):\n    return x.tolist()", "/home/user/diffkiln/torch/mine.py", "exec"), namespace)
+    with pytest.raises(DataDependent, match=r"/home/user/diffkiln/torch/mine\.py:2 in read"):
+        recorded(namespace["read"], X)
+
+
 @pytest.mark.parametrize("read", ["tolist", "numpy"])
 def test_reading_a_real_tensor_that_holds_the_request_is_data_dependent(read):
     def function(x):
