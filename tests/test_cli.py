@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -140,12 +141,11 @@ def test_interrupted_compile_leaves_nothing_and_says_so(spec, tmp_path):
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts)
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.strip() == "record":
-            break
+    told = list(takewhile(lambda line: line != "record\n", process.stderr))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert told == ["check\n"]  # and nothing of what the libraries have to say
     assert "interrupted" in error
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]

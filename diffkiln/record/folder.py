@@ -16,6 +16,7 @@ from typing import Any
 
 from diffkiln.errors import Problem, SourceError
 from diffkiln.record.checkpoint import PICKLES, Checkpoint, Library, read_checkpoint, read_json
+from diffkiln.record.quiet import quiet_imports
 
 #: Components that judge or repeat images; they take no part in making one.
 LEFT_OUT = ("safety_checker", "feature_extractor")
@@ -97,8 +98,9 @@ def entries(index: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _pipeline_class(name: Any) -> type:
-    import diffusers
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    with quiet_imports():
+        import diffusers
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if not isinstance(name, str):
         raise source_error(

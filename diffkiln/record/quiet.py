@@ -30,3 +30,15 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
         for library in bars:
             library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """While it lasts, bitsandbytes, which diffusers imports where it is there, does not ask for kernels from the Hub."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
