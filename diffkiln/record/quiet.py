@@ -34,7 +34,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """While it lasts, bitsandbytes, which diffusers imports where it is there, does not ask for kernels from the Hub."""
+    """While it lasts, bitsandbytes, which diffusers imports where it is there, asks for no kernels of the Hub."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
