@@ -9,16 +9,11 @@ a few blocks at a time (benchmarks/footprint.py). Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, table
+from measuring import Watch, machine, table
 
 from diffkiln import compiler
 from diffkiln.bundle import BundleWriter
@@ -43,53 +38,6 @@ def spec(options: argparse.Namespace) -> dict[str, Any]:
         },
         "passes": [{"name": "fuse_qkv", "component": "transformer"}, {"name": "compile", "component": "transformer"}],
     }
-
-
-class Watch:
-    """Seconds of each step, and the most memory of this process and its children together while it ran."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str, str]] = []
-        self._peak = 0
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        ended = threading.Event()
-        self._peak = 0
-        sampler = threading.Thread(target=self._sample, args=(ended,), daemon=True)
-        sampler.start()
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        ended.set()
-        sampler.join()
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.rows.append((step, f"{seconds:.1f} s", f"{own / 1e9:.2f} GB", f"{self._peak / 1e9:.2f} GB"))
-
-    def _sample(self, ended: threading.Event) -> None:
-        while not ended.wait(0.2):
-            self._peak = max(self._peak, sum(map(_resident, _family())))
-
-
-def _family() -> list[int]:
-    """This process and all that descend from it."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-    own = {int(Path("/proc/self").resolve().name)}
-    while more := {pid for pid, parent in parents.items() if parent in own} - own:
-        own |= more
-    return sorted(own)
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError):
-        return 0
 
 
 def main() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -41,3 +45,70 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+class Watch:
+    """Seconds of each step, and the most memory of this process and its children together while it ran.
+
+    `rows` has of each step its name, seconds, this process's peak so far as the kernel has it, and the peak of all.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str, str]] = []
+        self._peak = 0
+        self._end: Callable[[], None] | None = None
+
+    def begin(self, step: str) -> None:
+        """A step begins, and with it the one before ends."""
+        self.end()
+        ended = threading.Event()
+        self._peak = 0
+        sampler = threading.Thread(target=self._sample, args=(ended,), daemon=True)
+        sampler.start()
+        started = time.perf_counter()
+
+        def end() -> None:
+            seconds = time.perf_counter() - started
+            ended.set()
+            sampler.join()
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            self.rows.append((step, f"{seconds:.1f} s", f"{own / 1e9:.2f} GB", f"{self._peak / 1e9:.2f} GB"))
+
+        self._end = end
+
+    def end(self) -> None:
+        """The last step ends."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        self.begin(step)
+        yield
+        self.end()
+
+    def _sample(self, ended: threading.Event) -> None:
+        while not ended.wait(0.2):
+            self._peak = max(self._peak, sum(map(_resident, _family())))
+
+
+def _family() -> list[int]:
+    """This process and all that descend from it."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    own = {int(Path("/proc/self").resolve().name)}
+    while more := {pid for pid, parent in parents.items() if parent in own} - own:
+        own |= more
+    return sorted(own)
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
