@@ -6,7 +6,6 @@ Exit codes: 0 ok · 2 bad spec, usage or source · 3 illegal plan · 4 build fai
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -231,11 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _needs_compiler() -> None:
-    """Say what to install, where only the runtime is; keep what is there from talking while it is imported."""
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Say what to install, where only the runtime is."""
     from importlib.util import find_spec
 
     missing = [name for name in ("diffusers", "transformers", "accelerate") if find_spec(name) is None]

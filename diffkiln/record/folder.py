@@ -33,6 +33,7 @@ class Component:
     checkpoint: Checkpoint | None = None
 
 
+@quiet_imports()
 def read_folder(
     folder: Path, *, weights: bool = True, elsewhere: Collection[str] = (), pipeline: str | None = None
 ) -> tuple[type, dict[str, Component], list[str]]:
@@ -98,9 +99,8 @@ def entries(index: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _pipeline_class(name: Any) -> type:
-    with quiet_imports():
-        import diffusers
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if not isinstance(name, str):
         raise source_error(

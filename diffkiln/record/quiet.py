@@ -34,11 +34,11 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """While it lasts, bitsandbytes, which diffusers imports where it is there, asks for no kernels of the Hub."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """While it lasts nothing below an error is logged: diffusers imports what is there, and that tells of more packages
+    that could be, and of kernels on the Hub."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
