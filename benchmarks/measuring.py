@@ -71,8 +71,7 @@ class Watch:
             seconds = time.perf_counter() - started
             ended.set()
             sampler.join()
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            self.rows.append((step, f"{seconds:.1f} s", f"{own / 1e9:.2f} GB", f"{self._peak / 1e9:.2f} GB"))
+            self.rows.append((step, f"{seconds:.1f} s", f"{_highest() / 1e9:.2f} GB", f"{self._peak / 1e9:.2f} GB"))
 
         self._end = end
 
@@ -91,6 +90,12 @@ class Watch:
     def _sample(self, ended: threading.Event) -> None:
         while not ended.wait(0.2):
             self._peak = max(self._peak, sum(map(_resident, _family())))
+
+
+def _highest() -> int:
+    """The most memory that this process has had, in bytes; getrusage's would count the parent's before `exec`, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def _family() -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 
@@ -32,9 +34,9 @@ def self_test(
     Raises:
         VerifyError: a value that is not finite, another shape or dtype, or a difference beyond the tolerance.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = [sample(item.type, generator).to(device) for item in region.inputs]
-    weights = {name: sample(region.types[f"@{name}"], generator).to(device) for name in region.weights}
+    normal = Repeated(device)
+    inputs = [sample(item.type, normal) for item in region.inputs]
+    weights = {name: sample(region.types[f"@{name}"], normal) for name in region.weights}
     folded = {key: constants[key].to(device) for key in region.constants}
     # TF32, which torch's convolutions take by default, differs by more than float32 may.
     with torch.inference_mode(), float32_precision(False):
@@ -61,19 +63,40 @@ def self_test(
     return worst
 
 
-def sample(type_: TensorType, generator: torch.Generator) -> torch.Tensor:
-    """Pseudo-random values of a size that keeps those of a network around one; masks that leave everything in."""
+class Repeated:
+    """Normal values in float32: a prime number of them, drawn once, from which every tensor takes the next.
+
+    The weights of a large block are hundreds of millions. To draw them all takes longer than to run the block, and to
+    bring them to a GPU longer still.
+    """
+
+    _COUNT: ClassVar[int] = 2**20 - 3
+
+    def __init__(self, device: torch.device) -> None:
+        self._values = torch.randn(self._COUNT, generator=torch.Generator().manual_seed(0)).to(device)
+        self._next = 0
+
+    def __call__(self, count: int) -> torch.Tensor:
+        """The next `count` values, as a tensor of their own."""
+        start, self._next = self._next, (self._next + count) % self._COUNT
+        if start + count <= self._COUNT:
+            return self._values[start : start + count].clone()
+        return self._values.roll(-start).repeat(-(-count // self._COUNT))[:count]
+
+
+def sample(type_: TensorType, normal: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Values that keep those of a network around one, made of `normal(count)`; masks that leave everything in."""
     dtype = dtype_of(type_.dtype)
+    count = math.prod(type_.shape)
     if dtype.is_complex:
-        return torch.randn(type_.shape, generator=generator, dtype=torch.complex64).to(dtype)
+        pairs = normal(2 * count).reshape(*type_.shape, 2) * 0.5**0.5
+        return torch.view_as_complex(pairs).to(dtype)
+    values = normal(count).reshape(type_.shape)
     if dtype.is_floating_point:
-        values = torch.randn(type_.shape, generator=generator)
-        if len(type_.shape) > 1:
-            values /= max(type_.shape[-1], 1) ** 0.5 if len(type_.shape) == 2 else 1.0
+        if len(type_.shape) == 2:
+            values /= max(type_.shape[-1], 1) ** 0.5
         return values.to(dtype)
-    if dtype == torch.bool:
-        return torch.ones(type_.shape, dtype=dtype)
-    return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)
+    return torch.ones_like(values, dtype=dtype) if dtype == torch.bool else (values > 0).to(dtype)
 
 
 def _difference(want: torch.Tensor, got: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
 from diffkiln.program import Input, Op, Program, Ref, TensorType
-from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.self_test import Repeated, sample, self_test
 from tests.exporters.regions import attending_by_package
 
 HOMES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
@@ -123,3 +123,27 @@ def test_a_region_that_rounds_may_differ_by_more():
 def test_a_wrong_engine_is_named_with_what_is_wrong(engine, message):
     with pytest.raises(VerifyError, match=message):
         run(engine)
+
+
+def test_large_tensors_repeat_values_and_no_two_rows_are_alike():
+    normal = Repeated(torch.device("cpu"))
+    small, large = sample(TensorType("float32", (64,)), normal), sample(TensorType("float32", (1200, 1024)), normal)
+    assert small.std() == pytest.approx(1, abs=0.3)
+    assert large.std() == pytest.approx(1 / 32, rel=0.01)
+    assert len(torch.unique(large, dim=0)) == 1200
+    assert not torch.equal(small, sample(TensorType("float32", (64,)), normal))
+    again = Repeated(torch.device("cpu"))
+    assert torch.equal(small, sample(TensorType("float32", (64,)), again))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float8_e4m3fn", "int8", "uint8", "int64", "bool", "complex64", "complex128"]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 5, 2)])
+def test_every_type_and_shape_has_values(dtype, shape):
+    values = sample(TensorType(dtype, shape), Repeated(torch.device("cpu")))
+    assert (values.dtype, values.shape) == (getattr(torch, dtype), shape)
+    if dtype == "bool":
+        assert values.all()
+    elif "int" in dtype and values.numel() > 1:
+        assert set(values.flatten().tolist()) == {0, 1}

@@ -26,7 +26,8 @@ def recorded(spec: Mapping[str, Any]) -> Recording:
 
 def drawn(type_: TensorType, *seed: object) -> torch.Tensor:
     digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
-    return sample(type_, torch.Generator().manual_seed(int.from_bytes(digest)))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    return sample(type_, lambda count: torch.randn(count, generator=generator))
 
 
 def component_gives(module: Module, program: str, recording: Recording) -> list[torch.Tensor]:
