@@ -15,6 +15,7 @@ from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_j
 from diffkiln.program.images import image_keywords
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.text import tokenizer_of
 from diffkiln.runtime.loading import CONSTANTS, SCHEMAS
 
 
@@ -67,7 +68,7 @@ def tokenizers_of(recording: Recording, pipe: Any) -> dict[str, str]:
         RecordError: a tokenizer is not backed by that library.
     """
     names = {text["tokenizer"] for programs in recording.calls for p in programs.values() for text in p.texts}
-    return {name: _tokenizer_json(name, pipe.components[name]) for name in sorted(names)}
+    return {name: _tokenizer_json(name, tokenizer_of(pipe.components[name])) for name in sorted(names)}
 
 
 def _tokenizer_json(name: str, tokenizer: Any) -> str:

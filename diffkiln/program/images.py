@@ -17,8 +17,10 @@ IMAGES = (
     "image", "images", "mask_image", "control_image", "last_image", "image_reference", "reference_images", "video",
 )  # fmt: skip
 
-#: Pillow's names of filters.
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+#: torch's own filter of bytes, with antialiasing, by which torchvision resizes. Some bytes are not those of Pillow's.
+TORCH_BICUBIC = "torch_bicubic"
+#: Pillow's names of filters, and that.
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", TORCH_BICUBIC)
 MODES = ("RGB", "L", "RGBA")
 #: How its names of modes of more than eight bits a channel begin. It converts them to eight by cutting off at 255.
 DEEP = ("I", "F")

@@ -147,7 +147,7 @@ def _text_from_json(text: Any) -> dict[str, Any]:
         if _is(int, row["index"]) < 0:
             raise ManifestInvalid(f"{row!r}: an index below zero")
     _is(str, text["tokenizer"])
-    for name in _is(list, text["transforms"]):
+    for name in (*_is(list, text["transforms"]), *_is(list, text.get("marks", []))):
         _is(str, name)
     _is(int | None, text["max_length"])  # type: ignore[arg-type]
     return _is(dict, text)

@@ -27,7 +27,7 @@ from diffkiln.record.images import ImageRecorder, Sizes, sentinels, sizes_as_jso
 from diffkiln.record.processors import processors_of
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Tape
-from diffkiln.record.text import TextRecorder, refuse_unpadded, sentinel
+from diffkiln.record.text import TextRecorder, marks_of, refuse_unpadded, sentinel, tokenizer_of
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
@@ -106,8 +106,10 @@ class CallRecorder:
             for keyword in (*PROMPTS, *NEGATIVES)
             for index, text in enumerate(_as_list(keywords.get(keyword)))
         }
-        names = {id(part): name for name, part in self.pipe.components.items() if part is not None}
-        text, images = TextRecorder(self.tape, prompts, names), ImageRecorder(self.tape)
+        parts = {name: part for name, part in self.pipe.components.items() if part is not None}
+        names = {id(tokenizer_of(part)): name for name, part in reversed(parts.items())}
+        marks = {name: marks_of(part) for name, part in parts.items()}
+        text, images = TextRecorder(self.tape, prompts, names, marks), ImageRecorder(self.tape)
         if negative and "callback_on_step_end" in keywords:
             keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
         if latents is not None:

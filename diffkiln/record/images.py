@@ -41,8 +41,12 @@ class Sentinel(Image.Image):
 
     @property
     def size(self) -> tuple[int, int]:
-        self.origin.looked_at |= not any(edit[0] == "resize" for edit in self.edits)
+        self.look()
         return self._size
+
+    def look(self) -> None:
+        """Note that what follows depends on the size; not on that of the caller's image, where it was resized."""
+        self.origin.looked_at |= not any(edit[0] == "resize" for edit in self.edits)
 
     @property
     def plain_size(self) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Reco
     except DataDependent as error:
         if names := outdated(pipe):
             raise DataDependent(
-                f"{error}. diffkiln records it at a fixed length, but knows another version of diffusers' {names}"
+                f"{error}. diffkiln records it at a fixed length, but knows another version of {names}"
             ) from error
         raise
 

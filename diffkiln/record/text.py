@@ -50,6 +50,17 @@ def apply(transforms: tuple[str, ...], text: str) -> str:
     return text
 
 
+def tokenizer_of(component: Any) -> Any:
+    """The tokenizer within a component that prepares images, too, such as Qwen2VLProcessor; else the component."""
+    return getattr(component, "tokenizer", component)
+
+
+def marks_of(component: Any) -> list[str]:
+    """What stands for an image or a video in the texts of a component that prepares both, which no prompt may hold."""
+    found = [getattr(component, name, None) for name in ("image_token", "video_token")]
+    return [mark for mark in found if isinstance(mark, str)] if hasattr(component, "tokenizer") else []
+
+
 class TextRecorder:
     """Stands in for the tokenizers' `__call__` while a call is recorded.
 
@@ -57,16 +68,27 @@ class TextRecorder:
         tape: where the tokens become marked inputs.
         sentinels: text → (keyword, index in the batch).
         names: id of a tokenizer → its name in the pipeline.
+        marks: name of a tokenizer → what its prompts may not hold.
     """
 
-    def __init__(self, tape: Tape, sentinels: Mapping[str, tuple[str, int]], names: Mapping[int, str]) -> None:
-        self.tape, self.sentinels, self.names = tape, sentinels, names
+    def __init__(
+        self,
+        tape: Tape,
+        sentinels: Mapping[str, tuple[str, int]],
+        names: Mapping[int, str],
+        marks: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        self.tape, self.sentinels, self.names, self.marks = tape, sentinels, names, marks or {}
         self.texts: list[dict[str, Any]] = []
 
     def __call__(self, tokenizer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Tokenize; where a sentinel is in the text the tensors of the result are marked inputs."""
+        """Tokenize; where a sentinel is in the text the tensors of the result are marked inputs.
+
+        A sentinel is cut where it must not be longer; the runtime refuses a prompt that is.
+        """
+        cut = {"truncation": True} if kwargs.get("padding") == "max_length" else {}
         with _disable_current_modes():
-            encoding = original(tokenizer, *args, **kwargs)
+            encoding = original(tokenizer, *args, **kwargs | cut)
         text = args[0] if args else kwargs.get("text")
         strings: list[str] = [text] if isinstance(text, str) else list(text or ())
         if not any(self._holds_sentinel(string) for string in strings):
@@ -94,6 +116,7 @@ class TextRecorder:
         rows = [item[1] if item else {"text": string} for item, string in zip(found, strings, strict=True)]
         padding = kwargs.get("padding", False)
         max_length = kwargs.get("max_length") or tokenizer.model_max_length
+        marks = self.marks.get(self.names[id(tokenizer)])
         return {
             "tokenizer": self.names[id(tokenizer)],
             "rows": rows,
@@ -107,7 +130,7 @@ class TextRecorder:
             "pad_id": tokenizer.pad_token_id,
             "pad_token": tokenizer.pad_token,
             "pad_type_id": getattr(tokenizer, "pad_token_type_id", 0),
-        }
+        } | ({"marks": marks} if marks else {})
 
     def _row(self, string: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
         """Which sentinel is in the string, under which transforms, and what stands around it."""
@@ -146,7 +169,7 @@ def refuse_unpadded(texts: list[dict[str, Any]], used: set[int]) -> None:
     """
     for index in sorted(used):
         text = texts[index]
-        if text["padding"] != "max_length" or not text["truncation"]:
+        if text["padding"] != "max_length" or text["max_length"] is None:
             raise DataDependent(
                 f"{text['tokenizer']} is called with padding={text['padding']!r} and truncation={text['truncation']}: "
                 "the number of tokens follows the prompt"

@@ -1,13 +1,14 @@
 """How images become what an image encoder such as CLIP takes, read off its processor.
 
-transformers' processors resize by Pillow, crop the centre, and scale and shift the numbers. What one does to an image
-of some size is a list of edits, a factor, and a mean and a deviation for each channel. That this is all is found out
-when the recording is verified.
+transformers' processors resize, by Pillow or by torch, crop the centre, and scale and shift the numbers. Qwen2-VL's
+cuts patches then, which the program does. What one does to an image of some size is a list of edits, a factor, and a
+mean and a deviation for each channel. That this is all is found out when the recording is verified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.aten import type_of
 from diffkiln.errors import RecordError
+from diffkiln.program.images import TORCH_BICUBIC, size_after
 from diffkiln.record.images import Sentinel
 from diffkiln.record.tape import Tape
+
+_Size = tuple[int, int]
 
 
 def encoded(
@@ -44,11 +48,15 @@ def encoded(
     """
     with _disable_current_modes():
         encoding = original(processor, [Image.new("RGB", image.plain_size) for image in images], **given)
-    if set(encoding) != {"pixel_values"}:
-        raise RecordError(f"{_name(processor)} gives {', '.join(sorted(encoding))}, and diffkiln knows pixel_values")
-    blank, marked = encoding["pixel_values"], []
-    for (keyword, edits), group in groupby(images, lambda image: (image.origin.keyword, _edits(processor, image))):
-        alike = list(group)
+    cut = _cut(processor, encoding, images)
+    sizes = cut or [None] * len(images)
+    treated = [
+        (image.origin.keyword, _edits(processor, image, size)) for image, size in zip(images, sizes, strict=True)
+    ]
+    marked = []
+    for (keyword, edits), group in groupby(range(len(images)), treated.__getitem__):
+        alike = [images[index] for index in group]
+        width, height = size_after(edits, None) or alike[0].plain_size
         source = {
             "kind": "image",
             "keyword": keyword,
@@ -58,20 +66,45 @@ def encoded(
             "binarize": False,
             "scaled": _scaled(processor),
         }
-        marked.append(tape.new_input(keyword, type_of(blank[: len(alike)]), source))
+        type_ = replace(type_of(encoding["pixel_values"]), shape=(len(alike), 3, height, width))
+        pixels = tape.new_input(keyword, type_, source)
         made[tape.inputs[-1].name] = alike
+        marked.append(_patches(processor, pixels) if cut else pixels)
     encoding["pixel_values"] = marked[0] if len(marked) == 1 else torch.cat(marked)
     return encoding
 
 
-def _edits(processor: Any, image: Sentinel) -> tuple[tuple[Any, ...], ...]:
+def _cut(processor: Any, encoding: Mapping[str, Any], images: Sequence[Sentinel]) -> list[_Size] | None:
+    """Width and height of each image that patches are cut of; None where the processor cuts none."""
+    if set(encoding) == {"pixel_values"}:
+        return None
+    if set(encoding) != {"pixel_values", "image_grid_thw"} or not hasattr(processor, "temporal_patch_size"):
+        raise RecordError(f"{_name(processor)} gives {', '.join(sorted(encoding))}, and diffkiln knows pixel_values")
+    for image in images:
+        image.look()
+    grids, side = encoding["image_grid_thw"].tolist(), processor.patch_size
+    return [(columns * side, rows * side) for _, rows, columns in grids]
+
+
+def _patches(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """[images, 3, height, width] to [patches, numbers], as Qwen2-VL's processor cuts a still image: those that are
+    merged later follow each other, and every patch comes as often as a video would have frames."""
+    side, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    count, channels, height, width = pixels.shape
+    rows, columns = height // (side * merge), width // (side * merge)
+    patches = pixels.reshape(count, channels, rows, merge, side, columns, merge, side)
+    patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(*[-1] * 6, frames, -1, -1)
+    return patches.reshape(count * rows * columns * merge**2, channels * frames * side**2)
+
+
+def _edits(processor: Any, image: Sentinel, cut: _Size | None) -> tuple[tuple[Any, ...], ...]:
     """What was done to an image before, and what the processor does to it."""
     edits: list[tuple[Any, ...]] = [*image.edits, ("convert", "RGB")]
     size = image.plain_size
     if processor.do_resize:
-        size = _resized(processor, image)
-        edits.append(("resize", *size, Image.Resampling(processor.resample).name.lower()))
-    if processor.do_center_crop:
+        size = cut or _resized(processor, image)
+        edits.append(("resize", *size, _filter(processor)))
+    if getattr(processor, "do_center_crop", None):
         size = size if processor.do_resize else image.size
         wanted = processor.crop_size["width"], processor.crop_size["height"]
         left, top = ((have - want) // 2 for have, want in zip(size, wanted, strict=True))
@@ -79,7 +112,7 @@ def _edits(processor: Any, image: Sentinel) -> tuple[tuple[Any, ...], ...]:
     return tuple(edits)
 
 
-def _resized(processor: Any, image: Sentinel) -> tuple[int, int]:
+def _resized(processor: Any, image: Sentinel) -> _Size:
     """Width and height."""
     wanted: Mapping[str, Any] = dict(processor.size)
     if wanted.get("height") and wanted.get("width"):
@@ -92,12 +125,38 @@ def _resized(processor: Any, image: Sentinel) -> tuple[int, int]:
     return (shortest, longer) if width <= height else (longer, shortest)
 
 
+def _filter(processor: Any) -> str:
+    """The name of the filter: Pillow's, or torch's where the processor is one of those that torchvision brings."""
+    name = Image.Resampling(processor.resample).name.lower()
+    if not _is_torch(processor):
+        return name
+    if name != "bicubic":
+        raise RecordError(f"{_name(processor)} resizes by torchvision's {name}, which diffkiln does not record")
+    return TORCH_BICUBIC
+
+
 def _scaled(processor: Any) -> dict[str, Any]:
     """The factor, mean and deviation that the numbers get."""
+    if _is_torch(processor):
+        return _scaled_at_once(processor)
     scaled: dict[str, Any] = {"factor": float(processor.rescale_factor) if processor.do_rescale else 1.0}
     if processor.do_normalize:
         scaled |= {"mean": list(map(float, processor.image_mean)), "std": list(map(float, processor.image_std))}
     return scaled
+
+
+def _scaled_at_once(processor: Any) -> dict[str, Any]:
+    """The same of torchvision's, which compute in float32, and divide mean and deviation by the factor instead."""
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    if not processor.do_normalize:
+        return {"factor": torch.tensor(factor, dtype=torch.float32).item()}
+    rows = (torch.tensor(row, dtype=torch.float32) for row in (processor.image_mean, processor.image_std))
+    mean, std = (row * (1.0 / factor) for row in rows)
+    return {"factor": 1.0, "mean": mean.tolist(), "std": std.tolist()}
+
+
+def _is_torch(processor: Any) -> bool:
+    return getattr(processor, "backend", "pil") == "torchvision"
 
 
 def _name(processor: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffkiln.errors import CallError
-from diffkiln.program.images import DEEP
+from diffkiln.program.images import DEEP, TORCH_BICUBIC
 
 
 def image_list(keyword: str, value: Any) -> list[Any]:
@@ -120,8 +120,17 @@ def _scaled(array: np.ndarray[Any, Any], scaled: Mapping[str, Any]) -> np.ndarra
     return (numbers - np.array(scaled["mean"], np.float32)) / np.array(scaled["std"], np.float32)
 
 
+def _resize(image: Image.Image, values: Sequence[Any]) -> Image.Image:
+    width, height, name = values
+    if name != TORCH_BICUBIC:
+        return image.resize((width, height), resample=Image.Resampling[name.upper()])
+    given = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    made = torch.nn.functional.interpolate(given, (height, width), mode="bicubic", antialias=True)
+    return Image.fromarray(made[0].permute(1, 2, 0).numpy())
+
+
 _EDITS = {
-    "resize": lambda image, v: image.resize((v[0], v[1]), resample=Image.Resampling[v[2].upper()]),
+    "resize": _resize,
     "crop": lambda image, v: image.crop(tuple(v)),
     "convert": lambda image, v: image.convert(v[0]),
 }

@@ -56,12 +56,14 @@ class TextEnd:
             input_ids, attention_mask and token_type_ids, int64 [rows, length], on the CPU.
 
         Raises:
-            CallError: a keyword has fewer prompts than the text has rows.
+            CallError: a keyword has fewer prompts than the text has rows, or one that holds what stands for an image,
+                or that is too long and must not be cut.
         """
         rows = [self._row(row, text, prompts) for row in text["rows"]]
         tokenizer = self._tokenizer(text)
         encodings = tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
-        for row, encoding in zip(rows, encodings, strict=True):
+        for row, source, encoding in zip(rows, text["rows"], encodings, strict=True):
+            self._refuse_longer(text, source, len(encoding.ids))
             if encoding.overflowing:
                 log.warning("the prompt %r… is cut to %d tokens by %s", row[:40], text["max_length"], text["tokenizer"])
         return {
@@ -70,6 +72,14 @@ class TextEnd:
             "token_type_ids": torch.tensor([e.type_ids for e in encodings], dtype=torch.int64),
         }
 
+    def _refuse_longer(self, text: Mapping[str, Any], row: Mapping[str, Any], count: int) -> None:
+        most = text["max_length"]
+        if text["padding"] == "max_length" and most and count > most:
+            raise CallError(
+                f"{row.get('keyword', 'a prompt')}: {count} tokens with what the pipeline puts around it, this variant "
+                f"takes {most}. Shorten it, or compile for a longer one"
+            )
+
     def _row(self, row: Mapping[str, Any], text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> str:
         if "text" in row:
             return row["text"]
@@ -77,6 +87,9 @@ class TextEnd:
         if row["index"] >= len(given):
             raise CallError(f"{row['keyword']}: {len(given)} prompts, this variant takes {row['index'] + 1} or more")
         prompt = str(given[row["index"]])
+        for mark in text.get("marks", ()):
+            if mark in prompt:
+                raise CallError(f"{row['keyword']}: {mark} stands for an image or a video. Take it out of the prompt")
         for name in text["transforms"]:
             prompt = TRANSFORMS[name](prompt)
         return row["prefix"] + prompt + row["suffix"]

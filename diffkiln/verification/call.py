@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from diffkiln.aten import type_of
-from diffkiln.errors import VerifyError
+from diffkiln.errors import CallError, VerifyError
 from diffkiln.layers import repeated_blocks
 from diffkiln.packing import tokenizers_of
 from diffkiln.program import Module, Program
@@ -70,7 +71,7 @@ class Verification:
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
         with self._stand_ins(read), self._casts.watched(), _unheard(logging.getLogger("diffkiln.runtime.text")):
-            for case, (keywords, seed) in enumerate(cases_of(programs, request)):
+            for case, (keywords, seed) in enumerate(cases_of(programs, request, partial(_is_taken, text, programs))):
                 self._case = case
                 self._compare(compiled, request, keywords, seed)
 
@@ -268,6 +269,19 @@ class _NoStore:
 
     def close(self) -> None:
         pass
+
+
+def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> bool:
+    """Whether this can be every prompt of the programs."""
+    texts = [text for program in programs.values() for text in program.texts]
+    rows = [row for text in texts for row in text["rows"] if "keyword" in row]
+    prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
+    try:
+        for text in texts:
+            end.encode(text, prompts)
+    except CallError:
+        return False
+    return True
 
 
 @contextmanager

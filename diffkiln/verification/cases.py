@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,39 +14,58 @@ from diffkiln.program import Program
 from diffkiln.record.call import NEGATIVES, PROMPTS, Request
 
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
-#: One token, a usual one with what transforms touch, and one that is cut.
+#: One token, a usual one with what transforms touch, and one that is cut, or of which as much is given as fits.
 TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
 
 
-def cases_of(programs: Mapping[str, Program], request: Request) -> Iterator[tuple[dict[str, Any], int]]:
-    """Keywords of calls to compare, and a seed for each."""
-    for case, (keywords, seed) in enumerate(_prompted(programs, request)):
+def cases_of(
+    programs: Mapping[str, Program], request: Request, fits: Callable[[str], bool]
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Keywords of calls to compare, and a seed for each.
+
+    Args:
+        programs: of one variant.
+        request: what they were recorded for.
+        fits: whether the programs take a prompt, and do not refuse it as too long.
+    """
+    texts = [_shortened(text, lambda given: fits(f"{given}{request.batch_size}")) for text in TEXTS]
+    for case, (keywords, seed) in enumerate(_prompted(programs, request, texts)):
         yield keywords | _images(programs["call"], request, case), seed
 
 
-def _prompted(programs: Mapping[str, Program], request: Request) -> Iterator[tuple[dict[str, Any], int]]:
+def _shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """As many of its words as fit."""
+    words = text.split(" ")
+    while len(words) > 1 and not fits(" ".join(words)):
+        words.pop()
+    return " ".join(words)
+
+
+def _prompted(
+    programs: Mapping[str, Program], request: Request, texts: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], int]]:
     call = programs["call"]
 
     def prompts(text: str, keyword: str = "prompt") -> dict[str, Any]:
         rows = [f"{text}{index}" for index in range(request.batch_size)]
         return {keyword: text if request.batch_size == 1 else rows}
 
-    for seed, text in enumerate(TEXTS):
+    for seed, text in enumerate(texts):
         yield prompts(text), seed
     if any(item.source.get("kind") == "scalar" for item in call.inputs):
-        yield prompts(TEXTS[1]) | {"guidance_scale": request.fixed["guidance_scale"] * 1.5 + 0.25}, 3
+        yield prompts(texts[1]) | {"guidance_scale": request.fixed["guidance_scale"] * 1.5 + 0.25}, 3
     second = [keyword for keyword in PROMPTS[1:] if _asks_for(call, keyword)]
     if second:
-        yield prompts(TEXTS[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
+        yield prompts(texts[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
     if negative := programs.get("call+negative"):
         words = [keyword for keyword in NEGATIVES[:1] if _asks_for(negative, keyword)]
-        for seed, text in enumerate(TEXTS, 5):
-            yield prompts(TEXTS[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
+        for seed, text in enumerate(texts, 5):
+            yield prompts(texts[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
     for name in ("call+latents", "call+negative+latents"):
         if name in programs:
             (item,) = [item for item in programs[name].inputs if item.source.get("keyword") == "latents"]
             more = prompts("blurred", "negative_prompt") if "negative" in name else {}
-            yield prompts(TEXTS[1]) | more | {"latents": noise_like(item.type, name.encode())}, 8
+            yield prompts(texts[1]) | more | {"latents": noise_like(item.type, name.encode())}, 8
 
 
 def _asks_for(program: Program, keyword: str) -> bool:

@@ -83,6 +83,15 @@ def test_what_is_no_program_is_refused(raw):
             read(raw)
 
 
+def test_marks_that_are_no_texts_are_refused():
+    data = program_to_json(PIPELINE)
+    data["texts"][0]["marks"] = ["<image>"]
+    assert program_from_json(data).texts[0]["marks"] == ["<image>"]
+    data["texts"][0]["marks"] = [1]
+    with pytest.raises(DiffkilnError):
+        program_from_json(data)
+
+
 def test_listing_is_for_people():
     text = listing(PIPELINE)
     assert "%1 float32[2,4] = noise(" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffkiln.errors import RecordError, SpecError
+from diffkiln.errors import DataDependent, RecordError, SpecError
 from diffkiln.program import CALL, REGION, verify_module
 from diffkiln.record.call import Request
 from diffkiln.record.components import repeated_blocks, weights_of
@@ -14,7 +14,7 @@ from diffkiln.record.constants import Constants
 from diffkiln.record.ghosts import ghost_pipeline
 from diffkiln.record.pipeline import record
 from diffkiln.record.quiet import quiet_libraries
-from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, sentinel
+from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, refuse_unpadded, sentinel
 from tests.passes.plans import source
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 
@@ -133,6 +133,15 @@ def test_sentinels_show_which_transforms_were_applied(names):
     transforms, row = recorder._row("<before> " + apply(names, text) + " <after>")
     assert apply(transforms, text) == apply(names, text)
     assert row == {"keyword": "prompt", "index": 0, "prefix": "<before> ", "suffix": " <after>"}
+
+
+@pytest.mark.parametrize("changed", [{"padding": True}, {"max_length": None}], ids=["longest", "no-length"])
+def test_tokens_without_a_fixed_length_are_refused(changed):
+    text = {"tokenizer": "tokenizer", "padding": "max_length", "max_length": 8, "truncation": False}
+    refuse_unpadded([text | changed], set())
+    refuse_unpadded([text], {0})
+    with pytest.raises(DataDependent, match="the number of tokens follows the prompt"):
+        refuse_unpadded([text | changed], {0})
 
 
 def test_runtime_and_recorder_transform_alike():

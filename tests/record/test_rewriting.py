@@ -1,4 +1,4 @@
-"""Methods of diffusers that are replaced while a call is recorded: made for one text of them, and only for so long."""
+"""Methods of the libraries that are replaced while a call is recorded: made for one text of them, only for so long."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffkiln.record.lengths.rewriting import Rewrite, replaced, resized
 
 
 @pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.owners[0].partition(":")[2])
-def test_rewrites_are_made_for_the_diffusers_that_is_installed(rewrite):
+def test_rewrites_are_made_for_the_libraries_that_are_installed(rewrite):
     for owner in rewrite.owners:
-        importlib.import_module(f"diffusers.{owner.partition(':')[0]}")
+        importlib.import_module(f"{rewrite.library}.{owner.partition(':')[0]}")
     assert len(list(rewrite.classes())) == len(rewrite.owners)
     for owner in rewrite.classes():
         prints = {name: fingerprint(rewrite.stands_for(owner, name)) for name in rewrite.prints}

@@ -103,6 +103,18 @@ def test_long_prompts_are_cut_and_the_user_is_told(end, caplog):
     assert ids(end, "a red fox of a photo", truncation_side="left") == [[3, 4, 6, 2, 5]]
 
 
+def test_long_prompts_that_must_not_be_cut_are_refused(end):
+    assert ids(end, "a red fox of a", truncation=False) == [[2, 3, 4, 6, 2]]
+    with pytest.raises(CallError, match="prompt: 6 tokens with what the pipeline puts around it, this variant takes 5"):
+        ids(end, "a red fox of a photo", truncation=False)
+
+
+def test_what_stands_for_an_image_is_refused_in_a_prompt(end):
+    assert ids(end, "a red fox", marks=["<image>"]) == [[2, 3, 4, 0, 0]]
+    with pytest.raises(CallError, match="prompt: <image> stands for an image or a video"):
+        ids(end, "a red <image>", marks=["<image>"])
+
+
 def test_templates_and_transforms_are_applied(end):
     rows = [{"keyword": "prompt", "index": 0, "prefix": "a photo of ", "suffix": " <"}]
     assert ids(end, " RED ", rows=rows, transforms=["strip", "lower"]) == [[2, 5, 6, 3, 7]]

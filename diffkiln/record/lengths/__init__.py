@@ -12,15 +12,39 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.lengths import bria, cogview4, latte, lumina, lumina2, mochi, qwen_image, wan, z_image
+from diffkiln.record.lengths import (
+    bria,
+    cogview4,
+    latte,
+    lumina,
+    lumina2,
+    mochi,
+    qwen_image,
+    qwen_image_edit,
+    qwen_vl,
+    wan,
+    z_image,
+)
 from diffkiln.record.lengths.rewriting import Padding, Rewrite, fingerprint, replaced, whole
 from diffkiln.record.processors import processors_of
 
-_FAMILIES: tuple[Any, ...] = (wan, qwen_image, lumina2, z_image, mochi, cogview4, lumina, bria, latte)
+_FAMILIES: tuple[Any, ...] = (
+    wan,
+    qwen_image,
+    qwen_image_edit,
+    qwen_vl,
+    lumina2,
+    z_image,
+    mochi,
+    cogview4,
+    lumina,
+    bria,
+    latte,
+)
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
 #: Those that give the components of their pipelines other arguments than diffusers does.
-_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte)
+_PADDED: tuple[Any, ...] = (qwen_image, qwen_image_edit, z_image, cogview4, lumina, bria, latte)
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:
@@ -59,10 +83,16 @@ def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
 
 
 def outdated(pipe: Any) -> str:
-    """The methods of a pipeline and its components that have a rewrite, made for another text of them; "" if none."""
-    classes = {base for part in (pipe, *pipe.components.values()) for base in _classes(part)}
-    names = [f"{o.__name__}.{rewrite.method}" for rewrite, o in _owners() if o in classes and not rewrite.fits(o)]
-    return ", ".join(names)
+    """The methods of a pipeline and its components that have a rewrite, made for another text of them, such as
+    "diffusers' WanPipeline.encode_prompt"; "" if there are none."""
+    parts = [pipe, *pipe.components.values()]
+    parts += [inner for part in parts if isinstance(part, torch.nn.Module) for inner in part.modules()]
+    classes = {base for part in parts for base in _classes(part)}
+    return ", ".join(
+        f"{rewrite.library}' {owner.__name__}.{rewrite.method}"
+        for rewrite, owner in _owners()
+        if owner in classes and not rewrite.fits(owner)
+    )
 
 
 def _classes(part: Any) -> set[type]:

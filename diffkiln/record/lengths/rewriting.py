@@ -27,12 +27,13 @@ class Rewrite:
     """One method at a fixed length.
 
     Attributes:
-        owners: "module:Class" of the classes that have it, under `diffusers`.
+        owners: "module:Class" of the classes that have it, under `library`.
         method: its name.
         prints: `fingerprint` of every method that the rewrite stands for: by its name, or by "Class.name" for a method
             of another class of the owner's module.
         replacement: a function that takes the method's place.
         around: the replacement takes the method, and gives what takes its place and calls it.
+        library: diffusers or transformers.
     """
 
     owners: tuple[str, ...]
@@ -40,12 +41,13 @@ class Rewrite:
     prints: Mapping[str, str]
     replacement: Callable[..., Any]
     around: bool = False
+    library: str = "diffusers"
 
     def classes(self) -> Iterator[type]:
         """The owners among the classes that are loaded."""
         for owner in self.owners:
             module, _, name = owner.partition(":")
-            found = getattr(sys.modules.get(f"diffusers.{module}"), name, None)
+            found = getattr(sys.modules.get(f"{self.library}.{module}"), name, None)
             if found is not None:
                 yield found
 

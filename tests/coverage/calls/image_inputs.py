@@ -9,7 +9,7 @@ import diffusers
 
 from tests.coverage.calls.registry import CALLS, call
 from tests.coverage.calls.variants import NO_CHECKER, SMALL, changed, components
-from tests.pipelines import FAMILIES
+from tests.pipelines import FAMILIES, vision
 
 IMAGE, INPAINT, CONTROL = {"image": {}}, {"image": {}, "mask_image": {}}, {"control_image": {}}
 UNMARKED = {"add_watermarker": False}
@@ -211,3 +211,25 @@ def z_image_inpaint():
 def sana_sprint_img2img():
     given = CALLS["sana_sprint"].build().components
     return diffusers.SanaSprintImg2ImgPipeline(**given)
+
+
+def qwen_edit(kind: Any) -> Any:
+    """A pipeline of this class, whose text encoder sees the image."""
+    tokenizer = vision.qwen_vl_tokenizer()
+    model, processor = vision.qwen25_vl(tokenizer), vision.qwen_vl_processor(tokenizer)
+    return given_to(kind, "qwen_image", tokenizer=tokenizer, text_encoder=model, processor=processor)
+
+
+@call("qwen_image_edit", images=IMAGE, **sampled("qwen_image"))
+def qwen_image_edit():
+    return qwen_edit(diffusers.QwenImageEditPipeline)
+
+
+@call("qwen_image_edit_inpaint", images=INPAINT, **sampled("qwen_image", strength=0.7))
+def qwen_image_edit_inpaint():
+    return qwen_edit(diffusers.QwenImageEditInpaintPipeline)
+
+
+@call("qwen_image_edit_plus", images={"image": [{}, {"height": 48, "width": 96}]}, **sampled("qwen_image"))
+def qwen_image_edit_plus():
+    return qwen_edit(diffusers.QwenImageEditPlusPipeline)

@@ -1,0 +1,87 @@
+"""Qwen 2.5 VL with still images: where images stand in the text, and what of them attends to what, is read off tensors.
+
+A program gives the grids of the patches as numbers. All that follows from them is known while it is recorded, so that
+the same operations are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffkiln.record.lengths.rewriting import Rewrite
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What the vision tower gives replaces the tokens that stand for images, row by row and one after the other."""
+
+    def forward(self: Any, input_ids: Any = None, *args: Any, image_grid_thw: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(image_grid_thw, tuple):
+            return original(self, input_ids, *args, image_grid_thw=image_grid_thw, **kwargs)
+        embeds = self.get_input_embeddings()(input_ids)
+        seen = _seen(self.visual, kwargs.pop("pixel_values"), image_grid_thw).to(embeds.dtype)
+        seen = seen.view(embeds.shape[0], -1, embeds.shape[-1])
+        stands_for = input_ids.eq(self.config.image_token_id)
+        place = (stands_for.cumsum(dim=1) - 1).clamp(min=0, max=seen.shape[1] - 1)
+        seen = seen.gather(1, place.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
+        embeds = torch.where(stands_for.unsqueeze(-1), seen, embeds)
+        return original(self, None, *args, **kwargs | {"inputs_embeds": embeds})
+
+    return forward
+
+
+def _seen(tower: Any, pixels: torch.Tensor, grids: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
+    """[tokens, channels] of all images, with the ends of what attends to each other as numbers."""
+    from transformers.vision_utils import get_vision_attention_seqlens, get_vision_window_index
+
+    grid = torch.tensor(grids)
+    whole, _ = get_vision_attention_seqlens(grid, tower.config)
+    index, windows = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    ends = {"cu_seqlens": tuple(whole.tolist()), "cu_window_seqlens": tuple(windows.tolist())}
+    return tower(pixels.type(tower.dtype), grid_thw=grid, window_index=index, **ends).pooler_output
+
+
+def _attend(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with the ends as numbers, which a tensor that a block is given would hide."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, cu_seqlens: Any, **kwargs: Any) -> Any:
+        ends = torch.tensor(cu_seqlens) if isinstance(cu_seqlens, tuple) else cu_seqlens
+        return original(self, hidden_states, ends, **kwargs)
+
+    return forward
+
+
+_MODULE = "models.qwen2_5_vl.modeling_qwen2_5_vl"
+
+REWRITES = (
+    Rewrite(
+        library="transformers",
+        owners=(f"{_MODULE}:Qwen2_5_VLModel",),
+        method="forward",
+        prints={
+            "forward": "971e540da3cd8303",
+            "get_image_features": "3be50ff2e7181acb",
+            "get_placeholder_mask": "a02007ef3cdd6b4f",
+            "compute_3d_position_ids": "c81e25693ccfca40",
+            "Qwen2_5_VisionTransformerPretrainedModel.forward": "e71361c82c550238",
+        },
+        replacement=_forward,
+        around=True,
+    ),
+    Rewrite(
+        library="transformers",
+        owners=(f"{_MODULE}:Qwen2_5_VLVisionAttention",),
+        method="forward",
+        prints={"forward": "73bafba8a509f6b2"},
+        replacement=_attend,
+        around=True,
+    ),
+)
+
+
+def is_replaced() -> bool:
+    """Whether the methods are replaced now, as they are those that the rewrites were made for."""
+    methods = [getattr(owner, rewrite.method) for rewrite in REWRITES for owner in rewrite.classes()]
+    return all(method.__module__ == __name__ for method in methods)
