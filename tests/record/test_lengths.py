@@ -18,6 +18,7 @@ from diffkiln.record.lengths import (
     REWRITES,
     cogview4,
     is_rewritten,
+    kandinsky3,
     lumina,
     lumina2,
     mochi,
@@ -43,7 +44,7 @@ PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
 ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 #: The same of families that only the calls of tests/coverage have.
-MORE = {"mochi": 2e-5, "cogview4": 1e-5, "lumina": 1e-5, "bria": 1e-5, "latte": 1e-5}
+MORE = {"mochi": 2e-5, "cogview4": 1e-5, "lumina": 1e-5, "bria": 1e-5, "latte": 1e-5, "kandinsky3": 1e-5}
 LIMITS = ROUNDING | MORE
 
 
@@ -85,7 +86,7 @@ def both(request, tmp_path_factory):
 
 
 def difference(reference, pipe, given, **keywords):
-    """The largest difference of a value, of images in [0, 1]."""
+    """The largest difference of a value, of images in [0, 1]; relative to the largest value where that is above one."""
     with quiet_libraries():
         want, got = (
             each(
@@ -99,7 +100,7 @@ def difference(reference, pipe, given, **keywords):
         )
     assert want.shape == got.shape
     assert want.isfinite().all()
-    return float((want - got).abs().max())
+    return float((want - got).abs().max() / want.abs().max().clamp(min=1))
 
 
 @pytest.mark.parametrize("count", PROMPTS)
@@ -135,7 +136,15 @@ def test_equals_diffusers_where_an_empty_prompt_is_zeroed(tmp_path):
             assert difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1]) <= MORE["mochi"]
 
 
-@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina"])
+@pytest.mark.parametrize("family", ["kandinsky3"])
+def test_equals_diffusers_without_guidance(family, tmp_path):
+    reference, pipe, given = compiled(family, tmp_path, guidance_scale=1.0)
+    with pipe:
+        for count in (20, 400):
+            assert difference(reference, pipe, given, prompt=PROMPTS[count]) <= LIMITS[family]
+
+
+@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3"])
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
     """On the left where Lumina's are padded, whose tokenizer may: those that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
@@ -204,6 +213,16 @@ def test_another_multiple_of_the_longest_prompt_is_found(tmp_path, monkeypatch):
         diffkiln.compile(spec_for("cogview4", tmp_path), tmp_path / "bundle")
 
 
+def test_a_mean_over_the_padding_is_found(tmp_path, monkeypatch):
+    def mean_of_all(self, x, context, context_mask):
+        return x + self.attention(context.mean(dim=1, keepdim=True), context, context_mask).squeeze(1)
+
+    *others, pool = kandinsky3.REWRITES
+    monkeypatch.setattr(lengths, "REWRITES", (*others, replace(pool, replacement=mean_of_all)))
+    with pytest.raises(VerifyError, match="component 'unet' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_for("kandinsky3", tmp_path), tmp_path / "bundle")
+
+
 def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
     """Of a processor, too, which is no component and no module."""
 
@@ -246,7 +265,12 @@ def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
 
 def test_components_of_fixed_length_are_named():
     expected = {"wan": set(), "qwen_image": {"text_encoder", "transformer"}, "lumina2": {"transformer"}}
-    expected |= {"mochi": set(), "cogview4": {"text_encoder", "transformer"}, "bria": {"text_encoder"}}
+    expected |= {
+        "mochi": set(),
+        "cogview4": {"text_encoder", "transformer"},
+        "bria": {"text_encoder"},
+        "kandinsky3": {"unet"},
+    }
     for family, names in expected.items():
         assert of_fixed_length(CALLS[family].build(), {"max_sequence_length": LENGTH}) == names
 

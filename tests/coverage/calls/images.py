@@ -163,14 +163,14 @@ def kandinsky3():
         text_encoder=parts.t5_encoder(tokenizer),
         unet=diffusers.Kandinsky3UNet(
             time_embedding_dim=16,
-            groups=8,
+            groups=2,  # of several values each at the lowest level, too
             attention_head_dim=8,
             layers_per_block=2,
             block_out_channels=(16, 32, 32, 32),
             cross_attention_dim=16,
             encoder_hid_dim=parts.DIM,
         ),
-        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", thresholding=False, clip_sample=False),
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", thresholding=False, clip_sample=True),
         movq=VQModel(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 3 + ("AttnUpDecoderBlock2D",),
@@ -179,7 +179,7 @@ def kandinsky3():
             vq_embed_dim=4,
             num_vq_embeddings=16,
             norm_num_groups=4,
-            norm_type="spatial",
+            norm_type="group",  # spatial as in the real one would enlarge rounding with random weights
         ),
     )
 
