@@ -16,6 +16,7 @@ from diffkiln.layers import repeated_blocks
 from diffkiln.record import lengths
 from diffkiln.record.lengths import (
     REWRITES,
+    bria_fibo,
     cogview4,
     is_rewritten,
     kandinsky3,
@@ -44,7 +45,15 @@ PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
 ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 #: The same of families that only the calls of tests/coverage have.
-MORE = {"mochi": 2e-5, "cogview4": 1e-5, "lumina": 1e-5, "bria": 1e-5, "latte": 1e-5, "kandinsky3": 1e-5}
+MORE = {
+    "mochi": 2e-5,
+    "cogview4": 1e-5,
+    "lumina": 1e-5,
+    "bria": 1e-5,
+    "latte": 1e-5,
+    "kandinsky3": 1e-5,
+    "bria_fibo": 1e-5,
+}
 LIMITS = ROUNDING | MORE
 
 
@@ -136,7 +145,7 @@ def test_equals_diffusers_where_an_empty_prompt_is_zeroed(tmp_path):
             assert difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1]) <= MORE["mochi"]
 
 
-@pytest.mark.parametrize("family", ["kandinsky3"])
+@pytest.mark.parametrize("family", ["kandinsky3", "bria_fibo"])
 def test_equals_diffusers_without_guidance(family, tmp_path):
     reference, pipe, given = compiled(family, tmp_path, guidance_scale=1.0)
     with pipe:
@@ -144,7 +153,7 @@ def test_equals_diffusers_without_guidance(family, tmp_path):
             assert difference(reference, pipe, given, prompt=PROMPTS[count]) <= LIMITS[family]
 
 
-@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3"])
+@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo"])
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
     """On the left where Lumina's are padded, whose tokenizer may: those that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
@@ -152,6 +161,16 @@ def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_pat
     reference, pipe, given = compiled(family, tmp_path, settings=settings, batch_size=2, **repeats)
     with pipe:
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
+            found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
+            assert found <= LIMITS[family]
+
+
+@pytest.mark.parametrize("family", ["bria_fibo"])
+def test_equals_diffusers_for_empty_prompts(family, tmp_path):
+    """Both of a batch, and one beside another: FIBO makes it as long as that."""
+    reference, pipe, given = compiled(family, tmp_path, batch_size=2)
+    with pipe:
+        for prompts in (["", ""], ["", PROMPTS[20]], [PROMPTS[400], ""]):
             found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
             assert found <= LIMITS[family]
 
@@ -223,6 +242,18 @@ def test_a_mean_over_the_padding_is_found(tmp_path, monkeypatch):
         diffkiln.compile(spec_for("kandinsky3", tmp_path), tmp_path / "bundle")
 
 
+def test_a_token_of_the_padding_that_counts_is_found(tmp_path, monkeypatch):
+    def all_count(*args, **kwargs):
+        embeds, layers, none = right(*args, **kwargs)
+        return torch.cat([embeds[..., :-1], torch.ones_like(embeds[..., :1])], dim=-1), layers, none
+
+    embeds, forward = bria_fibo.REWRITES
+    right = embeds.replacement
+    monkeypatch.setattr(lengths, "REWRITES", (replace(embeds, replacement=all_count), forward))
+    with pytest.raises(VerifyError, match="the recorded call of BriaFiboPipeline differs"):
+        diffkiln.compile(spec_for("bria_fibo", tmp_path), tmp_path / "bundle")
+
+
 def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
     """Of a processor, too, which is no component and no module."""
 
@@ -255,7 +286,7 @@ def test_large_components_in_other_types_are_verified_too(family, tmp_path, monk
     assert {len(names) for names in kept} == {len(set(names)) for names in kept} == lists[family]
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image", "mochi", "bria", "cogview4"])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image", "mochi", "bria", "bria_fibo", "cogview4"])
 def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
     side = "right" if family == "cogview4" else "left"
     spec = spec_for(family, tmp_path, padding_side=side)

@@ -12,15 +12,39 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.lengths import bria, cogview4, kandinsky3, latte, lumina, lumina2, mochi, qwen_image, wan, z_image
+from diffkiln.record.lengths import (
+    bria,
+    bria_fibo,
+    cogview4,
+    kandinsky3,
+    latte,
+    lumina,
+    lumina2,
+    mochi,
+    qwen_image,
+    wan,
+    z_image,
+)
 from diffkiln.record.lengths.rewriting import Padding, Rewrite, fingerprint, replaced, whole
 from diffkiln.record.processors import processors_of
 
-_FAMILIES: tuple[Any, ...] = (wan, qwen_image, lumina2, z_image, mochi, cogview4, lumina, bria, latte, kandinsky3)
+_FAMILIES: tuple[Any, ...] = (
+    wan,
+    qwen_image,
+    lumina2,
+    z_image,
+    mochi,
+    cogview4,
+    lumina,
+    bria,
+    latte,
+    kandinsky3,
+    bria_fibo,
+)
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
 #: Those that give the components of their pipelines other arguments than diffusers does.
-_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte, kandinsky3)
+_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte, kandinsky3, bria_fibo)
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:

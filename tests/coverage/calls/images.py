@@ -103,7 +103,8 @@ def bria():
 @call("bria_fibo", **SMALL, max_sequence_length=32, negative_prompt="old")
 def bria_fibo():
     tokenizer = tokenizers.qwen()
-    config = transformers.SmolLM3Config(**parts.decoder_config(tokenizer, layers=4))
+    # diffusers has token 128000 for an empty prompt.
+    config = transformers.SmolLM3Config(**parts.decoder_config(tokenizer, layers=4) | {"vocab_size": 128001})
     return diffusers.BriaFiboPipeline(
         tokenizer=tokenizer,
         text_encoder=transformers.SmolLM3ForCausalLM(config),
