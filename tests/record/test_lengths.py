@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import diffkiln
 from diffkiln.compiler import _record, check
@@ -53,6 +54,7 @@ MORE = {
     "latte": 1e-5,
     "kandinsky3": 1e-5,
     "bria_fibo": 1e-5,
+    "ernie_image": 1e-5,
 }
 LIMITS = ROUNDING | MORE
 
@@ -65,9 +67,13 @@ def spec_for(family, root, padding_side=None, **settings):
         pipe.register_to_config(**settings)
         pipe.save_pretrained(folder, safe_serialization=True)
     if padding_side:
-        file = folder / "tokenizer" / "tokenizer_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": padding_side}))
+        change_tokenizer(folder, padding_side=padding_side)
     return spec_of_folder(CALLS[family], folder)
+
+
+def change_tokenizer(folder, **settings):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 def compiled(family, root, passes=(), settings=None, **inputs):
@@ -145,7 +151,7 @@ def test_equals_diffusers_where_an_empty_prompt_is_zeroed(tmp_path):
             assert difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1]) <= MORE["mochi"]
 
 
-@pytest.mark.parametrize("family", ["kandinsky3", "bria_fibo"])
+@pytest.mark.parametrize("family", ["kandinsky3", "bria_fibo", "ernie_image"])
 def test_equals_diffusers_without_guidance(family, tmp_path):
     reference, pipe, given = compiled(family, tmp_path, guidance_scale=1.0)
     with pipe:
@@ -153,11 +159,11 @@ def test_equals_diffusers_without_guidance(family, tmp_path):
             assert difference(reference, pipe, given, prompt=PROMPTS[count]) <= LIMITS[family]
 
 
-@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo"])
+@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo", "ernie_image"])
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
-    """On the left where Lumina's are padded, whose tokenizer may: those that are cut keep their first tokens."""
+    """Tokenizers that pad on the left, where they may: prompts that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
-    settings = {"padding_side": "left"} if family == "lumina" else None
+    settings = {"padding_side": "left"} if family in ("lumina", "ernie_image") else None
     reference, pipe, given = compiled(family, tmp_path, settings=settings, batch_size=2, **repeats)
     with pipe:
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
@@ -165,7 +171,7 @@ def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_pat
             assert found <= LIMITS[family]
 
 
-@pytest.mark.parametrize("family", ["bria_fibo"])
+@pytest.mark.parametrize("family", ["bria_fibo", "ernie_image"])
 def test_equals_diffusers_for_empty_prompts(family, tmp_path):
     """Both of a batch, and one beside another: FIBO makes it as long as that."""
     reference, pipe, given = compiled(family, tmp_path, batch_size=2)
@@ -291,6 +297,29 @@ def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
     side = "right" if family == "cogview4" else "left"
     spec = spec_for(family, tmp_path, padding_side=side)
     with pytest.raises(RecordError, match=f"pads on the {side}"):
+        diffkiln.compile(spec, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [({"model_max_length": 10**30}, 'Set "model_max_length"'), ({"pad_token": None}, 'Set "pad_token"')],
+)
+def test_a_tokenizer_that_gives_no_length_is_refused(setting, told, tmp_path):
+    spec = spec_for("ernie_image", tmp_path)
+    change_tokenizer(tmp_path / "ernie_image", **setting)
+    with pytest.raises(RecordError, match=told):
+        diffkiln.compile(spec, tmp_path / "bundle")
+
+
+def test_prompts_that_a_language_model_writes_are_refused(tmp_path):
+    with quiet_libraries():
+        pipe = CALLS["ernie_image"].build()
+        config = pipe.text_encoder.config
+        pipe.register_modules(pe=transformers.MistralForCausalLM(config), pe_tokenizer=pipe.tokenizer)
+        pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    spec = spec_of_folder(CALLS["ernie_image"], tmp_path / "model")
+    del spec["inputs"]["call"]["use_pe"]
+    with pytest.raises(RecordError, match=r'Set "use_pe" to false in inputs\.call'):
         diffkiln.compile(spec, tmp_path / "bundle")
 
 

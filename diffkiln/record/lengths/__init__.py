@@ -16,6 +16,7 @@ from diffkiln.record.lengths import (
     bria,
     bria_fibo,
     cogview4,
+    ernie_image,
     kandinsky3,
     latte,
     lumina,
@@ -40,11 +41,12 @@ _FAMILIES: tuple[Any, ...] = (
     latte,
     kandinsky3,
     bria_fibo,
+    ernie_image,
 )
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
 #: Those that give the components of their pipelines other arguments than diffusers does.
-_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte, kandinsky3, bria_fibo)
+_PADDED: tuple[Any, ...] = (qwen_image, z_image, cogview4, lumina, bria, latte, kandinsky3, bria_fibo, ernie_image)
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:

@@ -187,7 +187,7 @@ def kandinsky3():
 
 @call("ernie_image", **SMALL, use_pe=False)
 def ernie_image():
-    tokenizer = tokenizers.qwen()
+    tokenizer = tokenizers.qwen(max_length=224)
     config = transformers.MistralConfig(**parts.decoder_config(tokenizer))
     return diffusers.ErnieImagePipeline(
         tokenizer=tokenizer,

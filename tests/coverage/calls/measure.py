@@ -21,7 +21,7 @@ from tests.pipelines.registry import Family
 
 FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 #: Families of which a component computes at another length than in diffusers, so that its sums have another order.
-PADDED = ("qwen_image", "z_image", "lumina", "mochi", "cogview4", "bria", "latte", "kandinsky3")
+PADDED = ("qwen_image", "z_image", "lumina", "mochi", "cogview4", "bria", "latte", "kandinsky3", "ernie_image")
 #: The request that all are compared with.
 REQUEST, SEED = {"prompt": "A small red Fox", "output_type": "pt"}, 5
 
