@@ -55,6 +55,7 @@ MORE = {
     "kandinsky3": 1e-5,
     "bria_fibo": 1e-5,
     "ernie_image": 1e-5,
+    "longcat_image": 0.0,
 }
 LIMITS = ROUNDING | MORE
 
@@ -169,6 +170,15 @@ def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_pat
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
             found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
             assert found <= LIMITS[family]
+
+
+def test_equals_diffusers_for_quotations(tmp_path):
+    """They have other tokens than the same text unquoted: each character its own."""
+    reference, pipe, given = compiled("longcat_image", tmp_path)
+    quoting = "a sign of 'red fox' that doesn't say \u201cquiet lake\u201d, 'cat"
+    with pipe:
+        assert difference(reference, pipe, given, prompt=quoting, negative_prompt='"old"') == 0.0
+        assert difference(reference, pipe, given, prompt="'" + PROMPTS[200] + "'") == 0.0
 
 
 @pytest.mark.parametrize("family", ["bria_fibo", "ernie_image"])
@@ -320,6 +330,10 @@ def test_prompts_that_a_language_model_writes_are_refused(tmp_path):
     spec = spec_of_folder(CALLS["ernie_image"], tmp_path / "model")
     del spec["inputs"]["call"]["use_pe"]
     with pytest.raises(RecordError, match=r'Set "use_pe" to false in inputs\.call'):
+        diffkiln.compile(spec, tmp_path / "bundle")
+    spec = spec_for("longcat_image", tmp_path)
+    del spec["inputs"]["call"]["enable_prompt_rewrite"]
+    with pytest.raises(RecordError, match=r'Set "enable_prompt_rewrite" to false in inputs\.call'):
         diffkiln.compile(spec, tmp_path / "bundle")
 
 

@@ -19,6 +19,7 @@ from diffkiln.record.lengths import (
     ernie_image,
     kandinsky3,
     latte,
+    longcat_image,
     lumina,
     lumina2,
     mochi,
@@ -42,6 +43,7 @@ _FAMILIES: tuple[Any, ...] = (
     kandinsky3,
     bria_fibo,
     ernie_image,
+    longcat_image,
 )
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
