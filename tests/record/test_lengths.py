@@ -25,6 +25,7 @@ from diffkiln.record.lengths import (
     lumina2,
     mochi,
     of_fixed_length,
+    outdated,
     qwen_image,
     z_image,
 )
@@ -335,6 +336,19 @@ def test_prompts_that_a_language_model_writes_are_refused(tmp_path):
     del spec["inputs"]["call"]["enable_prompt_rewrite"]
     with pytest.raises(RecordError, match=r'Set "enable_prompt_rewrite" to false in inputs\.call'):
         diffkiln.compile(spec, tmp_path / "bundle")
+
+
+def test_a_family_that_has_no_fixed_length_is_refused_with_the_reason(tmp_path):
+    told = "as many tokens as the longest prompt has, without a mask.*cut by the characters.*on_unrecordable"
+    with pytest.raises(DataDependent, match=told):
+        diffkiln.compile(spec_for("kandinsky5_video", tmp_path), tmp_path / "bundle")
+
+
+def test_another_text_of_a_method_that_is_refused_is_not_said_to_be_recorded(monkeypatch):
+    others = tuple(replace(rewrite, prints={rewrite.method: "another"}) for rewrite in REWRITES)
+    monkeypatch.setattr(lengths, "REWRITES", others)
+    assert outdated(CALLS["kandinsky5_video"].build()) == ""
+    assert outdated(CALLS["longcat_image"].build()) == "LongCatImagePipeline._encode_prompt"
 
 
 def test_components_of_fixed_length_are_named():

@@ -18,6 +18,7 @@ from diffkiln.record.lengths import (
     cogview4,
     ernie_image,
     kandinsky3,
+    kandinsky5,
     latte,
     longcat_image,
     lumina,
@@ -44,6 +45,7 @@ _FAMILIES: tuple[Any, ...] = (
     bria_fibo,
     ernie_image,
     longcat_image,
+    kandinsky5,
 )
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
@@ -89,8 +91,8 @@ def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
 def outdated(pipe: Any) -> str:
     """The methods of a pipeline and its components that have a rewrite, made for another text of them; "" if none."""
     classes = {base for part in (pipe, *pipe.components.values()) for base in _classes(part)}
-    names = [f"{o.__name__}.{rewrite.method}" for rewrite, o in _owners() if o in classes and not rewrite.fits(o)]
-    return ", ".join(names)
+    known = [(rewrite, owner) for rewrite, owner in _owners() if owner in classes and not rewrite.refuses]
+    return ", ".join(f"{owner.__name__}.{rewrite.method}" for rewrite, owner in known if not rewrite.fits(owner))
 
 
 def _classes(part: Any) -> set[type]:

@@ -114,5 +114,6 @@ REWRITES = (
         method="_enhance_prompt_with_pe",
         prints={"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
         replacement=_enhance_prompt_with_pe,
+        refuses=True,
     ),
 )

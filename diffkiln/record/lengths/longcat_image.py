@@ -53,5 +53,6 @@ REWRITES = (
         method="rewire_prompt",
         prints={"rewire_prompt": "868c97cb0badeb95"},
         replacement=_rewire_prompt,
+        refuses=True,
     ),
 )

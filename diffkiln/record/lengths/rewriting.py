@@ -33,6 +33,7 @@ class Rewrite:
             of another class of the owner's module.
         replacement: a function that takes the method's place.
         around: the replacement takes the method, and gives what takes its place and calls it.
+        refuses: the replacement does nothing but say why the method is not recorded.
     """
 
     owners: tuple[str, ...]
@@ -40,6 +41,7 @@ class Rewrite:
     prints: Mapping[str, str]
     replacement: Callable[..., Any]
     around: bool = False
+    refuses: bool = False
 
     def classes(self) -> Iterator[type]:
         """The owners among the classes that are loaded."""
