@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,8 @@ def test_a_call_says_what_its_runtime_must_know():
     assert set(_features(call(Op(NOISE, (), ("%0",), attrs=drawn)))) == set()
     assert set(_features(call(Op(NOISE, (), ("%0",), attrs=drawn | {"seeded": False})))) == {"unseeded_noise"}
     assert set(_features(call(kind="image", keyword="image", index=[0]))) == {"image_inputs"}
+    quoting = replace(call(), texts=({"quotations": "characters"},))
+    assert set(_features(quoting)) == {"quotations"}
 
 
 def test_what_trying_an_engine_made_lies_beside_it(tmp_path, monkeypatch):

@@ -37,9 +37,10 @@ FORMAT_MINOR = 0
 # channels_last: tensors that weights' files hold as [N, H, W, C] and programs take as [N, C, H, W].
 # attention_kernels: operations that name the kernel of their attention, and the pass attention_backend.
 # image_inputs: inputs of calls that are images. unseeded_noise: noise that the caller's generator does not draw.
+# quotations: prompts of which what is quoted is tokenized character by character.
 # mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
 KNOWN_FEATURES: frozenset[str] = frozenset(
-    {"attention_kernels", "channels_last", "image_inputs", "mixed_devices", "unseeded_noise"}
+    {"attention_kernels", "channels_last", "image_inputs", "mixed_devices", "quotations", "unseeded_noise"}
 )
 
 MANIFEST = "manifest.json"

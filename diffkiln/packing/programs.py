@@ -52,6 +52,8 @@ def _features(call: Program) -> Iterator[str]:
         yield "image_inputs"
     if not all(op.attrs.get("seeded", True) for op in call.ops if op.name == NOISE):
         yield "unseeded_noise"
+    if any("quotations" in text for text in call.texts):
+        yield "quotations"
 
 
 def every_program(recording: Recording) -> list[Program]:

@@ -25,7 +25,8 @@ def listing(program: Program) -> str:
 def text_line(text: Mapping[str, Any]) -> str:
     """What becomes of the prompts before they are tokens."""
     length = f"{text['max_length']} tokens" if text["max_length"] else "any length"
-    how = ", ".join([*text["transforms"], length])
+    spelled = ["quotations by character"] if "quotations" in text else []
+    how = ", ".join([*text["transforms"], *spelled, length])
     return f"  text {' | '.join(map(_row, text['rows']))} → {text['tokenizer']} ({how})"
 
 

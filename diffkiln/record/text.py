@@ -44,6 +44,10 @@ def sentinel(keyword: str, index: int) -> str:
     return f"  Kiln {keyword} No{index}Z &amp;lt;Fire&amp;gt;  <Clay>\n schÃ¶n \u201cGLAZE\u201d  "
 
 
+class Quoting(str):
+    """A prompt of which the runtime tokenizes what is quoted character by character (diffkiln.runtime.quotations)."""
+
+
 def apply(transforms: tuple[str, ...], text: str) -> str:
     for name in transforms:
         text = TRANSFORMS[name](text)
@@ -130,7 +134,9 @@ class TextRecorder:
             "pad_id": tokenizer.pad_token_id,
             "pad_token": tokenizer.pad_token,
             "pad_type_id": getattr(tokenizer, "pad_token_type_id", 0),
-        } | ({"marks": marks} if marks else {})
+            **({"marks": marks} if marks else {}),
+            **({"quotations": "characters"} if any(isinstance(string, Quoting) for string in strings) else {}),
+        }
 
     def _row(self, string: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
         """Which sentinel is in the string, under which transforms, and what stands around it."""

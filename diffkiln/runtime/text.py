@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from diffkiln.errors import CallError, MissingDependency
+from diffkiln.runtime.quotations import pieces
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class TextEnd:
                 or that is too long and must not be cut.
         """
         rows = [self._row(row, text, prompts) for row in text["rows"]]
-        tokenizer = self._tokenizer(text)
-        encodings = tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
+        encode = self._encode_pieces if text.get("quotations") else self._encode
+        encodings = encode(text, rows)
         for row, source, encoding in zip(rows, text["rows"], encodings, strict=True):
             self._refuse_longer(text, source, len(encoding.ids))
             if encoding.overflowing:
@@ -71,6 +72,28 @@ class TextEnd:
             "attention_mask": torch.tensor([e.attention_mask for e in encodings], dtype=torch.int64),
             "token_type_ids": torch.tensor([e.type_ids for e in encodings], dtype=torch.int64),
         }
+
+    def _encode(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
+        return self._tokenizer(text).encode_batch(rows, add_special_tokens=text["add_special_tokens"])
+
+    def _encode_pieces(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
+        """The tokens of each row's pieces, one after the other; those that are too many are cut at the end."""
+        tokenizer = self._tokenizer({**text, "padding": "none", "truncation": False})
+        encodings = []
+        for row in rows:
+            merged = Encoding.merge(
+                tokenizer.encode_batch(pieces(row), add_special_tokens=False), growing_offsets=False
+            )
+            merged.truncate(text["max_length"])
+            merged.pad(
+                text["max_length"],
+                direction=text["padding_side"],
+                pad_id=text["pad_id"],
+                pad_type_id=text["pad_type_id"],
+                pad_token=text["pad_token"],
+            )
+            encodings.append(merged)
+        return encodings
 
     def _refuse_longer(self, text: Mapping[str, Any], row: Mapping[str, Any], count: int) -> None:
         most = text["max_length"]

@@ -26,6 +26,7 @@ from diffkiln.program import (
     program_to_json,
     verify,
 )
+from diffkiln.program.listing import text_line
 from tests.program.programs import BLOCK, BODY, F4, MODULE, PIPELINE
 
 
@@ -90,6 +91,15 @@ def test_marks_that_are_no_texts_are_refused():
     data["texts"][0]["marks"] = [1]
     with pytest.raises(DiffkilnError):
         program_from_json(data)
+
+
+def test_listing_says_what_is_tokenized_by_character():
+    row = {"keyword": "prompt", "index": 0, "prefix": "", "suffix": ""}
+    text = {"tokenizer": "tokenizer", "rows": [row], "transforms": ["lower"], "max_length": 8}
+    assert text_line(text).endswith("tokenizer (lower, 8 tokens)")
+    assert text_line(text | {"quotations": "characters"}).endswith(
+        "tokenizer (lower, quotations by character, 8 tokens)"
+    )
 
 
 def test_listing_is_for_people():

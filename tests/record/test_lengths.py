@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import diffkiln
 from diffkiln.compiler import _record, check
@@ -16,12 +17,15 @@ from diffkiln.layers import repeated_blocks
 from diffkiln.record import lengths
 from diffkiln.record.lengths import (
     REWRITES,
+    bria_fibo,
     cogview4,
     is_rewritten,
+    kandinsky3,
     lumina,
     lumina2,
     mochi,
     of_fixed_length,
+    outdated,
     qwen_image,
     z_image,
 )
@@ -43,7 +47,17 @@ PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 200, 400)}
 #: family → the largest difference from diffusers' own call
 ROUNDING = {"wan": 0.0, "qwen_image": 1e-5, "lumina2": 1e-5, "z_image": 1e-5}
 #: The same of families that only the calls of tests/coverage have.
-MORE = {"mochi": 2e-5, "cogview4": 1e-5, "lumina": 1e-5, "bria": 1e-5, "latte": 1e-5}
+MORE = {
+    "mochi": 2e-5,
+    "cogview4": 1e-5,
+    "lumina": 1e-5,
+    "bria": 1e-5,
+    "latte": 1e-5,
+    "kandinsky3": 1e-5,
+    "bria_fibo": 1e-5,
+    "ernie_image": 1e-5,
+    "longcat_image": 0.0,
+}
 LIMITS = ROUNDING | MORE
 
 
@@ -55,9 +69,13 @@ def spec_for(family, root, padding_side=None, **settings):
         pipe.register_to_config(**settings)
         pipe.save_pretrained(folder, safe_serialization=True)
     if padding_side:
-        file = folder / "tokenizer" / "tokenizer_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": padding_side}))
+        change_tokenizer(folder, padding_side=padding_side)
     return spec_of_folder(CALLS[family], folder)
+
+
+def change_tokenizer(folder, **settings):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 def compiled(family, root, passes=(), settings=None, **inputs):
@@ -85,7 +103,7 @@ def both(request, tmp_path_factory):
 
 
 def difference(reference, pipe, given, **keywords):
-    """The largest difference of a value, of images in [0, 1]."""
+    """The largest difference of a value, of images in [0, 1]; relative to the largest value where that is above one."""
     with quiet_libraries():
         want, got = (
             each(
@@ -99,7 +117,7 @@ def difference(reference, pipe, given, **keywords):
         )
     assert want.shape == got.shape
     assert want.isfinite().all()
-    return float((want - got).abs().max())
+    return float((want - got).abs().max() / want.abs().max().clamp(min=1))
 
 
 @pytest.mark.parametrize("count", PROMPTS)
@@ -135,14 +153,41 @@ def test_equals_diffusers_where_an_empty_prompt_is_zeroed(tmp_path):
             assert difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1]) <= MORE["mochi"]
 
 
-@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina"])
+@pytest.mark.parametrize("family", ["kandinsky3", "bria_fibo", "ernie_image"])
+def test_equals_diffusers_without_guidance(family, tmp_path):
+    reference, pipe, given = compiled(family, tmp_path, guidance_scale=1.0)
+    with pipe:
+        for count in (20, 400):
+            assert difference(reference, pipe, given, prompt=PROMPTS[count]) <= LIMITS[family]
+
+
+@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo", "ernie_image"])
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
-    """On the left where Lumina's are padded, whose tokenizer may: those that are cut keep their first tokens."""
+    """Tokenizers that pad on the left, where they may: prompts that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
-    settings = {"padding_side": "left"} if family == "lumina" else None
+    settings = {"padding_side": "left"} if family in ("lumina", "ernie_image") else None
     reference, pipe, given = compiled(family, tmp_path, settings=settings, batch_size=2, **repeats)
     with pipe:
         for prompts in ([PROMPTS[1], PROMPTS[200]], [PROMPTS[400], PROMPTS[20]]):
+            found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
+            assert found <= LIMITS[family]
+
+
+def test_equals_diffusers_for_quotations(tmp_path):
+    """They have other tokens than the same text unquoted: each character its own."""
+    reference, pipe, given = compiled("longcat_image", tmp_path)
+    quoting = "a sign of 'red fox' that doesn't say \u201cquiet lake\u201d, 'cat"
+    with pipe:
+        assert difference(reference, pipe, given, prompt=quoting, negative_prompt='"old"') == 0.0
+        assert difference(reference, pipe, given, prompt="'" + PROMPTS[200] + "'") == 0.0
+
+
+@pytest.mark.parametrize("family", ["bria_fibo", "ernie_image"])
+def test_equals_diffusers_for_empty_prompts(family, tmp_path):
+    """Both of a batch, and one beside another: FIBO makes it as long as that."""
+    reference, pipe, given = compiled(family, tmp_path, batch_size=2)
+    with pipe:
+        for prompts in (["", ""], ["", PROMPTS[20]], [PROMPTS[400], ""]):
             found = difference(reference, pipe, given, prompt=prompts, negative_prompt=prompts[::-1])
             assert found <= LIMITS[family]
 
@@ -204,6 +249,28 @@ def test_another_multiple_of_the_longest_prompt_is_found(tmp_path, monkeypatch):
         diffkiln.compile(spec_for("cogview4", tmp_path), tmp_path / "bundle")
 
 
+def test_a_mean_over_the_padding_is_found(tmp_path, monkeypatch):
+    def mean_of_all(self, x, context, context_mask):
+        return x + self.attention(context.mean(dim=1, keepdim=True), context, context_mask).squeeze(1)
+
+    *others, pool = kandinsky3.REWRITES
+    monkeypatch.setattr(lengths, "REWRITES", (*others, replace(pool, replacement=mean_of_all)))
+    with pytest.raises(VerifyError, match="component 'unet' at a fixed length: output 0 differs"):
+        diffkiln.compile(spec_for("kandinsky3", tmp_path), tmp_path / "bundle")
+
+
+def test_a_token_of_the_padding_that_counts_is_found(tmp_path, monkeypatch):
+    def all_count(*args, **kwargs):
+        embeds, layers, none = right(*args, **kwargs)
+        return torch.cat([embeds[..., :-1], torch.ones_like(embeds[..., :1])], dim=-1), layers, none
+
+    embeds, forward = bria_fibo.REWRITES
+    right = embeds.replacement
+    monkeypatch.setattr(lengths, "REWRITES", (replace(embeds, replacement=all_count), forward))
+    with pytest.raises(VerifyError, match="the recorded call of BriaFiboPipeline differs"):
+        diffkiln.compile(spec_for("bria_fibo", tmp_path), tmp_path / "bundle")
+
+
 def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
     """Of a processor, too, which is no component and no module."""
 
@@ -236,7 +303,7 @@ def test_large_components_in_other_types_are_verified_too(family, tmp_path, monk
     assert {len(names) for names in kept} == {len(set(names)) for names in kept} == lists[family]
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image", "mochi", "bria", "cogview4"])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image", "mochi", "bria", "bria_fibo", "cogview4"])
 def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
     side = "right" if family == "cogview4" else "left"
     spec = spec_for(family, tmp_path, padding_side=side)
@@ -244,9 +311,54 @@ def test_a_tokenizer_that_pads_on_the_other_side_is_refused(family, tmp_path):
         diffkiln.compile(spec, tmp_path / "bundle")
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [({"model_max_length": 10**30}, 'Set "model_max_length"'), ({"pad_token": None}, 'Set "pad_token"')],
+)
+def test_a_tokenizer_that_gives_no_length_is_refused(setting, told, tmp_path):
+    spec = spec_for("ernie_image", tmp_path)
+    change_tokenizer(tmp_path / "ernie_image", **setting)
+    with pytest.raises(RecordError, match=told):
+        diffkiln.compile(spec, tmp_path / "bundle")
+
+
+def test_prompts_that_a_language_model_writes_are_refused(tmp_path):
+    with quiet_libraries():
+        pipe = CALLS["ernie_image"].build()
+        config = pipe.text_encoder.config
+        pipe.register_modules(pe=transformers.MistralForCausalLM(config), pe_tokenizer=pipe.tokenizer)
+        pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    spec = spec_of_folder(CALLS["ernie_image"], tmp_path / "model")
+    del spec["inputs"]["call"]["use_pe"]
+    with pytest.raises(RecordError, match=r'Set "use_pe" to false in inputs\.call'):
+        diffkiln.compile(spec, tmp_path / "bundle")
+    spec = spec_for("longcat_image", tmp_path)
+    del spec["inputs"]["call"]["enable_prompt_rewrite"]
+    with pytest.raises(RecordError, match=r'Set "enable_prompt_rewrite" to false in inputs\.call'):
+        diffkiln.compile(spec, tmp_path / "bundle")
+
+
+def test_a_family_that_has_no_fixed_length_is_refused_with_the_reason(tmp_path):
+    told = "as many tokens as the longest prompt has, without a mask.*cut by the characters.*on_unrecordable"
+    with pytest.raises(DataDependent, match=told):
+        diffkiln.compile(spec_for("kandinsky5_video", tmp_path), tmp_path / "bundle")
+
+
+def test_another_text_of_a_method_that_is_refused_is_not_said_to_be_recorded(monkeypatch):
+    others = tuple(replace(rewrite, prints={rewrite.method: "another"}) for rewrite in REWRITES)
+    monkeypatch.setattr(lengths, "REWRITES", others)
+    assert outdated(CALLS["kandinsky5_video"].build()) == ""
+    assert outdated(CALLS["longcat_image"].build()) == "LongCatImagePipeline._encode_prompt"
+
+
 def test_components_of_fixed_length_are_named():
     expected = {"wan": set(), "qwen_image": {"text_encoder", "transformer"}, "lumina2": {"transformer"}}
-    expected |= {"mochi": set(), "cogview4": {"text_encoder", "transformer"}, "bria": {"text_encoder"}}
+    expected |= {
+        "mochi": set(),
+        "cogview4": {"text_encoder", "transformer"},
+        "bria": {"text_encoder"},
+        "kandinsky3": {"unet"},
+    }
     for family, names in expected.items():
         assert of_fixed_length(CALLS[family].build(), {"max_sequence_length": LENGTH}) == names
 

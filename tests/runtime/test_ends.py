@@ -126,6 +126,19 @@ def test_rows_of_fixed_text_need_no_prompt(end):
     assert ids(end, "red", rows=rows) == [[2, 4, 0, 0, 0], [3, 0, 0, 0, 0]]
 
 
+def test_quotations_are_tokenized_by_character(end, caplog):
+    spelled = {"quotations": "characters", "max_length": 8}
+    assert ids(end, "a red fox", **spelled) == [[2, 3, 4, 0, 0, 0, 0, 0]]
+    assert ids(end, "red 'a<' fox", **spelled) == [[3, 1, 2, 7, 1, 4, 0, 0]]
+    assert ids(end, "red 'a<' fox", **spelled, padding_side="left") == [[0, 0, 3, 1, 2, 7, 1, 4]]
+    assert ids(end, "", **spelled) == [[0] * 8]
+    with caplog.at_level(logging.WARNING, "diffkiln"):
+        assert ids(end, "red fox 'aaaaaaaa'", **spelled, truncation_side="left") == [[3, 4, 1, 2, 2, 2, 2, 2]]
+    assert "cut to 8 tokens" in caplog.text
+    made = end.encode(text(**spelled), {"prompt": ["red 'a'"]})
+    assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
 def test_too_few_prompts_are_refused(end):
     rows = [{"keyword": "prompt", "index": 1, "prefix": "", "suffix": ""}]
     with pytest.raises(CallError, match="1 prompts, this variant takes 2"):

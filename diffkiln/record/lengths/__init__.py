@@ -14,8 +14,13 @@ import torch
 
 from diffkiln.record.lengths import (
     bria,
+    bria_fibo,
     cogview4,
+    ernie_image,
+    kandinsky3,
+    kandinsky5,
     latte,
+    longcat_image,
     lumina,
     lumina2,
     mochi,
@@ -40,11 +45,27 @@ _FAMILIES: tuple[Any, ...] = (
     lumina,
     bria,
     latte,
+    kandinsky3,
+    bria_fibo,
+    ernie_image,
+    longcat_image,
+    kandinsky5,
 )
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
 #: Those that give the components of their pipelines other arguments than diffusers does.
-_PADDED: tuple[Any, ...] = (qwen_image, qwen_image_edit, z_image, cogview4, lumina, bria, latte)
+_PADDED: tuple[Any, ...] = (
+    qwen_image,
+    qwen_image_edit,
+    z_image,
+    cogview4,
+    lumina,
+    bria,
+    latte,
+    kandinsky3,
+    bria_fibo,
+    ernie_image,
+)
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:
@@ -91,7 +112,7 @@ def outdated(pipe: Any) -> str:
     return ", ".join(
         f"{rewrite.library}' {owner.__name__}.{rewrite.method}"
         for rewrite, owner in _owners()
-        if owner in classes and not rewrite.fits(owner)
+        if owner in classes and not rewrite.refuses and not rewrite.fits(owner)
     )
 
 

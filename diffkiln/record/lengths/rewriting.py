@@ -34,6 +34,7 @@ class Rewrite:
         replacement: a function that takes the method's place.
         around: the replacement takes the method, and gives what takes its place and calls it.
         library: diffusers or transformers.
+        refuses: the replacement does nothing but say why the method is not recorded.
     """
 
     owners: tuple[str, ...]
@@ -42,6 +43,7 @@ class Rewrite:
     replacement: Callable[..., Any]
     around: bool = False
     library: str = "diffusers"
+    refuses: bool = False
 
     def classes(self) -> Iterator[type]:
         """The owners among the classes that are loaded."""

@@ -103,7 +103,8 @@ def bria():
 @call("bria_fibo", **SMALL, max_sequence_length=32, negative_prompt="old")
 def bria_fibo():
     tokenizer = tokenizers.qwen()
-    config = transformers.SmolLM3Config(**parts.decoder_config(tokenizer, layers=4))
+    # diffusers has token 128000 for an empty prompt.
+    config = transformers.SmolLM3Config(**parts.decoder_config(tokenizer, layers=4) | {"vocab_size": 128001})
     return diffusers.BriaFiboPipeline(
         tokenizer=tokenizer,
         text_encoder=transformers.SmolLM3ForCausalLM(config),
@@ -163,14 +164,14 @@ def kandinsky3():
         text_encoder=parts.t5_encoder(tokenizer),
         unet=diffusers.Kandinsky3UNet(
             time_embedding_dim=16,
-            groups=8,
+            groups=2,  # of several values each at the lowest level, too
             attention_head_dim=8,
             layers_per_block=2,
             block_out_channels=(16, 32, 32, 32),
             cross_attention_dim=16,
             encoder_hid_dim=parts.DIM,
         ),
-        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", thresholding=False, clip_sample=False),
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", thresholding=False, clip_sample=True),
         movq=VQModel(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 3 + ("AttnUpDecoderBlock2D",),
@@ -179,14 +180,14 @@ def kandinsky3():
             vq_embed_dim=4,
             num_vq_embeddings=16,
             norm_num_groups=4,
-            norm_type="spatial",
+            norm_type="group",  # spatial as in the real one would enlarge rounding with random weights
         ),
     )
 
 
 @call("ernie_image", **SMALL, use_pe=False)
 def ernie_image():
-    tokenizer = tokenizers.qwen()
+    tokenizer = tokenizers.qwen(max_length=224)
     config = transformers.MistralConfig(**parts.decoder_config(tokenizer))
     return diffusers.ErnieImagePipeline(
         tokenizer=tokenizer,

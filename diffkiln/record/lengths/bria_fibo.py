@@ -1,0 +1,128 @@
+"""Bria FIBO: prompts and negative prompts are as long as the longest of each, the shorter are filled up with zeros; an
+empty prompt is a token of its own; and whether all tokens count is decided by reading the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from diffkiln.errors import RecordError
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+
+#: The token that diffusers has for an empty prompt.
+_EMPTY = 128000
+
+
+def _get_prompt_embeds(
+    self: Any,
+    prompt: Any,
+    num_images_per_prompt: int = 1,
+    max_sequence_length: int = 2048,
+    device: Any = None,
+    dtype: Any = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Every prompt has `max_sequence_length` tokens; those that diffusers has not are zeros. An empty one is told from
+    its tokens.
+
+    One more channel of the embeddings says which tokens count. The mask is a constant that counts none of them, so that
+    the call has a mask whatever the prompts are; the denoiser takes the channel's.
+    """
+    if self.tokenizer.padding_side != "right":
+        raise RecordError("the tokenizer of BriaFiboPipeline pads on the left: where a prompt begins is not fixed")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    told = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
+    tokens = self.tokenizer(prompts, add_special_tokens=True, **told)
+    nothing = self.tokenizer("", add_special_tokens=True, **told).input_ids
+    is_empty = tokens.input_ids.eq(nothing).all(dim=1, keepdim=True)
+    pad_id = self.tokenizer.pad_token_id
+    ids, mask, longest = _with_empty_ones(tokens.input_ids, tokens.attention_mask, is_empty, pad_id)
+    hidden = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    within = (torch.arange(max_sequence_length, device=ids.device) < longest).unsqueeze(-1)
+    layers = tuple(each.masked_fill(~within, 0.0).repeat_interleave(num_images_per_prompt, dim=0) for each in hidden)
+    embeds = torch.cat([layers[-1], layers[-2]], dim=-1).to(dtype=dtype or self.text_encoder.dtype)
+    counted = mask.repeat_interleave(num_images_per_prompt, dim=0)
+    none = torch.zeros(embeds.shape[:2], dtype=mask.dtype, device=ids.device)
+    return _marked(embeds, counted), layers, none
+
+
+def _with_empty_ones(
+    ids: torch.Tensor, mask: torch.Tensor, is_empty: torch.Tensor, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids and mask [prompts, tokens] as diffusers has them, and the length of the longest prompt.
+
+    An empty prompt is one token, or as many as the longest prompt beside it has.
+    """
+    longest = mask.sum(dim=1).max().masked_fill(is_empty.all(), 1)
+    filled = is_empty.logical_and(torch.arange(ids.shape[1], device=ids.device) < longest)
+    ids = ids.masked_fill(is_empty, pad_id).masked_fill(filled, _EMPTY)
+    return ids, torch.where(is_empty, filled.to(mask.dtype), mask), longest
+
+
+def _marked(embeds: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    return torch.cat([embeds, counted.unsqueeze(-1).to(embeds.dtype)], dim=-1)
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The denoiser's own, with the last channel of the text as its mask."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        if encoder_hidden_states.shape[-1] == self.config.joint_attention_dim + 1:
+            counted = encoder_hidden_states[..., -1].gt(0.5)
+            encoder_hidden_states = encoder_hidden_states[..., :-1]
+            latents = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            mask = torch.cat([counted, latents], dim=1)[:, None, None, :]
+            kwargs["joint_attention_kwargs"] = {**kwargs["joint_attention_kwargs"], "attention_mask": mask}
+        return original(self, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    return forward
+
+
+def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """Both components follow the prompt's length."""
+    text, pad_id = fixed["max_sequence_length"], pipe.tokenizer.pad_token_id
+
+    def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (ids,) = args
+        return (resized(ids, text, pad_id),), kwargs | {"attention_mask": resized(kwargs["attention_mask"], text)}
+
+    def cut(tensor: torch.Tensor, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> torch.Tensor:
+        return resized(tensor, args[0].shape[1]) if tensor.ndim == 3 else tensor
+
+    def pad_embeds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeds, latents = kwargs["encoder_hidden_states"], kwargs["hidden_states"].shape[1]
+        batch, length, _ = embeds.shape
+        mask = kwargs["joint_attention_kwargs"].get("attention_mask")
+        counted = torch.ones(batch, length) if mask is None else mask[:, 0, 0, :length]
+        none = torch.ones(batch, text + latents, dtype=torch.bool)
+        none[:, :text] = False
+        return args, kwargs | {
+            "encoder_hidden_states": _marked(resized(embeds, text), resized(counted, text)),
+            "text_encoder_layers": [resized(layer, text) for layer in kwargs["text_encoder_layers"]],
+            "txt_ids": kwargs["txt_ids"].new_zeros(text, 3),
+            "joint_attention_kwargs": {**kwargs["joint_attention_kwargs"], "attention_mask": none[:, None, None, :]},
+        }
+
+    return {"text_encoder": Padding(pad_tokens, cut, cut), "transformer": Padding(pad_embeds)}
+
+
+REWRITES = (
+    Rewrite(
+        owners=("pipelines.bria_fibo.pipeline_bria_fibo:BriaFiboPipeline",),
+        method="get_prompt_embeds",
+        prints={
+            "get_prompt_embeds": "eb7845e73bbd2e08",
+            "encode_prompt": "8bee0bfe0d6cf6b4",
+            "pad_embedding": "8cd6acdb77fd2538",
+        },
+        replacement=_get_prompt_embeds,
+    ),
+    Rewrite(
+        owners=("models.transformers.transformer_bria_fibo:BriaFiboTransformer2DModel",),
+        method="forward",
+        prints={"forward": "3cacc780c1e116d7"},
+        replacement=_forward,
+        around=True,
+    ),
+)

@@ -1,0 +1,119 @@
+"""ERNIE-Image: each prompt is encoded by itself, as long as it is, out of tokens in Python lists; a language model may
+rewrite it before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffkiln.errors import RecordError
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+
+#: Tokens to which prompts are padded at most. Tokenizers that have no limit say some huge number.
+_LONGEST = 8192
+
+
+def _enhance_prompt_with_pe(_self: Any, *_args: Any, **_kwargs: Any) -> str:
+    raise RecordError(
+        "ErnieImagePipeline has a language model write the prompt anew, word by word, which is no straight line of "
+        'operations. Set "use_pe" to false in inputs.call, and rewrite prompts before they are given to the bundle'
+    )
+
+
+def _encode_prompt(self: Any, prompt: Any, device: Any, num_images_per_prompt: int = 1) -> list[torch.Tensor]:
+    """Each prompt has all tokens that the tokenizer may give, of which a last channel of ones says which count.
+
+    The text encoder is causal and the tokens are padded on the right: none that counts sees the padding. What it gives
+    for the padding is zeroed.
+    """
+    length = _text_length(self)
+    rows = []
+    for text in [prompt] if isinstance(prompt, str) else prompt:
+        tokens = self.tokenizer(
+            text,
+            add_special_tokens=True,
+            truncation=True,
+            padding="max_length",
+            max_length=length,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        ids, mask = _never_empty(tokens.input_ids, tokens.attention_mask, self.tokenizer.bos_token_id)
+        hidden = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2][0]
+        counted = mask[0].unsqueeze(-1)
+        row = torch.cat([hidden.masked_fill(counted.eq(0), 0.0), counted.to(hidden.dtype)], dim=-1)
+        rows += [row] * num_images_per_prompt
+    return rows
+
+
+def _text_length(pipe: Any) -> int:
+    length = pipe.tokenizer.model_max_length
+    if length > _LONGEST:
+        raise RecordError(
+            f"the tokenizer of ErnieImagePipeline takes prompts of up to {length} tokens, and all would be padded to "
+            f'that. Set "model_max_length" in tokenizer/tokenizer_config.json to at most {_LONGEST}; 512, say'
+        )
+    if pipe.tokenizer.pad_token_id is None:
+        raise RecordError(
+            "the tokenizer of ErnieImagePipeline has no token for padding. Set "
+            '"pad_token" in tokenizer/tokenizer_config.json to any of its tokens: what stands there is not seen'
+        )
+    return length
+
+
+def _never_empty(ids: torch.Tensor, mask: torch.Tensor, bos: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt [1, tokens] without a token gets the first one that diffusers gives it."""
+    is_first = torch.arange(ids.shape[1], device=ids.device).eq(0)
+    missing = mask.sum().eq(0).logical_and(is_first)
+    return ids.masked_fill(missing, bos or 0), mask.masked_fill(missing, 1)
+
+
+def _pad_text(
+    text_hiddens: list[torch.Tensor], device: Any, dtype: torch.dtype, text_in_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All have one length already; what counts of each is in its last channel."""
+    joined = torch.stack(text_hiddens).to(device)
+    return joined[..., :text_in_dim].to(dtype), joined[..., text_in_dim].gt(0.5).sum(dim=1)
+
+
+def paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """Both components follow the prompt's length."""
+    length, pad_id = _text_length(pipe), pipe.tokenizer.pad_token_id
+
+    def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"input_ids": resized(kwargs["input_ids"], length, pad_id)}
+
+    def cut(tensor: torch.Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        return resized(tensor, kwargs["input_ids"].shape[1]) if tensor.ndim == 3 else tensor
+
+    def pad_embeds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"text_bth": resized(kwargs["text_bth"], length)}
+
+    return {"text_encoder": Padding(pad_tokens, cut, cut), "transformer": Padding(pad_embeds)}
+
+
+_OWNERS = ("pipelines.ernie_image.pipeline_ernie_image:ErnieImagePipeline",)
+
+REWRITES = (
+    Rewrite(
+        owners=_OWNERS,
+        method="encode_prompt",
+        prints={"encode_prompt": "dfd0050c1c3d1bbd"},
+        replacement=_encode_prompt,
+    ),
+    Rewrite(
+        owners=_OWNERS,
+        method="_pad_text",
+        prints={"_pad_text": "4d56facd99590c5c"},
+        replacement=staticmethod(_pad_text),
+    ),
+    Rewrite(
+        owners=_OWNERS,
+        method="_enhance_prompt_with_pe",
+        prints={"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
+        replacement=_enhance_prompt_with_pe,
+        refuses=True,
+    ),
+)

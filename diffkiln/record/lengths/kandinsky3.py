@@ -1,0 +1,121 @@
+"""Kandinsky 3: prompts and negative prompts are cut one token behind the longest prompt, and the denoiser takes the
+mean of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+
+#: What diffusers pads prompts to.
+_TEXT = 128
+#: What the denoiser adds to the scores of tokens that its mask leaves out; twice that, of those that diffusers cuts.
+_BIAS = -10000.0
+
+
+def _process_embeds(
+    _self: Any, embeddings: torch.Tensor, attention_mask: torch.Tensor, cut_context: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros in the padding, and nothing cut."""
+    if cut_context:
+        embeddings = embeddings.masked_fill(attention_mask.eq(0).unsqueeze(-1), 0.0)
+    return embeddings, attention_mask
+
+
+def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One more channel of both texts says which tokens diffusers would have: they follow the longest prompt."""
+
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        embeds, negative, mask, negative_mask = original(self, *args, **kwargs)
+        if not kwargs.get("_cut_context") or kwargs.get("prompt_embeds") is not None:
+            return embeds, negative, mask, negative_mask
+        length = mask.sum(-1).max() + 1
+        embeds = _marked(embeds, length)
+        if negative is not None:
+            negative = _marked(negative, length)
+            negative_mask = negative_mask.masked_fill(torch.arange(_TEXT, device=mask.device) >= length, 0)
+        return embeds, negative, mask, negative_mask
+
+    return encode_prompt
+
+
+def _marked(embeds: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """[batch, tokens, channels + 1]: zeros from the length on, and a last channel that is one before it."""
+    within = (torch.arange(embeds.shape[1], device=embeds.device) < length).unsqueeze(-1)
+    channel = within.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+    return torch.cat([embeds.masked_fill(~within, 0.0), channel], dim=-1)
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The denoiser's own, with a mask of -1 where the last channel of the text says that diffusers has no token."""
+
+    def forward(
+        self: Any,
+        sample: torch.Tensor,
+        timestep: Any,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        text, mask = encoder_hidden_states, encoder_attention_mask
+        if text is not None and mask is not None and text.shape[-1] == self.config.encoder_hid_dim + 1:
+            within, text = text[..., -1].gt(0.5), text[..., :-1]
+            mask = mask.to(sample.dtype).masked_fill(~within, -1.0)
+        return original(self, sample, timestep, text, mask, **kwargs)
+
+    return forward
+
+
+def _pool(self: Any, x: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor) -> torch.Tensor:
+    """The mean is of the tokens that diffusers has, of which some may be padding."""
+    bias = context_mask.to(dtype=context.dtype)
+    within = bias.gt(1.5 * _BIAS).transpose(1, 2)
+    count = within.sum(dim=1, keepdim=True)
+    dtype = torch.promote_types(context.dtype, torch.float32)
+    mean = context.masked_fill(~within, 0.0).sum(dim=1, keepdim=True, dtype=dtype) / count
+    pooled = self.attention(mean.to(context.dtype), context, bias)
+    return x + pooled.squeeze(1)
+
+
+def paddings(_pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """The denoiser follows the prompt's length."""
+
+    def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text, mask = kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"]
+        marked = _marked(resized(text, _TEXT), torch.tensor(text.shape[1]))
+        return args, kwargs | {"encoder_hidden_states": marked, "encoder_attention_mask": resized(mask, _TEXT)}
+
+    return {"unet": Padding(pad)}
+
+
+REWRITES = (
+    Rewrite(
+        owners=("pipelines.kandinsky3.pipeline_kandinsky3:Kandinsky3Pipeline",),
+        method="process_embeds",
+        prints={"process_embeds": "43833d2d4d59efb3"},
+        replacement=_process_embeds,
+    ),
+    Rewrite(
+        owners=("pipelines.kandinsky3.pipeline_kandinsky3:Kandinsky3Pipeline",),
+        method="encode_prompt",
+        prints={"encode_prompt": "3aa95208ce841ff0"},
+        replacement=_encode_prompt,
+        around=True,
+    ),
+    Rewrite(
+        owners=("models.unets.unet_kandinsky3:Kandinsky3UNet",),
+        method="forward",
+        prints={"forward": "ac635d50c006c84a"},
+        replacement=_forward,
+        around=True,
+    ),
+    Rewrite(
+        owners=("models.unets.unet_kandinsky3:Kandinsky3AttentionPooling",),
+        method="forward",
+        prints={"forward": "e8d4d762a31702d1"},
+        replacement=_pool,
+    ),
+)
