@@ -20,6 +20,7 @@ from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.calibration import Metric, calibrated
 from diffkiln.errors import RecordError, found_together
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.layers.scaled import row_scales
 from diffkiln.legality import is_schedule, problems_of
 from diffkiln.memory import keep_large_tensors_apart
 from diffkiln.packing import (
@@ -251,7 +252,7 @@ def _calibrate(
             for name, module in modules.items():
                 manager.apply(module, name, checked.placed)
             assert isinstance(place.step, CacheSchedule)
-            with manager.guarded(item):
+            with manager.guarded(item), row_scales():
                 evidence = calibrated(recording, checked.pipe, modules, item.step, place.step, metrics)
         writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
         chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})

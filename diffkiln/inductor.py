@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 #: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
 ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
@@ -41,16 +44,44 @@ def told_host(isa: str, folder: Path) -> Iterator[None]:
         with environment(TORCHINDUCTOR_CACHE_DIR=str(folder)):
             yield
         return
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
     vectors = ISAS[isa][1]
     isas = [getattr(cpu_vec_isa, vectors)()] if vectors else []
     before = cpu_vec_isa.valid_vec_isa_list
     folder.mkdir(exist_ok=True)
     cpu_vec_isa.valid_vec_isa_list = lambda: isas  # type: ignore[assignment]
     try:
-        with environment(TORCHINDUCTOR_CACHE_DIR=str(folder)):
+        with environment(TORCHINDUCTOR_CACHE_DIR=str(folder)), declared_once(CppWrapperCpu):
             yield
     finally:
         cpu_vec_isa.valid_vec_isa_list = before
+
+
+@contextmanager
+def declared_once(wrapper: Any) -> Iterator[None]:
+    """Inductor's writer of C++, which declares the arrays of a shape once for each place that they are written to.
+
+    torch 2.11 knows a place by the address of a method that is bound anew for every line, so that which arrays it takes
+    for declared is left to chance, and two builds differ. Later versions know the object that the method is bound to.
+    """
+    original = wrapper.codegen_int_array_var
+    if "__self__" in inspect.getsource(original):
+        yield
+        return
+
+    def codegen_int_array_var(
+        self: Any, int_array: str, writeline: Any, known_statically: bool = False, graph: Any = None
+    ) -> str:
+        place = getattr(writeline, "__self__", writeline)
+        key = int_array, id(place), known_statically, id(graph) if graph else None
+        if key not in self.codegen_int_array_var_cache:
+            name = self._codegen_int_array_var_impl(int_array, writeline, known_statically)
+            self.codegen_int_array_var_cache[key] = name, place  # which lives as long as its address is a key
+        return self.codegen_int_array_var_cache[key][0]
+
+    with mock.patch.object(wrapper, "codegen_int_array_var", codegen_int_array_var):
+        yield
 
 
 @contextmanager

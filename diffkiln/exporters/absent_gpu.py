@@ -106,9 +106,12 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
 @contextmanager
 def _fake_tensors(_: Gpu) -> Iterator[None]:
     """Fake tensors ask whether there is a GPU, and where there seems to be one they move constants to it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
 
-    with _replaced(FakeTensorMode, avoid_device_init=property(lambda _: True)):
+    with (
+        _replaced(fake_tensor.FakeTensorMode, avoid_device_init=property(lambda _: True)),
+        _replaced(fake_tensor, init_gpu_context=lambda device: None),
+    ):
         yield
 
 

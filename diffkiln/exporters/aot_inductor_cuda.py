@@ -26,6 +26,7 @@ from diffkiln.cuda import (
     find_cudart,
     find_headers,
     find_library_headers,
+    find_ptxas,
     gpu_is_here,
 )
 from diffkiln.errors import ExportError, Problem
@@ -89,7 +90,9 @@ def told_gpu(target: Target, folder: Path) -> Iterator[None]:
     assert headers is not None  # gpu_problems says so first
     with ExitStack() as stack:
         # Lines of generated sources, in folders that are gone, would be kept in the code of every kernel.
-        stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), TRITON_DISABLE_LINE_INFO="1"))
+        # torch 2.11 brings an assembler of its own, which is not the one of Triton's version.
+        told = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_PTXAS_PATH": str(find_ptxas())}
+        stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), **told))
         stack.callback(setattr, cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
         cpp_extension.CUDA_HOME = str(headers.parent)
         if not gpu_is_here(target):
@@ -121,7 +124,8 @@ def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
         ExportError: a kernel is for another GPU than the target's.
     """
     wanted = target_sm(target)
-    found = sorted({cubin.sm for cubin in cubins_of(library)} - {wanted})
+    # CUDA 13's assembler marks as an architecture's own only those kernels that use features of it.
+    found = sorted({cubin.sm for cubin in cubins_of(library)} - {wanted, target.sm})
     if found:
         raise ExportError(f"its kernels were assembled for {', '.join(found)}, not for {wanted}: this is a fault here")
     cuda = str(torch.version.cuda)

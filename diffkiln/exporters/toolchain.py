@@ -36,6 +36,8 @@ _TORCH = Path(torch.__file__).parent
 _INTERFACE = _TORCH / "_inductor" / "codegen" / "aoti_runtime" / "interface.cpp"
 _MODEL_HEADER = "#include <torch/csrc/inductor/aoti_include/cpu.h>\n"
 _MODEL_HEADERS = {"cpu": _MODEL_HEADER, "cuda": _MODEL_HEADER.replace("cpu", "cuda")}
+#: Types that the model's calls of its kernels name, and that torch 2.11's header does not bring.
+_TYPES = "".join(f"#include <c10/util/{name}.h>\n" for name in ("Float8_e4m3fn", "Float8_e5m2"))
 _KERNEL_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 #: The model's base class is instantiated with the interface and nowhere else.
 _BASE = "namespace torch::aot_inductor {{ {}template class AOTInductorModelBase<AOTInductorModel>; }}\n"
@@ -145,7 +147,7 @@ def take_apart(source: str, device: str = "cpu") -> Sources:
         return Sources("", source, "", header)
     return Sources(
         header + interface + "\n" + _BASE.format(""),
-        header + _BASE.format("extern ") + model,
+        header + _TYPES + _BASE.format("extern ") + model,
         kernel_header + kernels,
         header,
     )

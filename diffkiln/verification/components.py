@@ -15,6 +15,7 @@ import torch
 
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
+from diffkiln.layers.scaled import row_scales
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.casts import casted
 from diffkiln.record.components import Callee, tracing, weights_of
@@ -53,7 +54,7 @@ def compare_component(
     """
     program = recorded.programs[callee.program]
     args, kwargs = unflatten(list(leaves), callee.structure)
-    with torch.inference_mode():
+    with torch.inference_mode(), row_scales():
         with (
             tracing(),
             with_processors(module, callee.processors),
@@ -82,7 +83,7 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
     for given in seen:
         args, kwargs = _cast((given.args, given.kwargs), dtype)
         padded = unflatten(_cast(given.leaves, dtype), callee.structure)
-        with torch.inference_mode(), _blamed(callee, module):
+        with torch.inference_mode(), row_scales(), _blamed(callee, module):
             expected = getattr(twin, callee.method)(*args, **kwargs)
             with fixed_lengths(), tracing():
                 found = getattr(twin, callee.method)(*padded[0], **padded[1])

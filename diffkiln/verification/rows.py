@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffkiln.errors import VerifyError
+from diffkiln.layers.scaled import row_scales
 from diffkiln.record.batches import Rebatched
 from diffkiln.record.components import Callee, tracing
 from diffkiln.record.lengths import fixed_lengths
@@ -86,7 +87,7 @@ def _compare(
             for leaf in leaves
         ]
         args, kwargs = unflatten(cast, callee.structure)
-        with torch.inference_mode(), fixed_lengths(), tracing():
+        with torch.inference_mode(), row_scales(), fixed_lengths(), tracing():
             result = getattr(twin, callee.method)(*args, **kwargs)
         return [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
 

@@ -196,6 +196,7 @@ class TestTakingApart:
         assert "kernel" not in sources.model
         assert sources.kernels == f"{toolchain._KERNEL_HEADER}int kernel;\n"
         assert sources.interface.startswith(toolchain._MODEL_HEADER)
+        assert "Float8_e4m3fn.h" in sources.model  # torch 2.11's own header does not bring it
 
     def test_leaves_together_what_it_does_not_know(self) -> None:
         assert toolchain.take_apart("int main() {}\n") == toolchain.Sources("", "int main() {}\n", "")

@@ -93,6 +93,9 @@ def test_what_it_asks_of_the_machine(with_cuda: pytest.MonkeyPatch, tmp_path: Pa
     with_cuda.setattr(cuda, "cubins_of", lambda _: [Cubin("sm_90a", 0)])
     asked = {"sm": "sm_90a", "cuda": "13.0", "driver": "580.65.06"}
     assert cuda.gpu_requirements(tmp_path, H200) == asked
+    with_cuda.setattr(cuda, "cubins_of", lambda _: [Cubin("sm_90a", 0), Cubin("sm_90", 1)])
+    assert cuda.gpu_requirements(tmp_path, H200) == asked  # a kernel of CUDA 13 that uses no features of its own
+    with_cuda.setattr(cuda, "cubins_of", lambda _: [Cubin("sm_90a", 0)])
     with pytest.raises(ExportError, match="assembled for sm_90a, not for sm_89"):
         cuda.gpu_requirements(tmp_path, L4)
 

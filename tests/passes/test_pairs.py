@@ -50,8 +50,8 @@ LOSS = {
 FLIPS = 0.5
 #: These change the model itself: what they are with another pass is compared with what they are alone.
 STRUCTURE = ("fuse_lora", "prune", "merge_tokens", "sparsify")
-#: What no target that the others need can take: compiling is for CPUs yet, sparse weights are for GPUs.
-APART = {frozenset({"sparsify", "compile"})}
+#: What no target takes here: sparse weights are for GPUs, for which a torch without CUDA does not build.
+APART = {frozenset({"sparsify", "compile"})} if torch.version.cuda is None else set()
 
 
 def _entry(name: str, family: str, root: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_the_stand_in_finds_what_a_gpu_would_refuse_and_what_is_copied() -> None
     with FakeTensorMode(), Copies() as copies:
         there, here, number = torch.ones(3, device=GPU), torch.ones(3), torch.tensor(2.0)
         assert (there * number).device == GPU
-        with pytest.raises(RuntimeError, match="at least two devices"):
+        with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             there * here
         assert copies.found == []
         torch.ops.aten._to_copy.default(number, device=GPU)

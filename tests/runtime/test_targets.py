@@ -31,6 +31,7 @@ def flags_of(level: str) -> frozenset[str]:
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     """The manifest of a bundle for three levels of CPU."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")  # which that bundle is for
     making.make_for(tmp_path / "bundle", NAMES)
     with open_bundle(tmp_path / "bundle") as bundle:
         return bundle.manifest

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from diffkiln.layers import Int4, store
+from diffkiln.layers.scaled import rows_are_scaled
 from diffkiln.layers.torchao import ghost_linear, quantize_linear
 from diffkiln.passes.quantizers.base import Layers, Quantizer, Settings, is_ghost
 from diffkiln.spec import Target
@@ -35,7 +36,15 @@ class TorchAO(Quantizer):
     }
 
     def objections(self, settings: Settings, target: Target, layers: Layers) -> Iterable[tuple[str, str]]:
-        if settings.type != "float8_dynamic" or target.device != "cuda":
+        if settings.type != "float8_dynamic":
+            return
+        if target.device == "cpu":
+            if settings.granularity == "per_row" and not rows_are_scaled():
+                reason = f"on a CPU torch {torch.__version__} multiplies float8 with one scale for the whole only"
+                yield (
+                    f"{reason}, and this type has one a row",
+                    'Set "granularity": "per_tensor", or take a later torch.',
+                )
             return
         if target.capability < _FLOAT8_SM:
             yield (
