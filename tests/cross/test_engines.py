@@ -44,7 +44,7 @@ class TestEngines:
         artefact = built(name, sm)
         found = cubins_of(library(artefact))
         assert len(found) > 3
-        assert {cubin.sm for cubin in found} == {sm}
+        assert {cubin.sm for cubin in found} <= {sm, sm.removesuffix("a")}  # of which assemblers mark some, or all
         assert artefact.requires["sm"] == sm
         assert artefact.autotuned is False
 
