@@ -91,8 +91,8 @@ def told_gpu(target: Target, folder: Path) -> Iterator[None]:
     assert headers is not None  # gpu_problems says so first
     with ExitStack() as stack:
         # Lines of generated sources, in folders that are gone, would be kept in the code of every kernel.
-        # torch 2.11 brings an assembler of its own, which is not the one of Triton's version. Triton 3.9 warns that later
-        # ones will no longer fuse products with sums if they are not told to.
+        # torch 2.11 brings an assembler of its own, which is not the one of Triton's version. Triton 3.9 warns that a
+        # later one will not fuse products with sums unless it is told to.
         told = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_PTXAS_PATH": str(find_ptxas())}
         told["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "1")
         stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), **told))
