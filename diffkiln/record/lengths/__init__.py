@@ -54,18 +54,7 @@ _FAMILIES: tuple[Any, ...] = (
 REWRITES: tuple[Rewrite, ...] = tuple(rewrite for family in _FAMILIES for rewrite in family.REWRITES)
 
 #: Those that give the components of their pipelines other arguments than diffusers does.
-_PADDED: tuple[Any, ...] = (
-    qwen_image,
-    qwen_image_edit,
-    z_image,
-    cogview4,
-    lumina,
-    bria,
-    latte,
-    kandinsky3,
-    bria_fibo,
-    ernie_image,
-)
+_PADDED = tuple(family for family in _FAMILIES if hasattr(family, "paddings"))
 
 
 def fixed_lengths() -> contextlib.AbstractContextManager[None]:
