@@ -23,6 +23,7 @@ _PLACES = {
     "strip": "diffkiln.retarget",
     "retune": "diffkiln.retarget",
     "load": "diffkiln.runtime.loading",
+    "Limits": "diffkiln.limits",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
     "errors": "diffkiln.errors",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from diffkiln import errors
     from diffkiln.compiler import check, compile
     from diffkiln.errors import DiffkilnError
+    from diffkiln.limits import Limits
     from diffkiln.modules import CompiledModule, compile_module
     from diffkiln.retarget import add_target, retune, strip
     from diffkiln.runtime.loading import load
@@ -64,6 +66,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "CompiledModule",
     "DiffkilnError",
+    "Limits",
     "Spec",
     "__version__",
     "add_target",

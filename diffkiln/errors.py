@@ -24,6 +24,7 @@
         ├── UnexpectedFile     6   a file is there that the manifest does not name
         ├── PathEscape         6   a path leaves the bundle or is not a plain file
         ├── NativeCodeRefused  6   native code that the user has not allowed
+        ├── LimitExceeded      6   it asks for more memory, time or text than the user's limits allow
         ├── SignatureInvalid   6   the signature is broken, or is of another manifest
         └── SignerRefused      6   the policy wants a signature of an identity that it pins, and there is none
 
@@ -173,6 +174,10 @@ class PathEscape(IntegrityError):
 
 
 class NativeCodeRefused(IntegrityError):
+    pass
+
+
+class LimitExceeded(IntegrityError):
     pass
 
 

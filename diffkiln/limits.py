@@ -1,0 +1,82 @@
+"""How much a bundle, a source or an adapter may take before diffkiln refuses it.
+
+What a stranger wrote may ask for a billion tokens or a million layers. Each such number is compared with a limit before
+memory or time is spent on it. The defaults are far above what the largest models of today need, and the user can raise
+them: `load(bundle, limits=Limits(operations=1_000_000))`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from diffkiln.errors import LimitExceeded
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budgets of one load, call or build.
+
+    Attributes:
+        memory_bytes: Bytes that the tensors of a program may take at once. None means what the machine has free.
+        operations: Operations in the programs of a bundle, those of its components included. 200,000.
+        variants: Variants of a bundle. 1,024.
+        header_rows: Tensors in one file of weights (safetensors or GGUF). 65,536.
+        header_bytes: Bytes of the header of one file of weights. 64 MiB.
+        json_bytes: Bytes of one JSON file, such as `tokenizer.json` or `config.json`. 64 MiB.
+        text_chars: Characters of one prompt, before and after its normalisation. 100,000.
+        tokens: Tokens that one prompt is cut or padded to. 32,768.
+        modules: Modules that a source's configurations build. 100,000.
+        timesteps: Timesteps that a scheduler is trained for, or steps of a call. 100,000.
+        adapter_rank: Rank of one layer of an adapter. 16,384.
+        source_bytes: Bytes of the weights of a source, as its configurations describe them. 4 TiB.
+    """
+
+    memory_bytes: int | None = None
+    operations: int = 200_000
+    variants: int = 1_024
+    header_rows: int = 65_536
+    header_bytes: int = 64 << 20
+    json_bytes: int = 64 << 20
+    text_chars: int = 100_000
+    tokens: int = 32_768
+    modules: int = 100_000
+    timesteps: int = 100_000
+    adapter_rank: int = 16_384
+    source_bytes: int = 4 << 40
+
+    def check(self, name: str, found: int, where: str) -> None:
+        """Raises `LimitExceeded` if `found` is more than the limit called `name` allows.
+
+        Args:
+            name: A field of this class.
+            found: What was asked for, in the field's unit.
+            where: The file, the component or the argument that asks for it.
+        """
+        allowed: int | None = getattr(self, name)
+        if allowed is not None and found > allowed:
+            raise LimitExceeded(
+                f"{where}: {name} is {found:,}, and {allowed:,} is allowed. If you trust its origin, raise "
+                f"the limit: load(…, limits=Limits({name}={found}))"
+            )
+
+
+_DEFAULT = Limits()
+_active: ContextVar[Limits] = ContextVar("diffkiln_limits", default=_DEFAULT)
+
+
+def active() -> Limits:
+    """Returns the limits of the load, call or build that is going on; the defaults where the user set none."""
+    return _active.get()
+
+
+@contextlib.contextmanager
+def applied(limits: Limits | None) -> Iterator[Limits]:
+    """Makes `limits` the active ones within the block; None leaves those that are."""
+    token = _active.set(limits or _active.get())
+    try:
+        yield _active.get()
+    finally:
+        _active.reset(token)
