@@ -28,6 +28,7 @@ from diffkiln.program.ir import (
     Ref,
     TensorType,
 )
+from diffkiln.program.operators import safe_equal
 
 _T = TypeVar("_T")
 _SIGILS = ("%", "@", "#")
@@ -121,7 +122,7 @@ def _op_from_json(row: Mapping[str, Any], types: dict[str, TensorType]) -> Op:
     if not isinstance(args, tuple):
         raise ManifestInvalid("the arguments of an operation must be a list")
     kwargs = {key: arg_from_json(arg) for key, arg in row.get("kwargs", {}).items()}
-    return Op(_is(str, row["op"]), args, tuple(outputs), kwargs, _is(dict, row.get("attrs", {})))
+    return safe_equal(Op(_is(str, row["op"]), args, tuple(outputs), kwargs, _is(dict, row.get("attrs", {}))))
 
 
 def _is(kind: type[_T], value: Any) -> _T:

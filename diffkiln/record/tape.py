@@ -32,7 +32,7 @@ import diffkiln
 from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
-from diffkiln.program.operators import RESHAPES, allowed
+from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
 from diffkiln.record.nests import map_tensors, same_geometry, tensors_in
 from diffkiln.record.selecting import SELECTS, by_position
@@ -121,7 +121,7 @@ class Tape(TorchDispatchMode):
             self._count += 1
             names.append(f"%{self._count}")
             self._bind(tensor, names[-1])
-        self.ops.append(Op(name, tuple(args), tuple(names), kwargs or {}, attrs or {}))
+        self.ops.append(safe_equal(Op(name, tuple(args), tuple(names), kwargs or {}, attrs or {})))
 
     def value(self, arg: Any) -> Arg:
         """An argument as the program writes it; real tensors become constants."""
@@ -363,7 +363,7 @@ class Tape(TorchDispatchMode):
         return map_tensors(args, fake)
 
     def _check_allowed(self, name: str) -> None:
-        if not allowed(name):
+        if not allowed(name) and not has_equal(name):
             raise RecordError(f"{self.what} uses {name}, which is not in diffkiln's closed list of operators{_where()}")
 
     def _refuse_randomness(self, func: Any, args: tuple[Any, ...]) -> None:
