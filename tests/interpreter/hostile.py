@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import dtype_of, overload, type_of
+from diffkiln.aten import dtype_of, literal, overload, type_of
 from diffkiln.interpreter.checked import checked
-from diffkiln.program.ir import TensorType
+from diffkiln.program.ir import Device, DType, MemoryFormat, TensorType
 from diffkiln.program.operators import OPERATORS, Refused, nbytes
+from diffkiln.program.operators.creation import MEMORY_FORMATS
 from diffkiln.program.operators.promotion import INTEGER, category
 
 CPU = torch.device("cpu")
@@ -46,6 +47,8 @@ _FLOATS = [0.0, 1.0, 0.5, 2.0, -1.0, 1e-5, 1e-12, 1e-300, 1e300, math.inf, -math
 _TEXTS = ["none", "tanh", "constant", "reflect", "replicate", "circular", "valid", "same", "trunc", "floor", "ortho"]
 _TEXTS += ["left", "right", "ij", "xy", "add", "multiply", "reduced", "complete", "i,j->ij", "ij,jk->ik", "...i->...", ""]
 _MODES = [None, "trunc", "floor"]
+
+_ABSENT = object()
 
 
 class Draw:
@@ -81,14 +84,50 @@ class Draw:
             return self.random.choice([*_INTEGERS[:9], *_FLOATS])
         if kind == "bool":
             return self.random.random() < 0.5
+        if kind == "format":
+            return MemoryFormat(self.random.choice(MEMORY_FORMATS))
+        if kind == "device":
+            return Device()
+        if kind == "dtype":
+            return DType(self.random.choice(_DTYPES))
         if kind == "str":
             return self.random.choice(_TEXTS)
         return None
+
+    def arguments(self, name: str, parameters: list[tuple[str, str, bool]]) -> dict[str, Any]:
+        """Returns a set: all drawn, or those that fit with one or two of them drawn or changed."""
+        fitting = FITTING.get(name.removeprefix("aten.").removesuffix(".default"))
+        if fitting is None or self.random.random() < 0.3:
+            return {key: self.argument(kind) for key, kind, _ in parameters}
+        given = {key: fitting.get(key, _ABSENT) for key, _, _ in parameters}
+        for key, kind, _ in self.random.sample(parameters, self.random.randint(0, min(2, len(parameters)))):
+            given[key] = self.argument(kind)
+        if self.random.random() < 0.3:
+            self._resize(given)
+        if self.random.random() < 0.3:
+            dtype = self.random.choice(_DTYPES)
+            changed = {k: TensorType(dtype, v.shape) for k, v in given.items() if isinstance(v, TensorType)}
+            given |= {key: type_ for key, type_ in changed.items() if given[key].dtype == "float32"}
+        return given
+
+    def _resize(self, given: dict[str, Any]) -> None:
+        """Changes one size of one tensor."""
+        shaped = [key for key, value in given.items() if isinstance(value, TensorType) and value.shape]
+        if not shaped:
+            return
+        key = self.random.choice(shaped)
+        shape = list(given[key].shape)
+        shape[self.random.randrange(len(shape))] = self.random.choice([0, 1, 2, 3, 5, 7, 16, 33])
+        given[key] = TensorType(given[key].dtype, tuple(shape))
 
     def tensor(self) -> TensorType:
         shape = self.random.choice(self._pool if self.random.random() < 0.8 else _SHAPES)
         dtype = self._dtype if self.random.random() < 0.7 else self.random.choice(_DTYPES)
         return TensorType(dtype, shape)
+
+
+#: What the schema counts as integers.
+_NAMED = {"dtype": "dtype?", "out_dtype": "dtype?", "memory_format": "format?", "layout": "none", "device": "device"}
 
 
 def kinds(name: str) -> Iterator[tuple[str, str, bool]]:
@@ -98,7 +137,173 @@ def kinds(name: str) -> Iterator[tuple[str, str, bool]]:
         kind = kind.replace("Optional[Tensor]", "Tensor?") if kind.startswith("Optional[Tensor]") else kind
         if kind.startswith("Optional["):
             kind = kind[len("Optional[") : -1] + "?"
-        yield argument.name, kind, argument.kwarg_only
+        yield argument.name, _NAMED.get(argument.name, kind), argument.kwarg_only
+
+
+def _t(text: str) -> TensorType:
+    """Returns the type that "2 3 int64" names: sizes and, unless it is float32, a dtype."""
+    words = text.split()
+    dtype = words.pop() if words and not words[-1].isdigit() else "float32"
+    return TensorType(dtype, tuple(map(int, words)))
+
+
+_IMAGE, _LINE, _VOLUME, _WEIGHT = _t("1 4 8 8"), _t("1 4 8"), _t("1 4 4 4 4"), _t("4")
+_STATISTICS = {"training": False, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
+_SIZE = {"output_size": (16, 16), "align_corners": False}
+_FACTORS = {"output_size": None, "align_corners": False, "scale_factors": (2.0, 2.0)}
+#: Arguments that fit, for operators that take some that chance seldom finds. Half of the sets begin with these.
+FITTING: dict[str, dict[str, Any]] = {
+    "_int_mm": {"self": _t("32 16 int8"), "mat2": _t("16 8 int8")},
+    "_weight_int8pack_mm": {"self": _t("2 32 bfloat16"), "mat2": _t("16 32 int8"), "scales": _t("16 bfloat16")},
+    "_scaled_mm": {
+        "self": _t("32 16 float8_e4m3fn"),
+        "mat2": _t("16 16 float8_e4m3fn"),
+        "scale_a": _t("1"),
+        "scale_b": _t("1"),
+        "out_dtype": DType("bfloat16"),
+    },
+    "addmm": {"self": _t("8"), "mat1": _t("4 4"), "mat2": _t("4 8"), "beta": 1, "alpha": 1},
+    "addmv": {"self": _t("4"), "mat": _t("4 8"), "vec": _t("8"), "beta": 1, "alpha": 1},
+    "baddbmm": {"self": _t("2 4 8"), "batch1": _t("2 4 4"), "batch2": _t("2 4 8"), "beta": 1, "alpha": 1},
+    "bmm": {"self": _t("2 4 4"), "mat2": _t("2 4 8")},
+    "mv": {"self": _t("4 8"), "vec": _t("8")},
+    "linear": {"input": _t("2 3 8"), "weight": _t("4 8"), "bias": _t("4")},
+    "einsum": {"equation": "bij,bjk->bik", "tensors": (_t("2 4 8"), _t("2 8 4"))},
+    "scaled_dot_product_attention": {
+        "query": _t("1 2 8 16"),
+        "key": _t("1 2 8 16"),
+        "value": _t("1 2 8 16"),
+        "attn_mask": _t("8 8 bool"),
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "enable_gqa": False,
+    },
+    "conv1d": {"input": _LINE, "weight": _t("4 4 3"), "bias": _WEIGHT, "padding": (1,)},
+    "conv2d": {"input": _IMAGE, "weight": _t("4 4 3 3"), "bias": _WEIGHT, "padding": (1, 1)},
+    "conv3d": {"input": _VOLUME, "weight": _t("4 4 3 3 3"), "bias": _WEIGHT, "padding": (1, 1, 1)},
+    "conv1d.padding": {"input": _LINE, "weight": _t("4 4 3"), "bias": _WEIGHT, "padding": "same"},
+    "conv2d.padding": {"input": _IMAGE, "weight": _t("4 4 3 3"), "bias": _WEIGHT, "padding": "same"},
+    "conv3d.padding": {"input": _VOLUME, "weight": _t("4 4 3 3 3"), "bias": _WEIGHT, "padding": "same"},
+    "conv_transpose1d": {"input": _LINE, "weight": _t("4 4 3"), "bias": _WEIGHT, "stride": (2,)},
+    "conv_transpose2d.input": {"input": _IMAGE, "weight": _t("4 4 3 3"), "bias": _WEIGHT, "stride": (2, 2)},
+    "conv_transpose3d.input": {"input": _VOLUME, "weight": _t("4 4 3 3 3"), "bias": _WEIGHT, "stride": (2, 2, 2)},
+    "convolution": {
+        "input": _IMAGE,
+        "weight": _t("4 4 3 3"),
+        "bias": None,
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "transposed": False,
+        "output_padding": (0, 0),
+        "groups": 1,
+    },
+    "avg_pool1d": {"self": _LINE, "kernel_size": (2,)},
+    "avg_pool2d": {"self": _IMAGE, "kernel_size": (2, 2)},
+    "avg_pool3d": {"self": _VOLUME, "kernel_size": (2, 2, 2)},
+    "max_pool1d": {"self": _LINE, "kernel_size": (2,)},
+    "max_pool2d": {"self": _IMAGE, "kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1)},
+    "max_pool3d": {"self": _VOLUME, "kernel_size": (2, 2, 2)},
+    "adaptive_avg_pool1d": {"self": _LINE, "output_size": (3,)},
+    "adaptive_avg_pool2d": {"self": _IMAGE, "output_size": (3, 3)},
+    "batch_norm": {
+        "input": _IMAGE,
+        "weight": _WEIGHT,
+        "bias": _WEIGHT,
+        "running_mean": _WEIGHT,
+        "running_var": _WEIGHT,
+        **_STATISTICS,
+    },
+    "instance_norm": {
+        "input": _IMAGE,
+        "weight": _WEIGHT,
+        "bias": _WEIGHT,
+        "running_mean": None,
+        "running_var": None,
+        "use_input_stats": True,
+        **{key: value for key, value in _STATISTICS.items() if key != "training"},
+    },
+    "group_norm": {"input": _IMAGE, "num_groups": 2, "weight": _WEIGHT, "bias": _WEIGHT},
+    "layer_norm": {"input": _t("2 3 8"), "normalized_shape": (8,), "weight": _t("8"), "bias": _t("8")},
+    "rms_norm": {"input": _t("2 3 8"), "normalized_shape": (8,), "weight": _t("8"), "eps": 1e-6},
+    "reflection_pad1d": {"self": _LINE, "padding": (1, 2)},
+    "reflection_pad2d": {"self": _IMAGE, "padding": (1, 2, 3, 4)},
+    "reflection_pad3d": {"self": _VOLUME, "padding": (1, 2, 1, 2, 3, 3)},
+    "replication_pad1d": {"self": _LINE, "padding": (1, 2)},
+    "replication_pad2d": {"self": _IMAGE, "padding": (1, 2, 3, 4)},
+    "replication_pad3d": {"self": _VOLUME, "padding": (1, 2, 1, 2, 3, 3)},
+    "_pad_circular": {"self": _IMAGE, "pad": (1, 2, 3, 4)},
+    "pad": {"self": _IMAGE, "pad": (1, 2, 3, 4), "mode": "reflect", "value": None},
+    "upsample_nearest1d": {"self": _LINE, "output_size": (16,)},
+    "upsample_nearest2d": {"self": _IMAGE, "output_size": (16, 16)},
+    "upsample_nearest3d": {"self": _VOLUME, "output_size": (8, 8, 8)},
+    "_upsample_nearest_exact1d": {"self": _LINE, "output_size": (16,)},
+    "_upsample_nearest_exact2d": {"self": _IMAGE, "output_size": (16, 16)},
+    "_upsample_nearest_exact3d": {"self": _VOLUME, "output_size": (8, 8, 8)},
+    "upsample_linear1d": {"self": _LINE, "output_size": (16,), "align_corners": False},
+    "upsample_bilinear2d": {"self": _IMAGE, **_SIZE},
+    "upsample_bicubic2d": {"self": _IMAGE, **_SIZE},
+    "_upsample_bilinear2d_aa": {"self": _IMAGE, **_SIZE},
+    "_upsample_bicubic2d_aa": {"self": _IMAGE, **_SIZE},
+    "upsample_trilinear3d": {"self": _VOLUME, "output_size": (8, 8, 8), "align_corners": False},
+    "upsample_nearest1d.vec": {"input": _LINE, "output_size": None, "scale_factors": (2.0,)},
+    "upsample_nearest2d.vec": {"input": _IMAGE, "output_size": None, "scale_factors": (2.0, 2.0)},
+    "upsample_nearest3d.vec": {"input": _VOLUME, "output_size": None, "scale_factors": (2.0, 2.0, 2.0)},
+    "_upsample_nearest_exact1d.vec": {"input": _LINE, "output_size": None, "scale_factors": (2.0,)},
+    "_upsample_nearest_exact2d.vec": {"input": _IMAGE, "output_size": None, "scale_factors": (2.0, 2.0)},
+    "_upsample_nearest_exact3d.vec": {"input": _VOLUME, "output_size": None, "scale_factors": (2.0, 2.0, 2.0)},
+    "upsample_linear1d.vec": {
+        "input": _LINE,
+        "output_size": None,
+        "align_corners": False,
+        "scale_factors": (0.5,),
+    },
+    "upsample_bilinear2d.vec": {"input": _IMAGE, **_FACTORS},
+    "upsample_bicubic2d.vec": {"input": _IMAGE, **_FACTORS},
+    "_upsample_bilinear2d_aa.vec": {"input": _IMAGE, **_FACTORS},
+    "_upsample_bicubic2d_aa.vec": {"input": _IMAGE, **_FACTORS},
+    "upsample_trilinear3d.vec": {
+        "input": _VOLUME,
+        "output_size": None,
+        "align_corners": True,
+        "scale_factors": (2.0, 2.0, 2.0),
+    },
+    "as_strided": {"self": _t("4 8"), "size": (4, 4), "stride": (8, 2), "storage_offset": 1},
+    "as_strided_scatter": {
+        "self": _t("4 8"),
+        "src": _t("4 4"),
+        "size": (4, 4),
+        "stride": (8, 2),
+        "storage_offset": 1,
+    },
+    "slice_scatter": {"self": _t("4 8"), "src": _t("4 4"), "dim": 1, "start": 0, "end": 8, "step": 2},
+    "select_scatter": {"self": _t("4 8"), "src": _t("4"), "dim": 1, "index": 2},
+    "diagonal_scatter": {"self": _t("4 8"), "src": _t("4"), "offset": 0, "dim1": 0, "dim2": 1},
+    "embedding": {"weight": _t("8 4"), "indices": _t("2 3 int64")},
+    "index.Tensor": {"self": _t("4 8 2"), "indices": (_t("3 int64"), _t("3 int64"))},
+    "index_put": {"self": _t("4 8"), "indices": (_t("3 int64"),), "values": _t("3 8"), "accumulate": False},
+    "index_select": {"self": _t("4 8"), "dim": 1, "index": _t("3 int64")},
+    "index_copy": {"self": _t("4 8"), "dim": 0, "index": _t("3 int64"), "source": _t("3 8")},
+    "index_add": {"self": _t("4 8"), "dim": 0, "index": _t("3 int64"), "source": _t("3 8"), "alpha": 1},
+    "index_fill.int_Tensor": {"self": _t("4 8"), "dim": 0, "index": _t("3 int64"), "value": _t("")},
+    "index_fill.int_Scalar": {"self": _t("4 8"), "dim": 0, "index": _t("3 int64"), "value": 2},
+    "gather": {"self": _t("4 8"), "dim": 1, "index": _t("4 3 int64"), "sparse_grad": False},
+    "take_along_dim": {"self": _t("4 8"), "indices": _t("4 3 int64"), "dim": 1},
+    "scatter.src": {"self": _t("4 8"), "dim": 1, "index": _t("4 3 int64"), "src": _t("4 8")},
+    "scatter.value": {"self": _t("4 8"), "dim": 1, "index": _t("4 3 int64"), "value": 2.0},
+    "scatter.reduce": {"self": _t("4 8"), "dim": 1, "index": _t("4 3 int64"), "src": _t("4 8"), "reduce": "add"},
+    "scatter_add": {"self": _t("4 8"), "dim": 1, "index": _t("4 3 int64"), "src": _t("4 8")},
+    "masked_scatter": {"self": _t("4 8"), "mask": _t("4 8 bool"), "source": _t("32")},
+    "masked_fill.Tensor": {"self": _t("4 8"), "mask": _t("4 8 bool"), "value": _t("")},
+    "searchsorted.Tensor": {"sorted_sequence": _t("8"), "self": _t("4")},
+    "repeat_interleave.self_Tensor": {"self": _t("4 8"), "repeats": _t("4 int64"), "dim": 0, "output_size": 6},
+    "contiguous": {"self": _IMAGE, "memory_format": MemoryFormat("channels_last")},
+    "to.device": {"self": _t("4 8"), "device": Device(), "dtype": DType("int8")},
+    "to.dtype": {"self": _t("4 8"), "dtype": DType("int8")},
+    "view.dtype": {"self": _t("4 8"), "dtype": DType("int8")},
+    "fft_irfftn": {"self": _t("4 8 complex64"), "s": (4, 14), "dim": (0, 1)},
+    "fft_irfft": {"self": _t("4 8 complex64"), "n": 14, "dim": 1},
+}
 
 
 class Guarded:
@@ -122,6 +327,21 @@ class Guarded:
         guarded.copy_(values)
         self._held.append(region)
         return guarded
+
+
+def split(given: dict[str, Any], parameters: list[tuple[str, str, bool]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns positional arguments up to the first that is left to its default, and the others by name."""
+    positional, keywords, ended = [], {}, False
+    for key, _, keyword in parameters:
+        value = given[key]
+        if value is _ABSENT:
+            ended = ended or not keyword
+        elif keyword or ended:
+            if value is not None:
+                keywords[key] = value
+        else:
+            positional.append(value)
+    return tuple(positional), keywords
 
 
 def values_of(type_: TensorType, rng: random.Random) -> torch.Tensor:
@@ -157,9 +377,8 @@ def attempts(name: str, count: int, seed: int) -> dict[str, Any]:
     for _ in range(count):
         draw.start()
         guard = Guarded()
-        given = {key: draw.argument(kind) for key, kind, _ in parameters}
-        positional = tuple(given[key] for key, _, keyword in parameters if not keyword)
-        keywords = {key: given[key] for key, _, keyword in parameters if keyword and given[key] is not None}
+        given = draw.arguments(name, parameters)
+        positional, keywords = split(given, parameters)
         try:
             inferred = entry.infer(*positional, **keywords)
         except (Refused, TypeError):
@@ -173,7 +392,7 @@ def attempts(name: str, count: int, seed: int) -> dict[str, Any]:
         def real(arg: Any, guard: Guarded = guard) -> Any:
             if isinstance(arg, TensorType):
                 return guard.tensor(arg, values_of(arg, draw.random))
-            return [real(item) for item in arg] if isinstance(arg, tuple) else arg
+            return [real(item) for item in arg] if isinstance(arg, tuple) else literal(arg, CPU)
 
         args, kwargs = [real(arg) for arg in positional], {key: real(arg) for key, arg in keywords.items()}
         try:

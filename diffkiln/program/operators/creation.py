@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from diffkiln.program.ir import Device, DType, Layout, MemoryFormat, TensorType
-from diffkiln.program.operators.promotion import SIZES
+from diffkiln.program.operators.promotion import FLOAT, SIZES, category
 from diffkiln.program.operators.table import (
     MAX_SIZE,
     Number,
@@ -120,10 +120,12 @@ def _known(value: Any) -> float:
 def _range(start: Any, end: Any, step: Any, given: dict[str, Any]) -> TensorType:
     first, last, stride = _known(start), _known(end), _known(step)
     require(stride != 0, "a range has a step")
-    count = math.ceil((last - first) / stride)
-    require(count >= 0, "a range ends beyond its start")
+    steps = (last - first) / stride
+    require(0 <= steps <= MAX_SIZE, "a range ends beyond its start")
     whole = all(isinstance(value, int) for value in (first, last, stride))
-    return TensorType(options("int64" if whole else "float32", **given), (integer(count, 0),))
+    dtype = options("int64" if whole else "float32", **given)
+    require(whole or category(dtype) == FLOAT, "a range of integers has whole bounds")
+    return TensorType(dtype, (math.ceil(steps),))
 
 
 @operator("arange")

@@ -151,12 +151,19 @@ def _product(self: Any, other: Any) -> TensorType:
 
 
 entries("mul.Tensor mul.Scalar maximum minimum fmax fmin max.other min.other", _product)
-entries("fmod.Tensor fmod.Scalar remainder.Tensor remainder.Scalar floor_divide floor_divide.Scalar", _product)
+entries("fmod.Tensor fmod.Scalar remainder.Tensor remainder.Scalar", _product)
 entries("bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_left_shift.Tensor", _product)
 entries("bitwise_right_shift.Tensor bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar", _product)
 entries("bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor_Scalar", _product)
 entries("__and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar __xor__.Scalar", _product)
 entries("__lshift__.Tensor __rshift__.Tensor __lshift__.Scalar __rshift__.Scalar", _product)
+
+
+@operator("floor_divide", "floor_divide.Scalar")
+def _floor_divide(self: Any, other: Any) -> TensorType:
+    joined = _product(self, other)
+    require(joined.dtype != "bool", "booleans have no quotient")
+    return joined
 
 
 @operator("div.Tensor", "div.Scalar", "true_divide.Tensor", "true_divide.Scalar", "atan2")
@@ -168,7 +175,7 @@ def _quotient(self: Any, other: Any) -> TensorType:
 @operator("div.Tensor_mode", "div.Scalar_mode")
 def _rounded_quotient(self: Any, other: Any, *, rounding_mode: Any) -> TensorType:
     one_of(rounding_mode, (None, "trunc", "floor"))
-    return _quotient(self, other) if rounding_mode is None else _product(self, other)
+    return _quotient(self, other) if rounding_mode is None else _floor_divide(self, other)
 
 
 @operator("pow.Tensor_Tensor", "pow.Tensor_Scalar")
@@ -229,7 +236,7 @@ def _addc(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> TensorTyp
 @operator("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(condition: Any, self: Any, other: Any) -> TensorType:
     given = tensor(condition)
-    require(given.dtype in ("bool", "uint8"), f"where takes a condition of booleans, not of {given.dtype}")
+    require(given.dtype == "bool", f"where takes a condition of booleans, not of {given.dtype}")
     joined = _joined(self, other)
     return TensorType(joined.dtype, broadcast(given.shape, joined.shape))
 
@@ -252,6 +259,7 @@ def _masked_fill(self: Any, mask: Any, value: Any) -> TensorType:
 def _complex(real: Any, imag: Any) -> TensorType:
     a, b = tensor(real), tensor(imag)
     require(a.dtype == b.dtype, "the real and imaginary parts have one dtype")
+    require(a.dtype in ("float32", "float64"), f"{a.dtype} is no part of a complex number")
     return TensorType(complex_of(a.dtype), broadcast(a.shape, b.shape))
 
 

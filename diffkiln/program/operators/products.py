@@ -156,7 +156,7 @@ def _cdist(x1: Any, x2: Any, p: Any = 2.0, compute_mode: Any = None) -> TensorTy
     number(p), one_of(compute_mode, (None, 0, 1, 2))
     a, b = tensor(x1), tensor(x2)
     require(len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[-1] == b.shape[-1], f"{a} and {b} are no points")
-    return TensorType(promote(a.dtype, b.dtype), (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-2]))
+    return TensorType(_one_dtype(a, b), (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-2]))
 
 
 @operator("linalg_qr")

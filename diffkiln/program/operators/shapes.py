@@ -266,6 +266,8 @@ def _pixel_unshuffle(self: Any, downscale_factor: Any) -> TensorType:
 # -- parts --
 
 _FAR = 2**63 - 1
+#: Each part is a value of its own.
+MAX_PARTS = 2**12
 
 
 def _slice(self: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> TensorType:
@@ -312,7 +314,7 @@ def _split(self: Any, split_size: Any, dim: Any = 0) -> list[TensorType]:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no parts")
     size, length = given.shape[axis(dim, len(given.shape))], integer(split_size, 1)
-    require(size // length < 2**16, "a split gives at most 65535 parts")
+    require(size // length < MAX_PARTS, f"a split gives at most {MAX_PARTS} parts")
     whole, rest = divmod(size, length)
     lengths = [length] * whole + [rest] * (rest > 0)
     return _pieces(given, dim, lengths or [0])
@@ -331,7 +333,7 @@ def _split_sizes(self: Any, split_size: Any, dim: Any = 0) -> list[TensorType]:
 
 @operator("chunk", "unsafe_chunk", view=True)
 def _chunk(self: Any, chunks: Any, dim: Any = 0) -> list[TensorType]:
-    given, count = tensor(self), integer(chunks, 1, 2**16)
+    given, count = tensor(self), integer(chunks, 1, MAX_PARTS)
     require(bool(given.shape), "a tensor without dimensions has no parts")
     size = given.shape[axis(dim, len(given.shape))]
     if size == 0:
@@ -341,7 +343,7 @@ def _chunk(self: Any, chunks: Any, dim: Any = 0) -> list[TensorType]:
 
 @operator("tensor_split.sections", view=True)
 def _tensor_split(self: Any, sections: Any, dim: Any = 0) -> list[TensorType]:
-    given, count = tensor(self), integer(sections, 1, 2**16)
+    given, count = tensor(self), integer(sections, 1, MAX_PARTS)
     require(bool(given.shape), "a tensor without dimensions has no parts")
     length, longer = divmod(given.shape[axis(dim, len(given.shape))], count)
     return _pieces(given, dim, [length + (index < longer) for index in range(count)])
@@ -352,7 +354,7 @@ def _unbind(self: Any, dim: Any = 0) -> list[TensorType]:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no parts")
     size = given.shape[axis(dim, len(given.shape))]
-    require(size < 2**16, "unbind gives at most 65535 parts")
+    require(size <= MAX_PARTS, f"unbind gives at most {MAX_PARTS} parts")
     return [_select(given, dim, 0)] * size
 
 
