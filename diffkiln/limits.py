@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffkiln.errors import LimitExceeded
 
@@ -22,6 +22,8 @@ class Limits:
     Attributes:
         memory_bytes: Bytes that the tensors of a program may take at once. None means what the machine has free.
         operations: Operations in the programs of a bundle, those of its components included. 200,000.
+        operations_per_call: Operations that one call runs, those of its components at each of their calls. 20,000,000.
+        seconds: Seconds that one call may take, looked at between operations. None means no limit.
         variants: Variants of a bundle. 1,024.
         header_rows: Tensors in one file of weights (safetensors or GGUF). 65,536.
         header_bytes: Bytes of the header of one file of weights. 64 MiB.
@@ -36,6 +38,8 @@ class Limits:
 
     memory_bytes: int | None = None
     operations: int = 200_000
+    operations_per_call: int = 20_000_000
+    seconds: float | None = None
     variants: int = 1_024
     header_rows: int = 65_536
     header_bytes: int = 64 << 20
@@ -47,7 +51,7 @@ class Limits:
     adapter_rank: int = 16_384
     source_bytes: int = 4 << 40
 
-    def check(self, name: str, found: int, where: str) -> None:
+    def check(self, name: str, found: float, where: str) -> None:
         """Raises `LimitExceeded` if `found` is more than the limit called `name` allows.
 
         Args:
@@ -55,12 +59,16 @@ class Limits:
             found: What was asked for, in the field's unit.
             where: The file, the component or the argument that asks for it.
         """
-        allowed: int | None = getattr(self, name)
+        allowed: float | None = getattr(self, name)
         if allowed is not None and found > allowed:
             raise LimitExceeded(
                 f"{where}: {name} is {found:,}, and {allowed:,} is allowed. If you trust its origin, raise "
                 f"the limit: load(…, limits=Limits({name}={found}))"
             )
+
+    def replaced(self, **changes: float | None) -> Limits:
+        """Returns these limits with some of them changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 _DEFAULT = Limits()

@@ -52,7 +52,7 @@ def _division(quotient: bool) -> Check:
                     return function(self, other, **kwargs)
                 return _aten.neg.default(self) if quotient else torch.zeros_like(self)
             negates = other == -1
-            found = function(self, torch.where(negates, 1, other), **kwargs)
+            found = function(self, torch.where(negates, torch.ones_like(other), other), **kwargs)
             same = self.to(found.dtype) if isinstance(self, Tensor) else torch.full_like(found, self)
             return torch.where(negates, -same if quotient else torch.zeros_like(same), found)
 

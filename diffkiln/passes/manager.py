@@ -12,7 +12,8 @@ import torch
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, VerifyError
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, order_problems
-from diffkiln.program import CALL, REGION, Module, Program, verify_module, verify_types
+from diffkiln.program import CALL, REGION, Module, Program, verify_call_types, verify_module, verify_types
+from diffkiln.program.inference import infer_types
 from diffkiln.program import verify as verify_program
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
@@ -144,16 +145,19 @@ def _with_programs(module: Module, programs: Mapping[str, Program]) -> Module:
 
 
 def _verify_programs(recording: Recording, item: Placed) -> None:
-    programs = {key: program for module in recording.modules.values() for key, program in module.programs.items()}
     try:
         for module in recording.modules.values():
             verify_module(module)
+            for region in module.regions.values():
+                infer_types(region)
             for program in module.programs.values():
                 verify_types(program, module.regions)
+                infer_types(program)
         for calls in recording.calls:
             for call in calls.values():
                 verify_program(call, modules=recording.modules)
-                verify_types(call, programs)
+                verify_call_types(call, recording.modules)
+                infer_types(call)
     except VerifyError as error:
         raise PassError(f"{item.where}: {item.step.name} left a program that is not well formed: {error}") from None
 

@@ -35,7 +35,7 @@ from diffkiln.program.serial import (
     program_from_json,
     program_to_json,
 )
-from diffkiln.program.verify import verify, verify_module, verify_types
+from diffkiln.program.verify import verify, verify_call_types, verify_module, verify_types
 
 __all__ = [
     "ATTENTION",
@@ -77,6 +77,7 @@ __all__ = [
     "refs",
     "rename_values",
     "verify",
+    "verify_call_types",
     "verify_module",
     "verify_types",
     "weight_in",

@@ -222,15 +222,33 @@ def _verify_counts(op: Op, takes: int, gives: int, where: str, what: str) -> Non
         raise VerifyError(f"{where}: {what} takes values in order, no literals and no keywords")
 
 
-def verify_types(program: Program, callee: Mapping[str, Program]) -> None:
-    """Check that what a REGION or CALL operation passes and gets has the types of its callee.
+def verify_types(program: Program, regions: Mapping[str, Program]) -> None:
+    """Checks that what each REGION operation passes and gets has the types of its region.
 
-    `program` is verified. `callee` maps a region's or program's name to it.
+    `program` is verified.
+
+    Raises:
+        VerifyError: names the operation and the type that differs.
     """
+    _verify_callees(program, lambda op: regions[op.attrs["region"]] if op.name == REGION else None)
+
+
+def verify_call_types(program: Program, modules: Mapping[str, Module]) -> None:
+    """Checks that what each CALL operation passes and gets has the types of the component's program.
+
+    `program` is verified.
+
+    Raises:
+        VerifyError: names the operation and the type that differs.
+    """
+    _verify_callees(
+        program, lambda op: modules[op.attrs["component"]].programs[op.attrs["program"]] if op.name == CALL else None
+    )
+
+
+def _verify_callees(program: Program, callee: Callable[[Op], Program | None]) -> None:
     for index, op in enumerate(program.ops):
-        # Other operations may carry what they like under these names: nothing has looked at it.
-        named = {REGION: "region", CALL: "program"}.get(op.name)
-        target = callee.get(op.attrs[named]) if named else None
+        target = callee(op)
         if target is None:
             continue
         where = f"program {program.name!r}, operation {index} ({op.name})"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from diffkiln.aten import Interpreter, Special, dtype_of
-from diffkiln.errors import CallError
+from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights, make_recordable
@@ -19,6 +21,9 @@ from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.places import current
 from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
+
+#: Set in the tests: every executor compares the type of every result with the declared one.
+PARANOID = bool(os.environ.get("DIFFKILN_PARANOID"))
 
 #: What is called at the end of a step: (step, timestep, latents) → latents.
 StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
@@ -35,6 +40,8 @@ class Executor:
         device: where everything runs.
         tf32: whether a GPU may compute float32 products in TF32; None leaves torch's settings alone.
         graphs: launches calls as CUDA graphs; None launches operation by operation.
+        seconds: how long one call may take, looked at before each operation; None for no limit.
+        paranoid: compares the type of every result with the declared one.
     """
 
     def __init__(
@@ -46,7 +53,10 @@ class Executor:
         device: torch.device,
         tf32: bool | None = None,
         graphs: Graphs | None = None,
+        seconds: float | None = None,
+        paranoid: bool = False,
     ) -> None:
+        self._seconds, self._ends, self._paranoid = seconds, 0.0, paranoid or PARANOID
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
         for engine in engines.values() if graphs else ():
@@ -117,6 +127,7 @@ class Executor:
         if not self._lock.acquire(blocking=False):
             raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
         self._run = run = _Run(self.store.follow(schedule), generator, step_end)
+        self._ends = time.monotonic() + (self._seconds or 0.0)
         try:
             with current(self.device):
                 yield
@@ -133,6 +144,18 @@ class Executor:
             raise CallError("a component runs only within a call")
         return self._run
 
+    def interpreter(self, program: Program, special: Mapping[str, Special]) -> Interpreter:
+        """Returns what replays a program within a call."""
+        watch = self._watch if self._seconds is not None else None
+        return Interpreter(program, self.device, special, self._paranoid, watch)
+
+    def _watch(self) -> None:
+        if time.monotonic() > self._ends:
+            raise LimitExceeded(
+                f"the call took longer than the {self._seconds} seconds that limits.seconds allows. Raise the limit in "
+                "load(limits=…), or ask for fewer steps"
+            )
+
     def for_engine(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors where an engine reads them: on the device, single numbers too."""
         kind = self.device.type
@@ -148,7 +171,7 @@ class Executor:
 
     def _call(self, program: Program) -> tuple[Interpreter, list[Key]]:
         if id(program) not in self._calls:
-            interpreter = Interpreter(program, self.device, self._special())
+            interpreter = self.interpreter(program, self._special())
             schedule = [
                 key
                 for op in program.ops
@@ -204,7 +227,7 @@ class _Component:
     def __init__(self, executor: Executor, name: str, program: Program) -> None:
         self._executor, self._name, self._program = executor, name, program
         self._module = executor.modules[name]
-        self._interpreter = Interpreter(program, executor.device, {REGION: self._region, ATTENTION: packaged})
+        self._interpreter = executor.interpreter(program, {REGION: self._region, ATTENTION: packaged})
         self._held: dict[str, torch.Tensor] = {}
         self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
         self.schedule = [*self._own, *self._block_order()]
@@ -261,7 +284,7 @@ class _Component:
         region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
-            replay = Interpreter(region, self._executor.device, {ATTENTION: packaged})
+            replay = self._executor.interpreter(region, {ATTENTION: packaged})
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
         placed = self._executor.for_engine
         folded = placed([constants[item] for item in region.constants])

@@ -23,11 +23,13 @@ from diffkiln.bundle import (
     require_signer,
 )
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
+from diffkiln.limits import Limits, active, applied
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
-from diffkiln.program.verify import verify_types
 from diffkiln.runtime.attention import check_kernels, kernels_of
+from diffkiln.runtime.checking import check_budget, check_call, check_module, check_stored
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.engines import engine as engine_class
+from diffkiln.runtime.engines import holds_weights
 from diffkiln.runtime.executor import Engine, Executor
 from diffkiln.runtime.graphs import graphs_for
 from diffkiln.runtime.pipeline import CompiledPipeline
@@ -55,6 +57,8 @@ def load(
     policy: Policy | str | os.PathLike[str] | None = None,
     rehash: bool = False,
     progress: Progress | None = None,
+    limits: Limits | None = None,
+    paranoid: bool = False,
 ) -> Any:
     """Load a bundle. Nothing is compiled, and neither diffusers nor transformers is imported.
 
@@ -67,6 +71,9 @@ def load(
         policy: whose signatures count; the user's own policy file by default, where there is one.
         rehash: hash weights again that were hashed at an earlier load and look untouched.
         progress: called with the number of bytes hashed since its last call.
+        limits: what the bundle may take; `diffkiln.limits.Limits()` has the defaults.
+        paranoid: compare the type of every result with the declared one, at each call. Slower by some microseconds an
+            operation.
 
     Raises:
         PolicyInvalid: the policy is not one.
@@ -74,6 +81,21 @@ def load(
         Incompatible: the bundle is for another machine, torch or format.
         HubError: the Hub does not give what the address names.
     """
+    with applied(limits):
+        return _loaded(path, allow_native, as_diffusers, device, check_engines, policy, rehash, progress, paranoid)
+
+
+def _loaded(
+    path: str | os.PathLike[str],
+    allow_native: bool,
+    as_diffusers: bool,
+    device: str | torch.device | None,
+    check_engines: bool,
+    policy: Policy | str | os.PathLike[str] | None,
+    rehash: bool,
+    progress: Progress | None,
+    paranoid: bool,
+) -> Any:
     if isinstance(path, str) and path.startswith("hf://"):
         from diffkiln.hub import cached
 
@@ -88,7 +110,7 @@ def load(
         check_device(verified.manifest, device)
         with current(device):
             if not as_diffusers:
-                return _load(verified, allow_native, trusted, device, check_engines)
+                return _load(verified, allow_native, trusted, device, check_engines, paranoid)
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
             if verified.manifest.runtime.get("cuda_graphs"):
@@ -102,9 +124,10 @@ def load(
 
 
 def _load(
-    verified: Verified, allow_native: bool, policy: Policy | None, device: Any, check_engines: bool
+    verified: Verified, allow_native: bool, policy: Policy | None, device: Any, check_engines: bool, paranoid: bool
 ) -> CompiledPipeline:
-    manifest = verified.manifest
+    manifest, limits = verified.manifest, active()
+    limits.check("variants", len(manifest.pipeline.variants), "the manifest")
     if manifest.runtime.get("only_diffusers"):
         raise Incompatible(
             f"this bundle of {manifest.pipeline.class_name} runs only as diffusers, by load(..., as_diffusers=True): "
@@ -117,12 +140,16 @@ def _load(
     check_kernels(kernels_of(modules), place)
     check_schemas(read_json(verified, SCHEMAS))
     constants = read_constants(verified)
+    variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
+    calls = [program for variant in variants for program in variant.programs.values()]
+    check_budget(modules, calls, limits, place)
     engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     offload: Any = manifest.runtime.get("offload")
     store = WeightStore(verified, manifest.weights, place, offload)
     tf32: Any = manifest.runtime.get("tf32")
-    executor = Executor(modules, store, constants, engines, place, tf32, graphs)
-    variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
+    inside = {key for key, engine in engines.items() if holds_weights(engine)}
+    check_stored(modules, calls, store.type_of, constants, inside)
+    executor = Executor(modules, store, constants, engines, place, tf32, graphs, limits.seconds, paranoid)
     tokenizers = {
         Path(row.path).stem: verified.read(row.path).decode()
         for row in manifest.files
@@ -153,8 +180,7 @@ def read_modules(verified: Verified) -> dict[str, Module]:
         module = module_from_json(read_json(verified, row.path))
         component = Path(row.path).stem
         verify_module(module)
-        for program in module.programs.values():
-            verify_types(program, module.regions)
+        check_module(module)
         modules[component] = module
     return modules
 
@@ -170,6 +196,7 @@ def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) 
             raise ManifestInvalid(f"{path!r} holds no program {name!r}, which variant {variant.name!r} names") from None
         programs[name] = program_from_json(data)
         verify(programs[name], modules=modules)
+        check_call(programs[name], modules)
     return CompiledVariant(variant.name, variant.fixed, programs)
 
 
@@ -193,7 +220,9 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
             if row["data"]
             else torch.empty(0, dtype=torch.uint8)
         )
-        constants[key] = data.view(dtype).reshape(row["shape"]).clone()
+        # A byte that is neither 0 nor 1 is no boolean: compilers take it for one or the other, as it suits them.
+        values = data != 0 if dtype == torch.bool else data.view(dtype)
+        constants[key] = values.reshape(row["shape"]).clone()
     return constants
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from diffkiln.aten import dtype_name
 from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
+from diffkiln.program import TensorType
 from diffkiln.runtime.lanes import Lane, Layout, aligned, copied
 
 #: (component, group name)
@@ -49,9 +51,18 @@ class Entry:
     end: int
     channels_last: bool = False
 
+    @property
+    def used_shape(self) -> tuple[int, ...]:
+        """The shape in which programs use the tensor."""
+        if not self.channels_last:
+            return self.shape
+        count, height, width, channels = self.shape
+        return count, channels, height, width
+
     def of(self, raw: torch.Tensor) -> torch.Tensor:
         """The tensor, a view of its bytes."""
-        tensor = raw.view(self.dtype).reshape(self.shape)
+        # A byte that is neither 0 nor 1 is no boolean: compilers take it for one or the other, as it suits them.
+        tensor = (raw != 0 if self.dtype == torch.bool else raw.view(self.dtype)).reshape(self.shape)
         return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
 
 
@@ -165,6 +176,14 @@ class WeightStore:
             return self._of_weight[component, weight]
         except KeyError:
             raise IntegrityError(f"the bundle holds no weight {weight!r} of component {component!r}") from None
+
+    def type_of(self, component: str, weight: str) -> TensorType | None:
+        """Returns the type of a weight as the file has it; None if no file holds it."""
+        key = self._of_weight.get((component, weight))
+        if key is None:
+            return None
+        entry = self.groups[key].entries[weight]
+        return TensorType(dtype_name(entry.dtype), entry.used_shape)
 
     def peek(self, component: str, weight: str) -> torch.Tensor:
         """A copy of one weight on the device, read by itself."""

@@ -151,7 +151,6 @@ def _product(self: Any, other: Any) -> TensorType:
 
 
 entries("mul.Tensor mul.Scalar maximum minimum fmax fmin max.other min.other", _product)
-entries("fmod.Tensor fmod.Scalar remainder.Tensor remainder.Scalar", _product)
 entries("bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_left_shift.Tensor", _product)
 entries("bitwise_right_shift.Tensor bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar", _product)
 entries("bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor_Scalar", _product)
@@ -160,10 +159,10 @@ entries("__lshift__.Tensor __rshift__.Tensor __lshift__.Scalar __rshift__.Scalar
 
 
 @operator("floor_divide", "floor_divide.Scalar")
+@operator("fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar")
 def _floor_divide(self: Any, other: Any) -> TensorType:
-    joined = _product(self, other)
-    require(joined.dtype != "bool", "booleans have no quotient")
-    return joined
+    require(tensor(self).dtype != "bool", "booleans have no quotient")
+    return _product(self, other)
 
 
 @operator("div.Tensor", "div.Scalar", "true_divide.Tensor", "true_divide.Scalar", "atan2")

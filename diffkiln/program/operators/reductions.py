@@ -256,6 +256,17 @@ def _topk(self: Any, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = T
     return [given, TensorType("int64", given.shape)]
 
 
+@operator("quantile.scalar")
+def _quantile(
+    self: Any, q: Any, dim: Any = None, keepdim: Any = False, *, interpolation: Any = "linear"
+) -> TensorType:
+    one_of(interpolation, ("linear", "lower", "higher", "nearest", "midpoint"))
+    require(isinstance(q, int | float) and 0 <= q <= 1, f"{q!r} is not between 0 and 1")
+    given = tensor(self)
+    require(given.dtype in ("float32", "float64") and given.numel > 0, f"{given} has no quantiles")
+    return reduced(given, None if dim is None else (axis(dim, len(given.shape)),), keepdim, given.dtype)
+
+
 @operator("searchsorted.Tensor")
 def _searchsorted(
     sorted_sequence: Any, self: Any, *, out_int32: Any = False, right: Any = False, side: Any = None

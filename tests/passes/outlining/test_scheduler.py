@@ -3,7 +3,7 @@
 import pytest
 
 from diffkiln.passes.outlining import SCHEDULER, between_calls
-from diffkiln.program import CALL, STEP, verify, verify_types
+from diffkiln.program import CALL, STEP, verify, verify_call_types
 from tests.end_to_end.test_families import spec_of
 from tests.passes.outlining.replays import call_gives, recorded, same
 from tests.pipelines import WARNING_FILTERS
@@ -25,7 +25,7 @@ def test_call_gives_the_same(family, families):
     parts = outlined.modules[SCHEDULER].programs
     for name, call in outlined.calls[0].items():
         verify(call, modules=outlined.modules)
-        verify_types(call, {key: p for module in outlined.modules.values() for key, p in module.programs.items()})
+        verify_call_types(call, outlined.modules)
         assert same(call_gives(outlined, call), call_gives(recording, recording.calls[0][name]))
         assert same(call_gives(outlined, call, 5.0), call_gives(recording, recording.calls[0][name], 5.0))
     assert parts

@@ -1,0 +1,139 @@
+"""What is known of a bundle's programs before anything runs: that their types hold, and what a call will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from diffkiln.aten import type_of
+from diffkiln.errors import ManifestInvalid
+from diffkiln.limits import Limits
+from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, weight_in
+from diffkiln.program.inference import infer_types, peak_memory
+from diffkiln.program.verify import verify_call_types, verify_types
+
+#: The file in which a control group says how much memory its processes may have, and what it holds if there is no limit.
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_module(module: Module) -> None:
+    """Infers the types of a component's programs and regions.
+
+    Raises:
+        VerifyError: a value is declared with another type than its operation gives.
+    """
+    for region in module.regions.values():
+        infer_types(region)
+    for program in module.programs.values():
+        verify_types(program, module.regions)
+        infer_types(program)
+
+
+def check_call(program: Program, modules: Mapping[str, Module]) -> None:
+    """Infers the types of a call, whose components are checked.
+
+    Raises:
+        VerifyError: as `check_module`.
+    """
+    verify_call_types(program, modules)
+    infer_types(program)
+
+
+def check_stored(
+    modules: Mapping[str, Module],
+    calls: Sequence[Program],
+    stored: Callable[[str, str], TensorType | None],
+    constants: Mapping[str, torch.Tensor],
+    inside: Collection[tuple[str, str]] = (),
+) -> None:
+    """Compares the types of weights and constants in the files with those that the programs declare.
+
+    Args:
+        modules: components by name.
+        calls: every call program.
+        stored: returns the type of a component's weight, None if no file holds it.
+        constants: folded tensors by key.
+        inside: (component, region) of engines that hold their weights themselves.
+
+    Raises:
+        ManifestInvalid: names the first weight or constant that is missing or of another type.
+    """
+    programs = [*calls]
+    for name, module in modules.items():
+        programs += [*module.programs.values(), *module.regions.values()]
+        for weight, declared in _weights_of(name, module, inside):
+            _compare(f"the weight {weight!r} of component {name!r}", stored(name, weight), declared)
+    for call in calls:
+        for weight in call.weights:
+            component, _, rest = weight.partition("/")
+            _compare(f"the weight {weight!r} of the call", stored(component, rest), call.types[f"@{weight}"])
+    for program in programs:
+        for key in program.constants:
+            found = type_of(constants[key]) if key in constants else None
+            _compare(f"the constant {key!r} of {program.name!r}", found, program.types[f"#{key}"])
+
+
+def _weights_of(
+    component: str, module: Module, inside: Collection[tuple[str, str]]
+) -> Iterator[tuple[str, TensorType]]:
+    for program in module.programs.values():
+        for weight in program.weights:
+            yield weight, program.types[f"@{weight}"]
+        for op in program.ops:
+            if op.name == REGION and (component, op.attrs["region"]) not in inside:
+                region = module.regions[op.attrs["region"]]
+                for weight in region.weights:
+                    yield weight_in(op, weight), region.types[f"@{weight}"]
+
+
+def _compare(what: str, found: TensorType | None, declared: TensorType) -> None:
+    if found is None:
+        raise ManifestInvalid(f"{what}: a program reads it, and no file holds it")
+    if found != declared:
+        raise ManifestInvalid(f"{what}: the file holds {found}, the program declares {declared}")
+
+
+def check_budget(modules: Mapping[str, Module], calls: Sequence[Program], limits: Limits, device: torch.device) -> None:
+    """Compares what the programs will take with what the user allows.
+
+    Raises:
+        LimitExceeded: too many operations, in the bundle or in one call, or more memory for results than is allowed.
+    """
+    regions = {name: _costs(module.regions, lambda _: (0, 0)) for name, module in modules.items()}
+    programs = {}
+    for name, module in modules.items():
+        own = regions[name]
+        programs[name] = _costs(module.programs, lambda op, own=own: own[op.attrs["region"]] if op.name == REGION else (0, 0))
+    every = [*calls, *(p for m in modules.values() for p in (*m.programs.values(), *m.regions.values()))]
+    limits.check("operations", sum(len(program.ops) for program in every), "the bundle's programs")
+
+    def called(op: Op) -> tuple[int, int]:
+        return programs[op.attrs["component"]][op.attrs["program"]] if op.name == CALL else (0, 0)
+
+    allowed = limits.memory_bytes if limits.memory_bytes is not None else total_memory(device)
+    for count, peak in _costs({str(index): call for index, call in enumerate(calls)}, called).values():
+        limits.check("operations_per_call", count, "one call of the bundle")
+        limits.replaced(memory_bytes=allowed).check("memory_bytes", peak, "the results of one call of the bundle")
+
+
+def _costs(
+    programs: Mapping[str, Program], inside: Callable[[Op], tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """Returns how many operations each program runs, and the bytes of its results at their peak."""
+    found = {}
+    for name, program in programs.items():
+        count = sum(1 + inside(op)[0] for op in program.ops)
+        found[name] = count, peak_memory(program, lambda op: inside(op)[1]).nbytes
+    return found
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns the bytes of memory that a device has, or that a control group leaves to this process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:")) * 1024
+    limit = _GROUP_LIMIT.read_text().strip() if _GROUP_LIMIT.is_file() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
