@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from diffkiln.attention import by_kernel
-from diffkiln.errors import Incompatible, VerifyError
+from diffkiln.errors import CallError, DiffkilnError, Incompatible, VerifyError
 from diffkiln.interpreter.checked import checked
 from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, kernel_of, refs
-from diffkiln.program.operators.creation import MEMORY_FORMATS
 from diffkiln.program.operators import SIZES, allowed, has_equal
+from diffkiln.program.operators.creation import MEMORY_FORMATS
 
 #: Gives for an operation that is not ATen's the function that runs it: tensors in, a sequence of tensors out.
 Special = Callable[[Op], Callable[..., Sequence[torch.Tensor]]]
@@ -124,6 +124,7 @@ class Interpreter:
             its place.
         paranoid: compares the type of each result with the one that the program declares.
         watch: called before each operation; what it raises ends the run.
+        explain: turns what torch raises for an operator into a CallError that names the operation.
     """
 
     def __init__(
@@ -133,9 +134,10 @@ class Interpreter:
         special: Mapping[str, Special] | None = None,
         paranoid: bool = False,
         watch: Callable[[], None] | None = None,
+        explain: bool = False,
     ) -> None:
         self.program = program
-        self._paranoid, self._watch = paranoid, watch
+        self._paranoid, self._watch, self._explain = paranoid, watch, explain
         self.device = torch.device(device)
         self._slots: dict[str, int] = {}
         self._inputs = [self._slot(item.name) for item in program.inputs]
@@ -189,6 +191,8 @@ class Interpreter:
             plain = by_kernel(function, kernel, self.program.name) if kernel else function
             function = checked(op.name, plain, self.device)
         run = self._bind(function, op)
+        if own and self._explain:
+            run = _explained(run, f"program {self.program.name!r}, {op.name} to {', '.join(op.outputs)}")
         if self._paranoid:
             run = self._compared(run, op, alone)
         outs: Any = [self._slot(name) for name in op.outputs]
@@ -252,6 +256,25 @@ class Interpreter:
             if slot not in self._outputs:
                 free[index].append(slot)
         return free
+
+
+#: What torch raises for arguments that an operator does not take.
+_RAISED = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, ArithmeticError)
+
+
+def _explained(run: Callable[[list[Any]], Any], where: str) -> Callable[[list[Any]], Any]:
+    """The operation, whose failures are errors of ours. They say nothing of the tensors' numbers."""
+
+    def explained(env: list[Any]) -> Any:
+        try:
+            return run(env)
+        except (DiffkilnError, torch.OutOfMemoryError):
+            raise
+        except _RAISED as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise CallError(f"{where} failed: {reason}. The bundle asks for what this operator cannot do") from error
+
+    return explained
 
 
 def gives_one_tensor(function: Any) -> bool:

@@ -16,6 +16,10 @@ from tests.exporters.regions import engine_cache
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
 
+# Every executor of the run compares the types of its results with the declared ones, in child processes too.
+os.environ["DIFFKILN_PARANOID"] = "1"
+
+
 def pytest_configure(config):
     """Engines that are built once are shared by the processes of a run, if the run has several."""
     if "DIFFKILN_TEST_CACHE" not in os.environ:
@@ -69,7 +73,7 @@ def families(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY")
+_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY", "DIFFKILN_PARANOID")
 
 
 @pytest.fixture

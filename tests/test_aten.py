@@ -11,6 +11,7 @@ import torch
 from diffkiln.aten import Interpreter, check_schemas, dtype_name, dtype_of, overload, schemas, type_of
 from diffkiln.errors import Incompatible, VerifyError
 from diffkiln.program import Op, Ref, TensorType
+from diffkiln.program.operators import OPERATORS
 from tests.program.programs import BLOCK, BODY, F4, MODULE, PIPELINE
 
 X = torch.arange(8.0).reshape(2, 4)
@@ -84,6 +85,12 @@ def test_operators_outside_the_list_cannot_be_had():
     for name in ("aten.add_.Tensor", "aten.bernoulli.default", "aten.add.out"):
         with pytest.raises(VerifyError):
             overload(name)
+    with pytest.raises(VerifyError, match="not in the closed list"):
+        overload("aten.add.NoSuchOverload")
+
+
+def test_operator_that_this_torch_has_not_is_incompatible(monkeypatch):
+    monkeypatch.setitem(OPERATORS, "aten.add.NoSuchOverload", OPERATORS["aten.add.Tensor"])
     with pytest.raises(Incompatible, match="no operator"):
         overload("aten.add.NoSuchOverload")
 

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from diffkiln.aten import Special, overload
+from diffkiln.interpreter.checked import checked
 from diffkiln.program import Op
 
 Sizes = Sequence[int]
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,22 @@ def _put(whole: Tensor, part: Tensor, box: Box, axis: int) -> Tensor:
     return torch.cat(pieces, axis)
 
 
-def _dense(base: Tensor) -> bool:
-    return base.is_contiguous() and base.storage_offset() == 0
-
-
 def _as_strided(op: Op) -> Callable[..., Sequence[Tensor]]:
+    strided = checked(op.name, overload(op.name), _CPU)
+
     def run(base: Tensor, size: Sizes, stride: Sizes, offset: int = 0) -> Sequence[Tensor]:
-        box = box_of(base.numel(), size, stride, offset) if _dense(base) else None
-        return (read(base, box, size) if box else overload(op.name)(base, size, stride, offset),)
+        box = box_of(base.numel(), size, stride, offset)
+        return (read(base.contiguous(), box, size) if box else strided(base, size, stride, offset),)
 
     return run
 
 
 def _as_strided_scatter(op: Op) -> Callable[..., Sequence[Tensor]]:
+    strided = checked(op.name, overload(op.name), _CPU)
+
     def run(base: Tensor, source: Tensor, size: Sizes, stride: Sizes, offset: int = 0) -> Sequence[Tensor]:
-        box = box_of(base.numel(), size, stride, offset) if _dense(base) else None
-        return (written(base, source, box) if box else overload(op.name)(base, source, size, stride, offset),)
+        box = box_of(base.numel(), size, stride, offset)
+        return (written(base.contiguous(), source, box) if box else strided(base, source, size, stride, offset),)
 
     return run
 

@@ -24,7 +24,7 @@ def checked(name: str, function: Callable[..., Any], device: torch.device) -> Ca
     Args:
         name: such as "aten.index.Tensor".
         function: the operator.
-        device: where it runs. Torch checks indices on a CPU; on a GPU an index out of bounds ends the process's use of it.
+        device: where it runs. Torch checks indices on a CPU. On a GPU a wrong index ends the process's use of the GPU.
     """
     if name in _CHECKS:
         return _CHECKS[name](function)
@@ -67,9 +67,7 @@ def _division(quotient: bool) -> Check:
 def _strided(function: Callable[..., Any]) -> Callable[..., Any]:
     """Torch counts the offset from the start of the storage, which may hold other tensors."""
 
-    def viewed(
-        self: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
-    ) -> Tensor:
+    def viewed(self: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
         dense = self.contiguous()
         return function(dense, size, stride, (storage_offset or 0) + dense.storage_offset())
 

@@ -13,8 +13,8 @@ from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, Veri
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, order_problems
 from diffkiln.program import CALL, REGION, Module, Program, verify_call_types, verify_module, verify_types
-from diffkiln.program.inference import infer_types
 from diffkiln.program import verify as verify_program
+from diffkiln.program.inference import infer_types
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target

@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.errors import VerifyError
-from diffkiln.program.ir import ATTENTION, NOISE, STEP, Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, refs
+from diffkiln.program.ir import (
+    ATTENTION,
+    NOISE,
+    STEP,
+    Device,
+    DType,
+    Layout,
+    MemoryFormat,
+    Op,
+    Program,
+    Ref,
+    TensorType,
+    refs,
+)
 from diffkiln.program.operators import OPERATORS, SIZES, Number, Refused, nbytes
 from diffkiln.program.operators.products import attended
 
@@ -109,20 +122,20 @@ def _declared(value: _Value) -> TensorType:
 
 # -- memory --
 
+
+def _named(text: str) -> frozenset[str]:
+    return frozenset(f"aten.{name}" for name in text.split())
+
+
 #: Operators that give the memory of their argument, if its elements lie in their order.
-_MAYBE_VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "reshape.default view.default contiguous.default flatten.using_ints ravel.default view_as.default "
-        "reshape_as.default"
-    ).split()
+_MAYBE_VIEWS = _named("reshape.default view.default contiguous.default flatten.using_ints ravel.default") | _named(
+    "view_as.default reshape_as.default"
 )
-_CASTS = frozenset(f"aten.{name}" for name in "to.dtype to.device to.other to.dtype_layout type_as.default".split())
+#: The same, if their argument has the type that is asked for.
+_CASTS = _named("to.dtype to.device to.other to.dtype_layout type_as.default")
 #: Views that keep the order of elements.
-_DENSE = frozenset(
-    f"aten.{name}"
-    for name in "unsqueeze.default squeeze.dim squeeze.dims squeeze.default unflatten.int alias.default detach.default".split()
-)
+_DENSE = _named("unsqueeze.default squeeze.default squeeze.dim squeeze.dims unflatten.int alias.default detach.default")
+_KEEPS_ORDER = _DENSE | _MAYBE_VIEWS | _CASTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +165,7 @@ def peak_memory(program: Program, inside: Callable[[Op], int] = lambda _op: 0) -
             if whole == name:
                 size[name] = nbytes(program.types[name])
             ends[whole] = max(ends.get(whole, index), last.get(name, index))
-            if base is None or (base in dense and op.name in _DENSE | _MAYBE_VIEWS | _CASTS):
+            if base is None or (base in dense and op.name in _KEEPS_ORDER):
                 dense.add(name)
     leaving: list[list[str]] = [[] for _ in program.ops]
     for name in size:

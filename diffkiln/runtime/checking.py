@@ -14,7 +14,7 @@ from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, weig
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types
 
-#: The file in which a control group says how much memory its processes may have, and what it holds if there is no limit.
+#: The file in which a control group says how much memory its processes may have.
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -101,11 +101,7 @@ def check_budget(modules: Mapping[str, Module], calls: Sequence[Program], limits
     Raises:
         LimitExceeded: too many operations, in the bundle or in one call, or more memory for results than is allowed.
     """
-    regions = {name: _costs(module.regions, lambda _: (0, 0)) for name, module in modules.items()}
-    programs = {}
-    for name, module in modules.items():
-        own = regions[name]
-        programs[name] = _costs(module.programs, lambda op, own=own: own[op.attrs["region"]] if op.name == REGION else (0, 0))
+    programs = {name: _module_costs(module) for name, module in modules.items()}
     every = [*calls, *(p for m in modules.values() for p in (*m.programs.values(), *m.regions.values()))]
     limits.check("operations", sum(len(program.ops) for program in every), "the bundle's programs")
 
@@ -118,9 +114,12 @@ def check_budget(modules: Mapping[str, Module], calls: Sequence[Program], limits
         limits.replaced(memory_bytes=allowed).check("memory_bytes", peak, "the results of one call of the bundle")
 
 
-def _costs(
-    programs: Mapping[str, Program], inside: Callable[[Op], tuple[int, int]]
-) -> dict[str, tuple[int, int]]:
+def _module_costs(module: Module) -> dict[str, tuple[int, int]]:
+    regions = _costs(module.regions, lambda _: (0, 0))
+    return _costs(module.programs, lambda op: regions[op.attrs["region"]] if op.name == REGION else (0, 0))
+
+
+def _costs(programs: Mapping[str, Program], inside: Callable[[Op], tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Returns how many operations each program runs, and the bytes of its results at their peak."""
     found = {}
     for name, program in programs.items():

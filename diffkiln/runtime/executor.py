@@ -147,7 +147,7 @@ class Executor:
     def interpreter(self, program: Program, special: Mapping[str, Special]) -> Interpreter:
         """Returns what replays a program within a call."""
         watch = self._watch if self._seconds is not None else None
-        return Interpreter(program, self.device, special, self._paranoid, watch)
+        return Interpreter(program, self.device, special, self._paranoid, watch, explain=True)
 
     def _watch(self) -> None:
         if time.monotonic() > self._ends:

@@ -179,6 +179,8 @@ def read_modules(verified: Verified) -> dict[str, Module]:
             continue
         module = module_from_json(read_json(verified, row.path))
         component = Path(row.path).stem
+        every = (*module.programs.values(), *module.regions.values())
+        active().check("operations", sum(len(program.ops) for program in every), repr(row.path))
         verify_module(module)
         check_module(module)
         modules[component] = module
@@ -195,6 +197,7 @@ def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) 
         except (KeyError, TypeError, IndexError):
             raise ManifestInvalid(f"{path!r} holds no program {name!r}, which variant {variant.name!r} names") from None
         programs[name] = program_from_json(data)
+        active().check("operations", len(programs[name].ops), repr(path))
         verify(programs[name], modules=modules)
         check_call(programs[name], modules)
     return CompiledVariant(variant.name, variant.fixed, programs)

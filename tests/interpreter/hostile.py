@@ -39,14 +39,28 @@ BYTES = 32 << 20
 
 _SHAPES = [(), (0,), (1,), (2,), (3,), (8,), (2, 3), (3, 2), (4, 4), (1, 4), (8, 8), (2, 0), (1, 4, 8), (2, 4, 4)]
 _SHAPES += [(1, 3, 8, 8), (2, 4, 3, 3), (4, 2, 3, 3), (4, 4, 1, 1), (1, 4, 2, 4, 4), (4, 4, 2, 2, 2), (3, 3, 3)]
-_DTYPES = ["float32"] * 6 + ["int64"] * 3 + ["int32", "bool", "float64", "bfloat16", "float16", "uint8", "int8", "int16"]
+_DTYPES = (
+    ["float32"] * 6 + ["int64"] * 3 + ["int32", "bool", "float64", "bfloat16", "float16", "uint8", "int8", "int16"]
+)
 _DTYPES += ["complex64", "float8_e4m3fn"]
-_INTEGERS = [0, 1, 2, 3, 4, 8, -1, -2, -3, 5, 7, 16, 31, 64, 2**16, 2**31 - 1, -(2**31), 2**31, 2**40, 2**62, 2**63 - 1]
-_INTEGERS += [-(2**63)]
+_INTEGERS = [0, 1, 2, 3, 4, 8, -1, -2, -3, 5, 7, 16, 31, 64, 2**16, 2**31 - 1, -(2**31), 2**31, 2**40]
+_INTEGERS += [2**62, 2**63 - 1, -(2**63)]
 _FLOATS = [0.0, 1.0, 0.5, 2.0, -1.0, 1e-5, 1e-12, 1e-300, 1e300, math.inf, -math.inf, math.nan, 3.7, 1e12]
 _TEXTS = ["none", "tanh", "constant", "reflect", "replicate", "circular", "valid", "same", "trunc", "floor", "ortho"]
-_TEXTS += ["left", "right", "ij", "xy", "add", "multiply", "reduced", "complete", "i,j->ij", "ij,jk->ik", "...i->...", ""]
-_MODES = [None, "trunc", "floor"]
+_TEXTS += [
+    "left",
+    "right",
+    "ij",
+    "xy",
+    "add",
+    "multiply",
+    "reduced",
+    "complete",
+    "i,j->ij",
+    "ij,jk->ik",
+    "...i->...",
+    "",
+]
 
 _ABSENT = object()
 
@@ -302,6 +316,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "to.dtype": {"self": _t("4 8"), "dtype": DType("int8")},
     "view.dtype": {"self": _t("4 8"), "dtype": DType("int8")},
     "fft_irfftn": {"self": _t("4 8 complex64"), "s": (4, 14), "dim": (0, 1)},
+    "quantile.scalar": {"self": _t("4 8"), "q": 0.5, "dim": 0, "keepdim": False, "interpolation": "linear"},
     "fft_irfft": {"self": _t("4 8 complex64"), "n": 14, "dim": 1},
 }
 

@@ -13,13 +13,25 @@ from dataclasses import replace
 from typing import Any
 
 from diffkiln.program.ir import Op
-from diffkiln.program.operators import creation, indexing, layers, pointwise, products, reductions, shapes
+from diffkiln.program.operators import (
+    creation,
+    indexing,
+    layers,
+    padding,
+    parts,
+    pointwise,
+    products,
+    reductions,
+    shapes,
+    signals,
+)
 from diffkiln.program.operators.promotion import SIZES, nbytes
 from diffkiln.program.operators.table import OPERATORS, Number, Operator, Refused
 
 __all__ = ["OPERATORS", "RESHAPES", "SIZES", "Number", "Operator", "Refused", "allowed", "nbytes", "safe_equal"]
 
-_FILLED = (creation, indexing, layers, pointwise, products, reductions, shapes)
+#: Imported for the entries that each makes.
+_FILLED = (creation, indexing, layers, padding, parts, pointwise, products, reductions, shapes, signals)
 
 #: Views whose legality depends on strides, and strides depend on kernels and devices. `reshape` always holds.
 RESHAPES: frozenset[str] = frozenset(

@@ -20,7 +20,6 @@ from diffkiln.program.operators.table import (
     tensor,
 )
 
-
 MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 
 
@@ -161,7 +160,8 @@ def _linspace(
     device: Any = None,
     pin_memory: Any = None,
 ) -> TensorType:
-    _known(start), _known(end)
+    _known(start)
+    _known(end)
     return TensorType(options("float32", dtype, layout, device, pin_memory), (integer(steps, 0),))
 
 

@@ -21,7 +21,9 @@ def _embedding(
     weight: Any, indices: Any, padding_idx: Any = -1, scale_grad_by_freq: Any = False, sparse: Any = False
 ) -> TensorType:
     table, rows = tensor(weight), _index(indices)
-    integer(padding_idx), flag(scale_grad_by_freq), flag(sparse)
+    integer(padding_idx)
+    flag(scale_grad_by_freq)
+    flag(sparse)
     require(len(table.shape) == 2, "an embedding has rows and columns")
     return TensorType(table.dtype, (*rows.shape, table.shape[1]))
 
@@ -86,7 +88,8 @@ def _take_along_dim(self: Any, indices: Any, dim: Any = None) -> TensorType:
     require(dim is not None and where.dtype == "int64", "take_along_dim takes int64 and a dimension")
     place = axis(dim, len(given.shape))
     require(len(where.shape) == len(given.shape) > 0, "the index has as many dimensions as the tensor")
-    rest = broadcast((*given.shape[:place], 1, *given.shape[place + 1 :]), (*where.shape[:place], 1, *where.shape[place + 1 :]))
+    sides = [(*item.shape[:place], 1, *item.shape[place + 1 :]) for item in (given, where)]
+    rest = broadcast(*sides)
     return TensorType(given.dtype, (*rest[:place], where.shape[place], *rest[place + 1 :]))
 
 
@@ -148,8 +151,8 @@ def _index_put(self: Any, indices: Any, values: Any, accumulate: Any = False) ->
     flag(accumulate)
     given, new = tensor(self), tensor(values)
     require(new.dtype == given.dtype, f"{new} is not put into {given}")
-    require(isinstance(indices, tuple | list) and len(indices) > 0, "an index for each dimension")
-    first = indices[0]
+    require(isinstance(indices, tuple | list) and bool(indices), "an index for each dimension")
+    first = next(iter(indices))
     if isinstance(first, TensorType) and first.dtype == "bool":
         rank = len(first.shape)
         require(len(indices) == 1 and given.shape[:rank] == first.shape, f"{first} is no mask of {given}")

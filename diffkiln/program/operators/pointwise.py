@@ -12,6 +12,7 @@ from diffkiln.program.operators.table import (
     entries,
     integer,
     number,
+    numbers,
     one_of,
     operator,
     require,
@@ -89,25 +90,25 @@ def _elu(self: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Ten
 
 @operator("softplus")
 def _softplus(self: Any, beta: Any = 1, threshold: Any = 20) -> TensorType:
-    number(beta), number(threshold)
+    numbers(beta, threshold)
     return tensor(self)
 
 
 @operator("leaky_relu", "celu")
 def _sloped(self: Any, negative_slope: Any = 0.01, *, alpha: Any = 1.0) -> TensorType:
-    number(negative_slope), number(alpha)
+    numbers(negative_slope, alpha)
     return tensor(self)
 
 
 @operator("hardtanh")
 def _hardtanh(self: Any, min_val: Any = -1, max_val: Any = 1) -> TensorType:
-    number(min_val), number(max_val)
+    numbers(min_val, max_val)
     return tensor(self)
 
 
 @operator("threshold")
 def _threshold(self: Any, threshold: Any, value: Any) -> TensorType:
-    number(threshold), number(value)
+    numbers(threshold, value)
     return tensor(self)
 
 
@@ -185,7 +186,8 @@ def _power(self: Any, exponent: Any) -> TensorType:
 
 @operator("pow.Scalar")
 def _power_of_number(self: Any, exponent: Any) -> TensorType:
-    number(self), tensor(exponent)
+    number(self)
+    tensor(exponent)
     return _joined(self, exponent)
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from diffkiln.program.ir import DType, TensorType
 from diffkiln.program.operators.promotion import floating, promote, real_of
-from diffkiln.program.operators.table import broadcast, flag, number, one_of, operator, require, tensor, tensors
+from diffkiln.program.operators.table import (
+    broadcast,
+    flag,
+    number,
+    numbers,
+    one_of,
+    operator,
+    require,
+    tensor,
+    tensors,
+)
 
 
 def _one_dtype(*operands: TensorType) -> str:
@@ -80,19 +90,19 @@ def _added(bias: Any, product: TensorType) -> TensorType:
 
 @operator("addmm")
 def _addmm(self: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> TensorType:
-    number(beta), number(alpha)
+    numbers(beta, alpha)
     return _added(self, _mm(mat1, mat2))
 
 
 @operator("baddbmm")
 def _baddbmm(self: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> TensorType:
-    number(beta), number(alpha)
+    numbers(beta, alpha)
     return _added(self, _bmm(batch1, batch2))
 
 
 @operator("addmv")
 def _addmv(self: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: Any = 1) -> TensorType:
-    number(beta), number(alpha)
+    numbers(beta, alpha)
     return _added(self, _mv(mat, vec))
 
 
@@ -153,10 +163,12 @@ def _scaled_mm(
 
 @operator("cdist")
 def _cdist(x1: Any, x2: Any, p: Any = 2.0, compute_mode: Any = None) -> TensorType:
-    number(p), one_of(compute_mode, (None, 0, 1, 2))
+    number(p)
+    one_of(compute_mode, (None, 0, 1, 2))
     a, b = tensor(x1), tensor(x2)
     require(len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[-1] == b.shape[-1], f"{a} and {b} are no points")
-    return TensorType(_one_dtype(a, b), (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-2]))
+    batch = broadcast(a.shape[:-2], b.shape[:-2])
+    return TensorType(_one_dtype(a, b), (*batch, *a.shape[-2:-1], *b.shape[-2:-1]))
 
 
 @operator("linalg_qr")
@@ -164,7 +176,7 @@ def _qr(A: Any, mode: Any = "reduced") -> list[TensorType]:
     given = tensor(A)
     require(len(given.shape) >= 2, "a matrix has two dimensions")
     one_of(mode, ("reduced", "complete"))
-    *batch, rows, columns = given.shape
+    batch, (rows, columns) = given.shape[:-2], given.shape[-2:]
     inner = min(rows, columns) if mode == "reduced" else rows
     return [TensorType(given.dtype, (*batch, rows, inner)), TensorType(given.dtype, (*batch, inner, columns))]
 

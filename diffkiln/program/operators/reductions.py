@@ -10,6 +10,7 @@ from diffkiln.program.operators.table import (
     axes,
     axis,
     flag,
+    flags,
     integer,
     number,
     one_of,
@@ -245,7 +246,7 @@ def _sort_stable(self: Any, *, stable: Any, dim: Any = -1, descending: Any = Fal
 
 @operator("topk")
 def _topk(self: Any, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = True) -> list[TensorType]:
-    flag(largest), flag(sorted)
+    flags(largest, sorted)
     given = tensor(self)
     place = axis(dim, len(given.shape))
     if given.shape:
@@ -257,9 +258,7 @@ def _topk(self: Any, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = T
 
 
 @operator("quantile.scalar")
-def _quantile(
-    self: Any, q: Any, dim: Any = None, keepdim: Any = False, *, interpolation: Any = "linear"
-) -> TensorType:
+def _quantile(self: Any, q: Any, dim: Any = None, keepdim: Any = False, *, interpolation: Any = "linear") -> TensorType:
     one_of(interpolation, ("linear", "lower", "higher", "nearest", "midpoint"))
     require(isinstance(q, int | float) and 0 <= q <= 1, f"{q!r} is not between 0 and 1")
     given = tensor(self)

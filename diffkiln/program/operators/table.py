@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from diffkiln.program.ir import TensorType
 
@@ -28,6 +28,7 @@ class Number:
 
 
 Types = TensorType | Sequence[TensorType]
+_Infer = TypeVar("_Infer", bound=Callable[..., Types])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,10 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(*names: str, view: bool = False) -> Callable[[Callable[..., Types]], Callable[..., Types]]:
+def operator(*names: str, view: bool = False) -> Callable[[_Infer], _Infer]:
     """Enters the decorated function for these operators, named without "aten."; "add" is "add.default"."""
 
-    def enter(infer: Callable[..., Types]) -> Callable[..., Types]:
+    def enter(infer: _Infer) -> _Infer:
         for short in names:
             packet, _, overload = short.partition(".")
             name = f"aten.{packet}.{overload or 'default'}"
@@ -109,6 +110,18 @@ def number(value: Any) -> Any:
     return value
 
 
+def numbers(*values: Any) -> None:
+    """Refuses what is no number."""
+    for value in values:
+        number(value)
+
+
+def flags(*values: Any) -> None:
+    """Refuses what is neither True nor False."""
+    for value in values:
+        flag(value)
+
+
 def flag(value: Any) -> bool:
     """Returns the argument if it is True or False."""
     require(isinstance(value, bool), f"{value!r} is neither true nor false")
@@ -151,9 +164,3 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
                 require(result[place] in (1, size), f"the shapes {shapes} do not broadcast")
                 result[place] = size
     return tuple(result)
-
-
-def unused(**options: Any) -> None:
-    """Refuses options that no program needs."""
-    for name, value in options.items():
-        require(value is None or value is False, f"{name}={value!r} is not taken")
