@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -16,14 +17,18 @@ from typing import Any
 
 import torch
 
+from diffkiln.aten import Interpreter
 from diffkiln.bundle import check_path, check_unique, dump_manifest, parse_manifest
 from diffkiln.errors import DiffkilnError, PathEscape
-from diffkiln.program import Module, fingerprint, program_from_json, program_to_json
+from diffkiln.program import Module, Program, fingerprint, program_from_json, program_to_json, verify
+from diffkiln.program.inference import infer_types, peak_memory
+from diffkiln.program.operators import nbytes
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import CONSTANTS, choose_target, read_constants, read_modules, read_variant
 from diffkiln.runtime.weights import read_header
 from diffkiln.spec import parse_spec
 from tests.fuzz import directories, mutate
+from tests.interpreter.hostile import BYTES, values_of
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -139,6 +144,33 @@ def programs(data: bytes) -> None:
         assert program.weights is not None
 
 
+def operations(data: bytes) -> None:
+    """A region's program, run on hostile values if it is accepted: it ends, by an error of ours or by its results."""
+    try:
+        program = program_from_json(json.loads(data))
+        verify(program)
+        infer_types(program)
+        if len(program.ops) > 50 or peak_memory(program).nbytes > BYTES or _given(program) > BYTES:
+            return
+    except (DiffkilnError, ValueError, RecursionError) as error:
+        str(error)
+        return
+    rng = random.Random(data)
+    inputs = [values_of(item.type, rng) for item in program.inputs]
+    weights = {name: values_of(program.types[f"@{name}"], rng) for name in program.weights}
+    constants = {key: values_of(program.types[f"#{key}"], rng) for key in program.constants}
+    try:
+        with torch.inference_mode():
+            Interpreter(program, paranoid=True, explain=True)(inputs, weights, constants)
+    except DiffkilnError as error:
+        str(error)
+
+
+def _given(program: Program) -> int:
+    names = {item.name for item in program.inputs} | {name for name in program.types if name.startswith(("@", "#"))}
+    return sum(nbytes(program.types[name]) for name in names)
+
+
 def _programs_of(modules: dict[str, Module]) -> list[Any]:
     return [program for module in modules.values() for program in (*module.programs.values(), *module.regions.values())]
 
@@ -150,6 +182,7 @@ HARNESSES: dict[str, Harness] = {
     "weights": Harness(weights, mutate.safetensors_file),
     "constants": Harness(constants, mutate.safetensors_file),
     "programs": Harness(programs, mutate.json_text),
+    "operations": Harness(operations, mutate.json_text),
     "engines": Harness(directories.run, mutate.some_bytes),
 }
 
