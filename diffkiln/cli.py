@@ -17,6 +17,7 @@ from diffkiln.cli_run import run_
 from diffkiln.cli_targets import retune_, strip_
 from diffkiln.cli_trust import sign, verify
 from diffkiln.errors import DiffkilnError
+from diffkiln.printable import printable
 from diffkiln.printing import (
     Watch,
     checked_json,
@@ -34,6 +35,7 @@ from diffkiln.printing import (
     say,
     schedules,
     schedules_json,
+    show,
     word,
 )
 
@@ -127,7 +129,7 @@ def inspect_(bundle: Path, name: str | None, as_bom: bool, as_json: bool) -> Non
         else:
             print_manifest(opened.id, opened.manifest)
             if not opened.whole:
-                click.echo(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
+                show(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
             print_choice(choice)
             print_schedules(found)
 
@@ -150,7 +152,7 @@ def passes_(as_json: bool) -> None:
     if as_json:
         print_json({name: model.model_json_schema() for name, model in models.items()})
         return
-    click.echo("The passes, in the order in which a spec may list those of one component.\n")
+    show("The passes, in the order in which a spec may list those of one component.\n")
     for name, model in models.items():
         print_pass(name, model)
 
@@ -207,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = cli.main(args=arguments, prog_name="diffkiln", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
+        error.message = printable(error.message, lines=True)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):

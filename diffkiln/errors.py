@@ -37,6 +37,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffkiln.printable import MAX_MESSAGE, printable
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -52,7 +54,10 @@ class Problem:
 
 
 class DiffkilnError(Exception):
-    """Root of the tree. `str(error)` is a message for a person; `exit_code` is what the command returns."""
+    """Root of the tree. `str(error)` is a message for a person; `exit_code` is what the command returns.
+
+    Messages quote what strangers wrote, so hidden characters in them are escaped.
+    """
 
     exit_code: ClassVar[int] = 4
 
@@ -60,7 +65,7 @@ class DiffkilnError(Exception):
         self.problems = tuple(problems)
         if not message:
             message = "\n".join(str(problem) for problem in self.problems)
-        super().__init__(message)
+        super().__init__(printable(message, MAX_MESSAGE, lines=True))
 
 
 class SpecError(DiffkilnError):

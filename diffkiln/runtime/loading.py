@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffkiln.bundle import (
     require_signer,
 )
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
+from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
 from diffkiln.runtime.attention import check_kernels, kernels_of
@@ -38,7 +38,7 @@ from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant
 from diffkiln.runtime.weights import WeightStore
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
 #: In a component's folder of `pipeline/`: its layers that are stored in another form.

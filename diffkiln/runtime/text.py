@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from tokenizers import Encoding, Tokenizer
 
 from diffkiln.errors import CallError, MissingDependency
+from diffkiln.printable import get_logger
 from diffkiln.runtime.quotations import pieces
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def _ftfy(text: str) -> str:
