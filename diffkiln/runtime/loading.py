@@ -22,6 +22,7 @@ from diffkiln.bundle import (
     require_signer,
 )
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
+from diffkiln.gate import gated
 from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
@@ -45,6 +46,7 @@ CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
 LAYERS = "layers.json"
 
 
+@gated("progress")
 def load(
     path: str | os.PathLike[str],
     *,

@@ -11,6 +11,7 @@ import torch
 
 from diffkiln.aten import dtype_of
 from diffkiln.errors import CallError
+from diffkiln.gate import gated
 from diffkiln.program import Program
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels
@@ -48,6 +49,7 @@ class CompiledPipeline:
         self.bundle = bundle
         self._text = text
 
+    @gated("callback_on_step_end")
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
