@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffkiln.attention import by_kernel
+from diffkiln.dtypes import dtype_of, format_of
 from diffkiln.errors import Incompatible, VerifyError
 from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, kernel_of, refs
 from diffkiln.program.operators import allowed
@@ -22,18 +23,6 @@ Special = Callable[[Op], Callable[..., Sequence[torch.Tensor]]]
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of this name.
-
-    Raises:
-        VerifyError: torch has no such dtype.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise VerifyError(f"torch has no dtype {name!r}")
-    return dtype
 
 
 def type_of(tensor: torch.Tensor) -> TensorType:
@@ -90,7 +79,7 @@ def literal(arg: Any, device: torch.device) -> Any:
         case Device():
             return device
         case MemoryFormat(name) | Layout(name):
-            return getattr(torch, name)
+            return format_of(name)
         case tuple() | list():
             return [literal(item, device) for item in arg]
     return arg

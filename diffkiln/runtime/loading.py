@@ -23,6 +23,7 @@ from diffkiln.bundle import (
 )
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.gate import gated
+from diffkiln.limits import active
 from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
@@ -126,11 +127,12 @@ def _load(
     executor = Executor(modules, store, constants, engines, place, tf32, graphs)
     variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
     tokenizers = {
-        Path(row.path).stem: verified.read(row.path).decode()
+        Path(row.path).stem: read_text(verified, row.path)
         for row in manifest.files
         if row.path.startswith("text/") and row.role == "config"
     }
-    return CompiledPipeline(manifest.pipeline.class_name, variants, executor, TextEnd(tokenizers), verified)
+    text = TextEnd(tokenizers, [program for variant in variants for program in variant.programs.values()])
+    return CompiledPipeline(manifest.pipeline.class_name, variants, executor, text, verified)
 
 
 def read_json(verified: Verified, path: str) -> Any:
@@ -143,6 +145,15 @@ def read_json(verified: Verified, path: str) -> Any:
         return json.loads(verified.read(path))
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"{path!r} is not valid JSON: {error}") from None
+
+
+def read_text(verified: Verified, path: str) -> str:
+    """Returns the content of a text file of the bundle. Raises `ManifestInvalid` if it is not UTF-8."""
+    active().check("json_bytes", verified.size(path), path)
+    try:
+        return verified.read(path).decode()
+    except UnicodeDecodeError as error:
+        raise ManifestInvalid(f"{path!r} is not UTF-8 at byte {error.start}") from None
 
 
 def read_modules(verified: Verified) -> dict[str, Module]:
