@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from diffkiln.attention import by_kernel
+from diffkiln.dtypes import dtype_of, format_of
 from diffkiln.errors import CallError, DiffkilnError, Incompatible, VerifyError
+from diffkiln.gate import is_no_memory
 from diffkiln.interpreter.checked import checked
 from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, kernel_of, refs
-from diffkiln.program.operators import SIZES, allowed, has_equal
-from diffkiln.program.operators.creation import MEMORY_FORMATS
+from diffkiln.program.operators import allowed, has_equal
 
 #: Gives for an operation that is not ATen's the function that runs it: tensors in, a sequence of tensors out.
 Special = Callable[[Op], Callable[..., Sequence[torch.Tensor]]]
@@ -24,18 +25,6 @@ Special = Callable[[Op], Callable[..., Sequence[torch.Tensor]]]
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of this name.
-
-    Raises:
-        VerifyError: no value of a program has such a dtype, or torch has none.
-    """
-    dtype = getattr(torch, name, None) if name in SIZES else None
-    if not isinstance(dtype, torch.dtype):
-        raise VerifyError(f"{name!r} is no dtype of programs")
-    return dtype
 
 
 def type_of(tensor: torch.Tensor) -> TensorType:
@@ -94,19 +83,10 @@ def literal(arg: Any, device: torch.device) -> Any:
         case Device():
             return device
         case MemoryFormat(name) | Layout(name):
-            return _named(name)
+            return format_of(name)
         case tuple() | list():
             return [literal(item, device) for item in arg]
     return arg
-
-
-def _named(name: str) -> Any:
-    if name not in _NAMED:
-        raise VerifyError(f"{name!r} is neither a memory format nor a layout of programs")
-    return _NAMED[name]
-
-
-_NAMED = {name: getattr(torch, name) for name in (*MEMORY_FORMATS, "strided")}
 
 
 def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,9 +248,11 @@ def _explained(run: Callable[[list[Any]], Any], where: str) -> Callable[[list[An
     def explained(env: list[Any]) -> Any:
         try:
             return run(env)
-        except (DiffkilnError, torch.OutOfMemoryError):
+        except DiffkilnError:
             raise
         except _RAISED as error:
+            if is_no_memory(error):
+                raise  # the gate of the public function says so
             reason = str(error).partition("\n")[0][:200]
             raise CallError(f"{where} failed: {reason}. The bundle asks for what this operator cannot do") from error
 

@@ -1,11 +1,13 @@
 """The command line: arguments and printing. What it does is done elsewhere.
 
 Exit codes: 0 ok · 2 bad spec, usage or source · 3 illegal plan · 4 build failed · 5 incompatible machine ·
-6 integrity or trust refused · 130 interrupted. Results go to the standard output, everything else to standard error.
+6 integrity or trust refused · 70 internal fault · 130 interrupted.
+Results go to the standard output, everything else to standard error.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from diffkiln.cli_run import run_
 from diffkiln.cli_targets import retune_, strip_
 from diffkiln.cli_trust import sign, verify
 from diffkiln.errors import DiffkilnError
+from diffkiln.gate import ours
 from diffkiln.printing import (
     Watch,
     checked_json,
@@ -34,6 +37,7 @@ from diffkiln.printing import (
     say,
     schedules,
     schedules_json,
+    show,
     word,
 )
 
@@ -127,7 +131,7 @@ def inspect_(bundle: Path, name: str | None, as_bom: bool, as_json: bool) -> Non
         else:
             print_manifest(opened.id, opened.manifest)
             if not opened.whole:
-                click.echo(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
+                show(f"partial   the engines for {', '.join(opened.targets) or 'no target'} alone are here")
             print_choice(choice)
             print_schedules(found)
 
@@ -150,7 +154,7 @@ def passes_(as_json: bool) -> None:
     if as_json:
         print_json({name: model.model_json_schema() for name, model in models.items()})
         return
-    click.echo("The passes, in the order in which a spec may list those of one component.\n")
+    show("The passes, in the order in which a spec may list those of one component.\n")
     for name, model in models.items():
         print_pass(name, model)
 
@@ -207,7 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = cli.main(args=arguments, prog_name="diffkiln", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(file=usage)
+        say(usage.getvalue().rstrip())
         return 2
     except (KeyboardInterrupt, click.Abort):
         say("interrupted; the output is as it was before")
@@ -222,11 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"error: {error}")
         return error.exit_code
-    except Exception as error:  # a defect of diffkiln's; a user gets a sentence, a developer the traceback
+    except BaseException as error:  # of native extensions, too, which are no Exception
         if os.environ.get("DIFFKILN_DEBUG"):
             raise
-        say(f"error: diffkiln failed: {type(error).__name__}: {error}. Set DIFFKILN_DEBUG=1 to see where")
-        return 4
+        told = ours(error, "diffkiln")
+        say(f"error: {told}")
+        return told.exit_code
 
 
 def _needs_compiler() -> None:

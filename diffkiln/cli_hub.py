@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from diffkiln.errors import Incompatible
-from diffkiln.printing import print_json, say, size_of
+from diffkiln.printing import print_json, say, show, size_of
 
 
 @click.command("push")
@@ -27,7 +27,7 @@ def push_(bundle: Path, repo: str, private: bool, as_json: bool) -> None:
         print_json({"repo": repo, "commit": pushed.commit, "sent": pushed.sent, "removed": pushed.removed})
         return
     say(f"{len(pushed.sent)} files sent, {len(pushed.removed)} removed")
-    click.echo(f"hf://{repo}@{pushed.commit}")
+    show(f"hf://{repo}@{pushed.commit}")
 
 
 @click.command("pull")
@@ -69,4 +69,4 @@ def pull_(
         print_json(told | {"received_bytes": received})
         return
     say(f"{size_of(received)} received; commit {pulled.commit}; engines for {', '.join(pulled.targets) or 'no target'}")
-    click.echo(f"{pulled.path}  {pulled.id}")
+    show(f"{pulled.path}  {pulled.id}")

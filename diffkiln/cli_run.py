@@ -11,7 +11,7 @@ import click
 
 from diffkiln.cli_trust import POLICY, hashed_bytes
 from diffkiln.image_files import read_images, save
-from diffkiln.printing import Watch
+from diffkiln.printing import Watch, show
 
 _NATIVE = click.option(
     "--allow-native", is_flag=True, help="Load native code of a bundle that was not built on this machine."
@@ -82,7 +82,7 @@ def run_(
         watch("run")
         result = pipe(**given)
     for path in save(next(iter(result.values())), output):
-        click.echo(str(path))
+        show(str(path))
 
 
 def _refuse_unknown(pipe: Any, given: Mapping[str, Any]) -> None:

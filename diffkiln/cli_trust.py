@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffkiln.printing import Watch, size_of
+from diffkiln.printing import Watch, show, size_of
 
 if TYPE_CHECKING:
     from diffkiln.bundle import Pin, Policy, Verified
@@ -35,7 +35,7 @@ def verify(bundle: Path, policy: Path | None) -> None:
             signed = _signed_by(verified, trusted, require_signer(verified, trusted))
         origin = "built here by you" if has_receipt(opened.id) else "no receipt: not known to be built here"
     part = "" if opened.whole else f"; partial: engines for {', '.join(opened.targets) or 'no target'} alone"
-    click.echo(f"{opened.id}  {len(opened.files)} files, {size_of(size)}, all as hashed{part}; {origin}; {signed}")
+    show(f"{opened.id}  {len(opened.files)} files, {size_of(size)}, all as hashed{part}; {origin}; {signed}")
 
 
 @click.command("sign")
@@ -62,7 +62,7 @@ def sign(
     with Watch() as watch:
         progress = watch.hashing(hashed_bytes(bundle))
         identity, signature = sign_bundle(bundle, signer, force=force, progress=progress)
-    click.echo(f"{identity}  signed with {claimed(signature)}")
+    show(f"{identity}  signed with {claimed(signature)}")
 
 
 def hashed_bytes(bundle: Path) -> int:

@@ -20,6 +20,7 @@ from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.calibration import Metric, calibrated
 from diffkiln.errors import RecordError, found_together
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.gate import gated
 from diffkiln.layers.scaled import row_scales
 from diffkiln.legality import is_schedule, problems_of
 from diffkiln.memory import keep_large_tensors_apart
@@ -93,6 +94,7 @@ class Checked:
         return replace(self, placed=placed, report=report)
 
 
+@gated()
 def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
     """Check a spec from configuration alone: no weight is read, nothing is built.
 
@@ -144,6 +146,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
     )  # fmt: skip
 
 
+@gated("progress")
 def compile(
     spec: SpecLike,
     output: str | Path,
@@ -283,7 +286,7 @@ def _spec_source(spec: Any) -> Any:
 def _base(spec: Any, base: str | Path | None) -> Path:
     if base is not None:
         return Path(base)
-    return Path(spec).expanduser().absolute().parent if isinstance(spec, (str, Path)) else Path.cwd()
+    return Path(spec).expanduser().absolute().parent if isinstance(spec, (str, Path)) else Path()
 
 
 __all__ = ["Built", "Checked", "check", "compile"]

@@ -16,7 +16,10 @@
     │   └── HubUnavailable     2   … now: offline, too many requests, a broken connection. Trying again can help
     ├── CallError              2   a call of a loaded pipeline with arguments that no variant was compiled for
     ├── Incompatible           5   the bundle is for another machine, torch, format or feature
-    │   └── MissingDependency  5   a package that the bundle or the command needs is not installed
+    │   ├── MissingDependency  5   a package that the bundle or the command needs is not installed
+    │   ├── OutOfMemory        5   the machine, or its GPU, has not enough memory; also a MemoryError
+    │   └── SystemRefused      5   the system refuses something: room on a disk, a permission, a file more to open
+    ├── InternalFault         70   a defect of diffkiln, with the exception that nobody foresaw as its cause
     └── IntegrityError         6   the bundle's bytes or their origin are not what they should be
         ├── ManifestInvalid    6   the manifest is not one
         ├── DigestMismatch     6   a file is not the one that was hashed
@@ -37,6 +40,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffkiln.printable import MAX_MESSAGE, printable
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -52,7 +57,10 @@ class Problem:
 
 
 class DiffkilnError(Exception):
-    """Root of the tree. `str(error)` is a message for a person; `exit_code` is what the command returns."""
+    """Root of the tree. `str(error)` is a message for a person; `exit_code` is what the command returns.
+
+    Messages quote what strangers wrote, so hidden characters in them are escaped.
+    """
 
     exit_code: ClassVar[int] = 4
 
@@ -60,7 +68,7 @@ class DiffkilnError(Exception):
         self.problems = tuple(problems)
         if not message:
             message = "\n".join(str(problem) for problem in self.problems)
-        super().__init__(message)
+        super().__init__(printable(message, MAX_MESSAGE, lines=True))
 
 
 class SpecError(DiffkilnError):
@@ -147,6 +155,18 @@ class Incompatible(DiffkilnError):
 
 class MissingDependency(Incompatible):
     pass
+
+
+class OutOfMemory(Incompatible, MemoryError):
+    pass
+
+
+class SystemRefused(Incompatible):
+    pass
+
+
+class InternalFault(DiffkilnError):
+    exit_code = 70
 
 
 class IntegrityError(DiffkilnError):

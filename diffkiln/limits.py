@@ -26,14 +26,17 @@ class Limits:
         seconds: Seconds that one call may take, looked at between operations. None means no limit.
         variants: Variants of a bundle. 1,024.
         header_rows: Tensors in one file of weights (safetensors or GGUF). 65,536.
-        header_bytes: Bytes of the header of one file of weights. 64 MiB.
+        header_bytes: Bytes of the header of one file of weights. 16 MiB.
         json_bytes: Bytes of one JSON file, such as `tokenizer.json` or `config.json`. 64 MiB.
-        text_chars: Characters of one prompt, before and after its normalisation. 100,000.
-        tokens: Tokens that one prompt is cut or padded to. 32,768.
-        modules: Modules that a source's configurations build. 100,000.
-        timesteps: Timesteps that a scheduler is trained for, or steps of a call. 100,000.
-        adapter_rank: Rank of one layer of an adapter. 16,384.
-        source_bytes: Bytes of the weights of a source, as its configurations describe them. 4 TiB.
+        text_chars: Characters of one prompt, before and after its normalisation. 50,000.
+        tokens: Tokens that the prompts of one call are cut or padded to, all rows of a tokenizer together. 262,144.
+        modules: Modules that the configuration of a component builds. 50,000.
+        buffer_bytes: Bytes of the tables, such as positions, that a configuration computes one at a time. 1 GiB.
+        timesteps: Timesteps that a scheduler is trained for. 100,000.
+        adapter_rank: Rank of one layer of an adapter. 8,192.
+        gguf_values: Values in the metadata of a GGUF file. 2,000,000.
+        regex_seconds: Seconds that the regular expressions of a pass may take for all names. 5.
+        source_bytes: Bytes of the weights of a component, as its configuration describes them. 4 TiB.
     """
 
     memory_bytes: int | None = None
@@ -42,13 +45,16 @@ class Limits:
     seconds: float | None = None
     variants: int = 1_024
     header_rows: int = 65_536
-    header_bytes: int = 64 << 20
+    header_bytes: int = 16 << 20
     json_bytes: int = 64 << 20
-    text_chars: int = 100_000
-    tokens: int = 32_768
-    modules: int = 100_000
+    text_chars: int = 50_000
+    tokens: int = 262_144
+    modules: int = 50_000
+    buffer_bytes: int = 1 << 30
     timesteps: int = 100_000
-    adapter_rank: int = 16_384
+    adapter_rank: int = 8_192
+    gguf_values: int = 2_000_000
+    regex_seconds: float = 5.0
     source_bytes: int = 4 << 40
 
     def check(self, name: str, found: float, where: str) -> None:

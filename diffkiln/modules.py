@@ -13,10 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.aten import Interpreter, type_of
-from diffkiln.errors import BuildError, CallError, Incompatible, SpecError
+from diffkiln.errors import BuildError, CallError, Incompatible, RecordError, SpecError
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
+from diffkiln.gate import gated
 from diffkiln.passes.outlining import between_blocks, whole
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.components import Callee, record_component, weights_of
@@ -37,6 +38,7 @@ _SCOPES: Mapping[str, Callable[[Module], Module]] = {
 }
 
 
+@gated()
 def compile_module(
     module: torch.nn.Module,
     example_kwargs: Mapping[str, Any],
@@ -129,6 +131,7 @@ class CompiledModule:
         self._interpreter = Interpreter(self.program, special={REGION: self._region})
         self._now: Mapping[str, torch.Tensor] = {}
 
+    @gated()
     def __call__(self, **kwargs: Any) -> Any:
         """What the module gives for these keywords.
 
@@ -150,6 +153,7 @@ class CompiledModule:
         result, shape = self._callee.result
         return unflatten([next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in result], shape)
 
+    @gated()
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the engine of each region into a new directory: `<Region>/…`, as its backend lays it out.
 
@@ -181,8 +185,12 @@ def record_module(
         VerifyError: the program gives something else than the module.
     """
     leaves, structure = flatten(((), dict(kwargs)))
-    with torch.inference_mode():
-        result = flatten(module(**kwargs))
+    try:
+        with torch.inference_mode():
+            result = flatten(module(**kwargs))
+    except Exception as error:  # whatever a module raises
+        what = f"{type(module).__name__} cannot be called with the example"
+        raise RecordError(f"{what}: {type(error).__name__}: {error}") from error
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     ghost = copy.deepcopy(module, dict(tensors))

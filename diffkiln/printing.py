@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffkiln.printable import printable, printable_json
+
 if TYPE_CHECKING:
     from diffkiln.built import Built
     from diffkiln.bundle import Bundle, Manifest
@@ -30,7 +32,7 @@ class Watch:
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
         return self
@@ -40,7 +42,7 @@ class Watch:
             say(step)
             return
         self._finish()
-        self._live.add_task(step, total=1)
+        self._live.add_task(printable(step), total=1)
 
     def hashing(self, total: int) -> Callable[[int], None] | None:
         """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
@@ -85,7 +87,7 @@ _WORTH_SHOWING = 1_000_000_000
 
 
 def print_checked(checked: Checked) -> None:
-    click.echo(f"{checked.source.class_name} for {', '.join(target.name for target in checked.targets)}")
+    show(f"{checked.source.class_name} for {', '.join(target.name for target in checked.targets)}")
     rows = [
         [name, type(module).__name__, size_of(checked.bytes_before[name]), size_of(checked.bytes_after[name])]
         for name, module in checked.plan.modules.items()
@@ -93,10 +95,10 @@ def print_checked(checked: Checked) -> None:
     print_table(("component", "class", "weights", "after passes"), rows)
     for ran in checked.report:
         done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
-        click.echo(f"{done} → {size_of(ran.nbytes)}")
+        show(f"{done} → {size_of(ran.nbytes)}")
     for notice in checked.notices:
-        click.echo(f"note: {notice}")
-    click.echo("legal")
+        show(f"note: {notice}")
+    show("legal")
 
 
 def checked_json(checked: Checked) -> Mapping[str, Any]:
@@ -129,18 +131,18 @@ def checked_json(checked: Checked) -> Mapping[str, Any]:
 def print_manifest(identity: str, manifest: Manifest) -> None:
     size = sum(row.size for row in manifest.files)
     requires = {key: value for key, value in manifest.requires.model_dump(mode="json").items() if value}
-    click.echo(f"{manifest.pipeline.class_name}  {size_of(size)}\nid        {identity}")
-    click.echo(f"source    {json.dumps(manifest.source, sort_keys=True)}")
-    click.echo(f"requires  {json.dumps(requires)}\nruntime   {json.dumps(manifest.runtime)}")
+    show(f"{manifest.pipeline.class_name}  {size_of(size)}\nid        {identity}")
+    show(f"source    {json.dumps(manifest.source, sort_keys=True)}")
+    show(f"requires  {json.dumps(requires)}\nruntime   {json.dumps(manifest.runtime)}")
     for variant in manifest.pipeline.variants:
-        click.echo(f"variant   {variant.name}  {json.dumps({k: v for k, v in variant.fixed.items() if v is not None})}")
+        show(f"variant   {variant.name}  {json.dumps({k: v for k, v in variant.fixed.items() if v is not None})}")
     for row in manifest.passes:
-        click.echo(f"pass      {row.name}  {json.dumps(row.options)}")
+        show(f"pass      {row.name}  {json.dumps(row.options)}")
     for name, groups in manifest.weights.items():
         total = sum(group.bytes for group in groups)
-        click.echo(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
+        show(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
     for engine in manifest.engines:
-        click.echo(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
+        show(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
 
 
 def print_built(built: Built, as_json: bool) -> None:
@@ -150,7 +152,7 @@ def print_built(built: Built, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(built.path), "id": built.id, "notices": built.notices, "seconds": built.seconds})
     else:
-        click.echo(f"{built.path}  {built.id}")
+        show(f"{built.path}  {built.id}")
 
 
 def choice_here(bundle: Bundle) -> Mapping[str, Any]:
@@ -172,11 +174,11 @@ def print_choice(found: Mapping[str, Any]) -> None:
         return
     choice = found["choice"]
     if choice["target"] is None:
-        click.echo("target    none: " + choice["why"].replace("\n", "\n          "))
+        show("target    none: " + choice["why"].replace("\n", "\n          "))
         return
-    click.echo(f"target    {choice['target']} is used here: {choice['why']}")
+    show(f"target    {choice['target']} is used here: {choice['why']}")
     for name, why in choice["others"].items():
-        click.echo(f"target    {name} is not used here: {'; '.join(why.splitlines())}")
+        show(f"target    {name} is not used here: {'; '.join(why.splitlines())}")
 
 
 Schedules = Mapping[str, Mapping[str, "list[Step]"]]
@@ -217,7 +219,7 @@ def print_schedules(found: Schedules) -> None:
 
     for variant, components in found.items():
         for component, steps in components.items():
-            click.echo(f"schedule  {variant}  {component}  {line(steps)}")
+            show(f"schedule  {variant}  {component}  {line(steps)}")
             rows = [[str(step.number), f"{step.timestep:g}", str(step.calls), str(step.blocks)] for step in steps]
             print_table(("step", "timestep", "calls", "blocks"), rows)
 
@@ -236,9 +238,9 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
     if as_json:
         print_json(data)
     elif "component" in data:
-        click.echo(module_listing(module_from_json(data)))
+        show(module_listing(module_from_json(data)))
     elif "programs" in data:
-        click.echo("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
+        show("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
     else:
         print_json(data)
 
@@ -246,20 +248,27 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
 def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     width = None if sys.stdout.isatty() else 160
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a plain string would be read as rich's markup
     Console(width=width).print(table)
 
 
+def show(text: str) -> None:
+    """Prints a result on the standard output."""
+    click.echo(printable(text, lines=True))
+
+
 def say(text: str) -> None:
-    click.echo(text, err=True)
+    """Prints what is no result on the standard error."""
+    click.echo(printable(text, lines=True), err=True)
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    click.echo(printable_json(data))
 
 
 def size_of(count: float) -> str:
@@ -280,14 +289,14 @@ def word(value: Any) -> str:
 
 def print_pass(name: str, model: type[Pass]) -> None:
     """A pass: its options with their defaults and choices, what it cannot follow, and an example."""
-    click.echo(f"{name}: {model.summary}")
+    show(f"{name}: {model.summary}")
     properties = model.model_json_schema()["properties"]
     for field, info in model.model_fields.items():
         default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
         choices = properties[field].get("enum")
         among = f" One of {', '.join(choices)}." if choices else ""
-        click.echo(f"    {field}  ({default})  {info.description}{among}")
+        show(f"    {field}  ({default})  {info.description}{among}")
     for fact, reason in model.requires_not.items():
-        click.echo(f"    not after {fact}: {reason}")
+        show(f"    not after {fact}: {reason}")
     for example in model.examples:
-        click.echo(f"    example: {json.dumps(example)}")
+        show(f"    example: {json.dumps(example)}")

@@ -18,6 +18,7 @@ from diffkiln.built import Built
 from diffkiln.bundle import devices_of
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.gate import gated
 from diffkiln.packing.editing import Edit
 from diffkiln.runtime.targets import choose
 from diffkiln.spec import TARGETS, Target, suggest
@@ -26,6 +27,7 @@ from diffkiln.steps import Progress
 Location = str | os.PathLike[str]
 
 
+@gated("progress")
 def add_target(
     bundle: Location,
     target: str,
@@ -60,6 +62,7 @@ def add_target(
         return edit.publish(f"engines for {target} added")
 
 
+@gated("progress")
 def strip(
     bundle: Location,
     target: str | Sequence[str],
@@ -99,6 +102,7 @@ def strip(
         return edit.publish(f"engines for {', '.join(names)} removed")
 
 
+@gated("progress")
 def retune(
     bundle: Location,
     output: Location | None = None,

@@ -1,7 +1,7 @@
 """The model card of a bundle, README.md: what it was made of, what was done to it, what was measured when it was built.
 
-It is made of the manifest and of `build.json`. The latter is outside the digests, so it is read with suspicion: what is
-not as expected is left out, and nothing in it can break out of its cell or its line.
+It is made of the manifest and of `build.json`, which strangers may have written: what is not as expected is left out,
+and every string shows as the characters that it holds. None is markup, HTML or a link.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.manifest import Manifest
 from diffkiln.bundle.partial import engine_targets
+from diffkiln.printable import markdown, markdown_code
 
 MAX_BUILD_BYTES = 1 << 20
 _LICENCE = ("license", "license_name", "license_link")
+_LINK = re.compile(r"https?://[\w./:%#?=&~+@-]*", re.ASCII)
+_TASK = re.compile(r"[a-z0-9-]{1,64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -54,6 +57,8 @@ def _metadata(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
     """The Hub's front matter. JSON is YAML, so whatever a value holds stays a value."""
     source = _dict(build, "source")
     fields: dict[str, Any] = {key: source[key] for key in _LICENCE if isinstance(source.get(key), str | list)}
+    if not _LINK.fullmatch(str(fields.get("license_link", "https://"))):
+        del fields["license_link"]
     if base := _base_models(manifest, source):
         fields["base_model"] = base
         if any(row.name == "quantize" and row.changed for row in manifest.passes):
@@ -73,7 +78,9 @@ def _base_models(manifest: Manifest, source: Mapping[str, Any]) -> list[str]:
 def _task(manifest: Manifest, source: Mapping[str, Any]) -> str:
     images = _images(manifest)
     given = "text" if not images else "video" if "video" in images else "image"
-    if isinstance(stated := source.get("pipeline_tag"), str):  # of the class that the model names
+    if isinstance(stated := source.get("pipeline_tag"), str) and _TASK.fullmatch(
+        stated
+    ):  # of the class that the model names
         return f"{given}-{stated.removeprefix('text-')}" if images and stated.startswith("text-to-") else stated
     return f"{given}-to-{'video' if _films(manifest) else 'image'}"
 
@@ -99,7 +106,7 @@ def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) ->
     origin = manifest.source.get("model") or manifest.source.get("architecture") or "a local folder"
     revision = f" at {_line(manifest.source['revision'])}" if "revision" in manifest.source else ""
     size = sum(row.bytes for rows in manifest.weights.values() for row in rows)
-    targets = f" for {', '.join(engine_targets(manifest))}" if manifest.engines else ""
+    targets = f" for {_line(list(engine_targets(manifest)))}" if manifest.engines else ""
     licence = _dict(build, "source").get("license")
     terms = (
         f"Licence, as the source states it: {_line(licence)}."
@@ -107,7 +114,7 @@ def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) ->
         else ("The source states no licence: ask its authors before you pass the bundle on.")
     )
     return [
-        f"# {manifest.pipeline.class_name}, compiled by diffkiln {version}".rstrip(),
+        f"# {_line(manifest.pipeline.class_name)}, compiled by diffkiln {version}".rstrip(),
         "",
         f"Made from {_line(origin)}{revision}. Weights: {size / 1e6:.1f} MB in {len(manifest.weights)} components; "
         f"{len(manifest.engines)} engines{targets}.",
@@ -130,7 +137,7 @@ def _use(manifest: Manifest, repo: str | None) -> list[str]:
 
 
 def _variants(manifest: Manifest) -> list[str]:
-    rows = [[v.name, f"`{json.dumps(v.fixed, sort_keys=True)}`"] for v in manifest.pipeline.variants]
+    rows = [[_line(v.name), _code(v.fixed)] for v in manifest.pipeline.variants]
     return _table(("variant", "fixed"), rows)
 
 
@@ -140,7 +147,7 @@ def _passes(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
         [_list(item, "notes") for item in told] if len(told) == len(manifest.passes) else [[]] * len(manifest.passes)
     )
     rows = [
-        [row.name, str(row.options.get("component", "")), "; ".join(map(str, said))]
+        [_line(row.name), _line(row.options.get("component", "")), _line("; ".join(map(str, said)))]
         for row, said in zip(manifest.passes, notes, strict=True)
     ]
     return _table(("pass", "component", "what it did"), rows)
@@ -148,28 +155,28 @@ def _passes(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
 
 def _measured(build: Mapping[str, Any]) -> list[str]:
     seconds = {key: value for key, value in _dict(build, "seconds").items() if isinstance(value, int | float)}
-    rows = [[f"{step}, seconds", f"{value:.1f}"] for step, value in seconds.items()]
+    rows = [[_line(f"{step}, seconds"), f"{value:.1f}"] for step, value in seconds.items()]
     if isinstance(peak := build.get("peak_rss_bytes"), int):
         rows.append(["peak memory of the build, MB", f"{peak / 1e6:.0f}"])
     host = [str(value) for value in _dict(build, "host").values()]
     versions = [f"{name} {build[name]}" for name in ("torch", "diffusers") if name in build]
-    return _table((_cell("measured when it was built"), _cell(", ".join((*host, *versions)))), rows)
+    return _table(("measured when it was built", _line([*host, *versions])), rows)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
-    lines = [columns, ["---"] * len(columns), *([_cell(cell) for cell in row] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
+def _code(value: Any) -> str:
+    """Returns a code span for a cell, in which a bar needs a backslash as well."""
+    return markdown_code(json.dumps(value, sort_keys=True)).replace("|", "\\|")
 
 
 def _line(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return markdown(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _dict(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ What this does not see: bits that rot on the disk, and a user who writes into th
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.errors import DiffkilnError
+from diffkiln.printable import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Stamp = tuple[int, int, int, int, int]
 """Size, mtime and ctime in nanoseconds, inode, device."""

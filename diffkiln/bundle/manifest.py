@@ -11,6 +11,7 @@ Numbers: canonical JSON (RFC 8785) writes 1.0 as `1` and -0.0 as `0`, so in the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from pydantic import (
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.paths import check_unique, refuse_unsafe
+from diffkiln.bundle.versions import PACKAGE, SPECIFIER
 from diffkiln.errors import Incompatible, ManifestInvalid, MissingDependency, Problem
 
 FORMAT_NAME = "diffkiln-bundle"
@@ -70,8 +72,13 @@ def _bundle_path(text: str) -> str:
     return text
 
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+# No controls, no format characters (which turn the direction of text, or take no room), no separators of lines.
+_SHOWN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]*$"
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=_SHOWN)]
+Text = Annotated[str, StringConstraints(max_length=4096, pattern=_SHOWN)]
+# Both are printed as advice, after `pip install`.
+Package = Annotated[str, StringConstraints(max_length=256, pattern=PACKAGE)]
+Specifier = Annotated[str, StringConstraints(max_length=256, pattern=SPECIFIER)]
 Dtype = Annotated[str, StringConstraints(max_length=32, pattern=r"^[a-z][a-z0-9_]*$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BundlePath = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_bundle_path)]
@@ -92,6 +99,13 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _are_packages(value: Any) -> bool:
+    """Returns True if `value` maps names of packages to version specifiers."""
+    return _are_texts(value) and all(
+        re.fullmatch(PACKAGE, name) and re.fullmatch(SPECIFIER, versions) for name, versions in value.items()
+    )
+
+
 def _is_gpu(row: Any) -> bool:
     """Whether it says what engines hold, as far as it says anything: the `sm` and `ptx` of their code, whether it is
     for that one `exact`ly, whether it was `autotuned`, and the `packages` that run it."""
@@ -99,7 +113,7 @@ def _is_gpu(row: Any) -> bool:
         isinstance(row, dict)
         and all(isinstance(row.get(name, ""), str) for name in ("sm", "ptx"))
         and all(isinstance(row.get(name, False), bool) for name in ("exact", "autotuned"))
-        and _are_texts(row.get("packages", {}))
+        and _are_packages(row.get("packages", {}))
     )
 
 
@@ -146,7 +160,7 @@ class Requires(_Row):
     os: Text = "linux"
     machine: Text = "x86_64"
     glibc: Text | None = None  # lowest, "2.34"
-    packages: Annotated[dict[Name, Text], Field(max_length=1000)] = {}  # name to version specifier
+    packages: Annotated[dict[Package, Specifier], Field(max_length=1000)] = {}  # name to version specifier
 
 
 class Variant(_Row):

@@ -23,7 +23,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 def resolve_parent(path: str | os.PathLike[str]) -> Path:
     """`path` with the directories above it resolved, once and for all, and itself left as it is."""
-    absolute = Path.cwd() / path
+    absolute = Path(path).absolute()  # asks for the working directory, which may be gone, only where it must
     if absolute.name in {"", ".."}:
         return absolute.resolve()
     return absolute.parent.resolve() / absolute.name

@@ -30,6 +30,7 @@ from diffkiln.bundle import strict_json
 from diffkiln.bundle.manifest import problems
 from diffkiln.bundle.signature import Method, fingerprint, key_of_pem
 from diffkiln.errors import IntegrityError, PolicyInvalid, Problem
+from diffkiln.gate import gated
 
 MAX_POLICY_BYTES = 1024 * 1024
 
@@ -112,6 +113,7 @@ def describe(method: Method, identity: str) -> str:
     return f"key sha256:{identity}" if method == "key" else f"{method} of {identity}"
 
 
+@gated()
 def find_policy(stated: Policy | str | os.PathLike[str] | None) -> Policy | None:
     """The policy that was asked for, or else the user's own, where there is one.
 

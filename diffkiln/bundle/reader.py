@@ -31,6 +31,7 @@ from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out,
 from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import (
+    CallError,
     DigestMismatch,
     Incomplete,
     IntegrityError,
@@ -38,6 +39,7 @@ from diffkiln.errors import (
     PathEscape,
     UnexpectedFile,
 )
+from diffkiln.gate import gated
 
 _HASHERS = min(8, os.cpu_count() or 1)
 
@@ -68,6 +70,7 @@ class Bundle:
         self._root = root
         self._finalizer = weakref.finalize(self, os.close, root)
 
+    @gated("progress")
     def verify(
         self,
         progress: Progress | None = None,
@@ -84,7 +87,7 @@ class Bundle:
         Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
         """
         if not self._finalizer.alive:
-            raise ValueError(f"the bundle {self.path} is closed")
+            raise CallError(f"the bundle {self.path} is closed")
         rows = {row.path: row for row in self.files}
         _check_tree(self.path, self._root, rows)
         started = time.time_ns()
@@ -118,6 +121,7 @@ class Bundle:
         self.close()
 
 
+@gated()
 def open_bundle(
     path: str | os.PathLike[str], *, expect_id: str | None = None, ignore_signature: bool = False
 ) -> Bundle:

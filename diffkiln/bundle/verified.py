@@ -24,7 +24,7 @@ from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
 from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
-from diffkiln.errors import DiffkilnError, DigestMismatch, Incomplete, IntegrityError
+from diffkiln.errors import CallError, DiffkilnError, DigestMismatch, Incomplete, IntegrityError
 
 _AGAIN = "Fetch or build the bundle again"
 
@@ -281,7 +281,7 @@ class Verified:
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
-            raise ValueError(f"the verified bundle {self.path} is closed")
+            raise CallError(f"the verified bundle {self.path} is closed")
 
 
 def _chunks(path: str, descriptor: int) -> Iterator[bytes]:

@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import re
 
+#: A distribution's name, as PEP 508 has it.
+PACKAGE = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$"
+_VERSION = (
+    r"(?:[0-9]+!)?[0-9]+(?:\.[0-9]+)*"
+    r"(?:[._-]?(?:alpha|beta|preview|pre|rc|a|b|c)[._-]?[0-9]*)?"
+    r"(?:-[0-9]+|[._-]?(?:post|rev|r)[._-]?[0-9]*)?(?:[._-]?dev[._-]?[0-9]*)?"
+    r"(?:\+[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*)?(?:\.\*)?"
+)
+_CLAUSE = rf" *(?:===|~=|==|!=|<=|>=|<|>) *{_VERSION} *"
+#: A version specifier, as PEP 440 has it; the empty one wants any version.
+SPECIFIER = rf"^(?:{_CLAUSE}(?:,{_CLAUSE})*,?)?$"
+
 _PART = re.compile(r"(==|>=|<)\s*([0-9.]+?)(\.\*)?", re.ASCII)
 
 

@@ -9,10 +9,12 @@ from diffkiln.bundle import Manifest, open_bundle
 from diffkiln.bundle.output import checked_output, lock_output
 from diffkiln.bundle.state import cache_root
 from diffkiln.errors import BuildError, Incompatible
+from diffkiln.gate import gated
 from diffkiln.hub.address import parse_address
 from diffkiln.hub.fetch import Choose, pull_locked
 
 
+@gated("choose")
 def cached(address: str, choose: Choose) -> Path:
     """The directory of the bundle at `hf://owner/name@commit`, fetched if it is not here yet.
 

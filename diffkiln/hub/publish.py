@@ -18,6 +18,7 @@ from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, SIGNATURE, Bundle, Progre
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
 from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import DigestMismatch, HubError, Incomplete
+from diffkiln.gate import gated
 from diffkiln.hub.address import check_repo
 from diffkiln.hub.explained import asking
 from diffkiln.hub.remote import Remote, RemoteFile, client, look_at
@@ -44,6 +45,7 @@ class Pushed:
     removed: tuple[str, ...]
 
 
+@gated()
 def push(
     bundle: str | os.PathLike[str], repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> Pushed:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffkiln.dtypes import DTYPES
+
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[Shape, torch.dtype]]
 
@@ -47,7 +49,7 @@ class Cast(Form):
     storage: str = "float8_e4m3fn"
 
     def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
-        return {"data": (shape, getattr(torch, self.storage))}
+        return {"data": (shape, DTYPES[self.storage])}
 
     def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         return parts["data"].to(dtype)

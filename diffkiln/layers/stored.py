@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.dtypes import DTYPES
 from diffkiln.layers.forms import FORMS, Form
 
 
@@ -107,6 +108,6 @@ def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str
         for key, dtype in row["dtypes"].items():
             parameter = layer._parameters[key]
             if parameter is not None:
-                wanted = getattr(torch, dtype)
+                wanted = DTYPES[dtype]
                 layer._parameters[key] = torch.nn.Parameter(parameter.to(wanted), requires_grad=False)
         store(layer, form_of(row["form"])(**row["options"]))

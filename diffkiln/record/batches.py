@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffkiln.aten import type_of
+from diffkiln.dtypes import dtype_of
 from diffkiln.errors import RecordError
 from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
 from diffkiln.record.components import Callee, record_component
@@ -186,7 +187,7 @@ def _halved(old: Callee, new: Callee, follows: Sequence[bool], recording: Record
         if grows:
             shape = (type_.shape[0] // 2, *type_.shape[1:])
             with recording.fake:
-                leaves[position] = torch.empty(shape, dtype=getattr(torch, type_.dtype))
+                leaves[position] = torch.empty(shape, dtype=dtype_of(type_.dtype))
         if constant is not None and grows:
             first, second = constant.chunk(2)
             constant = first.clone() if torch.equal(first, second) else None

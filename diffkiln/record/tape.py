@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 import diffkiln
 from diffkiln.aten import dtype_name, type_of
+from diffkiln.dtypes import dtype_of
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
@@ -105,7 +106,7 @@ class Tape(TorchDispatchMode):
     def blank(self, type_: TensorType) -> torch.Tensor:
         """A contiguous marked tensor that is not yet any value."""
         with self.fake:
-            return torch.empty(type_.shape, dtype=getattr(torch, type_.dtype))
+            return torch.empty(type_.shape, dtype=dtype_of(type_.dtype))
 
     def emit(
         self,

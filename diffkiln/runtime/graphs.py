@@ -12,7 +12,6 @@ copy. Weights must stay where they are: with offloading they do not, so a spec c
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,9 +21,10 @@ import torch
 from diffkiln.aten import Interpreter, Special
 from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, Incompatible
+from diffkiln.printable import get_logger
 from diffkiln.program import NOISE, STEP, Input, Op, Program, Ref, refs
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: For so many choices of a caller's numbers a program's graphs are kept. A service would run out of memory otherwise.
 KEPT = 4

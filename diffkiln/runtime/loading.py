@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,9 @@ from diffkiln.bundle import (
     require_signer,
 )
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
+from diffkiln.gate import gated
 from diffkiln.limits import Limits, active, applied
+from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_call, check_module, check_stored
@@ -40,13 +41,14 @@ from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant
 from diffkiln.runtime.weights import WeightStore
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
 #: In a component's folder of `pipeline/`: its layers that are stored in another form.
 LAYERS = "layers.json"
 
 
+@gated("progress")
 def load(
     path: str | os.PathLike[str],
     *,
@@ -151,11 +153,12 @@ def _load(
     check_stored(modules, calls, store.type_of, constants, inside)
     executor = Executor(modules, store, constants, engines, place, tf32, graphs, limits.seconds, paranoid)
     tokenizers = {
-        Path(row.path).stem: verified.read(row.path).decode()
+        Path(row.path).stem: read_text(verified, row.path)
         for row in manifest.files
         if row.path.startswith("text/") and row.role == "config"
     }
-    return CompiledPipeline(manifest.pipeline.class_name, variants, executor, TextEnd(tokenizers), verified)
+    text = TextEnd(tokenizers, [program for variant in variants for program in variant.programs.values()])
+    return CompiledPipeline(manifest.pipeline.class_name, variants, executor, text, verified)
 
 
 def read_json(verified: Verified, path: str) -> Any:
@@ -168,6 +171,15 @@ def read_json(verified: Verified, path: str) -> Any:
         return json.loads(verified.read(path))
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"{path!r} is not valid JSON: {error}") from None
+
+
+def read_text(verified: Verified, path: str) -> str:
+    """Returns the content of a text file of the bundle. Raises `ManifestInvalid` if it is not UTF-8."""
+    active().check("json_bytes", verified.size(path), path)
+    try:
+        return verified.read(path).decode()
+    except UnicodeDecodeError as error:
+        raise ManifestInvalid(f"{path!r} is not UTF-8 at byte {error.start}") from None
 
 
 def read_modules(verified: Verified) -> dict[str, Module]:

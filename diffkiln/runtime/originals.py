@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import GroupRow, PassRow, Verified
+from diffkiln.dtypes import dtype_of
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
 from diffkiln.layers import decode_in_parts, drop_blocks, matching, merge_tokens, store_as_described
 from diffkiln.runtime.loading import LAYERS
@@ -137,7 +138,7 @@ def _build_type(weights: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) 
         layer, _, leaf = name.rpartition(".")
         if layer in layers and leaf.partition("_")[2]:
             if leaf == "weight_data":
-                count[getattr(torch, str(layers[layer]["dtypes"]["weight"]))] += tensor.numel()
+                count[dtype_of(layers[layer]["dtypes"]["weight"])] += tensor.numel()
         elif leaf in ("scale", "zero_point"):
             continue  # of quantized weights, with types of their own
         elif tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

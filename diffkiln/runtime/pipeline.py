@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from diffkiln.aten import dtype_of
 from diffkiln.errors import CallError
+from diffkiln.gate import gated
 from diffkiln.program import Program
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels
@@ -20,6 +22,7 @@ from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant, no_variant
 
 PROMPT, NEGATIVE = "prompt", "negative_prompt"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _STEP_INPUTS = "callback_on_step_end_tensor_inputs"
 
 
@@ -48,6 +51,7 @@ class CompiledPipeline:
         self.bundle = bundle
         self._text = text
 
+    @gated("callback_on_step_end")
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -201,7 +205,10 @@ class CompiledPipeline:
 def _texts(keyword: str, value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise CallError(f"{keyword}: {value!r} is neither a string nor a list of strings")
+        raise CallError(f"{keyword}: {reprlib.repr(value)} is neither a string nor a list of strings")
+    for text in texts:
+        if not text.isascii() and _SURROGATE.search(text):
+            raise CallError(f"{keyword}: {text[:40]!r} holds half of a character (a surrogate). Decode it as UTF-8")
     return list(texts)
 
 

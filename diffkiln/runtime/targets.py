@@ -9,7 +9,6 @@ bundle says that it is there. Source: CUDA C++ Programming Guide, "Compute Capab
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ import torch
 
 from diffkiln.bundle import Manifest, device_of, devices_of, engine_targets
 from diffkiln.errors import Incompatible
+from diffkiln.printable import get_logger
 from diffkiln.runtime.compatibility import ISA_FLAGS, capability, check_target, missing_flags
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SM = re.compile(r"(?:sm|compute)_(\d{1,2})(\d)([af]?)")
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import html
-import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Encoding, Tokenizer
 
 from diffkiln.errors import CallError, MissingDependency
+from diffkiln.limits import active
+from diffkiln.printable import get_logger
+from diffkiln.program import Program
 from diffkiln.runtime.quotations import pieces
+from diffkiln.runtime.texts import check_texts
+from diffkiln.tokenizing import BoundedTokenizer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def _ftfy(text: str) -> str:
@@ -40,11 +45,19 @@ class TextEnd:
 
     Args:
         tokenizers: name in the pipeline → the tokenizer's JSON.
+        programs: the call programs whose texts will be asked for.
+
+    Raises:
+        ManifestInvalid: a text of a program is none, or names a tokenizer that is not there.
+        LimitExceeded: a text has more characters or tokens than the limits allow.
     """
 
-    def __init__(self, tokenizers: Mapping[str, str]) -> None:
+    def __init__(self, tokenizers: Mapping[str, str], programs: Iterable[Program] = ()) -> None:
         self._json = dict(tokenizers)
+        self._bounded: dict[str, BoundedTokenizer] = {}
         self._ready: dict[tuple[Any, ...], Tokenizer] = {}
+        for program in programs:
+            check_texts(program, self._json.keys())
 
     def encode(self, text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
         """Tokens of one recorded text.
@@ -61,6 +74,9 @@ class TextEnd:
                 or that is too long and must not be cut.
         """
         rows = [self._row(row, text, prompts) for row in text["rows"]]
+        bounded = self._of(text["tokenizer"])
+        for row in rows:
+            bounded.admit(row)
         encode = self._encode_pieces if text.get("quotations") else self._encode
         encodings = encode(text, rows)
         for row, source, encoding in zip(rows, text["rows"], encodings, strict=True):
@@ -74,16 +90,20 @@ class TextEnd:
         }
 
     def _encode(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
-        return self._tokenizer(text).encode_batch(rows, add_special_tokens=text["add_special_tokens"])
+        tokenizer = self._tokenizer(text)
+        return self._of(text["tokenizer"]).run(
+            lambda: tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
+        )
 
     def _encode_pieces(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
         """The tokens of each row's pieces, one after the other; those that are too many are cut at the end."""
         tokenizer = self._tokenizer({**text, "padding": "none", "truncation": False})
         encodings = []
         for row in rows:
-            merged = Encoding.merge(
-                tokenizer.encode_batch(pieces(row), add_special_tokens=False), growing_offsets=False
+            parts = self._of(text["tokenizer"]).run(
+                lambda row=row: tokenizer.encode_batch(pieces(row), add_special_tokens=False)
             )
+            merged = Encoding.merge(parts, growing_offsets=False)
             merged.truncate(text["max_length"])
             merged.pad(
                 text["max_length"],
@@ -113,9 +133,15 @@ class TextEnd:
         for mark in text.get("marks", ()):
             if mark in prompt:
                 raise CallError(f"{row['keyword']}: {mark} stands for an image or a video. Take it out of the prompt")
+        active().check("text_chars", len(prompt), row["keyword"])
         for name in text["transforms"]:
             prompt = TRANSFORMS[name](prompt)
         return row["prefix"] + prompt + row["suffix"]
+
+    def _of(self, name: str) -> BoundedTokenizer:
+        if name not in self._bounded:
+            self._bounded[name] = BoundedTokenizer(self._json[name], f"text/{name}.json")
+        return self._bounded[name]
 
     def _tokenizer(self, text: Mapping[str, Any]) -> Tokenizer:
         keys = (
@@ -130,7 +156,9 @@ class TextEnd:
         )
         key = tuple(text[name] for name in keys)
         if key not in self._ready:
-            tokenizer = Tokenizer.from_str(self._json[text["tokenizer"]])
+            tokenizer = self._of(text["tokenizer"]).tokenizer
+            if tokenizer in self._ready.values():  # with other padding: reading it again takes seconds, so only then
+                tokenizer = copy.deepcopy(tokenizer)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             if text["truncation"] and text["max_length"]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffkiln.errors import Problem, SpecError
+from diffkiln.gate import gated
 from diffkiln.spec.json_text import flaws, read_file, read_json
 from diffkiln.spec.migrate import migrate
 from diffkiln.spec.model import Spec
@@ -15,6 +16,7 @@ from diffkiln.spec.problems import problems_from, show
 from diffkiln.spec.targets import resolve_targets, unknown_gpus
 
 
+@gated()
 def parse_spec(source: Path | str | bytes | dict[str, Any] | Spec) -> Spec:
     """The spec in a file (a `Path` or a `str`), in JSON text (`bytes`), or in a value that JSON could say (a `dict`).
 

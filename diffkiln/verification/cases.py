@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffkiln.dtypes import dtype_of
 from diffkiln.program import Program
 from diffkiln.record.call import NEGATIVES, PROMPTS, Request
 
@@ -92,7 +93,7 @@ def noise_like(type_: Any, seed: bytes) -> torch.Tensor:
     """A tensor of this type that depends on the seed: normal numbers, or small whole ones."""
     number = int.from_bytes(hashlib.blake2b(seed, digest_size=7).digest(), "big")
     generator = torch.Generator().manual_seed(number)
-    dtype = getattr(torch, type_.dtype)
+    dtype = dtype_of(type_.dtype)
     if dtype.is_floating_point:
         return torch.randn(type_.shape, generator=generator).to(dtype)
     return torch.randint(0, 2, type_.shape, generator=generator).to(dtype)

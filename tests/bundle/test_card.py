@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_values_cannot_break_out_of_their_place() -> None:
     assert metadata(text)["license"] == hostile
     assert metadata(text)["tags"] == ["diffkiln", "compiled", "cpu"]
     assert text.split("\n").count("---") == 2
-    assert "| fuse_qkv | transformer | mit --- tags: [other] \\| a \\| b \\| |" in text
+    assert r"| fuse_qkv | transformer | mit --- tags: \[other\] \| a \| b \| |" in text
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,33 @@ def test_build_notes_of_another_shape_are_left_out(build: dict[str, Any]) -> Non
 def test_build_notes_that_cannot_be_read_are_none() -> None:
     assert read_build(b"{") == read_build(b"[]") == read_build(b"\xff") == {}
     assert read_build(json.dumps(BUILD).encode()) == BUILD
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["<img src=https://evil.example/x>", "[click](https://evil.example)", "https://evil.example", "www.evil.example",
+     "me@evil.example", "a\u202eb", "a\u009b31mb", "`code` ``"],
+)  # fmt: skip
+def test_no_string_of_a_stranger_is_html_a_link_or_a_control(hostile: str) -> None:
+    build = BUILD | {
+        "source": {"license": hostile, "license_link": f"javascript:{hostile}", "pipeline_tag": hostile},
+        "notices": [hostile],
+        "passes": [{"notes": [hostile]}],
+        "host": {"machine": hostile},
+        "seconds": {hostile: 1.0},
+        "diffkiln": hostile,
+    }
+    made = fixing({"prompt": hostile})
+    made = made.model_copy(
+        update={
+            "source": {"architecture": hostile},
+            "pipeline": made.pipeline.model_copy(update={"class_name": hostile}),
+        }
+    )
+    text = card(made, build)
+    body = re.sub(r"<!-- -->", "\n", text.split("---\n", 2)[2])
+    body = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", body)  # code spans show what they hold
+    assert not re.search(r"<[a-z/!]|[^\\]\]\(|https?://|www\.|\w@\w", body)
+    assert all(character == "\n" or character.isprintable() for character in text)
+    assert "license_link" not in metadata(text)
+    assert metadata(text)["pipeline_tag"] == "text-to-image"

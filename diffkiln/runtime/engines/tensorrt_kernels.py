@@ -7,7 +7,6 @@ digest of the engine that they belong to. Those that a bundle brings along are t
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 from diffkiln.bundle.digest import sha256_file
 from diffkiln.bundle.state import state_dir
 from diffkiln.errors import BuildError
+from diffkiln.printable import get_logger
 from diffkiln.program.tensorrt import ENGINE, KERNELS
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Kernels:

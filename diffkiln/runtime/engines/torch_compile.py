@@ -7,7 +7,6 @@ can do whatever code can, so they must be files that were verified and are trust
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ import torch
 
 from diffkiln.errors import Incompatible, Incomplete
 from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
+from diffkiln.printable import get_logger
 from diffkiln.program import ATTENTION, program_from_json
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines.base import Layout, check_inputs
 
-_LOG = logging.getLogger("diffkiln")
+_LOG = get_logger("diffkiln")
 
 
 class TorchCompileEngine:
