@@ -21,6 +21,7 @@ from diffkiln.bundle.manifest import (
     Manifest,
     Role,
     bundle_id,
+    check_place,
     dump_manifest,
     parse_manifest,
     problems,
@@ -97,14 +98,18 @@ class BundleWriter:
         return target
 
     def write(self, rel: str, data: bytes, role: Role) -> FileRow:
-        """Write a small file. Raises `PathEscape` for its name, `BuildError` if it is there already."""
+        """Write a small file.
+
+        Raises `PathEscape` or `ManifestInvalid` for its name, `BuildError` if it is there already.
+        """
+        self._target(rel, role)
         target = self.path(rel)
         _write(target, data)
         return self._register(rel, target, sha256_bytes(data), role)
 
     def add(self, rel: str, role: Role) -> FileRow:
         """Register a file that was written at `path(rel)`. It may not change any more."""
-        target = self._target(rel)
+        target = self._target(rel, role)
         with explained(target, "read"):
             _check_plain(target)
             return self._register(rel, target, sha256_file(target), role)
@@ -202,10 +207,12 @@ class BundleWriter:
         self._rows[rel] = row, status.st_mtime_ns
         return row
 
-    def _target(self, rel: str) -> Path:
+    def _target(self, rel: str, role: Role | None = None) -> Path:
         path = check_path(rel)
         if rel in RESERVED:
             raise BuildError(f"{rel!r} is not among a bundle's hashed files")
+        if role is not None:
+            check_place(rel, role)
         return self._staging.root / path
 
     def _explanation(self, error: BaseException | None) -> BuildError | None:
