@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
+from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
@@ -56,7 +57,7 @@ class BundleWriter:
     def __init__(self, output: str | os.PathLike[str], force: bool = False) -> None:
         self._stated = output
         self._force = force
-        self._rows: dict[str, tuple[FileRow, int]] = {}  # with the modification time when it was hashed
+        self._rows: dict[str, tuple[FileRow, Stamp]] = {}  # with what it was when it was hashed
         self._unhashed: set[str] = set()
         self._shared: set[str] = set()  # with the bundle that is to be replaced
 
@@ -194,9 +195,10 @@ class BundleWriter:
                 found |= {file.relative_to(root).as_posix() for file in files}
             if strange := sorted(found - self._rows.keys() - self._unhashed):
                 raise BuildError(f"{strange[0]!r} was written but never added to the bundle")
-            for path, (row, modified) in self._rows.items():
-                status = _check_plain(root / path, names=2 if path in self._shared else 1)
-                if (status.st_size, status.st_mtime_ns) != (row.size, modified):
+            for path, (row, stamp) in self._rows.items():
+                now = stamp_of(_check_plain(root / path, names=2 if path in self._shared else 1))
+                # ctime alone may also mean another link or mode, so the bytes decide.
+                if now != stamp and (now[:2] != stamp[:2] or sha256_file(root / path) != row.sha256):
                     raise BuildError(f"{path!r} changed after it was added to the bundle")
 
     def _register(self, rel: str, target: Path, digest: str, role: Role) -> FileRow:
@@ -204,7 +206,7 @@ class BundleWriter:
             raise BuildError(f"{rel!r} was added to the bundle twice")
         status = os.stat(target, follow_symlinks=False)
         row = FileRow(path=rel, size=status.st_size, sha256=digest, role=role)
-        self._rows[rel] = row, status.st_mtime_ns
+        self._rows[rel] = row, stamp_of(status)
         return row
 
     def _target(self, rel: str, role: Role | None = None) -> Path:

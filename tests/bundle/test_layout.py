@@ -136,7 +136,7 @@ def test_bundle_that_is_a_repository_is_refused_since_git_runs_what_it_names(
     with_files(made, repository(prefix, marker))
     git_status(made / place)
     assert marker.exists()
-    with pytest.raises(ManifestInvalid, match="which programs such as git act on|takes? the folder for a repository"):
+    with pytest.raises(ManifestInvalid, match=r"which programs such as git act on|takes? the folder for a repository"):
         open_bundle(made)
     with pytest.raises(ManifestInvalid):
         parse_manifest((made / "manifest.json").read_bytes())
