@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -22,7 +23,8 @@ from diffkiln.bundle.private import closed_to_others
 from diffkiln.bundle.state import state_dir
 from diffkiln.errors import BuildError, IntegrityError
 
-_NAME = re.compile(r"diffkiln-[a-z]+-[0-9a-z_]{8}")
+# What `tempfile` and `mktemp` make has other endings: what is not ours stays.
+_NAME = re.compile(r"diffkiln-[a-z]+-[0-9a-f]{16}")
 
 #: Where this process has looked for what dead ones left.
 _swept: set[Path] = set()
@@ -109,7 +111,8 @@ def _safe_place() -> Path:
 
 def _made(kind: str, parent: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=f"diffkiln-{kind}-", dir=parent))
+        path = parent / f"diffkiln-{kind}-{secrets.token_hex(8)}"
+        path.mkdir(mode=0o700)
         # Until it is locked, another process may take it for a dead one's. Then it is gone, and another is made.
         with suppress(FileNotFoundError, BlockingIOError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -110,12 +110,12 @@ def test_folder_of_a_parent_that_died_stays_while_a_forked_child_lives(private_t
 
 @as_root
 def test_folder_of_another_user_and_a_link_stay(private_tmp: Path, tmp_path: Path) -> None:
-    theirs, link = private_tmp / "diffkiln-native-aaaaaaaa", private_tmp / "diffkiln-native-bbbbbbbb"
+    theirs, link = private_tmp / "diffkiln-native-aaaaaaaaaaaaaaaa", private_tmp / "diffkiln-native-bbbbbbbbbbbbbbbb"
     theirs.mkdir()
     os.chown(theirs, OTHER, OTHER)
     (tmp_path / "precious").mkdir()
     link.symlink_to(tmp_path / "precious")
-    (private_tmp / "diffkiln-notes").mkdir()
+    (private_tmp / "diffkiln-export-x1y2z3_9").mkdir()
     with scratch.scratch("test"):
         pass
     assert len(list(private_tmp.iterdir())) == 3
