@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.errors import Incompatible, VerifyError
 from diffkiln.program import Program, kernel_of
 
@@ -27,7 +28,7 @@ _SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
     "native_efficient": (_BACKENDS.mem_efficient_sdp_enabled, _BACKENDS.enable_mem_efficient_sdp),
     "native_cudnn": (_BACKENDS.cudnn_sdp_enabled, _BACKENDS.enable_cudnn_sdp),
 }
-_TURNING = threading.RLock()
+_TURNING = forks.Lock(threading.RLock)
 
 #: How torch says that no kernel that is switched on takes the arguments; the reasons go to the standard error.
 _REFUSALS = ("No available kernel", "No viable backend")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from diffkiln import forks
 
 #: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
 ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
@@ -27,7 +28,7 @@ FLAGS = (
 
 #: Inductor's configuration, the environment that names its cache and the instruction set are the process's: whoever
 #: turns them holds this.
-INDUCTOR = threading.Lock()
+INDUCTOR = forks.Lock()
 
 
 @contextmanager

@@ -8,14 +8,13 @@ What comes out is another bundle, with an id of its own, which takes the old one
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from diffkiln.built import Built
 from diffkiln.bundle import devices_of
+from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.gate import gated
@@ -126,8 +125,8 @@ def retune(
         name = str(choose(edit.manifest, torch.device("cuda")).target)
         wanted = edit.stated().get(name) or _known(name)
         edit.remove([wanted.name])
-        with tempfile.TemporaryDirectory(prefix="diffkiln-retune-") as scratch:
-            edit.build([wanted], EngineCache(Path(scratch)))  # what another machine found is not wanted
+        with scratch("retune") as folder:
+            edit.build([wanted], EngineCache(folder))  # what another machine found is not wanted
         return edit.publish(f"engines for {wanted.name} built anew")
 
 

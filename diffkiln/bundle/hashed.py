@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
-from diffkiln.bundle.state import existing_state_dir, state_dir
-from diffkiln.errors import DiffkilnError
+from diffkiln.bundle.notes import MAX_NOTE_BYTES, read_note, write_note
 from diffkiln.printable import get_logger
 
 log = get_logger(__name__)
@@ -33,7 +30,7 @@ Stamp = tuple[int, int, int, int, int]
 
 # Far more than the tick of any clock that file systems take times from, FAT's two seconds included.
 SETTLED_NS = 3_000_000_000
-_MAX_BYTES = 64 * 1024 * 1024
+_KIND = "hashed"
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -42,18 +39,10 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 def recall(identity: str, place: Path) -> dict[str, Stamp]:
     """The stamps of the files that were hashed here; none where there is no receipt that can be relied on."""
+    data = read_note(_KIND, _name(identity, place))
     try:
-        directory = existing_state_dir("hashed")
-        if directory is None:
-            return {}
-        descriptor = os.open(directory / _name(identity, place), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_uid != os.geteuid():
-                return {}
-            return _parse(file.read(_MAX_BYTES))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, DiffkilnError) as error:  # not a reason not to load: everything is hashed
+        return _parse(data) if data is not None else {}
+    except ValueError as error:  # not a reason not to load: everything is hashed
         log.warning("hashing %s again, since what was hashed before cannot be read: %s", place, error)
         return {}
 
@@ -61,19 +50,7 @@ def recall(identity: str, place: Path) -> dict[str, Stamp]:
 def remember(identity: str, place: Path, stamps: Mapping[str, Stamp]) -> None:
     """Note what has been hashed. Where nothing can be written (a read-only home), the next load hashes again."""
     data = json.dumps({"place": str(place), "files": stamps}).encode(errors="surrogateescape")
-    try:
-        directory = state_dir("hashed")
-        staged = directory / f".{secrets.token_hex(16)}"
-        try:
-            with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-                file.write(data)
-            os.replace(staged, directory / _name(identity, place))
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(staged)
-            raise
-    except (OSError, DiffkilnError) as error:
-        log.info("the next load of %s will hash it again: %s", place, error)
+    write_note(_KIND, _name(identity, place), data)
 
 
 def settled(stamp: Stamp, started_ns: int) -> bool:
@@ -86,7 +63,7 @@ def _name(identity: str, place: Path) -> str:
 
 
 def _parse(data: bytes) -> dict[str, Stamp]:
-    raw: Any = strict_json.loads(data, max_bytes=_MAX_BYTES)
+    raw: Any = strict_json.loads(data, max_bytes=MAX_NOTE_BYTES)
     files = raw.get("files") if isinstance(raw, dict) else None
     if not isinstance(files, dict):
         raise ValueError("it is not a receipt")

@@ -28,6 +28,7 @@ from pydantic import (
 
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
+from diffkiln.bundle.layout import misplaced
 from diffkiln.bundle.paths import check_unique, refuse_unsafe
 from diffkiln.bundle.versions import PACKAGE, SPECIFIER
 from diffkiln.errors import Incompatible, ManifestInvalid, MissingDependency, Problem
@@ -245,6 +246,8 @@ class Manifest(_Row):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         check_unique(row.path for row in self.files)
+        for row in self.files:
+            check_place(row.path, row.role)
         roles = {row.path: row.role for row in self.files}
         if clash := sorted(RESERVED.intersection(roles)):
             raise ValueError(f"{clash[0]} cannot be among the files that the manifest hashes")
@@ -257,6 +260,15 @@ class Manifest(_Row):
                 if roles.get(group.file) != "weights":
                     raise ValueError(f"weights of {component!r}: {group.file!r} is not weights in `files`")
         return self
+
+
+def check_place(path: str, role: Role) -> None:
+    """Raises `ManifestInvalid` for a file that has no place in a bundle."""
+    if reason := misplaced(path, role):
+        raise ManifestInvalid(
+            f"the file {path[:200]!r} has no place in a bundle: {reason}. If a later diffkiln made the bundle, load it "
+            "with that; else get it from somebody whom you trust"
+        )
 
 
 def parse_manifest(data: bytes) -> Manifest:

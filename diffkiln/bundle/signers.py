@@ -6,13 +6,13 @@ that what it looks at cannot be exchanged for something else on the way.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from diffkiln.bundle.manifest import MANIFEST, SIGNATURE
 from diffkiln.bundle.policy import Pin, Policy, describe
+from diffkiln.bundle.scratch import scratch
 from diffkiln.bundle.signature import Signature, fingerprint, parse_signature, pem_of_key, with_key
 from diffkiln.errors import IntegrityError, MissingDependency, SignatureInvalid, SpecError
 
@@ -109,8 +109,7 @@ def _hint(key: bytes) -> str:
 def _check(signature: Signature, pin: Pin) -> None:
     """Have model-signing check the signature against one identity. Raises `SignatureInvalid`."""
     config = _library().verifying.Config()
-    with tempfile.TemporaryDirectory(prefix="diffkiln-signature-") as name:
-        folder = Path(name)
+    with scratch("signature") as folder:
         (folder / MANIFEST).write_bytes(signature.manifest)
         (folder / SIGNATURE).write_bytes(signature.data)
         try:
@@ -144,8 +143,7 @@ def _signed(manifest: bytes, configure: Callable[[Any], Any], what: str) -> byte
     library = _library()
     hashing = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256")
     config = library.signing.Config().set_hashing_config(hashing.set_ignored_paths(paths=[], ignore_git_paths=False))
-    with tempfile.TemporaryDirectory(prefix="diffkiln-signature-") as name:
-        folder = Path(name)
+    with scratch("signature") as folder:
         (folder / MANIFEST).write_bytes(manifest)
         try:
             configure(config).sign(folder / MANIFEST, folder / SIGNATURE)

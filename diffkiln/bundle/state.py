@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from diffkiln.errors import BuildError, IntegrityError, PathEscape
+from diffkiln.bundle.private import Home
+from diffkiln.errors import BuildError
 
 
 def state_dir(name: str) -> Path:
@@ -15,23 +15,25 @@ def state_dir(name: str) -> Path:
     Raises `PathEscape` for a symbolic link, `IntegrityError` if others own it or may write to it, and
     `BuildError` if it cannot be made.
     """
-    base = _base() / "diffkiln"
-    _make(base)
-    _make(base / name)
-    _check_private(base / name)
-    return base / name
+    return state_home().directory(name)
 
 
 def existing_state_dir(name: str) -> Path | None:
     """The same, checked the same, where it exists already, else `None`; nothing is made."""
-    directory = _base() / "diffkiln" / name
-    try:
-        _check_private(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise IntegrityError(f"{directory} cannot be looked at: {error.strerror or error}") from error
-    return directory
+    return state_home().existing(name)
+
+
+def state_home() -> Home:
+    """The directory that `state_dir` is in."""
+    stated = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # The XDG specification has relative paths ignored.
+    base = stated if stated.is_absolute() else _own_home("XDG_STATE_HOME") / ".local" / "state"
+    return Home(base / "diffkiln", "state", "XDG_STATE_HOME")
+
+
+def cache_home(root: Path | None = None) -> Home:
+    """The directory of caches: `root`, or `cache_root()` where none is given."""
+    return Home(cache_root() if root is None else root, "cache", "DIFFKILN_CACHE_DIR")
 
 
 def cache_root() -> Path:
@@ -40,38 +42,11 @@ def cache_root() -> Path:
         return Path(stated)
     # The XDG specification has relative paths ignored.
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "diffkiln"
+    return (Path(base) if os.path.isabs(base) else _own_home("DIFFKILN_CACHE_DIR") / ".cache") / "diffkiln"
 
 
-def _base() -> Path:
-    stated = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if stated.is_absolute():  # the XDG specification has relative paths ignored
-        return stated
+def _own_home(variable: str) -> Path:
     try:
-        return Path.home() / ".local" / "state"
+        return Path.home()
     except RuntimeError as error:
-        raise BuildError("the user has no home directory; set XDG_STATE_HOME") from error
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
-    except FileExistsError:
-        pass  # something else lies there, and the check says what
-    except OSError as error:
-        raise BuildError(
-            f"the state directory {directory} cannot be made: {error.strerror}. Set XDG_STATE_HOME elsewhere"
-        ) from error
-
-
-def _check_private(directory: Path) -> None:
-    # Others may look into the upper one, but whoever can write to it can put another in the lower one's place.
-    for path, closed_to_others in ((directory.parent, 0o022), (directory, 0o077)):
-        status = os.lstat(path)
-        if not stat.S_ISDIR(status.st_mode):
-            raise PathEscape(f"{path} is not a real directory. Remove it, or set XDG_STATE_HOME elsewhere")
-        if status.st_uid != os.geteuid():
-            raise IntegrityError(f"{path} belongs to another user. Set XDG_STATE_HOME to a directory of yours")
-        if status.st_mode & closed_to_others:
-            raise IntegrityError(f"{path} is open to other users. Run: chmod 700 {path}")
+        raise BuildError(f"the user has no home directory; set {variable}") from error

@@ -10,39 +10,39 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from diffkiln.bundle import openat
-from diffkiln.bundle.digest import Progress, chunks, sha256_bytes
+from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, fill, mismatch
+from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
+from diffkiln.bundle.scratch import Scratch
 from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
 from diffkiln.errors import CallError, DiffkilnError, DigestMismatch, Incomplete, IntegrityError
 
-_AGAIN = "Fetch or build the bundle again"
+#: How often weights are read anew that something happened to meanwhile.
+_LOOKS = 5
 
 
 class _Held:
-    """Descriptors and temporary directories, given back once, and only by the process that took them."""
+    """Descriptors and temporary directories, given back once."""
 
     def __init__(self) -> None:
         self.descriptors: list[int] = []
-        self.directories: list[Path] = []
-        self._owner = os.getpid()
+        self.directories: list[Scratch] = []
 
     def release(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
-        # A forked child that exits must not take the directory from under its parent.
-        while self.directories and os.getpid() == self._owner:
-            shutil.rmtree(self.directories.pop(), ignore_errors=True)
+        while self.directories:
+            self.directories.pop().remove()
 
 
 class Verified:
@@ -92,7 +92,7 @@ class Verified:
             if path not in self._weights:
                 os.close(descriptor)
         if len(data) != row.size or sha256_bytes(data) != row.sha256:
-            raise _mismatch(row)
+            raise mismatch(row)
         return data
 
     def descriptor(self, path: str) -> int:
@@ -114,14 +114,11 @@ class Verified:
         """
         descriptor = self.descriptor(path)
         view = memoryview(buffer).cast("B")
-        done = 0
-        while done < len(view):
-            with openat.explained(path):
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise DigestMismatch(f"{path!r} was cut short while in use. {_AGAIN}")
-            done += count
-        self._check_untouched(path)
+        for _ in range(_LOOKS):
+            fill(path, descriptor, view, offset)
+            if self._is_untouched(path):
+                return
+        raise DigestMismatch(f"{path!r} keeps changing while in use. {AGAIN}")
 
     def size(self, path: str) -> int:
         """The size in bytes that the manifest states, and that the file has."""
@@ -166,11 +163,12 @@ class Verified:
         if row.role != "weights":
             self._copy_file(row, target, 0o666)
             return False
-        descriptor, _ = self._weights[path]
+        descriptor, stamp = self._weights[path]
         shared = share and link(self.path / path, target, os.fstat(descriptor))
         if not shared:
             clone(descriptor, target)
-        self._check_untouched(path)  # also that the copy is not of a file that was cut
+        # Not by ctime, which linking changes. It also shows that the copy is not of a file that was cut.
+        check_unwritten(path, stamp, stamp_of(os.fstat(descriptor)))
         return shared
 
     def check(self, path: str, progress: Progress | None = None) -> None:
@@ -178,20 +176,15 @@ class Verified:
         row = self._row(path)
         if path in self._hashed:
             return
-        descriptor = self._weights[path][0] if path in self._weights else self._open(path)
-        try:
-            digest = hashlib.sha256()
-            for chunk in _chunks(path, descriptor):
-                digest.update(chunk)
-                if progress is not None:
-                    progress(len(chunk))
-        finally:
-            if path not in self._weights:
-                os.close(descriptor)
-        if digest.hexdigest() != row.sha256:
-            raise _mismatch(row)
         if path in self._weights:
-            self._check_untouched(path)
+            check_digest(row, self._weights[path][0], progress)
+            self._is_untouched(path)
+        else:
+            descriptor = self._open(path)
+            try:
+                check_digest(row, descriptor, progress)
+            finally:
+                os.close(descriptor)
         self._hashed.add(path)
 
     def hold_weights(self) -> None:
@@ -227,16 +220,16 @@ class Verified:
     def _copy(self, prefix: str, rows: list[FileRow]) -> Path:
         needed = sum(row.size for row in rows)
         try:
-            target = Path(tempfile.mkdtemp(prefix="diffkiln-native-"))
-            self._held.directories.append(target)
+            made = Scratch("native")
+            self._held.directories.append(made)
             for row in rows:
-                self._copy_file(row, target / row.path[len(prefix) + 1 :])
+                self._copy_file(row, made.path / row.path[len(prefix) + 1 :])
         except OSError as error:
             raise DiffkilnError(
                 f"cannot copy the native code of {prefix!r} ({needed} bytes) to {tempfile.gettempdir()}: "
                 f"{error.strerror or error}. Set TMPDIR to a directory with room"
             ) from error
-        return target
+        return made.path
 
     def _copy_file(self, row: FileRow, target: Path, mode: int = 0o600) -> None:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -246,7 +239,7 @@ class Verified:
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
             with open(descriptor, "wb") as file:
-                for chunk in _chunks(row.path, source):
+                for chunk in chunks_of(row.path, source):
                     size += len(chunk)
                     if size > row.size:
                         break
@@ -256,14 +249,24 @@ class Verified:
             os.close(source)
         if size != row.size or digest.hexdigest() != row.sha256:
             target.unlink()
-            raise _mismatch(row)
+            raise mismatch(row)
 
-    def _check_untouched(self, path: str) -> None:
-        # Not by ctime, which also changes when the file is renamed or removed, as when a bundle is replaced.
-        descriptor, (_, modified, *_) = self._weights[path]
-        status = os.fstat(descriptor)
-        if status.st_size != self._rows[path].size or status.st_mtime_ns != modified:
-            raise DigestMismatch(f"{path!r} was written to while in use. {_AGAIN}")
+    def _is_untouched(self, path: str) -> bool:
+        """Returns True if weights are as they were. Else they are hashed, and what was read before must be read again.
+
+        A write that sets mtime back changes ctime, and so do a rename, a link and a removal, as when a bundle is
+        replaced. Which of them it was, only the bytes say.
+
+        Raises `DigestMismatch` if they were written to.
+        """
+        descriptor, stamp = self._weights[path]
+        now = stamp_of(os.fstat(descriptor))
+        if now == stamp:
+            return True
+        check_unwritten(path, stamp, now)
+        check_digest(self._rows[path], descriptor)
+        self._weights[path] = descriptor, now  # from before it was hashed, so that a later write is seen
+        return False
 
     def _open(self, path: str) -> int:
         self._check_open()
@@ -282,13 +285,3 @@ class Verified:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise CallError(f"the verified bundle {self.path} is closed")
-
-
-def _chunks(path: str, descriptor: int) -> Iterator[bytes]:
-    """The file's bytes; what goes wrong with reading them is said of `path`, and nothing else is."""
-    with openat.explained(path):
-        yield from chunks(descriptor)
-
-
-def _mismatch(row: FileRow) -> DigestMismatch:
-    return DigestMismatch(f"{row.path!r} is not the file that the manifest names. {_AGAIN}")

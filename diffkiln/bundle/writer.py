@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
+from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
@@ -21,6 +22,7 @@ from diffkiln.bundle.manifest import (
     Manifest,
     Role,
     bundle_id,
+    check_place,
     dump_manifest,
     parse_manifest,
     problems,
@@ -55,7 +57,7 @@ class BundleWriter:
     def __init__(self, output: str | os.PathLike[str], force: bool = False) -> None:
         self._stated = output
         self._force = force
-        self._rows: dict[str, tuple[FileRow, int]] = {}  # with the modification time when it was hashed
+        self._rows: dict[str, tuple[FileRow, Stamp]] = {}  # with what it was when it was hashed
         self._unhashed: set[str] = set()
         self._shared: set[str] = set()  # with the bundle that is to be replaced
 
@@ -97,14 +99,18 @@ class BundleWriter:
         return target
 
     def write(self, rel: str, data: bytes, role: Role) -> FileRow:
-        """Write a small file. Raises `PathEscape` for its name, `BuildError` if it is there already."""
+        """Write a small file.
+
+        Raises `PathEscape` or `ManifestInvalid` for its name, `BuildError` if it is there already.
+        """
+        self._target(rel, role)
         target = self.path(rel)
         _write(target, data)
         return self._register(rel, target, sha256_bytes(data), role)
 
     def add(self, rel: str, role: Role) -> FileRow:
         """Register a file that was written at `path(rel)`. It may not change any more."""
-        target = self._target(rel)
+        target = self._target(rel, role)
         with explained(target, "read"):
             _check_plain(target)
             return self._register(rel, target, sha256_file(target), role)
@@ -189,9 +195,10 @@ class BundleWriter:
                 found |= {file.relative_to(root).as_posix() for file in files}
             if strange := sorted(found - self._rows.keys() - self._unhashed):
                 raise BuildError(f"{strange[0]!r} was written but never added to the bundle")
-            for path, (row, modified) in self._rows.items():
-                status = _check_plain(root / path, names=2 if path in self._shared else 1)
-                if (status.st_size, status.st_mtime_ns) != (row.size, modified):
+            for path, (row, stamp) in self._rows.items():
+                now = stamp_of(_check_plain(root / path, names=2 if path in self._shared else 1))
+                # ctime alone may also mean another link or mode, so the bytes decide.
+                if now != stamp and (now[:2] != stamp[:2] or sha256_file(root / path) != row.sha256):
                     raise BuildError(f"{path!r} changed after it was added to the bundle")
 
     def _register(self, rel: str, target: Path, digest: str, role: Role) -> FileRow:
@@ -199,13 +206,15 @@ class BundleWriter:
             raise BuildError(f"{rel!r} was added to the bundle twice")
         status = os.stat(target, follow_symlinks=False)
         row = FileRow(path=rel, size=status.st_size, sha256=digest, role=role)
-        self._rows[rel] = row, status.st_mtime_ns
+        self._rows[rel] = row, stamp_of(status)
         return row
 
-    def _target(self, rel: str) -> Path:
+    def _target(self, rel: str, role: Role | None = None) -> Path:
         path = check_path(rel)
         if rel in RESERVED:
             raise BuildError(f"{rel!r} is not among a bundle's hashed files")
+        if role is not None:
+            check_place(rel, role)
         return self._staging.root / path
 
     def _explanation(self, error: BaseException | None) -> BuildError | None:

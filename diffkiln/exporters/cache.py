@@ -4,7 +4,8 @@
     <root>/engines/<key>/files/…      the engine
     <root>/toolchain/…                what builds share (diffkiln.exporters.toolchain)
 
-An entry appears whole, by a rename, or not at all. One that does not match its digests is as good as absent.
+An entry appears whole, by a rename, or not at all. One that does not match its digests is as good as absent. Builds run
+what they find here, so both directories are this user's alone, or are refused (diffkiln.bundle.private).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import TensorSpec
-from diffkiln.bundle.state import cache_root
-from diffkiln.errors import ExportError
+from diffkiln.bundle.scratch import Scratch, scratch
+from diffkiln.bundle.state import cache_home, cache_root
+from diffkiln.errors import BuildError, ExportError
 from diffkiln.exporters.base import Artefact, Exporter, Lowering
 from diffkiln.program import fingerprint
 
@@ -55,12 +56,19 @@ class EngineCache:
 
     @property
     def toolchain(self) -> Path:
-        """Where builds keep what they share."""
+        """Where builds keep what they share. Raises `IntegrityError` as `get`, `ExportError` as `put`."""
         return self._made("toolchain")
 
     def get(self, key: str) -> Artefact | None:
-        """The engine of this key, unless it is missing or damaged."""
-        entry = self.root / "engines" / key
+        """The engine of this key, unless it is missing or damaged.
+
+        Raises:
+            IntegrityError: the cache belongs to another user, or others may write to it.
+        """
+        engines = cache_home(self.root).existing("engines")
+        return self._read(engines / key) if engines is not None else None
+
+    def _read(self, entry: Path) -> Artefact | None:
         try:
             index = json.loads((entry / _INDEX).read_bytes())
             body = index["body"]
@@ -75,15 +83,16 @@ class EngineCache:
 
         Raises:
             ExportError: the cache's directory cannot be written.
+            IntegrityError: as `get`.
         """
+        entry = self._made("engines") / key
         try:
-            entry = self._made("engines") / key
-            staging = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+            staging = Scratch("new", entry.parent)
             try:
-                self._fill(staging, artefact)
-                self._publish(staging, entry, key)
+                self._fill(staging.path, artefact)
+                self._publish(staging.path, entry)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                staging.remove()
         except OSError as error:
             raise ExportError(
                 f"the engine cache {self.root} cannot be written: {error}. Set DIFFKILN_CACHE_DIR to a directory "
@@ -92,9 +101,10 @@ class EngineCache:
         return replace(artefact, directory=entry / _FILES)
 
     def _made(self, name: str) -> Path:
-        directory = self.root / name
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return directory
+        try:
+            return cache_home(self.root).directory(name)
+        except BuildError as error:
+            raise ExportError(str(error)) from error
 
     def _fill(self, staging: Path, artefact: Artefact) -> None:
         shutil.copytree(artefact.directory, staging / _FILES)
@@ -102,7 +112,7 @@ class EngineCache:
         index = {"body": body, "sha256": sha256_bytes(_canonical(body))}
         (staging / _INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
 
-    def _publish(self, staging: Path, entry: Path, key: str) -> None:
+    def _publish(self, staging: Path, entry: Path) -> None:
         """Rename the new entry into place; what is damaged there goes first."""
         for _ in range(10):
             try:
@@ -111,15 +121,15 @@ class EngineCache:
             except OSError:
                 if not entry.exists():
                     raise
-            if self.get(key) is not None:
+            if self._read(entry) is not None:
                 return
-            damaged = tempfile.mkdtemp(prefix=".old-", dir=entry.parent)
+            damaged = Scratch("old", entry.parent)
             try:
-                os.rename(entry, damaged)
+                os.rename(entry, damaged.path)
             except FileNotFoundError:
                 pass  # another process was as quick
             finally:
-                shutil.rmtree(damaged, ignore_errors=True)
+                damaged.remove()
         raise OSError(f"{entry} keeps changing")
 
 
@@ -175,7 +185,7 @@ def export_once(
     if (found := cache.get(key)) is not None:
         return found
     try:
-        with tempfile.TemporaryDirectory(prefix="diffkiln-export-") as scratch:
-            return cache.put(key, build(Path(scratch)))
+        with scratch("export") as folder:
+            return cache.put(key, build(folder))
     except ExportError as error:
         raise ExportError(f"{refused} {error}") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import in_pairs
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency, Problem
@@ -38,7 +38,7 @@ MODEL, DATA = "engine.onnx", "engine.onnx.data"
 _LIMIT = 2**31 - 2**24
 
 #: torch's exporter keeps registries and sets loggers of the process.
-_EXPORTING = threading.Lock()
+_EXPORTING = forks.Lock()
 
 
 class Onnx:

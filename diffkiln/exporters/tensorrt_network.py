@@ -6,7 +6,6 @@ Networks are strongly typed: every operation computes in the types that the mode
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.errors import ExportError
 from diffkiln.program.tensorrt import MODEL, RTX, Library
 
 #: One network is built at a time: TensorRT logs for the process, with the first logger that it was given.
-_BUILDING = threading.Lock()
+_BUILDING = forks.Lock()
 _SAID: list[str] = []
 _loggers: dict[str, Any] = {}
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffkiln.aten import dtype_of
+from diffkiln.bundle.layout import acted_on
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign, unknown_options
@@ -109,5 +110,8 @@ def _stand_in(region: Program, device: torch.device) -> Callable[[Op], Callable[
 
 
 def _tidy(caches: Path) -> None:
-    """Leave out what a later process has no use for."""
+    """Leave out what a later process has no use for: locks, and sources, which the entries hold as well."""
     shutil.rmtree(caches / "locks", ignore_errors=True)
+    for file in caches.rglob("*"):
+        if acted_on(file.name) and file.is_file():
+            file.unlink()

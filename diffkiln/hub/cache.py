@@ -1,56 +1,120 @@
-"""Bundles that `load` fetched: `bundles/<owner>/<name>/<commit>` in the cache directory, each fetched once."""
+"""Bundles that `load` fetched: `bundles/<owner>/<name>/<commit>` in the cache directory, each fetched once.
+
+Where a bundle lies does not show where it comes from. So its id is noted in the user's state directory when it was
+fetched, and one without a note is compared with what the Hub has at that commit.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from diffkiln.bundle import Manifest, open_bundle
+from diffkiln.bundle import MANIFEST, Bundle, Manifest, open_bundle
+from diffkiln.bundle.digest import sha256_bytes
+from diffkiln.bundle.notes import read_note, write_note
 from diffkiln.bundle.output import checked_output, lock_output
-from diffkiln.bundle.state import cache_root
-from diffkiln.errors import BuildError, Incompatible
+from diffkiln.bundle.state import cache_home
+from diffkiln.errors import HubUnavailable, Incompatible, IntegrityError
 from diffkiln.gate import gated
 from diffkiln.hub.address import parse_address
 from diffkiln.hub.fetch import Choose, pull_locked
+from diffkiln.hub.remote import client, look_at
+
+log = logging.getLogger(__name__)
 
 
 @gated("choose")
 def cached(address: str, choose: Choose) -> Path:
     """The directory of the bundle at `hf://owner/name@commit`, fetched if it is not here yet.
 
-    Without any request where it is: a commit never changes. Processes that want the same one wait for the first.
+    Without any request where this user fetched it: a commit never changes. Processes that want the same one wait for
+    the first.
 
-    Raises what `parse_address` and `pull` raise.
+    Raises what `parse_address` and `pull` raise, and `IntegrityError` for a cache that others can write to.
     """
     repo, commit = parse_address(address)
-    place = cache_root() / "bundles" / repo / commit
-    if _serves(place, choose):
+    place = cache_home().directory("bundles") / repo / commit
+    if _serves(repo, place, choose):
         return place
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise BuildError(f"the cache {place.parent} cannot be made: {error.strerror}. Set XDG_CACHE_HOME") from error
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     place = checked_output(place)
     with lock_output(place, wait=True):
-        if not _serves(place, choose):
+        if not _serves(repo, place, choose):
             here = _targets(place)
-            pull_locked(repo, place, commit, lambda manifest: {*here, *choose(manifest)}, force=True)
+            pulled = pull_locked(repo, place, commit, lambda manifest: {*here, *choose(manifest)}, force=True)
+            _note(repo, commit, pulled.id)
     return place
 
 
-def _serves(place: Path, choose: Choose) -> bool:
+def _serves(repo: str, place: Path, choose: Choose) -> bool:
     """Whether the bundle is here, with the engines that are wanted; a cache can be shared by unlike machines."""
     if not place.is_dir():
         return False
     with open_bundle(place) as bundle:
-        return bundle.whole or set(_wanted(bundle.manifest, choose)) <= set(bundle.targets)
+        if not bundle.whole and not set(_wanted(bundle.manifest, choose)) <= set(bundle.targets):
+            return False
+        if _is_the_hubs(repo, place.name, bundle):
+            return True
+    log.warning("%s is not the bundle that the Hub has, and is fetched anew", place)
+    return False
+
+
+def _is_the_hubs(repo: str, commit: str, bundle: Bundle) -> bool:
+    """Whether this user fetched the bundle, or the Hub has its manifest, which names every other byte.
+
+    Raises:
+        HubUnavailable: there is no note, and the Hub cannot be asked.
+    """
+    noted = _noted(repo, commit)
+    if noted is not None:
+        return noted == bundle.id
+    try:
+        remote = look_at(client(), repo, commit)
+    except HubUnavailable as error:
+        raise HubUnavailable(
+            f"{bundle.path} is in the cache, but nothing shows that you fetched it, and the Hub cannot be asked: "
+            f"{error}. Load it once with the Hub in reach, or by its path"
+        ) from error
+    listed = remote.files.get(MANIFEST)
+    data = (bundle.path / MANIFEST).read_bytes()
+    if listed is None or sha256_bytes(data) != bundle.id or not listed.holds(data):
+        return False
+    _note(repo, commit, bundle.id)
+    return True
+
+
+def _noted(repo: str, commit: str) -> str | None:
+    """The id that this user's bundle of a commit had when it was fetched."""
+    try:
+        note = json.loads(read_note("fetched", _name(repo, commit)) or b"null")
+    except ValueError:
+        return None
+    return note.get("id") if isinstance(note, dict) and note.get("address") == _address(repo, commit) else None
+
+
+def _note(repo: str, commit: str, identity: str) -> None:
+    write_note("fetched", _name(repo, commit), json.dumps({"address": _address(repo, commit), "id": identity}).encode())
+
+
+def _name(repo: str, commit: str) -> str:
+    return f"{sha256_bytes(_address(repo, commit).encode())}.json"
+
+
+def _address(repo: str, commit: str) -> str:
+    return f"{repo}@{commit}"
 
 
 def _targets(place: Path) -> tuple[str, ...]:
+    """The targets whose engines are here; none of a bundle that cannot be read, which is replaced."""
     if not place.is_dir():
         return ()
-    with open_bundle(place) as bundle:
-        return bundle.targets
+    try:
+        with open_bundle(place) as bundle:
+            return bundle.targets
+    except IntegrityError:
+        return ()
 
 
 def _wanted(manifest: Manifest, choose: Choose) -> Collection[str]:

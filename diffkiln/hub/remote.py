@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import diffkiln
+from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.errors import HubError
 from diffkiln.hub.address import COMMIT
 from diffkiln.hub.explained import asking
@@ -22,6 +23,14 @@ class RemoteFile:
     size: int
     sha256: str | None
     git: str | None
+
+    def holds(self, data: bytes) -> bool:
+        """Returns True if these are its bytes, as far as the Hub has told a digest."""
+        from huggingface_hub.utils.sha import git_hash
+
+        if self.sha256 is not None:
+            return self.sha256 == sha256_bytes(data)
+        return self.git is not None and self.git == git_hash(data)
 
 
 @dataclass(frozen=True)

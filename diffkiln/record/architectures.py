@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffkiln.errors import SourceError
+from diffkiln.bundle.scratch import Scratch
+from diffkiln.bundle.state import cache_home
+from diffkiln.errors import BuildError, SourceError
 from diffkiln.record import stand_ins
 from diffkiln.record.architecture_table import ARCHITECTURES, Architecture
 from diffkiln.record.folder import read_folder, source_error
@@ -65,27 +64,26 @@ def open_architecture(name: str, seed: int, pipeline: str | None = None) -> Arch
         )
     try:
         folder = _cached_folder(name, ARCHITECTURES[name])
-    except OSError as error:
+    except (OSError, BuildError) as error:
         raise SourceError(f"the folder of {name} cannot be written into the cache: {error}") from error
     origin = {"architecture": name, "seed": seed} | ({"pipeline": pipeline} if pipeline else {})
     return ArchitectureModel(folder, *read_folder(folder, weights=False, pipeline=pipeline), origin)
 
 
 def _cached_folder(name: str, architecture: Architecture) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkiln" / "architectures"
+    root = cache_home().directory("architectures")
     folder = root / f"{name}-{_version(architecture)}"
     if folder.is_dir():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+    staging = Scratch("staging", root)
     try:
-        _write(architecture, staging)
-        staging.rename(folder)
+        _write(architecture, staging.path)
+        staging.path.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another process was first
             raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.remove()
     return folder
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffkiln.bundle.layout import misplaced
 from diffkiln.errors import Problem, SourceError
-from diffkiln.record.checkpoint import PICKLES, Checkpoint, Library, read_checkpoint, read_json
+from diffkiln.record.checkpoint import Checkpoint, Library, read_checkpoint, read_json
 from diffkiln.record.quiet import quiet_imports
 
 #: Components that judge or repeat images; they take no part in making one.
@@ -218,6 +219,6 @@ def _module_library(kind: type) -> Library | None:
 
 
 def plain_files(root: Path) -> list[Path]:
-    """What a tokenizer or a scheduler may read: all files but hidden ones, pickles and code."""
-    unread = (*PICKLES, ".py", ".md", ".safetensors")
-    return [path for path in root.rglob("*") if path.is_file() and path.name[0] != "." and path.suffix not in unread]
+    """What a tokenizer or a scheduler may read, and a bundle may hold: no dot files, pickles or code."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return [path for path in files if not misplaced(f"pipeline/{path.relative_to(root).as_posix()}", "config")]

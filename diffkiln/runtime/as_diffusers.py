@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 
 from diffkiln.attention import by_kernel
 from diffkiln.bundle import Manifest, Policy, Verified
+from diffkiln.bundle.scratch import Scratch, scratch
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
 from diffkiln.program import NATIVE, Module, is_rebatched
 from diffkiln.runtime.attention import check_kernels
@@ -92,8 +91,7 @@ def load_as_diffusers(
 
 def _pipeline(verified: Verified) -> Any:
     """The pipeline from the bundle's configuration and weights."""
-    with tempfile.TemporaryDirectory(prefix="diffkiln-pipeline-") as name:
-        folder = Path(name)
+    with scratch("pipeline") as folder:
         for row in verified.manifest.files:
             if row.path.startswith("pipeline/"):
                 target = folder / row.path.removeprefix("pipeline/")
@@ -287,8 +285,9 @@ def _offload(pipe: Any, place: torch.device, offload: Any) -> None:
     }
     root = None
     if _to_disk(place, offload):
-        root = Path(tempfile.mkdtemp(prefix="diffkiln-offload-"))
-        weakref.finalize(pipe, shutil.rmtree, root, ignore_errors=True)
+        made = Scratch("offload")
+        root = made.path
+        weakref.finalize(pipe, made.remove)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             options["offload_to_disk_path"] = str(root / name) if root else None

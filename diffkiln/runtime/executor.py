@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
@@ -67,6 +69,9 @@ class Executor:
         self._calls: dict[int, tuple[Program, Interpreter, list[Key]]] = {}
         self._lock = threading.Lock()
         self._run: _Run | None = None
+        self._forked = False
+        forks.renewed(self)
+        forks.keep_openmp(functools.partial(torch.set_num_threads, 1))
 
     def __call__(
         self,
@@ -122,9 +127,12 @@ class Executor:
         """A run that brings in groups of weights in this order. One at a time.
 
         Raises:
-            CallError: another thread is running this pipeline.
+            CallError: another thread is running this pipeline, or it is on a GPU and was loaded before a fork.
         """
-        if not self._lock.acquire(blocking=False):
+        if self._forked and self.device.type == "cuda":
+            raise CallError("this pipeline was loaded before a fork, which CUDA does not survive. Load it in the child")
+        lock = self._lock
+        if not lock.acquire(blocking=False):
             raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
         self._run = run = _Run(self.store.follow(schedule), generator, step_end)
         self._ends = time.monotonic() + (self._seconds or 0.0)
@@ -136,7 +144,16 @@ class Executor:
             try:
                 run.cursor.close()
             finally:
-                self._lock.release()
+                lock.release()
+
+    def renew(self) -> None:
+        """In a forked child: a call that another thread of the parent was making goes on there alone."""
+        self._lock = threading.Lock()
+        self._forked = True
+        if self._run is not None and self._run.thread != threading.get_ident():
+            self._run = None
+            self._components.clear()  # which hold what that call was using
+            self._calls.clear()
 
     @property
     def run(self) -> _Run:
@@ -217,6 +234,7 @@ class _Run:
 
     def __init__(self, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
         self.cursor, self.generator, self.step_end = cursor, generator, step_end
+        self.thread = threading.get_ident()
         self.block: Key | None = None
         self.latents: list[torch.Tensor] = []
 

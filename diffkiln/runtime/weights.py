@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import dtype_name
 from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
@@ -161,8 +162,9 @@ class WeightStore:
         self._counting = threading.Lock()
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
-        self._worker = ThreadPoolExecutor(1, "diffkiln-weights") if ahead else None
+        self._worker = _worker() if ahead else None
         self._lane = Lane(device) if ahead and device.type == "cuda" else None
+        forks.renewed(self)
         if offload is None:
             for key in self.groups:
                 self._here[key] = _done(self._bring(key))
@@ -201,9 +203,19 @@ class WeightStore:
         """Stop the prefetching thread and let go of all weights."""
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
+            self._worker = None
         self._here.clear()
         for group in self.groups.values():
             group.pinned = None
+
+    def renew(self) -> None:
+        """In a forked child: the prefetching thread is the parent's, and what it was bringing in never arrives."""
+        self._counting = threading.Lock()
+        if self._worker:
+            self._worker = _worker()
+        if self.offload is not None:
+            self._here = {}
+            self.bytes_now = self.groups_now = 0
 
     # -- for Cursor --
 
@@ -311,6 +323,10 @@ class Cursor:
         """Let go of everything that this run brought in, also after an error."""
         for key in self._store.held():
             self._store.drop(key)
+
+
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "diffkiln-weights")
 
 
 def _done(tensors: dict[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ CONFIG = "pipeline/model_index.json"
 PROGRAM = "programs/v0.json"
 WEIGHTS = "weights/transformer/0.safetensors"
 NATIVE = "engines/cpu/transformer/Block/model.so"
-DOC = "docs/NOTE.md"
+DOC = "calibration/transformer.json"
 ENGINE = "engines/cpu/transformer/Block"
 
 CONTENT: dict[str, tuple[str, bytes]] = {

@@ -34,7 +34,7 @@ def test_native_code_is_allowed_by_the_user_or_by_a_receipt(made: Path, tmp_path
 
 def test_a_bundle_of_data_alone_needs_no_permission(output: Path) -> None:
     with BundleWriter(output) as writer:
-        writer.write("docs/x", b"", "doc")
+        writer.write("licences.json", b"", "doc")
         writer.publish(manifest_of)
     with open_bundle(output) as bundle, bundle.verify() as verified:
         assert "no native code" in authorise_native(verified, allow_native=False).reason

@@ -202,3 +202,65 @@ def test_many_processes_may_read_at_once(made: Path) -> None:
 def test_a_replaced_bundle_stays_readable_for_who_holds_it(made: Path, verified: Verified) -> None:
     make(made, b"new", force=True)
     assert verified.pread(WEIGHTS, 16) == CONTENT[WEIGHTS][1][:16]
+
+
+def overwritten(path: Path, data: bytes) -> None:
+    """The bytes of the file changed in place, and its time set back."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+
+
+def test_weights_overwritten_in_use_with_their_time_set_back_give_an_error(verified: Verified, made: Path) -> None:
+    overwritten(made / WEIGHTS, b"xxxx")
+    with pytest.raises(DigestMismatch, match="not the file that the manifest names"):
+        verified.pread(WEIGHTS, 100)
+
+
+def test_weights_overwritten_between_reading_and_looking_are_not_handed_out(
+    verified: Verified, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of the wrong bytes is read anew, though the right ones are back when the file is hashed."""
+    data, read = CONTENT[WEIGHTS][1], os.preadv
+    overwritten(made / WEIGHTS, flipped(data))
+
+    def preadv(*arguments: object) -> int:
+        count = read(*arguments)  # pyright: ignore[reportArgumentType]
+        overwritten(made / WEIGHTS, data)
+        monkeypatch.setattr(os, "preadv", read)
+        return count
+
+    verified.descriptor(WEIGHTS)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert verified.pread(WEIGHTS, len(data)) == data
+
+
+def test_weights_that_never_come_to_rest_give_an_error(
+    verified: Verified, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def preadv(*arguments: object) -> int:
+        overwritten(made / WEIGHTS, CONTENT[WEIGHTS][1])
+        return read(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(DigestMismatch, match="keeps changing"):
+        verified.pread(WEIGHTS, 100)
+
+
+def test_a_link_a_mode_and_a_removal_are_no_writes(verified: Verified, made: Path) -> None:
+    """Each changes ctime, as a write does; the bytes are hashed once for each, and no more."""
+    data = CONTENT[WEIGHTS][1]
+    changes: list[Callable[[], object]] = [
+        lambda: os.link(made / WEIGHTS, made.parent / "second"),
+        lambda: (made / WEIGHTS).chmod(0o600),
+        lambda: (made / WEIGHTS).rename(made / "elsewhere"),
+        lambda: (made / "elsewhere").unlink(),
+    ]
+    for change in changes:
+        change()
+        assert verified.pread(WEIGHTS, len(data)) == data
+        assert verified._is_untouched(WEIGHTS)

@@ -222,9 +222,9 @@ def test_space_can_be_asked_for_ahead(mounted: Path) -> None:
 
 def test_another_os_error_names_the_path_and_the_reason(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BundleWriter(output) as bundle:
-        bundle.write("a/b/c", b"", "doc")
+        bundle.write("engines/a/b/c", b"", "native")
         with pytest.raises(BuildError, match=r"a/b: File exists"):
-            bundle.write("a/b", b"", "doc")
+            bundle.write("engines/a/b", b"", "native")
     monkeypatch.setattr(writer, "sync_tree", failing(errno.EDQUOT))
     with pytest.raises(BuildError, match=r"Disk quota exceeded.*bytes are free"):
         make(output)
@@ -257,19 +257,19 @@ def test_reserved_names_are_refused(output: Path) -> None:
 
 def test_a_file_can_be_added_once_and_only_as_a_plain_file(output: Path) -> None:
     with BundleWriter(output) as bundle:
-        bundle.write("a", b"", "doc")
+        bundle.write("text/a.json", b"", "config")
         with pytest.raises(BuildError):
-            bundle.write("a", b"", "doc")
+            bundle.write("text/a.json", b"", "config")
         with pytest.raises(BuildError, match="twice"):
-            bundle.add("a", "doc")
-        bundle.path("link").symlink_to("a")
+            bundle.add("text/a.json", "config")
+        bundle.path("text/link.json").symlink_to("a.json")
         with pytest.raises(BuildError, match="not a plain file"):
-            bundle.add("link", "doc")
-        os.link(bundle.path("a"), bundle.path("hard"))
+            bundle.add("text/link.json", "config")
+        os.link(bundle.path("text/a.json"), bundle.path("text/hard.json"))
         with pytest.raises(BuildError, match="not a plain file"):
-            bundle.add("hard", "doc")
+            bundle.add("text/hard.json", "config")
         with pytest.raises(BuildError, match="absent"):
-            bundle.add("absent", "doc")
+            bundle.add("text/absent.json", "config")
 
 
 def test_what_is_staged_must_be_what_was_added(output: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_lock_directory_that_is_a_link_or_open_to_others_is_refused(output: Pa
 WRITE = """
 import os, sys
 from pathlib import Path
-from tests.bundle.making import fill, manifest_of
+from tests.bundle.making import DOC, fill, manifest_of
 from diffkiln.bundle import BundleWriter
 """
 
@@ -187,7 +187,7 @@ for step in sorted({*range(0, 1000, 9), *range(renames - 3, renames + 7)}):
     if sys.argv[3] == "fresh":
         import shutil
         shutil.rmtree(output, ignore_errors=True)
-    elif (output / "docs/NOTE.md").read_bytes().endswith(b"new"):
+    elif (output / DOC).read_bytes().endswith(b"new"):
         with BundleWriter(output, force=True) as writer:
             fill(writer)
             writer.publish(manifest_of)

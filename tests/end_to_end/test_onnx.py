@@ -14,6 +14,7 @@ from diffkiln.errors import NativeCodeRefused
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import PROMPT, SEED, draw, off_by
 from tests.exporters.regions import engine_cache
+from tests.forking import served
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,10 @@ def test_strangers_bundle_needs_leave(bundle, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(NativeCodeRefused, match=r"engine\.onnx"):
         diffkiln.load(bundle)
+
+
+def test_forked_children_make_sessions_of_their_own(bundle):
+    """ONNX Runtime's threads are the parent's, and a child that used its session would wait for them."""
+    rows = served(bundle, "called")
+    assert len({row[0] for row in rows}) == 4
+    assert len({digest for row in rows for digest in row[1:3]}) == 1

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.bundle.state import cache_root
-from diffkiln.errors import ExportError
+from diffkiln.errors import ExportError, IntegrityError
 from diffkiln.exporters.base import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.spec.targets import Target
@@ -82,6 +84,53 @@ def test_says_where_it_cannot_write(tmp_path: Path, artefact: Artefact) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="DIFFKILN_CACHE_DIR"):
         EngineCache(tmp_path / "file" / "cache").put(KEY, artefact)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022])
+def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, artefact: Artefact, umask: int) -> None:
+    cache = EngineCache(tmp_path / "home" / "cache")
+    before = os.umask(umask)
+    try:
+        entry = cache.put(KEY, artefact).directory.parent
+        toolchain = cache.toolchain
+    finally:
+        os.umask(before)
+    for directory in (cache.root.parent, cache.root, entry.parent, toolchain):
+        assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def another_users(directory: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory to another user")
+    os.chown(directory, 65533, 65533)
+
+
+@pytest.mark.parametrize("where", ["", "engines"])
+@pytest.mark.parametrize("change", [another_users, lambda path: path.chmod(0o777)], ids=["owner", "mode"])
+def test_engines_that_another_user_could_have_put_there_are_refused(
+    cache: EngineCache, artefact: Artefact, where: str, change: Callable[[Path], object]
+) -> None:
+    cache.put(KEY, artefact)
+    change(cache.root / where)
+    for call in (lambda: cache.get(KEY), lambda: cache.put(KEY, artefact)):
+        with pytest.raises(IntegrityError, match=r"DIFFKILN_CACHE_DIR|chmod 700"):
+            call()
+
+
+def test_toolchain_that_another_user_could_have_filled_is_refused(cache: EngineCache) -> None:
+    cache.toolchain.chmod(0o777)
+    with pytest.raises(IntegrityError, match="open to other users"):
+        cache.toolchain  # noqa: B018
+
+
+def test_what_a_killed_build_left_is_removed(
+    cache: EngineCache, artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = cache.put(KEY, artefact)
+    (stored.directory.parent.parent / "diffkiln-new-0123456789abcdef").mkdir()
+    monkeypatch.setattr("diffkiln.bundle.scratch._swept", set())
+    cache.put(KEY, artefact)
+    assert [entry.name for entry in stored.directory.parent.parent.iterdir()] == [KEY]
 
 
 def test_an_index_of_another_shape_is_no_entry(cache: EngineCache, artefact: Artefact) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 import diffkiln
 from diffkiln.bundle import open_bundle
-from diffkiln.errors import HubError, HubUnavailable, Incompatible, MissingDependency, NativeCodeRefused
+from diffkiln.errors import HubError, HubUnavailable, Incompatible, IntegrityError, MissingDependency, NativeCodeRefused
 from diffkiln.hub import cached, only, push
 from diffkiln.runtime.targets import choose_target, fitting_targets
+from tests.bundle import making
 from tests.hub.conftest import REPO, UPLOAD_WARNING, V3, V4, contents
 from tests.hub.server import Server
 
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("DIFFKILN_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "cache" / "diffkiln" / "bundles"
 
 
@@ -110,6 +113,89 @@ def test_compiled_bundle_goes_up_and_is_loaded_and_drawn_with(
 
     assert draw(address) == draw(digits_bundle)
     assert hub.requests == []
+
+
+def test_cache_that_another_user_could_fill_is_refused_without_a_request(
+    hub: Server, published: str, cache: Path
+) -> None:
+    place = cached(f"hf://{REPO}@{published}", only([V3]))
+    hub.requests.clear()
+    cache.chmod(0o777)
+    with pytest.raises(IntegrityError, match="open to other users"):
+        diffkiln.load(f"hf://{REPO}@{published}")
+    cache.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(cache, 65533, 65533)
+        with pytest.raises(IntegrityError, match="belongs to another user"):
+            diffkiln.load(f"hf://{REPO}@{published}")
+    assert hub.requests == []
+    assert place.exists()
+
+
+@pytest.mark.parametrize("umask", [0, 0o022])
+def test_cache_is_private_whatever_the_umask(hub: Server, published: str, cache: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        cached(f"hf://{REPO}@{published}", only([V3]))
+    finally:
+        os.umask(before)
+    assert cache.stat().st_mode & 0o777 == cache.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def planted(hub: Server, published: str, cache: Path, tmp_path: Path) -> Path:
+    """Another bundle, whole and by its own digests, in the place of the one that was published."""
+    place = cache / REPO / published
+    place.parent.mkdir(parents=True)
+    cache.parent.chmod(0o700)
+    cache.chmod(0o700)
+    making.make_for(tmp_path / "evil", (V3,), extra=b"of another user")
+    return Path(shutil.copytree(tmp_path / "evil", place))
+
+
+def test_bundle_that_was_planted_in_the_cache_is_replaced_by_the_hubs(
+    hub: Server, bundle: Path, published: str, planted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"hf://{REPO}@{published}"
+    assert cached(address, only([V3])) == planted
+    assert contents(cached(address, only([V3, V4]))) == contents(bundle)
+    assert "is not the bundle that the Hub has" in caplog.text
+    hub.requests.clear()
+    cached(address, only([V3]))
+    assert hub.requests == []
+
+
+def test_bundle_that_was_planted_over_a_fetched_one_is_replaced(
+    hub: Server, bundle: Path, published: str, tmp_path: Path
+) -> None:
+    address = f"hf://{REPO}@{published}"
+    place = cached(address, only([V3, V4]))
+    shutil.rmtree(place)
+    making.make_for(place, (V3,), extra=b"of another user")
+    cached(address, only([V3]))
+    assert contents(cached(address, only([V3, V4]))) == contents(bundle)
+
+
+def test_planted_bundle_is_refused_where_the_hub_cannot_be_asked(
+    hub: Server, published: str, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubUnavailable, match=r"nothing shows that you fetched it.*or by its path"):
+        cached(f"hf://{REPO}@{published}", only([V3]))
+
+
+def test_bundle_without_a_note_is_compared_with_the_hub_once(
+    hub: Server, published: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where the state directory was lost."""
+    address = f"hf://{REPO}@{published}"
+    cached(address, only([V3]))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "lost"))
+    hub.requests.clear()
+    cached(address, only([V3]))
+    assert len(hub.requests) == 1
+    cached(address, only([V3]))
+    assert len(hub.requests) == 1
 
 
 def test_importing_diffkiln_imports_nothing_of_the_hub() -> None:

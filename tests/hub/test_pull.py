@@ -171,7 +171,10 @@ def test_repository_that_is_not_what_its_manifest_says_is_refused_unread(
         assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\\..\\x", ".cache/huggingface/x"])
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/x", "a/../../x", "a\\..\\x", ".cache/huggingface/x", ".git/config", "pipeline/.git/config", "x.py"],
+)
 def test_hostile_names_in_a_manifest_are_refused(hub: Server, bundle: Path, output: Path, name: str) -> None:
     files = contents(bundle)
     manifest = json.loads(files[MANIFEST])
@@ -182,7 +185,8 @@ def test_hostile_names_in_a_manifest_are_refused(hub: Server, bundle: Path, outp
     with pytest.raises((PathEscape, IntegrityError)):
         pull(REPO, output)
     assert not output.exists()
-    assert hub.asked_for("weights/") == []
+    assert hub.asked_for("weights/") == hub.asked_for("/cdn/") == []
+    assert not list(output.parent.rglob(name.rpartition("/")[2]))
 
 
 def test_what_another_commit_left_in_the_staging_is_removed(

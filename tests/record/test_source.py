@@ -89,6 +89,10 @@ def test_uses_configurations_tokenizers_and_one_copy_of_the_weights(folder):
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant")
     (folder / "README.md").write_text("about")
     (folder / "tokenizer" / ".cache").write_text("hidden")
+    (folder / "tokenizer" / ".git").mkdir()
+    (folder / "tokenizer" / ".git" / "config.json").write_text("hidden")
+    (folder / "tokenizer" / "HEAD").write_text("of a repository")
+    (folder / "tokenizer" / "flax_model.msgpack").write_text("a pickle")
     assert opened(folder).files() == (
         "model_index.json",
         "scheduler/scheduler_config.json",

@@ -6,7 +6,6 @@ manifest allows: the compatibility and trust gates come before this module.
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
 from diffkiln.runtime.engines.base import Layout, check_inputs
 
@@ -84,8 +84,8 @@ def _from_archive(directory: Path, device: torch.device, alone: bool) -> Any:
     torch 2.11 is one. It takes the place of the metadata from that of a C++ source, which nobody compiles where there
     is a library, and the archive's root from the first two names.
     """
-    with tempfile.TemporaryDirectory(prefix="diffkiln-engine-") as scratch:
-        package = Path(scratch) / "engine.pt2"
+    with scratch("engine") as folder:
+        package = folder / "engine.pt2"
         with zipfile.ZipFile(package, "w") as archive:
             for file in sorted(path for path in directory.rglob("*") if path.is_file()):
                 archive.write(file, Path("engine", file.relative_to(directory)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import dtype_name, dtype_of, in_pairs
 from diffkiln.errors import Incompatible, MissingDependency
 from diffkiln.program.onnx import NUMBERS
@@ -44,8 +45,10 @@ class OnnxEngine:
         self.inputs = tuple(inputs)
         self.device = torch.device(device)
         self._name = f"the engine {directory.name}"
-        check_files(directory / MODEL)
-        self._session = _session(directory / MODEL, self.device)
+        self._model = directory / MODEL
+        check_files(self._model)
+        self._own: Any = _session(self._model, self.device)
+        forks.renewed(self)
         self._takes = [item.name for item in self._session.get_inputs()]
         if len(self._takes) != len(self.inputs):
             raise Incompatible(f"{directory}: found {len(self._takes)} inputs, required {len(self.inputs)}")
@@ -69,6 +72,16 @@ class OnnxEngine:
             self._bind(binding.bind_output, name, tensor)
         self._run(binding)
         return outputs
+
+    def renew(self) -> None:
+        """In a forked child: the session's threads are the parent's. It stays, since its end would wait for them."""
+        self._parents, self._own = self._own, None
+
+    @property
+    def _session(self) -> Any:
+        if self._own is None:
+            self._own = _session(self._model, self.device)
+        return self._own
 
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)

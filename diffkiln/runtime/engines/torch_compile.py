@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
 from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
 from diffkiln.printable import get_logger
@@ -48,8 +48,8 @@ class TorchCompileEngine:
         if told["device"] != self.device.type:
             raise Incompatible(f"{directory}: found {self.device.type}, required {told['device']}")
         region = program_from_json(json.loads(_read(directory / REGION)))
-        with tempfile.TemporaryDirectory(prefix="diffkiln-jit-") as scratch:
-            caches = Path(scratch) / CACHES
+        with scratch("jit") as folder:
+            caches = folder / CACHES
             if (directory / CACHES).is_dir():
                 shutil.copytree(directory / CACHES, caches, copy_function=shutil.copyfile)
             self._run, found = compiled(

@@ -1,0 +1,53 @@
+"""The bytes of a bundle's open files: read whole, hashed, and compared with what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+from diffkiln.bundle import openat
+from diffkiln.bundle.digest import Progress, chunks
+from diffkiln.bundle.hashed import Stamp
+from diffkiln.bundle.manifest import FileRow
+from diffkiln.errors import DigestMismatch
+
+AGAIN = "Fetch or build the bundle again"
+
+
+def fill(path: str, descriptor: int, view: memoryview, offset: int) -> None:
+    """Read until `view` is full. Raises `DigestMismatch` if the file ends before."""
+    done = 0
+    while done < len(view):
+        with openat.explained(path):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise DigestMismatch(f"{path!r} was cut short while in use. {AGAIN}")
+        done += count
+
+
+def check_digest(row: FileRow, descriptor: int, progress: Progress | None = None) -> None:
+    """Hash an open file. Raises `DigestMismatch`."""
+    digest = hashlib.sha256()
+    for chunk in chunks_of(row.path, descriptor):
+        digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
+    if digest.hexdigest() != row.sha256:
+        raise mismatch(row)
+
+
+def check_unwritten(path: str, before: Stamp, now: Stamp) -> None:
+    """Raises `DigestMismatch` if size or mtime changed."""
+    if now[:2] != before[:2]:
+        raise DigestMismatch(f"{path!r} was written to while in use. {AGAIN}")
+
+
+def chunks_of(path: str, descriptor: int) -> Iterator[bytes]:
+    """The file's bytes; what goes wrong with reading them is said of `path`, and nothing else is."""
+    with openat.explained(path):
+        yield from chunks(descriptor)
+
+
+def mismatch(row: FileRow) -> DigestMismatch:
+    return DigestMismatch(f"{row.path!r} is not the file that the manifest names. {AGAIN}")

@@ -1,0 +1,54 @@
+"""Which files a bundle may hold, by name and role. Pure text: nothing is opened, nothing is looked up.
+
+The format knows the place of every file, and whatever has none is refused. That keeps out what other programs act on by
+its name alone: `.git`, `.envrc` and other dot files, Python modules, and directories that git takes for a repository.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+#: One more folder or file of any name, and any number of folders.
+_ONE, _ANY = "[^/]+", "(?:[^/]+/)*"
+#: What tokenizers, schedulers and processors of diffusers and transformers read: text, and vocabularies.
+_CONFIGURATION = "json|txt|model|jinja|tiktoken|spm|vocab|bpe"
+
+#: By role, where a file may lie. A later minor of the format may add places.
+_PLACES = {
+    "config": rf"spec\.json|text/{_ONE}\.json|pipeline/{_ANY}{_ONE}\.(?:{_CONFIGURATION})",
+    "program": rf"programs/{_ONE}\.(?:json|safetensors)",
+    "weights": rf"weights/{_ONE}/{_ONE}\.safetensors",
+    "native": rf"engines/{_ONE}/{_ANY}{_ONE}",
+    "doc": rf"licences\.json|calibration/{_ONE}\.json",
+}
+_PATTERNS = {role: re.compile(pattern) for role, pattern in _PLACES.items()}
+
+# Python runs a module that is imported from a folder, and a .pth file at its start.
+_PYTHON = (".py", ".pyc", ".pyd", ".pyi", ".pyo", ".pyw", ".pyz", ".pth")
+
+
+def misplaced(path: str, role: str) -> str | None:
+    """Returns why a file of this name and role has no place in a bundle; `None` where it has one.
+
+    Args:
+        path: one that `check_path` accepts.
+        role: one of the manifest's.
+    """
+    if reason := acted_on(path):
+        return reason
+    if not _PATTERNS[role].fullmatch(path):
+        return f"the format has no such file with the role {role}"
+    return None
+
+
+def acted_on(path: str) -> str | None:
+    """Returns why some program would act on a file of this name by itself; `None` where none would."""
+    for component in unicodedata.normalize("NFKC", path).casefold().split("/"):
+        if component.startswith("."):
+            return f"{component!r} is a dot file or a dot folder, which programs such as git act on"
+        if component.endswith(_PYTHON):
+            return f"{component!r} is code of Python"
+        if component == "head":  # with `objects` and `refs` beside it: a repository, whose configuration runs programs
+            return f"{component!r} makes git take the folder for a repository"
+    return None
