@@ -216,14 +216,11 @@ def spec_of(name: str, setting: Setting) -> dict[str, Any]:
 def bundle(name: str, graphs: str | None = None, hidden: bool = False) -> Callable[[Setting], Draw]:
     def way(setting: Setting) -> Draw:
         import diffkiln
-        from diffkiln.runtime.engines import make_recordable
         from diffkiln.runtime.graphs import Graphs
 
         pipe = diffkiln.load(build(name, setting, hidden))
         if graphs and setting.device == "cuda":  # by hand, as a second bundle of 33 GB would have to lie on the disk
             pipe.executor.graphs = Graphs(graphs, torch.device("cuda"))
-            for engine in pipe.executor.engines.values():
-                make_recordable(engine)
         return drawing(pipe, setting)
 
     return way
