@@ -90,7 +90,7 @@ class _DryExecutor(Executor):
         modules, store = recording.modules, _Weights(recording)
         recorded = Graphs(graphs, GPU, lambda run: ((lambda: None), run())) if graphs else None
         super().__init__(modules, store, constants, {}, GPU, graphs=recorded)  # type: ignore[arg-type]
-        self.attention = {ATTENTION: _attention, SDPA: _attention}
+        self.special = {**self.special, ATTENTION: _attention, SDPA: _attention}
         self._where = where
         self._once: dict[tuple[str, str], _Once] = {}
         self.engines = {
@@ -130,7 +130,7 @@ class _Region:
 
     def __init__(self, executor: Executor, region: Program, named: Callable[[Run], Run]) -> None:
         self._executor, self._region = executor, region
-        self._replay = Interpreter(read_on_host(region, GPU), GPU, executor.attention)
+        self._replay = Interpreter(read_on_host(region, GPU), GPU, executor.special)
         self._run = _Once(named(self._replayed))
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -185,7 +185,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
-        if reason := _reads(name, given):
+        if reason := _refuses(name, given):
             raise self._refusal(func, given, reason)
         try:
             # In inference mode fake tensors decompose some operators by code that asks for a real GPU.
@@ -212,8 +212,10 @@ class _Watch(TorchDispatchMode):
 _WAITS = "the host waits for a value of the GPU"
 
 
-def _reads(name: str, given: Sequence[torch.Tensor]) -> str:
-    """Why an operator makes the host wait; empty if it does not."""
+def _refuses(name: str, given: Sequence[torch.Tensor]) -> str:
+    """Why a GPU refuses an operator, or the host waits for it; empty if neither."""
+    if name == "_int_mm" and given[0].shape[0] <= 16:
+        return "products of int8 need more than 16 rows"
     masked = name in ("index", "index_put", "_unsafe_index") and any(
         item.dtype in (torch.bool, torch.uint8) for item in given[1:]
     )

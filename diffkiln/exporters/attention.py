@@ -19,9 +19,9 @@ from diffkiln.program.attention import call_problems, device_problem, read_atten
 from diffkiln.spec.targets import Target
 
 _USUAL = ("native_flash", "native_efficient")
-#: Compute capability: torch's kernels, the fastest first. FlashAttention-2, which is torch's own, was written for Ampere;
-#: on Hopper and on Blackwell of data centres cuDNN's kernel is much faster. Sources: torch 2.13,
-#: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention, which has eager torch do the same;
+#: Compute capability: torch's kernels, the fastest first. Torch's own flash attention is FlashAttention-2, written for
+#: Ampere; on Hopper and on Blackwell of data centres cuDNN's kernel is much faster, and eager torch prefers it there.
+#: Sources: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention;
 #: FlashAttention-3 (arXiv 2407.08608), figure 5, forward with 128 channels a head. Not measured here.
 ORDERS: Mapping[tuple[int, int], tuple[str, ...]] = {
     (9, 0): ("native_cudnn", *_USUAL),
@@ -54,7 +54,7 @@ def explicit_attention(region: Program, target: Target) -> Mapping[str, Special]
 
 
 def gpu_kernel(op: Op, types: Mapping[str, TensorType], target: Target) -> str:
-    """Returns the kernel of one attention on a GPU: that which it asks for, else the first of `ORDERS` that takes it."""
+    """Returns the kernel of one attention on a GPU: the one it asks for, else the first of `ORDERS` that takes it."""
     if asked := kernel_of(op):
         return asked
     for name in ORDERS.get(target.capability, _USUAL):

@@ -11,6 +11,7 @@ import torch
 
 from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.errors import CallError
+from diffkiln.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights
@@ -50,7 +51,8 @@ class Executor:
     ) -> None:
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
-        self.attention: Mapping[str, Special] = {ATTENTION: packaged}
+        #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
+        self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_forms(device)}
         self.constants = place_constants(constants, device)
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, _Call] = {}
@@ -205,7 +207,7 @@ class _Component:
     def __init__(self, executor: Executor, name: str, program: Program) -> None:
         self._executor, self._name, self._program = executor, name, program
         self._module = executor.modules[name]
-        special = {REGION: self._region, **executor.attention}
+        special = {REGION: self._region, **executor.special}
         self._interpreter = Interpreter(read_on_host(program, executor.device), executor.device, special)
         self._held: dict[str, torch.Tensor] = {}
         self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
@@ -264,7 +266,7 @@ class _Component:
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
             device = self._executor.device
-            replay = Interpreter(read_on_host(region, device), device, self._executor.attention)
+            replay = Interpreter(read_on_host(region, device), device, self._executor.special)
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
         folded = [constants[item] for item in region.constants]
         if holds_weights(engine):

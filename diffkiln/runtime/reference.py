@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffkiln.aten import Interpreter, Special, dtype_of, overload
+from diffkiln.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, SDPA, DType, Op, Program, Ref
 
 #: Types that are computed in float32 instead. What is stored in fewer bits, such as float8, keeps its type.
@@ -36,7 +37,7 @@ def replay_in_float32(
 
     Attention runs by whichever kernel of torch takes float32.
     """
-    special: dict[str, Special] = {ATTENTION: _attention}
+    special: dict[str, Special] = {ATTENTION: _attention, **gpu_forms(device)}
     special |= {name: lambda op: _typed(op, region) for name in _TYPED}
     run = Interpreter(replace(region, ops=tuple(map(_in_float32, region.ops))), device, special)
     return run(
