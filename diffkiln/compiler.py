@@ -18,6 +18,7 @@ from typing import Any
 from diffkiln.built import Built
 from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.calibration import Metric, calibrated
+from diffkiln.dry_run import dry_run
 from diffkiln.errors import RecordError, found_together
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.gate import gated
@@ -190,6 +191,9 @@ def compile(
         with quiet_libraries():
             recording, told = manager.rewrite(recording, chosen.placed)
         notices += told
+        if any(target.device == "cuda" for target in checked.targets):
+            with steps("run the call on fake GPU tensors"):
+                dry_run(recording, checked.spec.runtime.cuda_graphs)
         compiled = {request.component for request in checked.plan.compile}
         notices += notices_of(chosen.placed, compiled, recording.modules)
         packed = Packed(recording, checked.spec.runtime.offload, notices, ghosts=checked.plan.modules)

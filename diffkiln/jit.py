@@ -19,6 +19,7 @@ import torch
 from diffkiln.aten import Special, dtype_of, gives_one_tensor, literal, overload
 from diffkiln.attention import kernel_for
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency
+from diffkiln.gpu_forms import gpu_forms
 from diffkiln.inductor import INDUCTOR, ISAS, quiet, told_host
 from diffkiln.program import Op, Program, Ref, engine_types
 
@@ -92,8 +93,9 @@ def as_graph(region: Program, device: torch.device, special: Mapping[str, Specia
     for op in region.ops:
         args = tuple(filled(literal(arg, device)) for arg in op.args)
         kwargs = {key: filled(literal(arg, device)) for key, arg in op.kwargs.items()}
-        node = graph.call_function(_function(op, special), args, kwargs)
-        if op.is_aten and gives_one_tensor(node.target):
+        own = gpu_forms(device).get(op.name)
+        node = graph.call_function(own(op) if own else _function(op, special), args, kwargs)
+        if op.is_aten and not own and gives_one_tensor(node.target):
             nodes[op.outputs[0]] = node
             continue
         for position, name in enumerate(op.outputs):

@@ -29,6 +29,7 @@ from diffkiln.exporters.attention import explicit_attention
 from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
 from diffkiln.exporters.cache import EngineCache, export_once
 from diffkiln.exporters.tracing import examples, layouts, traced
+from diffkiln.gpu_forms import gpu_forms
 from diffkiln.inductor import FLAGS, INDUCTOR, quiet, told_host
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.spec.targets import Target
@@ -155,7 +156,8 @@ def _exported(lowering: Lowering) -> tuple[tuple[torch.Tensor, ...], torch.expor
         flat = examples(lowering.region)
         return flat, traced(lowering, flat)
     flat = examples(lowering.region, cuda.DEVICE)
-    return flat, traced(lowering, flat, explicit_attention(lowering.region, lowering.target))
+    special = {**explicit_attention(lowering.region, lowering.target), **gpu_forms(cuda.DEVICE)}
+    return flat, traced(lowering, flat, special)
 
 
 def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:

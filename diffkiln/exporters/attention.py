@@ -18,6 +18,17 @@ from diffkiln.program import SDPA, Op, Program, TensorType, kernel_of
 from diffkiln.program.attention import call_problems, device_problem, read_attention
 from diffkiln.spec.targets import Target
 
+_USUAL = ("native_flash", "native_efficient")
+#: Compute capability: torch's kernels, the fastest first. Torch's own flash attention is FlashAttention-2, written for
+#: Ampere; on Hopper and on Blackwell of data centres cuDNN's kernel is much faster, and eager torch prefers it there.
+#: Sources: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention;
+#: FlashAttention-3 (arXiv 2407.08608), figure 5, forward with 128 channels a head. Not measured here.
+ORDERS: Mapping[tuple[int, int], tuple[str, ...]] = {
+    (9, 0): ("native_cudnn", *_USUAL),
+    (10, 0): ("native_cudnn", *_USUAL),
+    (10, 3): ("native_cudnn", *_USUAL),
+}
+
 #: Fused kernels read this many channels, or entries of a mask's row, at a time.
 _CHANNELS, _MASK = 8, 16
 
@@ -43,13 +54,29 @@ def explicit_attention(region: Program, target: Target) -> Mapping[str, Special]
 
 
 def gpu_kernel(op: Op, types: Mapping[str, TensorType], target: Target) -> str:
-    """The kernel of one attention on a GPU: the one that it asks for, else the fastest of torch's that can take it."""
+    """Returns the kernel of one attention on a GPU: the one it asks for, else the first of `ORDERS` that takes it."""
     if asked := kernel_of(op):
         return asked
-    for name in ("native_flash", "native_efficient"):
+    for name in ORDERS.get(target.capability, _USUAL):
+        if name == "native_cudnn" and not _cudnn_is_sound(op, types):
+            continue
         if not device_problem(name, "cuda", target.capability) and not any(call_problems(name, op, types, "cuda")):
             return name
     return "native_math"
+
+
+def _cudnn_is_sound(op: Op, types: Mapping[str, TensorType]) -> bool:
+    """Returns True if cuDNN gives right results here.
+
+    Before 9.15.1 its results are wrong for some numbers of tokens; torch's builds for CUDA 13 have a later one
+    (check_prefer_cudnn_attention). A mask that leaves a query nothing, one key, and fewer heads of keys than of queries
+    have not been tried with it.
+    """
+    if torch.version.cuda is None or int(torch.version.cuda.partition(".")[0]) < 13:
+        return False
+    call = read_attention(op)
+    query, key = types[call.query.name].shape, types[call.key.name].shape
+    return call.mask is None and len(query) == 4 and query[1] == key[1] and key[2] != 1
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

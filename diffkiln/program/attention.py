@@ -37,6 +37,7 @@ class Kernel:
         grouped: whether fewer heads of keys than of queries will do.
         square: whether a causal mask must have as many keys as queries: others line it up with the last ones.
         width: most channels of a head, which query, key and value share; 0 for any.
+        multiple: the channels of a head must be a multiple of this.
         uniform: whether query, key and value must have four dimensions and one batch.
     """
 
@@ -51,6 +52,7 @@ class Kernel:
     grouped: bool = True
     square: bool = True
     width: int = 0
+    multiple: int = 1
     uniform: bool = True
 
 
@@ -63,7 +65,8 @@ KERNELS: Mapping[str, Kernel] = {
     "native_efficient": Kernel(
         capabilities=((5, 0),), dtypes=("float32", *_HALF), masks=True, grouped=False, square=False
     ),
-    "native_cudnn": Kernel(capabilities=((8, 0),), masks=True, square=False),
+    # Widths: check_cudnn_tensor_shapes. Some GPUs take wider heads with a later cuDNN than torch's own.
+    "native_cudnn": Kernel(capabilities=((8, 0),), masks=True, square=False, width=128, multiple=8),
     # "Ampere, Ada, or Hopper GPUs", "All head dimensions up to 256": flash-attn 2.8, README.md.
     "flash_2": Kernel(
         "flash-attn", ">=2.6.3,<3", "pip install flash-attn --no-build-isolation", capabilities=((8, 0),), width=256
@@ -169,6 +172,8 @@ def call_problems(name: str, op: Op, types: Mapping[str, TensorType], device: st
         yield "a mask, and it takes none"
     if kernel.width and shapes[0][-1] > kernel.width:
         yield f"{shapes[0][-1]} channels a head, and it takes up to {kernel.width}"
+    if shapes[0][-1] % kernel.multiple:
+        yield f"{shapes[0][-1]} channels a head, and it takes multiples of {kernel.multiple}"
     if not kernel.grouped and query.shape[1] != key.shape[1]:
         yield f"{query.shape[1]} heads of queries on {key.shape[1]} of keys, and it takes as many"
     if kernel.square and call.causal and query.shape[-2] != key.shape[-2]:

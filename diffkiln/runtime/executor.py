@@ -8,17 +8,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diffkiln import forks
 from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.errors import CallError, LimitExceeded
+from diffkiln.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
-from diffkiln.runtime.engines import Engine, holds_weights, make_recordable
+from diffkiln.runtime.engines import Engine, holds_weights
 from diffkiln.runtime.graphs import Graphs
+from diffkiln.runtime.host_numbers import place_constants, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.places import current
 from diffkiln.runtime.precision import float32_precision
@@ -61,12 +63,11 @@ class Executor:
         self._seconds, self._ends, self._paranoid = seconds, 0.0, paranoid or PARANOID
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
-        for engine in engines.values() if graphs else ():
-            make_recordable(engine)
-        self.constants = {key: _placed(tensor, device) for key, tensor in constants.items()}
-        self._twins = {id(t): t.to(device) for t in self.constants.values() if t.device.type != device.type}
+        #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
+        self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_forms(device)}
+        self.constants = place_constants(constants, device)
         self._components: dict[tuple[str, str], _Component] = {}
-        self._calls: dict[int, tuple[Program, Interpreter, list[Key]]] = {}
+        self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
         self._run: _Run | None = None
         self._forked = False
@@ -98,13 +99,14 @@ class Executor:
             raise CallError("output_type: this pipeline does not show its latents. Choose 'pil', 'np' or 'pt'")
         if self.graphs is not None:
             self.graphs.check(step_end is not None)
-        interpreter, schedule = self._call(program)
-        with self.running(schedule, generator, step_end), torch.inference_mode(), float32_precision(self.tf32):
+        call = self._call(program)
+        with self.running(call.schedule, generator, step_end), torch.inference_mode(), float32_precision(self.tf32):
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
             if self.graphs is not None:
-                found = self.graphs(program, values, lambda: self._weights(program), self.constants, self._special())
+                special = self._special()
+                found = self.graphs(call.placed, values, lambda: self._weights(program), self.constants, special)
             else:
-                found = interpreter(values, self._weights(program), self.constants)
+                found = call.run(values, self._weights(program), self.constants)
             return self.run.latents if latents else found
 
     def component(self, name: str, program: str) -> _Component:
@@ -164,7 +166,8 @@ class Executor:
     def interpreter(self, program: Program, special: Mapping[str, Special]) -> Interpreter:
         """Returns what replays a program within a call."""
         watch = self._watch if self._seconds is not None else None
-        return Interpreter(program, self.device, special, self._paranoid, watch, explain=True)
+        placed = read_on_host(program, self.device)
+        return Interpreter(placed, self.device, special, self._paranoid, watch, explain=True)
 
     def _watch(self) -> None:
         if time.monotonic() > self._ends:
@@ -172,11 +175,6 @@ class Executor:
                 f"the call took longer than the {self._seconds} seconds that limits.seconds allows. Raise the limit in "
                 "load(limits=…), or ask for fewer steps"
             )
-
-    def for_engine(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors where an engine reads them: on the device, single numbers too."""
-        kind = self.device.type
-        return [t if t.device.type == kind else self._twins.get(id(t), t).to(self.device) for t in tensors]
 
     def _weights(self, program: Program) -> dict[str, torch.Tensor]:
         """Those that a call takes itself."""
@@ -186,7 +184,7 @@ class Executor:
     def _special(self) -> Mapping[str, Special]:
         return {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
 
-    def _call(self, program: Program) -> tuple[Interpreter, list[Key]]:
+    def _call(self, program: Program) -> _Call:
         if id(program) not in self._calls:
             interpreter = self.interpreter(program, self._special())
             schedule = [
@@ -195,15 +193,11 @@ class Executor:
                 if op.name == CALL
                 for key in self.component(op.attrs["component"], op.attrs["program"]).schedule
             ]
-            self._calls[id(program)] = program, interpreter, schedule
-        return self._calls[id(program)][1:]
+            self._calls[id(program)] = _Call(program, interpreter.program, interpreter, schedule)
+        return self._calls[id(program)]
 
     def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
-        component = self.component(op.attrs["component"], op.attrs["program"])
-        if self.graphs is None:
-            return component
-        # A component that moves a single number to the device itself copies from the host, which no graph can hold.
-        return lambda *inputs: component(*self.for_engine(inputs))
+        return self.component(op.attrs["component"], op.attrs["program"])
 
     def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
@@ -229,6 +223,15 @@ class Executor:
         return end
 
 
+class _Call(NamedTuple):
+    """A call program, which is kept so that its id stays its own; the same as it runs here; its groups in order."""
+
+    program: Program
+    placed: Program
+    run: Interpreter
+    schedule: list[Key]
+
+
 class _Run:
     """What belongs to one call."""
 
@@ -245,7 +248,7 @@ class _Component:
     def __init__(self, executor: Executor, name: str, program: Program) -> None:
         self._executor, self._name, self._program = executor, name, program
         self._module = executor.modules[name]
-        self._interpreter = executor.interpreter(program, {REGION: self._region, ATTENTION: packaged})
+        self._interpreter = executor.interpreter(program, {REGION: self._region, **executor.special})
         self._held: dict[str, torch.Tensor] = {}
         self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
         self.schedule = [*self._own, *self._block_order()]
@@ -302,23 +305,16 @@ class _Component:
         region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
-            replay = self._executor.interpreter(region, {ATTENTION: packaged})
+            replay = self._executor.interpreter(region, self._executor.special)
             return lambda *args: replay(args, self._enter_block(key), constants, prefix)
-        placed = self._executor.for_engine
-        folded = placed([constants[item] for item in region.constants])
+        folded = [constants[item] for item in region.constants]
         if holds_weights(engine):
             inside = [torch.empty(0, device=self._executor.device)] * len(region.weights)
-            return lambda *args: engine([*placed(args), *inside, *folded])
+            return lambda *args: engine([*args, *inside, *folded])
         names = [weight_in(op, weight) for weight in region.weights]
 
         def call(*args: torch.Tensor) -> Sequence[torch.Tensor]:
             weights = self._enter_block(key)
-            return engine([*placed(args), *[weights[item] for item in names], *folded])
+            return engine([*args, *[weights[item] for item in names], *folded])
 
         return call
-
-
-def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A constant on the device; single numbers stay on the host, where operators take them without a copy. Engines do
-    not: `Executor.for_engine`."""
-    return tensor if tensor.ndim == 0 else tensor.to(device)

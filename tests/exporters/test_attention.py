@@ -14,13 +14,16 @@ from diffkiln.program import SDPA, Op, Program, Ref, TensorType
 from diffkiln.spec import TARGETS
 from tests.exporters.regions import block, in_type
 
-ADA, TURING = TARGETS["nvidia-l4"], TARGETS["nvidia-t4"]
+ADA, TURING, HOPPER, B200 = (TARGETS[f"nvidia-{name}"] for name in ("l4", "t4", "h200", "b200"))
+RTX_5090 = TARGETS["nvidia-rtx-5090"]
 MASK = ("bool", (1, 1, 16, 16))
 
 
-def attention(dtype: str, mask: bool = False, key_heads: int = 2, kernel: str | None = None) -> tuple[Op, dict]:
-    types = {"%q": TensorType(dtype, (1, 2, 16, 64)), "%m": TensorType(*MASK)}
-    types |= {name: TensorType(dtype, (1, key_heads, 16, 64)) for name in ("%k", "%v")}
+def attention(
+    dtype: str, mask: bool = False, key_heads: int = 2, kernel: str | None = None, width: int = 64, keys: int = 16
+) -> tuple[Op, dict]:
+    types = {"%q": TensorType(dtype, (1, 2, 16, width)), "%m": TensorType(*MASK)}
+    types |= {name: TensorType(dtype, (1, key_heads, keys, width)) for name in ("%k", "%v")}
     args = tuple(Ref(name) for name in ("%q", "%k", "%v", *(["%m"] if mask else [])))
     return Op(SDPA, args, ("%o",), attrs={"kernel": kernel} if kernel else {}), types
 
@@ -40,6 +43,36 @@ def attention(dtype: str, mask: bool = False, key_heads: int = 2, kernel: str | 
 def test_the_fastest_kernel_that_can_take_it(given: dict, target, kernel: str) -> None:
     op, types = attention(**given)
     assert gpu_kernel(op, types, target) == kernel
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "kernel"),
+    [
+        ({"dtype": "bfloat16"}, HOPPER, "native_cudnn"),
+        ({"dtype": "float16", "width": 128}, B200, "native_cudnn"),
+        ({"dtype": "bfloat16"}, RTX_5090, "native_flash"),
+        ({"dtype": "bfloat16"}, ADA, "native_flash"),
+        ({"dtype": "float32"}, HOPPER, "native_efficient"),
+        ({"dtype": "bfloat16", "width": 160}, HOPPER, "native_flash"),
+        ({"dtype": "bfloat16", "width": 20}, HOPPER, "native_flash"),
+        ({"dtype": "bfloat16", "width": 512}, HOPPER, "native_efficient"),
+        ({"dtype": "bfloat16", "mask": True}, HOPPER, "native_efficient"),
+        ({"dtype": "bfloat16", "key_heads": 1}, HOPPER, "native_flash"),
+        ({"dtype": "bfloat16", "keys": 1}, HOPPER, "native_flash"),
+        ({"dtype": "bfloat16", "kernel": "native_flash"}, HOPPER, "native_flash"),
+    ],
+)
+def test_hopper_and_blackwell_of_data_centres_take_cudnn_where_it_can(monkeypatch, given, target, kernel) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    op, types = attention(**given)
+    assert gpu_kernel(op, types, target) == kernel
+
+
+@pytest.mark.parametrize("cuda", ["12.9", None])
+def test_a_cudnn_that_is_wrong_for_some_numbers_of_tokens_is_not_taken(monkeypatch, cuda) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    op, types = attention("bfloat16")
+    assert gpu_kernel(op, types, HOPPER) == "native_flash"
 
 
 def test_math_equals_torchs_own_attention() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from diffkiln.aten import Interpreter
 from diffkiln.errors import CallError
 from diffkiln.program import CALL, NOISE, REGION, Input, Module, Op, Program, Ref, TensorType
 from diffkiln.runtime.executor import Executor, _Component
 from diffkiln.runtime.graphs import WHOLE, Graphs
+from diffkiln.runtime.host_numbers import place_constants, read_on_host
 from diffkiln.runtime.weights import WeightStore
 
 META = torch.device("meta")
@@ -61,13 +65,51 @@ def test_an_engine_is_given_numbers_on_its_device() -> None:
     assert found.device.type == "meta"
 
 
-def test_operators_are_given_numbers_on_the_host() -> None:
+def test_arithmetic_is_given_numbers_on_the_host() -> None:
+    program = Program(
+        "step",
+        (Input("%latents", _LATENTS),),
+        (Op("aten.mul.Tensor", (Ref("%latents"), Ref("#sigma")), ("%0",)),),
+        (Ref("%0"),),
+        _TYPES,
+    )
+    constants = place_constants({"sigma": torch.tensor(2.0, dtype=torch.float64)}, META)
+    seen: list[str] = []
+
+    def mul(op: Op):
+        return lambda *given: seen.extend(tensor.device.type for tensor in given) or [given[0] * given[1]]
+
+    run = Interpreter(read_on_host(program, META), META, {"aten.mul.Tensor": mul})
+    assert run([torch.zeros(4, device=META)], {}, constants)[0].device == META
+    assert seen == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        Op("aten.expand.default", (Ref("#sigma"), (4,)), ("%0",)),
+        Op("aten.stack.default", ((Ref("#sigma"), Ref("#sigma"), Ref("#shift"), Ref("#sigma")),), ("%0",)),
+        Op("aten.add.Tensor", (Ref("#sigma"), Ref("#shift")), ("%0",)),
+        Op("aten.neg.default", (Ref("#sigma"),), ("%0",)),
+    ],
+    ids=lambda op: op.name,
+)
+def test_what_is_made_of_numbers_alone_is_on_the_device(op: Op) -> None:
+    """Stable Diffusion makes its timesteps of one number and gives them to the U-Net with a tensor of the GPU."""
+    kind = _NUMBER if "add" in op.name or "neg" in op.name else replace(_LATENTS, dtype="float64")
+    inputs = Input("%latents", _LATENTS), Input("%sigma", kind)
+    types = {**_TYPES, "%sigma": kind, "%0": kind}
+    product = Op("aten.mul.Tensor", (Ref("%latents"), Ref("%sigma")), ("%0",))
+    program = Program("step", inputs, (product,), (Ref("%0"),), {**types, "%0": _LATENTS})
+    call = Op(CALL, (Ref("%latents"), Ref("%0")), ("%1",), attrs={"component": "scheduler", "program": "step"})
     made = executor(None)
-    assert {tensor.device.type for tensor in made.constants.values()} == {"cpu"}
-    assert made(arithmetic()[1], [torch.zeros(4)])[0].device.type == "meta"
+    made.modules["scheduler"].programs["step"] = program  # type: ignore[index]
+    (found,) = made(Program("call", (inputs[0],), (op, call), (Ref("%1"),), types), [torch.zeros(4)])
+    assert found.device == META
 
 
-def test_what_is_recorded_in_a_graph_copies_no_number_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_component_is_given_nothing_that_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither operation by operation nor in a graph, which cannot hold a copy from the host."""
     places: list[str] = []
     run = _Component.__call__
 
@@ -78,7 +120,7 @@ def test_what_is_recorded_in_a_graph_copies_no_number_from_the_host(monkeypatch:
     monkeypatch.setattr(_Component, "__call__", watched)
     for graphs in (None, Graphs(WHOLE, META, lambda run: ((lambda: None), run()))):
         executor(None, graphs)(arithmetic()[1], [torch.zeros(4)])
-    assert places == ["meta", "cpu", "meta", "meta"]
+    assert places == ["meta"] * 4
 
 
 def test_noise_that_a_pipeline_draws_without_the_callers_generator() -> None:

@@ -15,7 +15,6 @@ import diffkiln
 from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, SpecError
 from diffkiln.program import NOISE, STEP, map_refs
-from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, Tensors, cut, graphs_for
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
@@ -288,20 +287,3 @@ def test_what_was_recorded_is_let_go(pipe) -> None:
     held = weakref.ref(next(iter(pipe.executor.graphs._calls.values())))
     pipe.executor.graphs.close()
     assert held() is None
-
-
-def test_engines_are_made_recordable(pipe) -> None:
-    class Waiting:
-        recordable = False
-
-        def make_recordable(self) -> None:
-            self.recordable = True
-
-    def made_so(graphs: Graphs | None) -> bool:
-        engine, own = Waiting(), pipe.executor
-        engines = {("unet", "Region"): engine}
-        Executor(own.modules, own.store, {}, engines, own.device, graphs=graphs)  # type: ignore[arg-type]
-        return engine.recordable
-
-    assert made_so(Graphs(WHOLE, torch.device("cpu")))
-    assert not made_so(None)

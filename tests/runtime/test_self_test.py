@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
-from diffkiln.program import Input, Op, Program, Ref, TensorType
+from diffkiln.program import DType, Input, Op, Program, Ref, TensorType
+from diffkiln.runtime.reference import replay_in_float32
 from diffkiln.runtime.self_test import Repeated, sample, self_test
 from tests.exporters.regions import attending_by_package
 
@@ -108,6 +109,105 @@ def test_a_region_that_rounds_may_differ_by_more():
     self_test(Slightly(), rounds, CONSTANTS, torch.device("cpu"), "engine e")
     with pytest.raises(VerifyError, match="more than 1e-04"):
         run(SlightlyOfAll())
+
+
+def narrow(dtype: str, rows: int = 4096, columns: int = 64) -> Program:
+    """A product and a sum in a narrow type, whose result is wide and high."""
+    x, weight, out = (TensorType(dtype, shape) for shape in ((rows, columns), (columns, columns), (rows, columns)))
+    ops = (
+        Op("aten.mm.default", (Ref("%x"), Ref("@w")), ("%0",)),
+        Op("aten.mul.Tensor", (Ref("%0"), Ref("%0")), ("%1",)),
+        Op("aten.add.Tensor", (Ref("%1"), Ref("%x")), ("%2",)),
+        Op("aten.to.dtype", (Ref("%2"), DType(dtype)), ("%3",)),
+    )
+    types = {"%x": x, "@w": weight, **dict.fromkeys(("%0", "%1", "%2", "%3"), out)}
+    return Program("block", (Input("%x", x),), ops, (Ref("%3"),), types)
+
+
+class Changed:
+    """The replay of a region, in the region's own types or in float32, with something done to its result."""
+
+    def __init__(self, region: Program, change, exact: bool = False) -> None:
+        self._region, self._change, self._exact = region, change, exact
+
+    def check(self, flat):
+        """Takes whatever there is."""
+
+    def __call__(self, flat):
+        given = [flat[0]], {"w": flat[1]}, {}
+        if self._exact:
+            wide = replay_in_float32(self._region, *given, torch.device("cpu"))
+            return [self._change(wide[0].to(flat[0].dtype))]
+        return [self._change(Interpreter(self._region)(*given)[0])]
+
+
+def wrong_row(result):
+    return torch.cat([result[1:2], result[1:]])
+
+
+def wrong_column(result):
+    return torch.cat([result[:, :-1], result[:, :1]], dim=1)
+
+
+def rows_off_by_one(result):
+    return result.roll(1, 0)
+
+
+def swapped_rows(result):
+    return torch.cat([result[:100], result[101:102], result[100:101], result[102:]])
+
+
+def scaled(result):
+    return result * 1.02
+
+
+NARROW_KINDS = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+@NARROW_KINDS
+@pytest.mark.parametrize("exact", [False, True], ids=["as the replay", "as float32, rounded at the end"])
+def test_an_engine_in_a_narrow_type_may_round_as_its_replay_does_or_less(dtype, exact):
+    region = narrow(dtype)
+    found = self_test(Changed(region, lambda result: result, exact), region, {}, torch.device("cpu"), "engine e")
+    assert 0 < found < 6e-3
+
+
+@NARROW_KINDS
+@pytest.mark.parametrize("change", [wrong_row, wrong_column, rows_off_by_one, swapped_rows, scaled])
+def test_one_row_or_column_from_a_wrong_place_is_found_in_a_narrow_type(dtype, change):
+    """Of 4096 rows one that is wrong changes the whole by 2e-2, which a limit for all regions must allow."""
+    region = narrow(dtype)
+    with pytest.raises(VerifyError, match="differs from its replay"):
+        self_test(Changed(region, change), region, {}, torch.device("cpu"), "engine e")
+
+
+def test_equal_results_pass_where_the_replay_makes_no_error():
+    region = replace(narrow("bfloat16"), ops=(Op("aten.neg.default", (Ref("%x"),), ("%3",)),))
+
+    class Negated(Changed):
+        def __call__(self, flat):
+            return [-flat[0]]
+
+    assert self_test(Negated(region, None), region, {}, torch.device("cpu"), "engine e") == 0.0
+
+
+def test_a_replay_in_float32_keeps_what_is_stored_in_fewer_bits():
+    kind, float8, int8 = (
+        TensorType("bfloat16", (4, 16)),
+        TensorType("float8_e4m3fn", (4, 16)),
+        TensorType("int8", (4, 16)),
+    )
+    ops = (
+        Op("aten.to.dtype", (Ref("%x"), DType("float8_e4m3fn")), ("%0",)),
+        Op("aten.view.dtype", (Ref("%0"), DType("int8")), ("%1",)),
+        Op("aten.to.dtype", (Ref("%1"), DType("bfloat16")), ("%2",)),
+    )
+    types = {"%x": kind, "%0": float8, "%1": int8, "%2": kind}
+    region = Program("block", (Input("%x", kind),), ops, (Ref("%2"),), types)
+    x = torch.randn(4, 16, dtype=torch.bfloat16)
+    (found,) = replay_in_float32(region, [x], {}, {}, torch.device("cpu"))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x.to(torch.float8_e4m3fn).view(torch.int8).float())
 
 
 @pytest.mark.parametrize(

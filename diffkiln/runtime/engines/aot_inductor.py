@@ -6,8 +6,10 @@ manifest allows: the compatibility and trust gates come before this module.
 
 from __future__ import annotations
 
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +44,26 @@ class AotInductorEngine:
         self._name = f"the engine {directory.name}"
         if not (directory / _LIBRARY).is_file():
             raise Incomplete(f"{directory}: the file {_LIBRARY} is missing")
-        self._directory = directory
-        self._loader, self._run = _load(directory, self.device)
+        # Unless it is alone, torch's loader records an event after each call on a GPU, and the host waits for it before
+        # the next call. A CUDA graph cannot hold the event either. The lock makes calls take turns instead.
+        alone = self.device.type != "cpu"
+        self._turn: AbstractContextManager[object] = threading.Lock() if alone else nullcontext()
+        self._loader, self._run = _load(directory, self.device, alone)
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._run([tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in flat])
-
-    def make_recordable(self) -> None:
-        """Without the events by which calls from several threads wait for one another: a graph cannot hold them."""
-        self._loader, self._run = _load(self._directory, self.device, alone=True)
+        held = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in flat]
+        with self._turn:
+            return self._run(held)
 
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)
 
 
-def _load(directory: Path, device: torch.device, alone: bool = False) -> tuple[object, _Run]:
-    """torch's loader, which must live as long as the engine, and its entry point. `alone` says that no two threads will
-    call it at the same time."""
+def _load(directory: Path, device: torch.device, alone: bool) -> tuple[object, _Run]:
+    """Returns torch's loader, which must live as long as the engine, and its entry point.
+
+    `alone` says that no two threads call the entry point at the same time.
+    """
     try:
         try:
             loader = _loader(directory, device, alone)

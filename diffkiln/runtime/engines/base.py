@@ -51,13 +51,6 @@ def learned(engine: Engine) -> Mapping[str, bytes]:
     return files() if files is not None else {}
 
 
-def make_recordable(engine: Engine) -> None:
-    """Have an engine launch nothing that a CUDA graph cannot record, where it otherwise would."""
-    make = getattr(engine, "make_recordable", None)
-    if make is not None:
-        make()
-
-
 class EngineClass(Protocol):
     def __call__(self, directory: Path, inputs: Sequence[Layout], device: torch.device | str = "cpu") -> Engine: ...
 
