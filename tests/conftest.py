@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests import DISGUISES, REPRODUCIBLE
 from tests.exporters.regions import engine_cache
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -69,7 +70,7 @@ def families(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY")
+_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY", *REPRODUCIBLE, *DISGUISES)
 
 
 @pytest.fixture
