@@ -13,9 +13,9 @@ from numpy._core._multiarray_umath import __cpu_dispatch__
 
 _PATHS = """
     tests/end_to_end/test_families.py tests/end_to_end/test_lengths.py tests/end_to_end/test_portable.py
-    tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py tests/passes/test_scheduler.py
-    tests/passes/test_vae.py tests/record tests/runtime/test_as_diffusers.py tests/runtime/test_pipeline.py
-    tests/verification
+    tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py
+    tests/passes/test_scheduler.py tests/passes/test_vae.py tests/record tests/runtime/test_as_diffusers.py
+    tests/runtime/test_image_inputs.py tests/runtime/test_pipeline.py tests/verification
 """
 PATHS = _PATHS.split()
 #: A family of each kind, what compares bits, and what depends on the machine's instructions.
@@ -46,7 +46,9 @@ def run(name: str, disguise: Mapping[str, str], threads: int, paths: Sequence[st
     print(f"== as a CPU of {name}, {threads} thread{'s' * (threads > 1)}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "--durations", "5", *paths]
     started = time.monotonic()
-    status = subprocess.run(command, env=os.environ | disguise | {"OMP_NUM_THREADS": str(threads)}, check=False).returncode
+    status = subprocess.run(
+        command, env=os.environ | disguise | {"OMP_NUM_THREADS": str(threads)}, check=False
+    ).returncode
     print(f"== {time.monotonic() - started:.0f} s", flush=True)
     return status
 

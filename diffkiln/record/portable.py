@@ -11,6 +11,7 @@ once in 10³ for float64. Operations that IEEE 754 defines to the bit are left a
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -102,6 +103,14 @@ def evaluate(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """
     if not _may_differ(func) or not _is_inexact(func, args, kwargs) or not _plain((args, dict(kwargs))):
         return func(*args, **kwargs)
+    _now.evaluating = True
+    try:
+        return _evaluated(func, args, kwargs)
+    finally:
+        _now.evaluating = False
+
+
+def _evaluated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     wide_args, wide_kwargs = _widened(args), _widened(dict(kwargs))  # before the call, which may write to them
     result = func(*args, **kwargs)
     floating = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
@@ -189,7 +198,16 @@ class _Portable(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors_in((args, kwargs))):
             return NotImplemented
-        return evaluate(func, args, kwargs)
+        return func(*args, **kwargs) if _now.evaluating else evaluate(func, args, kwargs)
+
+
+class _Now(threading.local):
+    """Whether this thread evaluates an operator for a mode, so that none outside of that mode does so again."""
+
+    evaluating = False
+
+
+_now = _Now()
 
 
 class _InExtended:

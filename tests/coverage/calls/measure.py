@@ -14,6 +14,7 @@ from PIL import Image
 
 import diffkiln
 from diffkiln.errors import DiffkilnError
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.measure import RESULTS, plain
@@ -85,11 +86,11 @@ def _replayed(family: Family, root: Path) -> dict[str, Any]:
 
     spec = spec_of(family, root / "model")
     built = diffkiln.compile(spec, root / "bundle")
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         reference = DiffusionPipeline.from_pretrained(root / "model")
         reference.set_progress_bar_config(disable=True)
         want = drawn(reference, family, spec)
-    with diffkiln.load(built.path) as pipe:
+    with diffkiln.load(built.path) as pipe, portable():
         difference = float((want - drawn(pipe, family, spec)).abs().max() / want.abs().max().clamp(min=1))
     limit = 1e-5 if family.name.startswith(PADDED) else 0.0
     if difference > limit:
