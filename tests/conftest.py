@@ -25,6 +25,23 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def disguised():
+    """A CPU that is made to look like another (tests/portable.py) has no AVX-512, for those who ask the system, too."""
+    if not any(name in os.environ for name in DISGUISES):
+        yield
+        return
+    import torch
+
+    from diffkiln.runtime import compatibility
+
+    flags = frozenset(flag for flag in compatibility._cpu_flags() if not flag.startswith("avx512"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compatibility, "_cpu_flags", lambda: flags)
+        patch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def state_home(tmp_path_factory):
     """Receipts, locks and policy of the run, away from the user's."""
     with pytest.MonkeyPatch.context() as patch:

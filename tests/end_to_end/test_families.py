@@ -37,7 +37,7 @@ def test_bundle_equals_diffusers(name, tmp_path):
     given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
 
     def difference(pipe) -> float:
-        with quiet_libraries():
+        with quiet_libraries(), torch.inference_mode():
             reference = DiffusionPipeline.from_pretrained(spec["source"]["model"])
             reference.set_progress_bar_config(disable=True)
             want, got = (

@@ -18,6 +18,7 @@ from tests.end_to_end.test_families import spec_of
 from tests.passes.caching import definitions
 from tests.passes.caching.definitions import Run
 from tests.pipelines import WARNING_FILTERS
+from tests.portably import as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 STEPS = 6
@@ -36,7 +37,7 @@ def keywords(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(pipe: Any, made: dict[str, Any], **more: Any) -> torch.Tensor:
-    with portable():  # what diffusers computes and what is folded have the same bits
+    with as_recorded():  # what diffusers computes and what is folded have the same bits
         result = pipe(**keywords(made) | more, generator=torch.Generator().manual_seed(5))
     return result[next(iter(result.keys()))]
 

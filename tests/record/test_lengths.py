@@ -39,6 +39,7 @@ from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
 from tests.pipelines import WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
+from tests.portably import as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -105,7 +106,7 @@ def both(request, tmp_path_factory):
 
 def difference(reference, pipe, given, **keywords):
     """The largest difference of a value, of images in [0, 1]; relative to the largest value where that is above one."""
-    with quiet_libraries(), portable():  # what diffusers computes and what is folded have the same bits
+    with quiet_libraries(), as_recorded():  # what diffusers computes and what is folded have the same bits
         want, got = (
             each(
                 generator=torch.Generator().manual_seed(5),

@@ -17,7 +17,7 @@ from diffkiln.record.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS, build_folder
-from tests.runtime.portably import Portably
+from tests.portably import Portably, as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -59,7 +59,7 @@ def eager(inpaint):
     keywords = {key: value for key, value in (one | one["call"]).items() if key not in ("call", "image", "mask_image")}
 
     def call(*args, **given):
-        with quiet_libraries(), portable():
+        with quiet_libraries(), as_recorded():
             return loaded(*args, **keywords | given)
 
     return call
@@ -146,8 +146,9 @@ def test_another_class_of_the_same_components(tmp_path):
     with quiet_libraries(), portable():
         eager = StableDiffusionImg2ImgPipeline.from_pretrained(model)
         eager.set_progress_bar_config(disable=True)
-        want = eager("a fox", generator=seeded(1), **given).images
-    with diffkiln.load(built.path) as pipe, portable():
+        with torch.inference_mode():
+            want = eager("a fox", generator=seeded(1), **given).images
+    with diffkiln.load(built.path) as pipe, as_recorded():
         assert torch.equal(want, pipe("a fox", generator=seeded(1), **given).images)
         with pytest.raises(CallError, match=r"32 x 32 pixels \(width x height\), this variant takes 64 x 48"):
             pipe("a fox", **given | {"image": noise(32, 32)})
@@ -224,8 +225,9 @@ def test_a_call_that_casts_its_autoencoder_while_it_runs(tmp_path):
     with quiet_libraries(), portable():
         eager = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
         eager.set_progress_bar_config(disable=True)
-        want = eager("a fox", generator=seeded(1), **given).images
-    with diffkiln.load(built.path) as pipe, portable():
+        with torch.inference_mode():
+            want = eager("a fox", generator=seeded(1), **given).images
+    with diffkiln.load(built.path) as pipe, as_recorded():
         assert torch.equal(want, pipe("a fox", generator=seeded(1), **given).images)
     assert types_in(built.path / "weights" / "vae") == {"BF16"}
 

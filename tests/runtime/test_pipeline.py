@@ -14,7 +14,7 @@ from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
-from tests.runtime.portably import Portably
+from tests.portably import Portably, as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -44,7 +44,7 @@ def eager(spec):
     one = {key: value for key, value in spec["inputs"][0].items() if key != "call"} | spec["inputs"][0]["call"]
 
     def call(*args, **keywords):
-        with quiet_libraries(), portable():
+        with quiet_libraries(), as_recorded():
             return loaded(*args, **one | keywords)
 
     return call
