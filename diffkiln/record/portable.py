@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -20,7 +20,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -125,70 +124,6 @@ def _evaluated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     return result
 
 
-class Marked(TorchDispatchMode):
-    """Runs a component as the recorder took it: what depends on marked tensors as torch does, the rest portably.
-
-    The former is what the recorder wrote down (diffkiln.record.tape), the latter is what it folded.
-
-    Args:
-        tensors: the component's inputs and weights.
-    """
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._marks = [_Marks(tensors)]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        given = list(tensors_in((args, kwargs)))
-        if any(is_traceable_wrapper_subclass(tensor) for tensor in given):
-            return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
-        marks = self._marks[-1]
-        if not marks.include_any(given):
-            return evaluate(func, args, kwargs)
-        result = func(*args, **kwargs)
-        marks.add(tensors_in(result))
-        if func._schema.is_mutable:
-            marks.add(_written(func, args))
-        return result
-
-    @contextmanager
-    def alone(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """While it lasts, these tensors are marked and no others: the recorder takes each block by itself."""
-        self._marks.append(_Marks(tensors))
-        try:
-            yield
-        finally:
-            self._marks.pop()
-
-    def mark(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Marks these tensors, too."""
-        self._marks[-1].add(tensors)
-
-
-class _Marks:
-    """Storages that are marked. A weak reference keeps a storage's address from being given again, not its memory."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._kept: dict[int, StorageWeakRef] = {}
-        self._limit = 4096
-        self.add(tensors)
-
-    def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._kept:
-                self._kept[storage._cdata] = StorageWeakRef(storage)
-        if len(self._kept) > self._limit:
-            self._kept = {key: kept for key, kept in self._kept.items() if not kept.expired()}
-            self._limit = 2 * len(self._kept) + 4096
-
-    def include_any(self, tensors: Iterable[torch.Tensor]) -> bool:
-        return any(tensor.untyped_storage()._cdata in self._kept for tensor in tensors)
-
-
 class _Portable(TorchDispatchMode):
     """Evaluates every operator portably."""
 
@@ -243,15 +178,16 @@ def _may_differ(func: Any) -> bool:
 def _is_inexact(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Returns True if more than one rounding leads to the result, so that its last bits are the implementation's."""
     name = _name(func)
+    of_complex = any(tensor.is_complex() for tensor in tensors_in((args, dict(kwargs))))
     if name == "pow":
-        return func._overloadname != "Tensor_Scalar" or args[1] not in _PLAIN_POWERS
+        return of_complex or func._overloadname != "Tensor_Scalar" or args[1] not in _PLAIN_POWERS
     if name not in _EXACT:
         return True
     if kwargs.get("alpha", 1) != 1 or (name == "rsub" and args[2:] not in ((), (1,))):
         return True
     if kwargs.get("rounding_mode") is not None:
         return True
-    return name in _OF_COMPLEX and any(tensor.is_complex() for tensor in tensors_in((args, dict(kwargs))))
+    return name in _OF_COMPLEX and of_complex
 
 
 def _gives_views(func: Any, result: Any, args: Sequence[Any]) -> bool:
@@ -306,10 +242,3 @@ def _copy(results: Any, better: Any) -> None:
     for result, values in zip(tensors_in(results), tensors_in(better), strict=True):
         if result.is_floating_point() or result.is_complex():
             result.copy_(values)
-
-
-def _written(func: Any, args: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """The arguments that an operator writes to."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info and argument.alias_info.is_write:
-            yield from tensors_in(value)

@@ -21,7 +21,7 @@ from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.casts import casted
 from diffkiln.record.components import Callee, is_plain_call, tracing, weights_of
 from diffkiln.record.lengths import Padding, fixed_lengths, whole
-from diffkiln.record.portable import Marked
+from diffkiln.record.marked import Marked
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.verification.comparing import close, difference, same

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffkiln.record.portable import Marked, portable
+from diffkiln.record.marked import Marked
+from diffkiln.record.portable import portable
 from tests.portable import disguises
 
 _NAMES = "sin cos tan tanh exp exp2 expm1 log log2 log10 log1p rsqrt sigmoid sqrt reciprocal erf atan"
