@@ -17,6 +17,7 @@ from diffkiln.program import verify as verify_program
 from diffkiln.program.inference import infer_types
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.portable import portable
 from diffkiln.spec import Target
 
 
@@ -75,7 +76,7 @@ def run(
 
 def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
     started = time.perf_counter()
-    with guarded(item):
+    with guarded(item), portable():
         outcome = item.step.run(plan)
     verify(outcome.plan, item, plan)
     seconds = time.perf_counter() - started
@@ -170,7 +171,7 @@ def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> 
     """
     own = [item for item in placed if item.step.component == component]
     for item in own:
-        with guarded(item):
+        with guarded(item), portable():
             item.step.apply(module)
     return bool(own)
 
