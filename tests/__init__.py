@@ -14,4 +14,6 @@ DISGUISES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIO
 
 if "torch" in sys.modules and "MKL_CBWR" not in os.environ:
     raise RuntimeError("something imports torch before tests/__init__.py says how it is to compute: set MKL_CBWR")
+#: Every executor of the run compares the types of its results with the declared ones, in child processes too.
+os.environ["DIFFKILN_PARANOID"] = "1"
 os.environ |= {name: os.environ.get(name, value) for name, value in REPRODUCIBLE.items()}

@@ -17,10 +17,6 @@ from tests.exporters.regions import engine_cache
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
 
-# Every executor of the run compares the types of its results with the declared ones, in child processes too.
-os.environ["DIFFKILN_PARANOID"] = "1"
-
-
 def pytest_configure(config):
     """Engines that are built once are shared by the processes of a run, if the run has several."""
     if "DIFFKILN_TEST_CACHE" not in os.environ:
