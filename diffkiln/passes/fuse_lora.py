@@ -170,7 +170,7 @@ class FuseLoRA(Pass):
             options["return_alphas"] = True
         if "unet_config" in parameters and self.component == "unet":
             options["unet_config"] = module.config
-        _check_adapter(found.path)
+        check_adapter(found.path)
         with quiet_libraries(), _disable_current_modes():  # the tensors of the file are real, also beside ghosts
             state, *rest = read(str(found.path.parent), return_lora_metadata=True, **options)
         return state, rest[0] if len(rest) == 2 else None, rest[-1]
@@ -226,7 +226,7 @@ def _find(adapter: Adapter, base: Path) -> _Found:
         raise SourceError(f"the adapter {adapter.file} cannot be read at {path}: {error.strerror}") from error
 
 
-def _check_adapter(path: Path) -> None:
+def check_adapter(path: Path) -> None:
     """Checks a file's header before the library reads all its tensors.
 
     Raises:
