@@ -30,7 +30,7 @@ class Limits:
         json_bytes: Bytes of one JSON file, such as `tokenizer.json` or `config.json`. 64 MiB.
         text_chars: Characters of one prompt, before and after its normalisation. 50,000.
         tokens: Tokens that the prompts of one call are cut or padded to, all rows of a tokenizer together. 262,144.
-        modules: Modules that the configuration of a component builds. 50,000.
+        modules: Modules that the configuration of a component builds. 20,000.
         buffer_bytes: Bytes of the tables, such as positions, that a configuration computes one at a time. 1 GiB.
         timesteps: Timesteps that a scheduler is trained for. 100,000.
         adapter_rank: Rank of one layer of an adapter. 8,192.
@@ -49,7 +49,7 @@ class Limits:
     json_bytes: int = 64 << 20
     text_chars: int = 50_000
     tokens: int = 262_144
-    modules: int = 50_000
+    modules: int = 20_000
     buffer_bytes: int = 1 << 30
     timesteps: int = 100_000
     adapter_rank: int = 8_192

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffkiln.errors import ManifestInvalid
+from diffkiln.limits import active
 from diffkiln.printable import printable, printable_json
 
 if TYPE_CHECKING:
@@ -191,20 +193,29 @@ def schedules(bundle: Bundle) -> Schedules:
     from diffkiln.program.schedule import schedule
 
     rows = [row.options for row in bundle.manifest.passes if row.name == "cache_schedule"]
-    names = sorted({str(options["component"]) for options in rows if not options.get("dynamic")})
+    names = sorted({str(options.get("component")) for options in rows if not options.get("dynamic")})
     if not names or not all(variant.programs for variant in bundle.manifest.pipeline.variants):
         return {}
     with bundle.verify(roles={"program"}) as verified:
+        modules = {name: module_from_json(_read_json(verified, f"programs/{name}.json")) for name in names}
+        try:
+            calls = {
+                variant.name: program_from_json(_read_json(verified, variant.programs["call"])["programs"]["call"])
+                for variant in bundle.manifest.pipeline.variants
+            }
+            return {name: {part: schedule(call, modules, part) for part in names} for name, call in calls.items()}
+        except (KeyError, TypeError) as error:
+            raise ManifestInvalid(f"a variant's programs are malformed: {type(error).__name__} {error}") from error
 
-        def read(path: str) -> Any:
-            return json.loads(verified.read(path))
 
-        modules = {name: module_from_json(read(f"programs/{name}.json")) for name in names}
-        calls = {
-            variant.name: program_from_json(read(variant.programs["call"])["programs"]["call"])
-            for variant in bundle.manifest.pipeline.variants
-        }
-    return {name: {part: schedule(call, modules, part) for part in names} for name, call in calls.items()}
+def _read_json(verified: Any, path: str) -> Any:
+    """Returns the content of a JSON file of a bundle. Raises `ManifestInvalid` if it is not JSON."""
+    from diffkiln.bundle import strict_json
+
+    try:
+        return strict_json.loads(verified.read(path), max_bytes=active().json_bytes)
+    except strict_json.StrictJSONError as error:
+        raise ManifestInvalid(f"{path!r}: {error}") from error
 
 
 def schedules_json(found: Schedules) -> Any:
@@ -234,12 +245,12 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
         raise click.BadParameter(
             f"there is no program {name!r}; the bundle has {', '.join(names)}", param_hint="--program"
         )
-    data = json.loads(verified.read(f"programs/{name}.json"))
-    if as_json:
+    data = _read_json(verified, f"programs/{name}.json")
+    if as_json or not isinstance(data, dict):
         print_json(data)
     elif "component" in data:
         show(module_listing(module_from_json(data)))
-    elif "programs" in data:
+    elif isinstance(data.get("programs"), dict):
         show("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
     else:
         print_json(data)

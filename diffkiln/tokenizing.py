@@ -12,7 +12,7 @@ import binascii
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -33,6 +33,14 @@ _PIECE = 16
 _PIECE_SECONDS = 0.5
 
 
+class _Growth(NamedTuple):
+    """What a step makes of n characters at most: n times `factor`, and `more` at each end and between any two."""
+
+    step: str
+    factor: int
+    more: int = 0
+
+
 class BoundedTokenizer:
     """A tokenizer that takes no more memory and time than the limits allow.
 
@@ -51,9 +59,10 @@ class BoundedTokenizer:
         try:
             table = json.loads(data)
             normalizer, splitter = table.get("normalizer"), table.get("pre_tokenizer")
-            self._steps = [*_steps(normalizer), *_steps(splitter)]
-            self._searches = any("Regex" in str(step.get("pattern")) for step in self._steps)
-            self._check_added(table.get("added_tokens") or [], list(_steps(normalizer)))
+            steps = [*_steps(normalizer), *_steps(splitter)]
+            self._searches = any("Regex" in str(step.get("pattern")) for step in steps)
+            self._growths = [_growth(step) for step in steps]
+            self._check_added(table.get("added_tokens") or [], [_growth(step) for step in _steps(normalizer)])
             self._check_template(table.get("post_processor"))
             self._check_model(table.get("model"))
         except IntegrityError:
@@ -70,7 +79,7 @@ class BoundedTokenizer:
         """Raises `LimitExceeded` if tokenizing `text` would take more than the limits allow."""
         limits, normalizer = active(), self.tokenizer.normalizer
         limits.check("text_chars", len(text), f"a prompt of {self.where}")
-        self._check_growth(len(text), self._steps)
+        self._check_growth(len(text), self._growths)
         if self._searches:
             self._try_pieces(text)
         if normalizer is not None:
@@ -103,21 +112,21 @@ class BoundedTokenizer:
                 )
             length *= 2
 
-    def _check_growth(self, chars: int, steps: list[Mapping[str, Any]]) -> None:
+    def _check_growth(self, chars: int, growths: list[_Growth]) -> None:
         """Refuses steps that could make a text of this length too long to hold, whatever the text is."""
         most = _ROOM * active().text_chars
-        for step in steps:
-            chars = _grown(step, chars)
+        for growth in growths:
+            chars = max(chars, 1) * growth.factor + growth.more * (chars + 1)
             if chars > most:
                 raise LimitExceeded(
-                    f"{self.where}: its {step['type']} can make over {most:,} characters of one prompt. Shorten the "
+                    f"{self.where}: its {growth.step} can make over {most:,} characters of one prompt. Shorten the "
                     "prompt, or raise the limit: limits=Limits(text_chars=…)"
                 )
 
-    def _check_added(self, rows: list[Mapping[str, Any]], steps: list[Mapping[str, Any]]) -> None:
+    def _check_added(self, rows: list[Mapping[str, Any]], growths: list[_Growth]) -> None:
         """The library normalizes the tokens that are added when it reads the file."""
         if chars := sum(len(row["content"]) for row in rows if row.get("normalized")):
-            self._check_growth(chars, steps)
+            self._check_growth(chars, growths)
 
     def _check_template(self, processor: Any) -> None:
         for step in _nested(processor, "processors"):
@@ -162,21 +171,21 @@ def _nested(part: Any, name: str) -> Iterator[Mapping[str, Any]]:
         yield part
 
 
-def _grown(step: Mapping[str, Any], chars: int) -> int:
-    """How many characters a step makes of this many at most."""
+def _growth(step: Mapping[str, Any]) -> _Growth:
+    """How much a step makes of a text at most."""
     match step["type"]:
         case "Replace" if pattern := str(step["pattern"].get("String", "")):
-            return chars + chars // len(pattern) * max(len(step["content"]) - len(pattern), 0)
+            return _Growth("Replace", max(1, -(-len(step["content"]) // len(pattern))))
         case "Replace":  # an expression may match between any two characters
-            return chars + (chars + 1) * len(step["content"])
+            return _Growth("Replace", 1, len(step["content"]))
         case "Prepend":
-            return chars + (chars + 1) * len(step["prepend"])
+            return _Growth("Prepend", 1, len(step["prepend"]))
         case "Precompiled":
-            return chars * _longest_replacement(step["precompiled_charsmap"])
+            return _Growth("Precompiled", _longest_replacement(step["precompiled_charsmap"]))
+        case str(kind) if kind in _GROWTH:
+            return _Growth(kind, _GROWTH[kind])
         case kind:
-            if kind not in _GROWTH:
-                raise ManifestInvalid(f"a tokenizer's step {str(kind)[:100]!r} is not known to diffkiln")
-            return max(chars, 1) * _GROWTH[kind]
+            raise ManifestInvalid(f"a tokenizer's step {str(kind)[:100]!r} is not known to diffkiln")
 
 
 def _longest_replacement(charsmap: str | None) -> int:

@@ -16,9 +16,11 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.errors import Problem, SourceError
+from diffkiln.errors import LimitExceeded, Problem, SourceError
+from diffkiln.limits import active
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantizers.base import is_ghost
+from diffkiln.record.checkpoint import read_header
 from diffkiln.record.licences import CARD
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import COMMIT, HUB_ID, from_the_hub
@@ -26,6 +28,10 @@ from diffkiln.spec import Conflict, Strict, Target, refuse
 
 #: layer, what of the adapter, after the library's own conversion.
 _KEY = re.compile(r"(?P<layer>.+?)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lokr_\w+)(\.|$)")
+
+
+#: Names of the two factors of a layer's change, in the formats that diffusers reads; the rank is a dimension of each.
+_RANK_FIRST, _RANK_SECOND = re.compile(r"lora_A|lora_down|[._]down\b"), re.compile(r"lora_B|lora_up|[._]up\b")
 
 
 class Adapter(Strict):
@@ -124,6 +130,8 @@ class FuseLoRA(Pass):
             place = f"{where}.adapters[{index}]"
             try:
                 layers, others = self._layers(module, found)
+            except (LimitExceeded, MemoryError):
+                raise
             except Exception as error:  # whatever diffusers' conversion raises for a file that it does not know
                 reason = f"{found.path.name} is no adapter that diffusers reads: {type(error).__name__}: {error}"
                 yield Problem(place, reason)
@@ -162,6 +170,7 @@ class FuseLoRA(Pass):
             options["return_alphas"] = True
         if "unet_config" in parameters and self.component == "unet":
             options["unet_config"] = module.config
+        check_adapter(found.path)
         with quiet_libraries(), _disable_current_modes():  # the tensors of the file are real, also beside ghosts
             state, *rest = read(str(found.path.parent), return_lora_metadata=True, **options)
         return state, rest[0] if len(rest) == 2 else None, rest[-1]
@@ -215,6 +224,19 @@ def _find(adapter: Adapter, base: Path) -> _Found:
             return _Found(path, "sha256:" + hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as error:
         raise SourceError(f"the adapter {adapter.file} cannot be read at {path}: {error.strerror}") from error
+
+
+def check_adapter(path: Path) -> None:
+    """Checks a file's header before the library reads all its tensors.
+
+    Raises:
+        SourceError: It is no safetensors file.
+        LimitExceeded: It has more tensors, or one of a higher rank, than the limits allow.
+    """
+    for name, tensor in read_header(path).items():
+        for place, pattern in enumerate((_RANK_FIRST, _RANK_SECOND)):
+            if len(tensor.shape) >= 2 and pattern.search(name):
+                active().check("adapter_rank", tensor.shape[place], f"{path.name}, {name}")
 
 
 def _of(key: str, component: str) -> bool:

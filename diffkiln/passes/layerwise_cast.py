@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
@@ -12,6 +11,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.layers import Cast, store
 from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.expressions import Expressions
 from diffkiln.passes.quantize import is_quantized
 from diffkiln.spec import Target
 
@@ -45,8 +45,9 @@ class LayerwiseCast(Pass):
     def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
         for index, pattern in enumerate(self.exclude):
             try:
-                found = any(re.search(pattern, name) for name, _ in module.named_modules())
-            except re.error as error:
+                expressions = Expressions([pattern])
+                found = any(expressions.found_in(name) for name, _ in module.named_modules())
+            except ValueError as error:
                 yield Problem(f"{where}.exclude[{index}]", f"{pattern!r} is no regular expression: {error}")
                 return
             if not found:
@@ -65,7 +66,7 @@ class LayerwiseCast(Pass):
         skipped = [*DEFAULT_SKIP_MODULES_PATTERN, *self.exclude]
         skipped += getattr(module, "_keep_in_fp32_modules", None) or ()
         skipped += getattr(module, "_skip_layerwise_casting_patterns", None) or ()
-        pattern = re.compile("|".join(f"(?:{text})" for text in skipped))
+        expressions = Expressions(skipped)
         owners: dict[int, int] = {}
         for part in module.modules():
             for tensor in part._parameters.values():
@@ -73,7 +74,7 @@ class LayerwiseCast(Pass):
         found: dict[str, torch.nn.Module] = {}
 
         def walk(part: torch.nn.Module, name: str) -> None:
-            if pattern.search(name):
+            if expressions.found_in(name):
                 return
             if isinstance(part, SUPPORTED):
                 weight = part._parameters.get("weight")

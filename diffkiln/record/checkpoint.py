@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 from diffkiln.errors import SourceError
+from diffkiln.limits import active
 
 Library = Literal["diffusers", "transformers"]
 
@@ -75,6 +76,7 @@ def read_json(path: Path) -> Any:
         SourceError: it cannot be read or is not JSON.
     """
     try:
+        active().check("json_bytes", path.stat().st_size, path.name)
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path.name} cannot be read: {error}") from error
@@ -98,7 +100,7 @@ def read_checkpoint(folder: Path, library: Library) -> Checkpoint:
         raise SourceError(_why_none(folder, stem))
     tensors: dict[str, SavedTensor] = {}
     for shard in shards:
-        tensors |= _read_header(folder / shard)
+        tensors |= read_header(folder / shard)
     return Checkpoint(files, tensors)
 
 
@@ -128,12 +130,20 @@ def _why_none(folder: Path, stem: str) -> str:
     return f"there are no weights: no {stem}.safetensors and no {stem}.safetensors.index.json"
 
 
-def _read_header(path: Path) -> dict[str, SavedTensor]:
+def read_header(path: Path) -> dict[str, SavedTensor]:
+    """Returns every tensor of a safetensors file, as its header describes them.
+
+    Raises:
+        SourceError: It is no safetensors file, or one of unknown types.
+        LimitExceeded: Its header is longer, or has more rows, than the limits allow.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, SavedTensor] = {}
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
+            active().check("header_rows", len(file.keys()), path.name)
             for name in file.keys():  # noqa: SIM118  (it is no mapping)
                 part = file.get_slice(name)
                 dtype, size = _TYPES[part.get_dtype()]
@@ -144,6 +154,14 @@ def _read_header(path: Path) -> dict[str, SavedTensor]:
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{path.name} {_what_is_wrong(path)} ({error})") from error
     return tensors
+
+
+def check_header(path: Path) -> None:
+    """Raises `LimitExceeded` if the header of a safetensors file is longer than the limits allow."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length < path.stat().st_size:  # else it is cut short, or none, which the library says
+        active().check("header_bytes", length, path.name)
 
 
 def _what_is_wrong(path: Path) -> str:

@@ -14,14 +14,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffkiln.building import check_config
 from diffkiln.bundle.layout import misplaced
-from diffkiln.errors import Problem, SourceError
+from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
+from diffkiln.limits import active
 from diffkiln.record.checkpoint import Checkpoint, Library, read_checkpoint, read_json
 from diffkiln.record.quiet import quiet_imports
+from diffkiln.tokenizing import BoundedTokenizer
 
 #: Components that judge or repeat images; they take no part in making one.
 LEFT_OUT = ("safety_checker", "feature_extractor")
-_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_SCHEDULER = "scheduler_config.json"
+_CONFIGS = ("config.json", _SCHEDULER, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,9 @@ def read_folder(
             continue
         try:
             components[name] = _component(folder, name, *entry, weights=weights and name not in elsewhere)
-        except SourceError as error:
+        except LimitExceeded:
+            raise
+        except (SourceError, ManifestInvalid) as error:
             problems.append(Problem("$.source", f"component {name}: {error}"))
     if problems:
         raise SourceError(problems=problems)
@@ -162,7 +168,10 @@ def _component(folder: Path, name: str, library: Any, class_name: Any, *, weight
         raise SourceError(f"the model brings code of its own ({code[0]}), which is never run")
     module_library = _module_library(kind)
     configs = {file: read_json(root / file) for file in _CONFIGS if (root / file).is_file()}
+    for file in ("config.json", _SCHEDULER):
+        check_config(configs.get(file), f"{name}/{file}", scheduler=file == _SCHEDULER)
     if module_library is None:
+        _check_tokenizers(root)
         for file, config in configs.items():
             if isinstance(config, dict) and config.get("auto_map"):
                 raise SourceError(f"{file} asks for code that comes with the model (auto_map), which is never run")
@@ -176,6 +185,13 @@ def _component(folder: Path, name: str, library: Any, class_name: Any, *, weight
             "and let the pass `quantize` do it"
         )
     return Component(name, kind, module_library, read_checkpoint(root, module_library) if weights else None)
+
+
+def _check_tokenizers(root: Path) -> None:
+    """Reads tokenizers within limits before a library reads them without."""
+    for path in root.rglob("tokenizer.json"):
+        active().check("json_bytes", path.stat().st_size, path.name)
+        BoundedTokenizer(path.read_bytes(), path.name)
 
 
 def _component_class(library: Any, class_name: Any) -> type:

@@ -15,6 +15,7 @@ from torch import nn
 from diffkiln.errors import MissingDependency, SourceError
 from diffkiln.layers import store
 from diffkiln.layers.gguf import GGUF, unpacked
+from diffkiln.record.gguf_header import check_gguf
 
 #: Types that are no quantization: a matrix of them is a plain weight.
 _PLAIN = ("F32", "F16", "BF16")
@@ -56,13 +57,14 @@ def put_gguf(module: nn.Module, name: str, file: Path) -> None:
 
 def _converted(module: nn.Module, name: str, file: Path) -> dict[str, tuple[str, torch.Tensor, tuple[int, ...]]]:
     """The file's tensors under the module's names: type, packed data, and shape of the values."""
+    check_gguf(file)
     try:
         state = _read(file)
         if state.keys() != module.state_dict().keys():
             state = _renamed(module, state)
     except ImportError:
         raise MissingDependency("a GGUF file is read with gguf: pip install 'diffkiln[gguf]'") from None
-    except SourceError:
+    except (SourceError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries raise
         raise SourceError(f"component {name}: {file.name} cannot be read: {type(error).__name__}: {error}") from error

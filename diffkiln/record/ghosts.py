@@ -19,7 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from diffkiln.errors import BuildError, SourceError
+from diffkiln.building import bounded_building
+from diffkiln.errors import BuildError, DiffkilnError, SourceError
+from diffkiln.limits import active
 from diffkiln.record.components import weights_of
 from diffkiln.record.folder import LEFT_OUT
 from diffkiln.record.gguf import put_gguf
@@ -75,7 +77,8 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     build_type = _build_type(source, name, dtype)
     folder, kind = source.folder / name, component.kind
     with torch.random.fork_rng(devices=[]), quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
-        with no_init_weights(), no_init_of_transformers(), init_empty_weights(include_buffers=False), portable():
+        empty, bounded = init_empty_weights(include_buffers=False), bounded_building(f"component {name}")
+        with bounded, no_init_weights(), no_init_of_transformers(), empty, portable():
             if component.library == "transformers":
                 config = kind.config_class.from_pretrained(folder, local_files_only=True)
                 module = kind._from_config(config, dtype=build_type)
@@ -87,6 +90,7 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     if component.library == "diffusers":
         final = _diffusers_types(source, name, module, build_type)
     replace_weights(module, lambda key, tensor: tensor.to(final(key, tensor)))
+    active().check("source_bytes", sum(tensor.nbytes for _, tensor in weights_of(module)), f"component {name}")
     return module.eval().requires_grad_(False)
 
 
@@ -267,6 +271,8 @@ def _blamed(who: str) -> Iterator[None]:
     """What the libraries raise about a folder that they cannot load becomes a SourceError."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except (DiffkilnError, MemoryError):
+        raise
+    except Exception as error:  # a constructor raises whatever its numbers lead to
         reason = str(error).strip() or type(error).__name__
         raise SourceError(f"{who} cannot be loaded: {reason}") from error

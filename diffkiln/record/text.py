@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
+from diffkiln.limits import active
 from diffkiln.record.tape import Tape
 
 
@@ -90,6 +91,9 @@ class TextRecorder:
 
         A sentinel is cut where it must not be longer; the runtime refuses a prompt that is.
         """
+        if kwargs.get("padding") == "max_length":  # else the library may end the process for want of memory
+            length = kwargs.get("max_length") or getattr(tokenizer, "model_max_length", 0)
+            active().check("tokens", length, f"{self.names.get(id(tokenizer), 'a tokenizer')}, model_max_length")
         cut = {"truncation": True} if kwargs.get("padding") == "max_length" else {}
         with _disable_current_modes():
             encoding = original(tokenizer, *args, **kwargs | cut)

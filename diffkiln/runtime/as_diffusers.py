@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from diffkiln.attention import by_kernel
-from diffkiln.bundle import Manifest, Policy, Verified
+from diffkiln.building import check_config
+from diffkiln.bundle import Manifest, Policy, Verified, strict_json
 from diffkiln.bundle.scratch import Scratch, scratch
-from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, MissingDependency
+from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, ManifestInvalid, MissingDependency
+from diffkiln.limits import active
 from diffkiln.program import NATIVE, Module, is_rebatched
 from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
@@ -25,6 +27,7 @@ from diffkiln.runtime.loading import open_engines, read_constants, read_modules
 from diffkiln.runtime.originals import build, class_of, quiet, read_weights
 from diffkiln.runtime.shims import plug_in
 from diffkiln.runtime.targets import place_for
+from diffkiln.tokenizing import BoundedTokenizer
 
 
 def load_as_diffusers(
@@ -96,7 +99,9 @@ def _pipeline(verified: Verified) -> Any:
             if row.path.startswith("pipeline/"):
                 target = folder / row.path.removeprefix("pipeline/")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(verified.read(row.path))
+                content = verified.read(row.path)
+                _check_configuration(row.path, content)
+                target.write_bytes(content)
         try:
             with quiet():
                 return _from(folder, verified)
@@ -107,6 +112,20 @@ def _pipeline(verified: Verified) -> Any:
                 f"diffusers cannot build {verified.manifest.pipeline.class_name} from the bundle (made with diffusers "
                 f"{verified.manifest.pipeline.diffusers_version}): {type(error).__name__}: {error}"
             ) from error
+
+
+def _check_configuration(path: str, content: bytes) -> None:
+    """Checks what diffusers and transformers would build from without limits."""
+    file = path.rpartition("/")[2]
+    if file == "tokenizer.json":
+        BoundedTokenizer(content, path)
+    elif file.endswith(".json"):
+        try:
+            config = strict_json.loads(content, max_bytes=active().json_bytes)
+        except strict_json.StrictJSONError as error:
+            raise ManifestInvalid(f"{path!r}: {error}") from error
+        if file in ("config.json", _SCHEDULER):
+            check_config(config, path, scheduler=file == _SCHEDULER)
 
 
 def _from(folder: Path, verified: Verified) -> Any:
@@ -126,6 +145,7 @@ def _from(folder: Path, verified: Verified) -> Any:
     return kind.from_pretrained(folder, local_files_only=True, **parts)
 
 
+_SCHEDULER = "scheduler_config.json"
 #: Methods of a component that a pipeline calls.
 _METHODS = ("forward", "encode", "decode")
 

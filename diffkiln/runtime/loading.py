@@ -39,7 +39,7 @@ from diffkiln.runtime.self_test import self_test
 from diffkiln.runtime.targets import check_device, choose_target, fitting_targets, place_for
 from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant
-from diffkiln.runtime.weights import WeightStore
+from diffkiln.runtime.weights import WeightStore, read_table
 
 log = get_logger(__name__)
 
@@ -221,8 +221,10 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
 
     if not any(row.path == CONSTANTS for row in verified.manifest.files):
         return {}
+    data = verified.read(CONSTANTS)
+    read_table(CONSTANTS, len(data), lambda size, offset: data[offset : offset + size])  # which knows limits
     try:
-        rows = safetensors.deserialize(verified.read(CONSTANTS))
+        rows = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ManifestInvalid(f"{CONSTANTS!r} is broken: {error}") from None
     constants = {}
@@ -230,13 +232,13 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
         if row["dtype"] not in _SAFETENSORS:
             raise ManifestInvalid(f"{CONSTANTS!r}: {key!r} is of the type {row['dtype']}, which no constant has")
         dtype = dtype_of(_SAFETENSORS[row["dtype"]])
-        data = (
+        flat = (
             torch.frombuffer(bytearray(row["data"]), dtype=torch.uint8)
             if row["data"]
             else torch.empty(0, dtype=torch.uint8)
         )
         # A byte that is neither 0 nor 1 is no boolean: compilers take it for one or the other, as it suits them.
-        values = data != 0 if dtype == torch.bool else data.view(dtype)
+        values = flat != 0 if dtype == torch.bool else flat.view(dtype)
         constants[key] = values.reshape(row["shape"]).clone()
     return constants
 

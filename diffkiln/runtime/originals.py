@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.building import bounded_building
 from diffkiln.bundle import GroupRow, PassRow, Verified
 from diffkiln.dtypes import dtype_of
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
@@ -119,7 +120,9 @@ def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Modu
     torch.set_default_dtype(build_type)
     try:
         empty = init_empty_weights(include_buffers=False)
-        with torch.random.fork_rng(devices=[]), no_init_weights(), no_init_of_transformers(), empty:
+        where = f"component {folder.name}"
+        no_init = no_init_weights(), no_init_of_transformers()
+        with torch.random.fork_rng(devices=[]), bounded_building(where), no_init[0], no_init[1], empty:
             if issubclass(kind, ModelMixin):
                 made: Any = kind
                 return made.from_config(made.load_config(folder, local_files_only=True))

@@ -11,9 +11,10 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from diffkiln import forks
 from diffkiln.aten import dtype_name
 from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
+from diffkiln.limits import active
 from diffkiln.program import TensorType
 from diffkiln.runtime.lanes import Lane, Layout, aligned, copied
 
@@ -39,7 +41,6 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,45 @@ class Group:
     arrived: torch.cuda.Event | None = None  # of its last copy to a GPU
 
 
+def read_table(path: str, size: int, pread: Callable[[int, int], bytes]) -> tuple[dict[str, Any], int]:
+    """Returns the header of a safetensors file as it stands there, within limits, and its length in bytes.
+
+    Args:
+        path: Its name, for messages.
+        size: Its size in bytes.
+        pread: Gives so many bytes of it, from an offset on.
+
+    Raises:
+        ManifestInvalid: The header is no JSON object.
+        LimitExceeded: It is longer, or has more rows, than the limits allow.
+    """
+    if size < 8:
+        raise ManifestInvalid(f"{path!r} is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", pread(8, 0))
+    if length > size - 8:
+        raise ManifestInvalid(f"{path!r}: its header claims {length} bytes of {size}")
+    active().check("header_bytes", length, path)
+    try:
+        table = json.loads(pread(length, 8))
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
+    if not isinstance(table, dict):
+        raise ManifestInvalid(f"{path!r} has a broken safetensors header: it is no object")
+    active().check("header_rows", len(table), path)
+    return table, length
+
+
 def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, int]:
     """The tensors of a safetensors file, the offset of its data and the data's size, all checked for consistency.
 
     Raises:
         ManifestInvalid: the header is not one.
+        LimitExceeded: it is longer, or has more rows, than the limits allow.
     """
     size = verified.size(path)
-    if size < 8:
-        raise ManifestInvalid(f"{path!r} is too short for a safetensors file")
-    (length,) = struct.unpack("<Q", verified.pread(path, 8))
-    if length > min(_MAX_HEADER, size - 8):
-        raise ManifestInvalid(f"{path!r}: its header claims {length} bytes of {size}")
+    table, length = read_table(path, size, partial(verified.pread, path))
     data = size - 8 - length
     try:
-        table = json.loads(verified.pread(path, length, 8))
         turned = json.loads(table.get("__metadata__", {}).get(CHANNELS_LAST, "[]"))
         if not isinstance(turned, list) or any(len(table[name]["shape"]) != 4 for name in turned):
             raise ValueError(f"{CHANNELS_LAST} must list tensors of four dimensions")

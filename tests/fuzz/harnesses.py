@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -20,14 +21,18 @@ import torch
 from diffkiln.aten import Interpreter
 from diffkiln.bundle import check_path, check_unique, dump_manifest, parse_manifest
 from diffkiln.errors import DiffkilnError, PathEscape
+from diffkiln.passes.fuse_lora import check_adapter
+from diffkiln.printable import markdown, markdown_code, printable, printable_json
 from diffkiln.program import Module, Program, fingerprint, program_from_json, program_to_json, verify
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.operators import nbytes
+from diffkiln.record.gguf_header import check_gguf
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import CONSTANTS, choose_target, read_constants, read_modules, read_variant
 from diffkiln.runtime.weights import read_header
 from diffkiln.spec import parse_spec
-from tests.fuzz import directories, mutate
+from diffkiln.tokenizing import BoundedTokenizer
+from tests.fuzz import bundles, directories, mutate
 from tests.interpreter.hostile import BYTES, values_of
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -171,6 +176,46 @@ def _given(program: Program) -> int:
     return sum(nbytes(program.types[name]) for name in names)
 
 
+def tokenizers(data: bytes) -> None:
+    """What is accepted tokenizes a prompt, or refuses it."""
+    try:
+        bounded = BoundedTokenizer(data, "text/tokenizer.json")
+        bounded.admit("a  black CAT\u00e9 " * 4)
+        bounded.run(lambda: bounded.tokenizer.encode("a  black CAT\u00e9 " * 4))
+    except DiffkilnError as error:
+        str(error).encode()
+
+
+def gguf(data: bytes) -> None:
+    """The header of a GGUF file."""
+    _in_a_file(data, check_gguf)
+
+
+def adapters(data: bytes) -> None:
+    """The header of an adapter, as an attacker writes it."""
+    _in_a_file(data, check_adapter)
+
+
+def _in_a_file(data: bytes, check: Callable[[Path], None]) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(data)
+        file.flush()
+        try:
+            check(Path(file.name))
+        except DiffkilnError as error:
+            str(error).encode()
+
+
+def strings(data: bytes) -> None:
+    """Whatever a string holds, a terminal, a log and a card show it, and nothing in it acts."""
+    text = data.decode("utf-8", "surrogateescape")
+    for shown in (printable(text), markdown(text), markdown_code(text), str(DiffkilnError(text))):
+        shown.encode()
+        assert not any(hidden in shown for hidden in "\x1b\x9b\u202e\u2066\u200b")
+    assert "<" not in markdown(text).replace("<!-- -->", "")
+    json.loads(printable_json({text: [text]}))
+
+
 def _programs_of(modules: dict[str, Module]) -> list[Any]:
     return [program for module in modules.values() for program in (*module.programs.values(), *module.regions.values())]
 
@@ -184,6 +229,11 @@ HARNESSES: dict[str, Harness] = {
     "programs": Harness(programs, mutate.json_text),
     "operations": Harness(operations, mutate.json_text),
     "engines": Harness(directories.run, mutate.some_bytes),
+    "bundles": Harness(bundles.run, mutate.some_bytes),
+    "tokenizers": Harness(tokenizers, mutate.json_text),
+    "gguf": Harness(gguf, mutate.some_bytes),
+    "adapters": Harness(adapters, mutate.safetensors_file),
+    "strings": Harness(strings, mutate.some_bytes),
 }
 
 

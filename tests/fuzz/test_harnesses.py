@@ -10,8 +10,8 @@ from tests.fuzz.__main__ import MAX_BYTES
 from tests.fuzz.harnesses import CORPUS, HARNESSES, corpus
 from tests.fuzz.mutate import some_bytes
 
-# Each damaged directory is a copy of a bundle; the others are of bytes in memory.
-_EXAMPLES = dict.fromkeys(HARNESSES, 100) | {"engines": 15}
+# Each damaged directory is a copy of a bundle, and some are loaded and called; the others are of bytes in memory.
+_EXAMPLES = dict.fromkeys(HARNESSES, 100) | {"engines": 15, "bundles": 10}
 SEEDS = st.integers(0, 2**32)
 
 
