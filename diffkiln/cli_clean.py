@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from diffkiln.bundle.cleaning import KINDS, Freeable, free, freeable
 from diffkiln.printing import print_json, print_table, say, size_of
+
+if TYPE_CHECKING:
+    from diffkiln.bundle.cleaning import Freeable
+
+#: Those of `diffkiln.bundle.cleaning`, which is imported when the command runs: `--help` is to be quick.
+KINDS = {
+    "engines": "engines that were built before, and are built again when a spec asks for them",
+    "toolchain": "compiled headers that builds of engines share",
+    "bundles": "what load fetched from the Hub",
+    "architectures": "configurations of architectures with random weights",
+    "kernels": "what TensorRT compiled for this GPU",
+    "leftovers": "what killed processes left: temporary folders, unfinished downloads, locks that nobody holds",
+}
 
 
 @click.command("clean", epilog="Kinds: " + "; ".join(f"{kind}, {what}" for kind, what in KINDS.items()) + ".")
@@ -16,6 +29,8 @@ from diffkiln.printing import print_json, print_table, say, size_of
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
 def clean_(kinds: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Show and free caches and leftovers."""
+    from diffkiln.bundle.cleaning import free, freeable
+
     items = freeable(kinds or tuple(KINDS))
     if not as_json:
         _show(items)

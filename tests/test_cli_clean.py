@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from diffkiln import cli_clean
 from diffkiln.bundle.cleaning import KINDS
 from diffkiln.bundle.output import lock_output
 from diffkiln.bundle.state import cache_home, state_dir
@@ -125,6 +126,10 @@ def test_asks_where_somebody_can_answer(filled: dict[str, Path], monkeypatch: py
     assert filled["engines"].exists()
     CliRunner().invoke(clean_, ["--only", "engines"])
     assert not filled["engines"].exists()
+
+
+def test_help_has_every_kind() -> None:
+    assert tuple(cli_clean.KINDS) == KINDS
 
 
 def test_another_kind_is_refused(places: Path) -> None:

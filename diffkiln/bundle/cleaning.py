@@ -19,15 +19,6 @@ from diffkiln.bundle.scratch import dead, places
 from diffkiln.bundle.state import cache_home, state_home
 from diffkiln.errors import OutputBusy
 
-#: What may be freed, by kind.
-KINDS = {
-    "engines": "engines that were built before, and are built again when a spec asks for them",
-    "toolchain": "compiled headers that builds of engines share",
-    "bundles": 'bundles that load("hf://…") fetched',
-    "architectures": "configurations of architectures with random weights",
-    "kernels": "what TensorRT compiled for this GPU",
-    "leftovers": "of killed processes: temporary folders, unfinished downloads, locks that nobody holds",
-}
 _BUILDS = ("engines", "toolchain", "architectures")
 # What another process is writing just now is younger.
 _OLD_SECONDS = 3600
@@ -49,7 +40,7 @@ class Freeable:
     bytes: int
 
 
-def freeable(kinds: Collection[str] = tuple(KINDS)) -> list[Freeable]:
+def freeable(kinds: Collection[str]) -> list[Freeable]:
     """Returns what there is of these kinds, in their order.
 
     Raises:
@@ -199,3 +190,5 @@ _LOOKS: dict[str, Callable[[], Iterator[Path]]] = {
     "kernels": _kernels,
     "leftovers": _leftovers,
 }
+#: What may be freed.
+KINDS = tuple(_LOOKS)
