@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import check_schemas, dtype_of
 from diffkiln.bundle import (
     EngineRow,
@@ -78,6 +80,7 @@ def load(
         from diffkiln.hub import cached
 
         path = cached(path, lambda manifest: fitting_targets(manifest, device))
+    forks.keep_openmp(functools.partial(torch.set_num_threads, 1))
     trusted = find_policy(policy)
     with open_bundle(path) as bundle:
         verified = bundle.verify(progress, receipt="renew" if rehash else "use")
