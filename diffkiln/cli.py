@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from diffkiln.cli_clean import clean_
 from diffkiln.cli_hub import pull_, push_
 from diffkiln.cli_run import run_
 from diffkiln.cli_targets import retune_, strip_
@@ -199,6 +200,7 @@ cli.add_command(strip_)
 cli.add_command(retune_)
 cli.add_command(push_)
 cli.add_command(pull_)
+cli.add_command(clean_)
 
 
 def main(arguments: list[str] | None = None) -> int:

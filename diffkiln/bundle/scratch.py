@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffkiln.bundle.private import closed_to_others
-from diffkiln.bundle.state import state_dir
+from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.errors import BuildError, IntegrityError
 
 # What `tempfile` and `mktemp` make has other endings: what is not ours stays.
@@ -92,8 +92,8 @@ def remove_dead(parent: Path) -> None:
 def places() -> list[Path]:
     """Where folders may lie: the temporary directory, and what stands in for it."""
     found = [Path(tempfile.gettempdir())]
-    with suppress(BuildError, IntegrityError):
-        found.append(state_dir("scratch"))
+    if (own := existing_state_dir("scratch")) is not None:
+        found.append(own)
     return found
 
 

@@ -32,8 +32,9 @@ def state_home() -> Home:
 
 
 def cache_home(root: Path | None = None) -> Home:
-    """The directory of caches: `root`, or `cache_root()` where none is given."""
-    return Home(cache_root() if root is None else root, "cache", "DIFFKILN_CACHE_DIR")
+    """The directory of caches: `root`, or `cache_root()` where none is given. It may be a link to a larger disk."""
+    path = Path(os.path.realpath(cache_root() if root is None else root))
+    return Home(path, "cache", "DIFFKILN_CACHE_DIR")
 
 
 def cache_root() -> Path:

@@ -10,11 +10,14 @@ what they find here, so both directories are this user's alone, or are refused (
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,7 @@ class EngineCache:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root if root is not None else cache_root()
+        self._held = False
 
     @property
     def toolchain(self) -> Path:
@@ -66,7 +70,19 @@ class EngineCache:
             IntegrityError: the cache belongs to another user, or others may write to it.
         """
         engines = cache_home(self.root).existing("engines")
-        return self._read(engines / key) if engines is not None else None
+        if engines is None:
+            return None
+        self._hold()
+        return self._read(engines / key)
+
+    def _hold(self) -> None:
+        """Keep `diffkiln clean` from the directory for as long as this object lives."""
+        if not self._held:
+            self._held = True
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, descriptor)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def _read(self, entry: Path) -> Artefact | None:
         try:
@@ -102,9 +118,11 @@ class EngineCache:
 
     def _made(self, name: str) -> Path:
         try:
-            return cache_home(self.root).directory(name)
+            made = cache_home(self.root).directory(name)
         except BuildError as error:
             raise ExportError(str(error)) from error
+        self._hold()
+        return made
 
     def _fill(self, staging: Path, artefact: Artefact) -> None:
         shutil.copytree(artefact.directory, staging / _FILES)

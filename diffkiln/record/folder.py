@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from diffkiln.building import check_config
+from diffkiln.bundle.configurations import fetches_code, is_configuration, reaching_out
 from diffkiln.bundle.layout import misplaced
 from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
 from diffkiln.limits import active
@@ -51,6 +52,7 @@ def read_folder(
         SourceError: with every problem that was found.
     """
     index = read_index(folder)
+    _refuse_code(folder, index)
     pipeline_class = _pipeline_class(index.get("_class_name"))
     if pipeline is not None:
         pipeline_class = _other_class(pipeline, pipeline_class, index)
@@ -72,6 +74,23 @@ def read_folder(
     if problems:
         raise SourceError(problems=problems)
     return pipeline_class, components, notices
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse code that diffusers would take beside model_index.json, as `pipeline_loading_utils` looks for it."""
+    named = index["_class_name"] if isinstance(index["_class_name"], list) else []
+    for name in ("None", *map(str, named)):  # the first is what no custom pipeline is called
+        if (folder / f"{Path(name).name}.py").exists():
+            raise source_error(f"the model brings code of its own ({name}.py), which is never run", "Remove the file")
+
+
+def _refuse_reaching_out(file: Path) -> None:
+    try:
+        found = reaching_out(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads the file says so
+    if found:
+        raise SourceError(f"{file.name}: {found}")
 
 
 def source_error(reason: str, mend: str = "", where: str = "$.source.model") -> SourceError:
@@ -125,6 +144,8 @@ def _pipeline_class(name: Any) -> type:
         raise source_error(f"the pipeline {name} needs packages that are not installed", f"Install {needs}")
     if not issubclass(kind, DiffusionPipeline):
         raise source_error(f"{name} is a class of diffusers, but not a pipeline")
+    if kind._load_connected_pipes:
+        raise source_error(f"{name} has diffusers fetch the pipelines that it is made of", "Compile each by itself")
     return kind
 
 
@@ -167,14 +188,15 @@ def _component(folder: Path, name: str, library: Any, class_name: Any, *, weight
     if code := sorted(path.name for path in root.rglob("*.py")):
         raise SourceError(f"the model brings code of its own ({code[0]}), which is never run")
     module_library = _module_library(kind)
+    for file in sorted(path for path in root.rglob("*.json") if is_configuration(path.name)):
+        _refuse_reaching_out(file)
+    if fetches_code(kind):
+        raise SourceError(f"{class_name} takes code or a model from elsewhere, which is never run")
     configs = {file: read_json(root / file) for file in _CONFIGS if (root / file).is_file()}
     for file in ("config.json", _SCHEDULER):
         check_config(configs.get(file), f"{name}/{file}", scheduler=file == _SCHEDULER)
     if module_library is None:
         _check_tokenizers(root)
-        for file, config in configs.items():
-            if isinstance(config, dict) and config.get("auto_map"):
-                raise SourceError(f"{file} asks for code that comes with the model (auto_map), which is never run")
         return Component(name, kind)
     config = configs.get("config.json")
     if not isinstance(config, dict):

@@ -26,6 +26,7 @@ from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.loading import open_engines, read_constants, read_modules
 from diffkiln.runtime.originals import build, class_of, quiet, read_weights
 from diffkiln.runtime.shims import plug_in
+from diffkiln.runtime.strangers import check_configurations, check_index, library_and_class
 from diffkiln.runtime.targets import place_for
 from diffkiln.tokenizing import BoundedTokenizer
 
@@ -94,6 +95,7 @@ def load_as_diffusers(
 
 def _pipeline(verified: Verified) -> Any:
     """The pipeline from the bundle's configuration and weights."""
+    check_configurations(verified)
     with scratch("pipeline") as folder:
         for row in verified.manifest.files:
             if row.path.startswith("pipeline/"):
@@ -136,9 +138,10 @@ def _from(folder: Path, verified: Verified) -> Any:
     kind = class_of("diffusers", index.get("_class_name"))
     if not issubclass(kind, DiffusionPipeline) or kind.__name__ != manifest.pipeline.class_name:
         raise IntegrityError(f"model_index.json names {index.get('_class_name')!r}, the manifest another pipeline")
+    check_index(kind, index, manifest.weights)
     parts: dict[str, Any] = {}
     for component, rows in manifest.weights.items():
-        library, name = index[component]
+        library, name = library_and_class(component, index.get(component))
         weights = read_weights(verified, rows)
         passes = [row for row in manifest.passes if row.options.get("component") == component]
         parts[component] = build(folder / component, class_of(library, name), weights, passes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import time
@@ -72,7 +71,6 @@ class Executor:
         self._run: _Run | None = None
         self._forked = False
         forks.renewed(self)
-        forks.keep_openmp(functools.partial(torch.set_num_threads, 1))
 
     def __call__(
         self,

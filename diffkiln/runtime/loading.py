@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffkiln import forks
 from diffkiln.aten import check_schemas, dtype_of
 from diffkiln.bundle import (
     EngineRow,
@@ -102,6 +104,7 @@ def _loaded(
         from diffkiln.hub import cached
 
         path = cached(path, lambda manifest: fitting_targets(manifest, device))
+    forks.keep_openmp(functools.partial(torch.set_num_threads, 1))
     trusted = find_policy(policy)
     with open_bundle(path) as bundle:
         verified = bundle.verify(progress, receipt="renew" if rehash else "use")

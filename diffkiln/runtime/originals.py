@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 
 from diffkiln.building import bounded_building
 from diffkiln.bundle import GroupRow, PassRow, Verified
+from diffkiln.bundle.configurations import fetches_code
 from diffkiln.dtypes import dtype_of
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
 from diffkiln.layers import decode_in_parts, drop_blocks, matching, merge_tokens, store_as_described
@@ -42,6 +44,11 @@ def class_of(library: Any, name: Any) -> type:
     kind = getattr(home, str(name), None) if home is not None else None
     if not isinstance(kind, type) or ".dummy_" in kind.__module__:
         raise Incompatible(f"{library}.{name}: neither the installed diffusers nor transformers has this class")
+    if re.match("Auto[A-Z]", str(name)) or fetches_code(kind):
+        raise IntegrityError(
+            f"{library}.{name}: this class takes code or models from elsewhere, so it is not built for a bundle. Load "
+            "the bundle without as_diffusers"
+        )
     return kind
 
 

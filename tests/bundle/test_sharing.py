@@ -54,6 +54,18 @@ def test_weights_that_are_kept_stay_the_same_file(both: Path) -> None:
         assert bundle.targets == (V3,)
 
 
+def test_who_reads_the_weights_meanwhile_hashes_them_once_more_and_goes_on(both: Path) -> None:
+    """Linking and unlinking change ctime, as a write does whose mtime was set back."""
+    hashed: list[int] = []
+    with open_bundle(both) as bundle, bundle.verify() as verified:
+        data = verified.read(making.WEIGHTS)
+        strip(both)
+        assert verified.pread(making.WEIGHTS, len(data)) == data
+        verified.check(making.WEIGHTS, hashed.append)
+        assert verified._is_untouched(making.WEIGHTS)
+    assert hashed == []
+
+
 def test_a_bundle_elsewhere_has_weights_of_its_own(both: Path) -> None:
     other = both.parent / "other"
     strip(both, other)

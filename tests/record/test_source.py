@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -304,6 +305,39 @@ def test_never_imports_a_pipeline_of_the_models_own(folder):
 def test_refuses_a_tokenizer_that_asks_for_code(folder):
     edit(folder / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x--y.Z", None]})
     assert "auto_map" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "entry"),
+    [
+        ("text_encoder/config.json", {"_attn_implementation": "kernels-community/x"}),
+        ("text_encoder/config.json", {"text_config": {"attn_implementation": "someone/x"}}),
+        ("unet/config.json", {"auto_map": {"AutoModel": "code.Model"}}),
+        ("vae/config.json", {"_class_name": "code.VAE"}),
+        ("scheduler/scheduler_config.json", {"trust_remote_code": True}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "code.Tokenizer"}),
+    ],
+)
+def test_refuses_configurations_that_have_a_library_fetch_or_run_code(folder, file, entry):
+    edit(folder / file, **entry)
+    said = refusal(folder)
+    assert f"{Path(file).name}: $.{next(iter(entry))}" in said
+
+
+def test_refuses_the_file_that_diffusers_takes_for_a_custom_pipeline(folder):
+    (folder / "None.py").write_text(HOSTILE)
+    assert "None.py" in refusal(folder)
+
+
+def test_code_that_nothing_takes_is_left_alone(folder):
+    """Repositories often hold a script for a server."""
+    (folder / "handler.py").write_text(HOSTILE)
+    opened(folder)
+
+
+def test_refuses_a_class_whose_module_fetches_kernels(folder):
+    edit(folder / "model_index.json", text_encoder=["transformers", "YosoModel"])
+    assert "takes code or a model from elsewhere" in refusal(folder)
 
 
 @pytest.mark.parametrize("entry", [["os", "system"], ["transformers", "AutoModel"], ["diffusers", "utils"], [1, 2]])
