@@ -26,6 +26,10 @@ from diffkiln.runtime.weights import Cursor, Key, WeightStore
 StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 
+#: Seconds that a call waits for another thread's.
+PATIENCE = 600.0
+
+
 class Executor:
     """Runs the call programs of one bundle on one device, one call at a time.
 
@@ -37,6 +41,9 @@ class Executor:
         device: where everything runs.
         tf32: whether a GPU may compute float32 products in TF32; None leaves torch's settings alone.
         graphs: launches calls as CUDA graphs; None launches operation by operation.
+
+    Attributes:
+        patience: seconds that a call waits for another thread's, before it raises.
     """
 
     def __init__(
@@ -57,6 +64,8 @@ class Executor:
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None
+        self.patience = PATIENCE
         self._run: _Run | None = None
 
     def __call__(
@@ -77,7 +86,7 @@ class Executor:
             latents: give those of the last step, and not what the program gives.
 
         Raises:
-            CallError: another thread is running this pipeline, or the callback gives latents of another shape, or
+            CallError: another thread runs this pipeline too long, or the callback gives latents of another shape, or
                 there is a callback and nowhere to call it, or latents are asked for and there are no steps.
         """
         if latents and not any(op.name == STEP for op in program.ops):
@@ -111,13 +120,12 @@ class Executor:
     def running(
         self, schedule: Sequence[Key], generator: Generators = None, step_end: StepEnd | None = None
     ) -> Iterator[None]:
-        """A run that brings in groups of weights in this order. One at a time.
+        """A run that brings in groups of weights in this order. One at a time: other threads wait for their turn.
 
         Raises:
-            CallError: another thread is running this pipeline.
+            CallError: another thread has been running this pipeline for longer than `patience`, or this one is.
         """
-        if not self._lock.acquire(blocking=False):
-            raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
+        self._take_turn()
         self._run = run = _Run(self.store.follow(schedule), generator, step_end)
         try:
             with current(self.device):
@@ -127,7 +135,18 @@ class Executor:
             try:
                 run.cursor.close()
             finally:
+                self._owner = None
                 self._lock.release()
+
+    def _take_turn(self) -> None:
+        if self._owner == threading.get_ident():
+            raise CallError("this pipeline is called within its own call, say by a callback. Load the bundle twice")
+        if not self._lock.acquire(timeout=self.patience):
+            raise CallError(
+                f"this pipeline has been running in another thread for {self.patience:.0f} seconds. Wait for it, or "
+                "load the bundle once for each thread"
+            )
+        self._owner = threading.get_ident()
 
     @property
     def run(self) -> _Run:

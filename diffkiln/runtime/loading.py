@@ -25,6 +25,7 @@ from diffkiln.bundle import (
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.program.verify import verify_types
+from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.engines import engine as engine_class
@@ -227,6 +228,8 @@ def open_engines(
             if row.path not in opened:
                 opened[row.path] = _open(permit.verified, row, region, constants, place, check_engines)
             found[row.component, row.region] = opened[row.path]
+        if check_engines and (there := accelerator(place)):
+            there.release()  # what the comparisons took, which the weights need now
         return found
     except Incompatible as error:
         if manifest.runtime.get("on_incompatible") != "eager":
