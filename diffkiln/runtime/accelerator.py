@@ -132,7 +132,8 @@ class Cuda:
                 failed,
             )
         else:
-            weakref.finalize(tensor.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, address)
+            runtime: Any = torch.cuda.cudart()
+            weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, address)
         return tensor
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -152,8 +153,9 @@ class Cuda:
 
 def _registered(address: int, nbytes: int) -> str:
     """Pins memory of the host; gives why it cannot, or nothing."""
+    runtime: Any = torch.cuda.cudart()
     try:
-        code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        code = int(runtime.cudaHostRegister(address, nbytes, 0))
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return f"CUDA error {code}" if code else ""
