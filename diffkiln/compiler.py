@@ -23,7 +23,7 @@ from diffkiln.errors import RecordError, found_together
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.gate import gated
 from diffkiln.layers.scaled import row_scales
-from diffkiln.legality import is_schedule, problems_of
+from diffkiln.legality import is_schedule, problems_of, too_large
 from diffkiln.memory import keep_large_tensors_apart
 from diffkiln.packing import (
     Packed,
@@ -137,7 +137,8 @@ def _check(spec: SpecLike, base: str | Path | None) -> Checked:
         counts = tuple(dict.fromkeys(steps_with(plan.scheduler, count) for count in wanted)) if all(wanted) else ()
         plan = replace(plan, wanted_steps=wanted, steps=counts)
     before = {name: manager.nbytes(module) for name, module in plan.modules.items()}
-    plan, report = manager.run(plan, placed, targets, problems_of(parsed, placed, targets))
+    found = [*problems_of(parsed, placed, targets), *too_large(plan, placed, targets)]
+    plan, report = manager.run(plan, placed, targets, found)
     if plan.scheduler is not None:
         pipe.register_modules(scheduler=plan.scheduler)
     after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import VerifyError
+from diffkiln.legality import INT_MAX
 from diffkiln.program import ATTENTION, REGION, SDPA, Input, Module, Op, Program, TensorType, weight_in
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
@@ -198,7 +199,7 @@ class _Watch(TorchDispatchMode):
         except RuntimeError as error:
             raise self._refusal(func, given, str(error).partition("\n")[0]) from error
         made = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
-        if reason := _copies(given, made):
+        if reason := _copies(given, made) or _overflows(name, made):
             raise self._refusal(func, given, reason)
         return result
 
@@ -232,6 +233,13 @@ def _copies(given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> str:
         return "an argument is on the host"
     if given and all(item.is_cpu for item in given) and any(item.is_cuda for item in made):
         return "it copies from the host"
+    return ""
+
+
+def _overflows(name: str, made: Sequence[torch.Tensor]) -> str:
+    """Why an operator's result is too large for a GPU's kernel; empty if it is not."""
+    if "upsample" in name and any(item.numel() > INT_MAX for item in made):
+        return 'its result has more than 2³¹ values. Add a pass "vae" with "tiling", or draw fewer images at once'
     return ""
 
 

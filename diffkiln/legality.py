@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from diffkiln.cuda import broken_promises
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Pass
+from diffkiln.passes.base import Pass, Plan
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
 from diffkiln.passes.compile import Compile
 from diffkiln.passes.registry import Placed
+from diffkiln.passes.vae import VAE
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import Spec, Target
 
 #: Backends whose engines hold code of this torch's CUDA, and are linked with its libraries.
 _OWN_CUDA = ("aot_inductor",)
+
+#: The most values that torch's nearest upsampling makes on a GPU. Beyond it raises; with channels last it gives zeros.
+#: Source: torch, aten/src/ATen/native/cuda/UpSampleNearest2d.cu; pytorch#141831.
+INT_MAX = 2**31 - 1
+_IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
 
 
 def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> list[Problem]:
@@ -29,6 +36,29 @@ def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target])
         *_without_fallback(spec, placed),
         *_promises(spec, steps, targets),
     ]
+
+
+def too_large(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+    """Images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
+    if all(target.device == "cpu" for target in targets):
+        return
+    in_parts = {item.step.component: item.step for item in placed if isinstance(item.step, VAE)}
+    for name, module in plan.modules.items():
+        channels = getattr(getattr(module, "config", None), "block_out_channels", None)
+        parts = in_parts.get(name)
+        if not hasattr(module, "decode") or channels is None or len(channels) < 2 or (parts and parts.tiling):
+            continue
+        for index, variant in enumerate(plan.variants):
+            images = 1 if parts else math.prod(variant.get(key) or 1 for key in _IMAGES_AT_ONCE)
+            height, width = variant.get("height") or 0, variant.get("width") or 0
+            if images * height * width * channels[1] <= INT_MAX:
+                continue
+            yield Problem(
+                "$.inputs" if len(plan.variants) == 1 else f"$.inputs[{index}]",
+                f"images of {height} × {width}, {images} at once, are more than 2³¹ values in {name}, and a GPU "
+                "upsamples to no more",
+                f'Add {{"name": "vae", "component": "{name}", "tiling": true}} to "passes", or draw fewer at once.',
+            )
 
 
 def is_schedule(place: Placed, component: str) -> bool:

@@ -70,6 +70,16 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
     [
         (
             (
+                Op("aten.zeros.default", ((1, 1, 2**16, 2**14),), ("%0",), {"device": Device()}),
+                Op("aten.upsample_nearest2d.vec", (Ref("%0"), None, (2.0, 2.0)), ("%1",)),
+                Op("aten.mean.default", (Ref("%1"),), ("%2",)),
+                Op("aten.mul.Tensor", (Ref("%latents"), Ref("%2")), ("%out",)),
+            ),
+            "aten.upsample_nearest2d.vec",
+            "more than 2³¹ values",
+        ),
+        (
+            (
                 Op("aten.arange.default", (4,), ("%0",), {"dtype": DType("float32")}),
                 Op("aten.mul.Tensor", (Ref("%latents"), Ref("%0")), ("%out",)),
             ),
@@ -99,11 +109,17 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
             "copies from the host",
         ),
     ],
-    ids=["a tensor of the host", "an index by a mask", "a size that a value decides", "a copy from the host"],
+    ids=[
+        "too many values for upsampling",
+        "a tensor of the host",
+        "an index by a mask",
+        "a size that a value decides",
+        "a copy from the host",
+    ],
 )
 @pytest.mark.parametrize("graphs", [None, "step", "program"])
 def test_what_a_gpu_refuses_or_waits_for_is_an_error_that_names_the_operator(ops, operator, reason, graphs) -> None:
-    types = {"%0": _MASK, "%1": _NUMBER}
+    types = {"%0": _MASK, "%1": _NUMBER, "%2": _NUMBER}
     with pytest.raises(VerifyError, match=reason) as error:
         dry_run(recording(*ops, types=types), graphs)
     assert operator in str(error.value)

@@ -56,3 +56,27 @@ def test_of_several_targets_the_one_is_named() -> None:
 @pytest.mark.usefixtures("with_cuda")
 def test_a_bundle_without_engines_promises_what_it_likes() -> None:
     assert diffkiln.check(spec(OLD, []), base=DIGITS).targets[0].driver == "570.26"
+
+
+def large(height: int, images: int, target: dict[str, Any], passes: list[dict[str, Any]]) -> dict[str, Any]:
+    inputs = {"height": height, "width": height, "num_inference_steps": 8, "call": {"num_images_per_prompt": images}}
+    source = {"architecture": "flux.1-dev", "seed": 0}
+    return {"spec_version": 1, "source": source, "target": target, "inputs": inputs, "passes": passes}
+
+
+GPU = {"device": "cuda", "gpu": "nvidia-h200"}
+TILES = {"name": "vae", "component": "vae", "tiling": True}
+
+
+@pytest.mark.parametrize(("height", "images"), [(4096, 1), (1024, 8)])
+def test_images_that_a_gpu_cannot_upsample_at_once_need_tiles(height: int, images: int) -> None:
+    """256 channels at 4096 x 4096 are 2**32 values."""
+    with pytest.raises(IllegalPlan, match=r"\$\.inputs: images of .* more than 2³¹ values in vae.*\"tiling\": true"):
+        diffkiln.check(large(height, images, GPU, []))
+    diffkiln.check(large(height, images, GPU, [TILES | {"tile": 512}]))
+    diffkiln.check(large(height, images, {"device": "cpu"}, []))
+
+
+def test_images_that_a_gpu_can_upsample_need_none() -> None:
+    diffkiln.check(large(2048, 1, GPU, []))
+    diffkiln.check(large(1024, 8, GPU, [{"name": "vae", "component": "vae", "slicing": True}]))

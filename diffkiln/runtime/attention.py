@@ -14,6 +14,7 @@ import torch
 from diffkiln.errors import Incompatible, MissingDependency, Problem
 from diffkiln.program import KERNELS, Module, Op, kernel_of
 from diffkiln.program.attention import device_problem
+from diffkiln.runtime.accelerator import capability
 
 #: (query, key, value, causal, scale) → the result, all as [batch, heads, tokens, channels].
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float | None], torch.Tensor]
@@ -55,14 +56,14 @@ def check_kernels(asked: Mapping[str, Sequence[str]], place: torch.device) -> No
     """
     if not any(asked.values()):
         return
-    if place.type == "cuda" and not torch.cuda.is_available():
+    found = capability(place) if place.type == "cuda" else (0, 0)
+    if found is None:
         raise Incompatible(f"{place} cannot run the bundle's attention: there is no CUDA GPU")
-    capability = torch.cuda.get_device_capability(place) if place.type == "cuda" else (0, 0)
     problems = [
         Problem(component, reason, "Compile the bundle with another attention_backend for this machine")
         for component, names in asked.items()
         for name in names
-        if (reason := device_problem(name, place.type, capability))
+        if (reason := device_problem(name, place.type, found))
     ]
     if problems:
         raise Incompatible(

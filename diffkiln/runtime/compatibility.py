@@ -16,6 +16,7 @@ from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
 from diffkiln.program import onnx
 from diffkiln.program.attention import install_line
+from diffkiln.runtime.accelerator import capability
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
 ISA_FLAGS: dict[str, frozenset[str]] = {
@@ -144,11 +145,6 @@ def _driver() -> str | None:
     except OSError:
         return None
     return found[0] if found else None
-
-
-def capability() -> tuple[int, int] | None:
-    """The compute capability of this machine's GPU, such as (8, 9); None where torch can use none."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _sm() -> str | None:

@@ -32,6 +32,10 @@ PARANOID = bool(os.environ.get("DIFFKILN_PARANOID"))
 StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 
+#: Seconds that a call waits for another thread's.
+PATIENCE = 600.0
+
+
 class Executor:
     """Runs the call programs of one bundle on one device, one call at a time.
 
@@ -45,6 +49,9 @@ class Executor:
         graphs: launches calls as CUDA graphs; None launches operation by operation.
         seconds: how long one call may take, looked at before each operation; None for no limit.
         paranoid: compares the type of every result with the declared one.
+
+    Attributes:
+        patience: seconds that a call waits for another thread's, before it raises.
     """
 
     def __init__(
@@ -68,6 +75,8 @@ class Executor:
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None
+        self.patience = PATIENCE
         self._run: _Run | None = None
         self._forked = False
         forks.renewed(self)
@@ -90,7 +99,7 @@ class Executor:
             latents: give those of the last step, and not what the program gives.
 
         Raises:
-            CallError: another thread is running this pipeline, or the callback gives latents of another shape, or
+            CallError: another thread runs this pipeline too long, or the callback gives latents of another shape, or
                 there is a callback and nowhere to call it, or latents are asked for and there are no steps.
         """
         if latents and not any(op.name == STEP for op in program.ops):
@@ -124,16 +133,15 @@ class Executor:
     def running(
         self, schedule: Sequence[Key], generator: Generators = None, step_end: StepEnd | None = None
     ) -> Iterator[None]:
-        """A run that brings in groups of weights in this order. One at a time.
+        """A run that brings in groups of weights in this order. One at a time: other threads wait for their turn.
 
         Raises:
-            CallError: another thread is running this pipeline, or it is on a GPU and was loaded before a fork.
+            CallError: another thread has been running this pipeline for longer than `patience`, or this one is; or the
+                pipeline is on a GPU and was loaded before a fork.
         """
         if self._forked and self.device.type == "cuda":
             raise CallError("this pipeline was loaded before a fork, which CUDA does not survive. Load it in the child")
-        lock = self._lock
-        if not lock.acquire(blocking=False):
-            raise CallError("this pipeline is running in another thread. Load the bundle once for each thread")
+        lock = self._take_turn()
         self._run = run = _Run(self.store.follow(schedule), generator, step_end)
         self._ends = time.monotonic() + (self._seconds or 0.0)
         try:
@@ -144,6 +152,7 @@ class Executor:
             try:
                 run.cursor.close()
             finally:
+                self._owner = None
                 lock.release()
 
     def renew(self) -> None:
@@ -151,9 +160,21 @@ class Executor:
         self._lock = threading.Lock()
         self._forked = True
         if self._run is not None and self._run.thread != threading.get_ident():
-            self._run = None
+            self._run = self._owner = None
             self._components.clear()  # which hold what that call was using
             self._calls.clear()
+
+    def _take_turn(self) -> threading.Lock:
+        lock = self._lock
+        if self._owner == threading.get_ident():
+            raise CallError("this pipeline is called within its own call, say by a callback. Load the bundle twice")
+        if not lock.acquire(timeout=self.patience):
+            raise CallError(
+                f"this pipeline has been running in another thread for {self.patience:.0f} seconds. Wait for it, or "
+                "load the bundle once for each thread"
+            )
+        self._owner = threading.get_ident()
+        return lock
 
     @property
     def run(self) -> _Run:

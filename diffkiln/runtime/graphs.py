@@ -23,6 +23,7 @@ from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, Incompatible
 from diffkiln.printable import get_logger
 from diffkiln.program import NOISE, STEP, Input, Op, Program, Ref, refs
+from diffkiln.runtime.accelerator import CudaCapture
 
 log = get_logger(__name__)
 
@@ -223,29 +224,6 @@ def _cause(error: RuntimeError) -> RuntimeError:
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return error
-
-
-class CudaCapture:
-    """Records by torch's graphs. All of them share memory, as they are replayed in the order of their recording."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], object], Tensors]:
-        here = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            run()  # libraries make their handles and load their kernels at first use, which cannot be recorded
-        here.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may do as they like: a graph is of this one's launches. A recording that fails leaves its stream
-        # the current one, and the context around it does not.
-        recorded = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(self._stream), recorded:
-            outputs = run()
-        return graph.replay, outputs
 
 
 def graphs_for(manifest: Manifest, place: torch.device) -> Graphs | None:

@@ -8,11 +8,13 @@ no group is brought in before those that left are gone, or a run that is launche
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from diffkiln.runtime.accelerator import Accelerator, Event
 
 #: Bytes that an address on a GPU is a multiple of, as torch's own allocations are. Inductor's kernels, cuDNN and
 #: TensorRT copy what is not, in every call (GPU_ALIGN_BYTES in torch/_inductor/utils.py; NvInferRuntime.h).
@@ -61,48 +63,55 @@ def aligned(entries: Mapping[str, Stretch]) -> Layout:
     return Layout(starts, tuple(copies), target + end - source)
 
 
-def copied(host: torch.Tensor, layout: Layout, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
-    """A file's data, laid out on the device."""
-    flat = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+def copied(host: torch.Tensor, layout: Layout, accelerator: Accelerator) -> torch.Tensor:
+    """Returns a file's data, laid out on the device; copied in the current stream."""
+    flat = accelerator.empty(layout.nbytes)
     for start, to, size in layout.copies:
-        flat[to : to + size].copy_(host[start : start + size], non_blocking=non_blocking)
+        accelerator.copy(flat[to : to + size], host[start : start + size])
     return flat
 
 
 class Lane:
     """A stream of its own, on which groups are copied while the GPU computes with others."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._left: deque[torch.cuda.Event] = deque()
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._stream = accelerator.stream()
+        self._left: deque[Event] = deque()
 
-    def bring(self, host: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """Start to copy pinned memory, once all that left before is gone. May be called from another thread.
+    def bring(self, copy: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Event]:
+        """Starts to copy weights, once all that left before is gone. May be called from another thread.
+
+        Args:
+            copy: launches the copies in the current stream; what it copies from must stay until they are done.
 
         Returns:
-            What it is copied to, and the event of its arrival, until which `host` must stay.
+            What `copy` gives, and the event of its arrival.
         """
         while self._left:
             self._left.popleft().synchronize()
-        arrived = torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            flat = copied(host, layout, self._device, non_blocking=True)
+        arrived = self._accelerator.event()
+        with self._accelerator.active(), self._accelerator.on(self._stream):
+            flat = copy()
             arrived.record(self._stream)
         return flat, arrived
 
-    def wait(self, arrived: torch.cuda.Event) -> None:
+    def wait(self, arrived: Event) -> None:
         """Have what is launched next wait for an arrival, and for no later one."""
-        torch.cuda.current_stream(self._device).wait_event(arrived)
+        self._accelerator.current_stream().wait_event(arrived)
 
     def leaves(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep tensors' memory until what was launched with them has run. Whoever holds them then lets them go."""
-        current = torch.cuda.current_stream(self._device)
+        current = self._accelerator.current_stream()
         for tensor in tensors:
-            tensor.record_stream(current)
+            self._accelerator.keep(tensor, current)
 
     def left(self) -> None:
         """They were let go. From here on, not before, torch gives their memory to others once it is free."""
-        gone = torch.cuda.Event()
-        gone.record(torch.cuda.current_stream(self._device))
+        gone = self._accelerator.event()
+        gone.record(self._accelerator.current_stream())
         self._left.append(gone)
+
+    def close(self) -> None:
+        """Waits until nothing is copied any more."""
+        self._stream.synchronize()

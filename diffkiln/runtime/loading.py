@@ -28,6 +28,7 @@ from diffkiln.gate import gated
 from diffkiln.limits import Limits, active, applied
 from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
+from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_call, check_module, check_stored
 from diffkiln.runtime.compatibility import check_manifest
@@ -276,6 +277,8 @@ def open_engines(
             if row.path not in opened:
                 opened[row.path] = _open(permit.verified, row, region, constants, place, check_engines)
             found[row.component, row.region] = opened[row.path]
+        if check_engines and (there := accelerator(place)):
+            there.release()  # what the comparisons took, which the weights need now
         return found
     except Incompatible as error:
         if manifest.runtime.get("on_incompatible") != "eager":

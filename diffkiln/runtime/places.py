@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
 from diffkiln.errors import Incompatible
+from diffkiln.runtime.accelerator import active, available, count
 
 
 def current(place: torch.device) -> AbstractContextManager[object]:
@@ -15,9 +16,6 @@ def current(place: torch.device) -> AbstractContextManager[object]:
     Raises:
         Incompatible: there are fewer GPUs than that.
     """
-    if place.type != "cuda" or not torch.cuda.is_available():
-        return nullcontext()
-    count = torch.cuda.device_count()
-    if (place.index or 0) >= count:
-        raise Incompatible(f"gpu: found {count} that torch can use, numbered from 0, required {place}. Choose another")
-    return torch.cuda.device(place)
+    if place.type == "cuda" and available() and (place.index or 0) >= (found := count()):
+        raise Incompatible(f"gpu: found {found} that torch can use, numbered from 0, required {place}. Choose another")
+    return active(place)

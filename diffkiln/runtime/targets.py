@@ -19,6 +19,7 @@ import torch
 from diffkiln.bundle import Manifest, device_of, devices_of, engine_targets
 from diffkiln.errors import Incompatible
 from diffkiln.printable import get_logger
+from diffkiln.runtime.accelerator import indexed
 from diffkiln.runtime.compatibility import ISA_FLAGS, capability, check_target, missing_flags
 
 log = get_logger(__name__)
@@ -145,12 +146,15 @@ def fitting_targets(manifest: Manifest, device: str | torch.device | None = None
 
 
 def place_for(manifest: Manifest, device: str | torch.device | None = None) -> torch.device:
-    """Where a bundle runs: where the caller says, else on its targets' device; of two, on a GPU that a target fits."""
+    """Where a bundle runs: where the caller says, else on its targets' device; of two, on a GPU that a target fits.
+
+    A GPU is given with its number, so that it stays the same when the caller makes another one the current one.
+    """
     if device is not None:
-        return torch.device(device)
+        return indexed(torch.device(device))
     devices = devices_of(manifest)
     if len(devices) == 1:
-        return torch.device(*devices)
+        return indexed(torch.device(*devices))
     if capability() is None:
         return torch.device("cpu")
     try:
@@ -158,7 +162,7 @@ def place_for(manifest: Manifest, device: str | torch.device | None = None) -> t
     except Incompatible as error:
         log.info("not on the GPU: %s", error)
         return torch.device("cpu")
-    return torch.device("cuda")
+    return indexed(torch.device("cuda"))
 
 
 def check_device(manifest: Manifest, place: torch.device) -> None:

@@ -25,7 +25,9 @@ from diffkiln.bundle import GroupRow, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
 from diffkiln.limits import active
 from diffkiln.program import TensorType
-from diffkiln.runtime.lanes import Lane, Layout, aligned, copied
+from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
+from diffkiln.runtime.lanes import ALIGNMENT, Lane, Layout, aligned, copied
+from diffkiln.runtime.staging import Reader, Staging
 
 #: (component, group name)
 Key = tuple[str, str]
@@ -79,7 +81,7 @@ class Group:
     nbytes: int
     layout: Layout  # on a GPU
     pinned: torch.Tensor | None = None  # host copy, when it is streamed to a GPU from host memory
-    arrived: torch.cuda.Event | None = None  # of its last copy to a GPU
+    arrived: Event | None = None  # of its last copy to a GPU
 
 
 def read_table(path: str, size: int, pread: Callable[[int, int], bytes]) -> tuple[dict[str, Any], int]:
@@ -161,6 +163,7 @@ class WeightStore:
         groups: the manifest's table of weights.
         device: where weights are used.
         offload: the spec's offload policy as JSON, or None to keep everything on the device.
+        on: stands for the device; None finds it.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
@@ -174,9 +177,13 @@ class WeightStore:
         groups: Mapping[str, Sequence[GroupRow]],
         device: torch.device,
         offload: Mapping[str, Any] | None,
+        on: Accelerator | None = None,
     ) -> None:
         self.device, self.offload = device, offload
         self._verified = verified
+        self._accelerator = on or accelerator(device)
+        self._reader = Reader(lambda file, view, offset: verified.read_into(file, view, offset))
+        self._staging = Staging(self._accelerator, self._reader) if self._accelerator else None
         self.groups: dict[Key, Group] = {}
         self._of_weight: dict[tuple[str, str], Key] = {}
         for component, rows in groups.items():
@@ -188,14 +195,15 @@ class WeightStore:
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = _worker() if ahead else None
-        self._lane = Lane(device) if ahead and device.type == "cuda" else None
+        self._lane = Lane(self._accelerator) if ahead and self._accelerator else None
         forks.renewed(self)
         if offload is None:
             for key in self.groups:
                 self._here[key] = _done(self._bring(key))
-        elif device.type == "cuda" and offload.get("to") != "disk":
-            for group in self.groups.values():
-                group.pinned = self._read(group, torch.empty(group.nbytes, dtype=torch.uint8, pin_memory=True))
+            self._close_readers()
+        elif self._accelerator and offload.get("to") != "disk":
+            self._fill_host(self._accelerator)
+            self._close_readers()
 
     def key_of(self, component: str, weight: str) -> Key:
         """The group that holds a weight."""
@@ -229,6 +237,9 @@ class WeightStore:
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
+        if self._lane is not None:
+            self._lane.close()
+        self._close_readers()
         self._here.clear()
         for group in self.groups.values():
             group.pinned = None
@@ -297,27 +308,44 @@ class WeightStore:
 
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in group.entries.items():
-            start = entry.start if self.device.type == "cpu" else group.layout.starts[name]
+            start = entry.start if self._accelerator is None else group.layout.starts[name]
             yield name, entry.of(flat[start : start + entry.end - entry.start])
 
     def _flat(self, group: Group) -> torch.Tensor:
         """The group's data as one buffer on the device."""
-        if self.device.type == "cpu":
+        there = self._accelerator
+        if there is None or self._staging is None:
             return self._read(group, torch.empty(group.nbytes, dtype=torch.uint8))
-        staged = group.pinned
-        if staged is None:
-            staged = self._read(group, torch.empty(group.nbytes, dtype=torch.uint8, pin_memory=True))
-        if self._lane is None:
-            return copied(staged, group.layout, self.device)
-        flat, group.arrived = self._lane.bring(staged, group.layout)
-        if group.pinned is None:
-            group.arrived.synchronize()  # the staging buffer dies with this frame
-        return flat
+        pinned, staging = group.pinned, self._staging
+
+        def copy() -> torch.Tensor:
+            if pinned is not None:
+                return copied(pinned, group.layout, there)
+            return staging.bring(group.file, group.offset, group.nbytes, group.layout)
+
+        if self._lane is not None:
+            flat, group.arrived = self._lane.bring(copy)
+            return flat
+        with there.active():
+            return copy()
+
+    def _fill_host(self, there: Accelerator) -> None:
+        """Every group in memory of the host, from which it is brought in: one piece of exactly their size."""
+        starts, size = {}, 0
+        for key, group in self.groups.items():
+            starts[key] = size
+            size += -(-group.nbytes // ALIGNMENT) * ALIGNMENT
+        arena = there.pinned(size)
+        for key, group in self.groups.items():
+            group.pinned = self._read(group, arena[starts[key] : starts[key] + group.nbytes])
 
     def _read(self, group: Group, buffer: torch.Tensor) -> torch.Tensor:
-        if group.nbytes:
-            self._verified.read_into(group.file, memoryview(buffer.numpy().data), group.offset)
-        return buffer
+        return self._reader.fill(group.file, buffer, group.offset)
+
+    def _close_readers(self) -> None:
+        self._reader.close()
+        if self._staging is not None:
+            self._staging.close()
 
 
 class Cursor:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import tensorrt_rtx
-import torch
 
 from diffkiln.bundle.digest import sha256_file
 from diffkiln.bundle.state import state_dir
@@ -47,8 +46,7 @@ def opened(folder: Path, device: str = "cuda") -> TensorrtEngine:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with the GPU that the engine is for. Nothing may be deserialized on it."""
-    monkeypatch.setattr(files, "capability", lambda: (8, 9))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 9))
+    monkeypatch.setattr(files, "capability", lambda _=None: (8, 9))
     monkeypatch.setattr(tensorrt_rtx, "Runtime", lambda _: pytest.fail("the engine was reached"))
 
 
@@ -92,7 +90,7 @@ class TestRefusing:
     def test_machine_without_a_gpu_is_told_with_every_other_difference(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(files, "capability", lambda: None)
+        monkeypatch.setattr(files, "capability", lambda _=None: None)
         restated(copy, version="1.6.1.120")
         for device in ("cpu", "cuda"):
             with pytest.raises(Incompatible) as caught:
@@ -144,9 +142,13 @@ class Cache:
 def stand_in() -> Any:
     """What `Kernels` uses of an engine."""
     cache = Cache()
-    config = SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda _: True)
+    config = SimpleNamespace(
+        create_runtime_cache=lambda: cache,
+        set_runtime_cache=lambda _: True,
+        set_execution_context_allocation_strategy=lambda strategy: setattr(config, "strategy", strategy),
+    )
     return SimpleNamespace(
-        cache=cache, create_runtime_config=lambda: config, create_execution_context=lambda *given: given
+        config=config, cache=cache, create_runtime_config=lambda: config, create_execution_context=lambda *given: given
     )
 
 
@@ -157,25 +159,26 @@ class TestKernels:
 
     def test_what_was_compiled_is_there_at_the_next_load(self, copy: Path) -> None:
         kernels, first, second = Kernels(copy), stand_in(), stand_in()
-        assert kernels.context(first)
+        assert kernels.context(first, "user")
+        assert first.config.strategy == "user"
         first.cache.data = b"compiled"
         kernels.keep()
         (kept,) = state_dir("kernels").iterdir()
         assert kept.name == f"{sha256_file(copy / ENGINE)}.cache"
-        Kernels(copy).context(second)
+        Kernels(copy).context(second, "user")
         assert second.cache.given == b"compiled"
 
     def test_those_of_the_bundle_come_first(self, copy: Path) -> None:
         (copy / KERNELS).write_bytes(b"brought along")
         engine = stand_in()
-        Kernels(copy).context(engine)
+        Kernels(copy).context(engine, "user")
         assert engine.cache.given == b"brought along"
 
     def test_those_of_another_gpu_are_left_aside_and_replaced(self, copy: Path) -> None:
         kept = state_dir("kernels") / f"{sha256_file(copy / ENGINE)}.cache"
         kept.write_bytes(b"foreign")
         kernels, engine = Kernels(copy), stand_in()
-        kernels.context(engine)
+        kernels.context(engine, "user")
         assert engine.cache.given == b""
         engine.cache.data = b"own"
         kernels.keep()
@@ -183,13 +186,14 @@ class TestKernels:
 
     def test_all_that_a_context_has_may_go_into_a_bundle(self, copy: Path) -> None:
         kernels, engine = Kernels(copy), stand_in()
-        kernels.context(engine)
+        kernels.context(engine, "user")
         engine.cache.data = b"compiled"
         assert kernels.compiled() == b"compiled"
 
     def test_library_that_keeps_none_gets_an_ordinary_context(self, copy: Path) -> None:
         kernels = Kernels(copy)
-        assert kernels.context(SimpleNamespace(create_execution_context=lambda *given: given)) == ()
+        engine = SimpleNamespace(create_execution_context=lambda *given: given)
+        assert kernels.context(engine, "user") == ("user",)
         kernels.keep()
         assert kernels.compiled() == b""
 
@@ -199,7 +203,7 @@ class TestKernels:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
         kernels, engine = Kernels(copy), stand_in()
-        kernels.context(engine)
+        kernels.context(engine, "user")
         engine.cache.data = b"compiled"
         kernels.keep()
         assert "will be compiled again" in caplog.text

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkiln.runtime.lanes import ALIGNMENT, Lane, aligned, copied
 from diffkiln.runtime.weights import Entry
-
-CPU = torch.device("cpu")
+from tests.simulated import Simulated
 
 
 def entries(*sizes: int) -> dict[str, Entry]:
@@ -41,12 +37,16 @@ def test_one_of_three_elements_displaces_none_of_those_that_follow() -> None:
     assert layout.starts == {"0": 0, "1": ALIGNMENT, "2": 2 * ALIGNMENT}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3 * ALIGNMENT), max_size=12))
 def test_every_tensor_is_aligned_and_has_its_own_bytes(sizes: list[int]) -> None:
     made = entries(*sizes)
     host = torch.arange(sum(sizes), dtype=torch.int64).to(torch.uint8)
     layout = aligned(made)
-    flat = copied(host, layout, CPU)
+    device = Simulated()
+    there = device.pinned(host.numel()).copy_(host)
+    flat = copied(there, layout, device)
+    device.finish()
     assert flat.numel() == layout.nbytes <= sum(sizes) + ALIGNMENT * len(sizes)
     for name, entry in made.items():
         start = layout.starts[name]
@@ -57,90 +57,34 @@ def test_every_tensor_is_aligned_and_has_its_own_bytes(sizes: list[int]) -> None
 # -- how far ahead the host may be --
 
 
-class Stream:
-    """What was launched on it, in order, and how much of it has run: nothing, until somebody waits."""
-
-    def __init__(self) -> None:
-        self.launched = self.run = 0
-        self.waits: list[tuple[Stream, int]] = []
-
-    def launch(self) -> None:
-        self.launched += 1
-
-    def wait_event(self, event: Event) -> None:
-        self.waits.append(event.place)
+def bringing(lane: Lane, device: Simulated, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    return lane.bring(lambda: copied(host, aligned(entries(8)), device))
 
 
-class Event:
-    place: tuple[Stream, int]
-
-    def record(self, stream: Stream) -> None:
-        self.place = stream, stream.launched
-
-    def synchronize(self) -> None:
-        stream, count = self.place
-        stream.run = max(stream.run, count)
-
-
-class Gpu:
-    """As slow as can be: it runs only what the host waits for."""
-
-    def __init__(self) -> None:
-        self.default = self.current = Stream()
-
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-
-class Tensor:
-    """A group's memory: it is its own until what was launched when it was let go has run."""
-
-    def __init__(self) -> None:
-        self.until = 0
-
-    def record_stream(self, stream: Stream) -> None:
-        self.until = stream.launched
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    made = Gpu()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", made.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.current)
-    copying = copied
-
-    def launched(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made.current.launch()
-        return copying(*args, **kwargs)
-
-    monkeypatch.setattr("diffkiln.runtime.lanes.copied", launched)
-    return made
-
-
-def test_the_host_never_has_more_groups_under_way_than_two(gpu: Gpu) -> None:
+def test_the_host_never_has_more_groups_under_way_than_two() -> None:
     """The one that is computed with and the next: not all those that the host has launched."""
-    lane, layout, groups = Lane(CPU), aligned(entries(8)), []
-    arrived: Any = lane.bring(torch.zeros(8, dtype=torch.uint8), layout)[1]
-    for _ in range(10):
+    device = Simulated()
+    lane, host = Lane(device), device.pinned(8)
+    done: list[int] = []
+    tensor, arrived = bringing(lane, device, host)
+    for number in range(10):
         lane.wait(arrived)
-        _, arrived = lane.bring(torch.zeros(8, dtype=torch.uint8), layout)  # the next one
-        groups.append(Tensor())
-        gpu.default.launch()  # the block's kernels
-        lane.leaves(groups[-1:])  # type: ignore[arg-type]
+        device.compute("a block", [tensor], lambda _, number=number: done.append(number))
+        following, arrived = bringing(lane, device, host)
+        lane.leaves([tensor])
+        tensor = following
         lane.left()
-        assert sum(group.until > gpu.default.run for group in groups) <= 2
+        assert number + 1 - len(done) <= 2
+    assert device.races == []
 
 
-def test_a_group_waits_for_its_own_arrival_and_for_no_later_one(gpu: Gpu) -> None:
-    lane, layout, host = Lane(CPU), aligned(entries(8)), torch.zeros(8, dtype=torch.uint8)
-    _, first = lane.bring(host, layout)
-    _, second = lane.bring(host, layout)
-    for _ in range(2):  # two blocks of one group
-        lane.wait(first)
-    lane.wait(second)
-    assert [count for _, count in gpu.default.waits] == [1, 1, 2]
+def test_a_group_waits_for_its_own_arrival_and_for_no_later_one() -> None:
+    device = Simulated()
+    lane, host = Lane(device), device.pinned(8)
+    first, arrived = bringing(lane, device, host)
+    copies = device._streams[1]
+    bringing(lane, device, host)
+    lane.wait(arrived)
+    device.compute("a block", [first], lambda _: None)
+    device.default_stream().synchronize()
+    assert (copies.done, copies.launched) == (1, 2)

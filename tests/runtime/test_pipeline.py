@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -185,7 +186,39 @@ def test_call_errors_are_value_errors_too(pipe):
         pipe("a", height=512)
 
 
-def test_a_second_thread_is_told_to_load_its_own(pipe):
+def test_a_second_thread_waits_for_its_turn(pipe):
+    """A service's second request is not refused while the first is drawn."""
+    alone = [pipe(prompt, generator=torch.Generator().manual_seed(1), output_type="pt").images for prompt in "ab"]
+    inside, found = threading.Event(), {}
+
+    def first(*_):
+        inside.set()
+        time.sleep(0.05)
+        return {}
+
+    def run(prompt, **keywords):
+        generator = torch.Generator().manual_seed(1)
+        found[prompt] = pipe(prompt, generator=generator, output_type="pt", **keywords).images
+
+    threads = [threading.Thread(target=run, args=("a",), kwargs={"callback_on_step_end": first})]
+    threads[0].start()
+    assert inside.wait(60)
+    threads += [threading.Thread(target=run, args=("b",))]
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["a"], alone[0])
+    assert torch.equal(found["b"], alone[1])
+
+
+def test_a_call_within_its_own_call_is_refused_at_once(pipe):
+    with pytest.raises(CallError, match="called within its own call"):
+        pipe("a", callback_on_step_end=lambda *_: pipe("b"))
+    assert pipe("a")
+
+
+def test_a_second_thread_that_waits_too_long_is_told_to_load_its_own(pipe):
+    pipe.executor.patience = 0.05
     errors = []
 
     def other(*_):

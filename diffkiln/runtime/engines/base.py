@@ -65,7 +65,7 @@ def check_inputs(flat: Sequence[torch.Tensor], expected: Sequence[Layout], devic
         for name, have, need in zip(("dtype", "shape", "stride"), found, required, strict=True):
             if have != need:
                 raise VerifyError(f"{what}, input {position}: {name} {have} found, {need} required")
-        if tensor.device.type != device.type:
+        if tensor.device.type != device.type or device.index not in (None, tensor.device.index):
             raise VerifyError(f"{what}, input {position}: it is on {tensor.device}, the engine on {device}")
 
 

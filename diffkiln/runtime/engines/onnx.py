@@ -17,6 +17,7 @@ from diffkiln import forks
 from diffkiln.aten import dtype_name, dtype_of, in_pairs
 from diffkiln.errors import Incompatible, MissingDependency
 from diffkiln.program.onnx import NUMBERS
+from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.engines.base import Layout, check_inputs
 from diffkiln.runtime.engines.onnx_files import check_files
 
@@ -102,8 +103,8 @@ class OnnxEngine:
         return shapes
 
     def _run(self, binding: Any) -> None:
-        if self.device.type == "cuda":  # ONNX Runtime has a stream of its own, and waits for that alone
-            torch.cuda.current_stream(self.device).synchronize()
+        if there := accelerator(self.device):  # ONNX Runtime has a stream of its own, and waits for that alone
+            there.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
 
 

@@ -18,6 +18,7 @@ import torch
 from diffkiln.aten import in_pairs
 from diffkiln.errors import Incompatible
 from diffkiln.program.tensorrt import ENGINE, KERNELS
+from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.engines.base import Layout, check_inputs
 from diffkiln.runtime.engines.tensorrt_files import check_machine, read_facts
 from diffkiln.runtime.engines.tensorrt_kernels import Kernels
@@ -55,7 +56,10 @@ class TensorrtEngine:
         self._trt = import_module(facts.library.module)
         self._kernels = Kernels(directory)
         self._lock = threading.Lock()
-        with torch.cuda.device(self.device):
+        there = accelerator(self.device)
+        assert there is not None, "check_machine lets no engine through that is for no GPU"
+        self._accelerator = there
+        with there.active():
             self._load(directory)
 
     def _load(self, directory: Path) -> None:
@@ -69,23 +73,30 @@ class TensorrtEngine:
             self._engine.weight_streaming_budget_v2 = min(
                 self._facts.weight_budget, self._engine.streamable_weights_size
             )
-        self._context = self._kernels.context(self._engine)
+        # Contexts with memory of their own would keep it for as long as they live, each engine the most that it needs.
+        self._context = self._kernels.context(self._engine, trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise Incompatible(f"{directory}: there is no memory left on {self.device} to run the engine")
         #: TensorRT waits for the whole device after each call in the default stream, so it has one of its own.
-        self._stream = torch.cuda.Stream(self.device)
+        self._stream = self._accelerator.stream()
+        self._scratch = int(self._engine.device_memory_size_v2)
         self._takes = _by_name(self._engine, trt.TensorIOMode.INPUT)
         self._gives = {name: _torch_type(trt, self._engine.get_tensor_dtype(name)) for name in self._facts.outputs}
         self._sizes: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
         held = [self._placed(tensor) for tensor in flat]
-        with self._lock, torch.cuda.device(self.device):
+        with self._lock, self._accelerator.active():
+            # What a context needs while it runs is torch's memory, so all engines share it. Whatever is made of it next
+            # in this stream is used after the call.
+            scratch = self._accelerator.empty(self._scratch)
+            self._context.set_device_memory(scratch.data_ptr(), self._scratch)
             for name, tensor in zip(self._facts.inputs, held, strict=True):
                 if name in self._takes:
                     self._bind_input(name, tensor)
             outputs = [self._bind_output(name, dtype) for name, dtype in self._gives.items()]
             self._enqueue()
+            del scratch
             self._keep_kernels(tuple(tensor.shape for tensor in held))
         return outputs
 
@@ -118,8 +129,8 @@ class TensorrtEngine:
 
     def _enqueue(self) -> None:
         """Run after what torch has queued, and before what it queues next."""
-        current = torch.cuda.current_stream(self.device)
-        own = self._stream if current == torch.cuda.default_stream(self.device) else current
+        current: Any = self._accelerator.current_stream()
+        own: Any = self._stream if current == self._accelerator.default_stream() else current
         own.wait_stream(current)
         done = self._context.execute_async_v3(own.cuda_stream)
         current.wait_stream(own)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from diffkiln.errors import Incompatible, Incomplete, ManifestInvalid, MissingDependency, Problem
 from diffkiln.program.tensorrt import ENGINE, FACTS, LIBRARIES, Library
-from diffkiln.runtime.compatibility import capability
+from diffkiln.runtime.accelerator import capability
 
 _LARGEST = 2**20
 _Text = Annotated[str, StringConstraints(max_length=256)]
@@ -128,8 +128,5 @@ def check_machine(directory: Path, facts: Facts, device: torch.device) -> None:
 
 
 def _gpu(device: torch.device) -> str:
-    found = capability() if device.type == "cuda" else None
-    if found is None:
-        return f"no CUDA GPU ({device})"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    found = capability(device) if device.type == "cuda" else None
+    return f"sm_{found[0]}{found[1]}" if found else f"no CUDA GPU ({device})"

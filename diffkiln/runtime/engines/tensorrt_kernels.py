@@ -30,11 +30,16 @@ class Kernels:
         self._written: bytes | None = None
         self._file: Path | None = None
 
-    def context(self, engine: Any) -> Any:
-        """A context that takes its kernels from those that are kept; an ordinary one where the library keeps none."""
+    def context(self, engine: Any, memory: Any) -> Any:
+        """A context that takes its kernels from those that are kept; an ordinary one where the library keeps none.
+
+        Args:
+            engine: TensorRT's.
+            memory: TensorRT's strategy for the memory that the context needs while it runs.
+        """
         config: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         if not hasattr(config, "create_runtime_cache"):
-            return engine.create_execution_context()
+            return engine.create_execution_context(memory)
         self._file = self._own_file()
         self._cache = config.create_runtime_cache()
         for file in (self._directory / KERNELS, self._file):
@@ -44,6 +49,7 @@ class Kernels:
                     self._written = data
                     break
         config.set_runtime_cache(self._cache)
+        config.set_execution_context_allocation_strategy(memory)
         return engine.create_execution_context(config)
 
     def compiled(self) -> bytes:
