@@ -25,6 +25,7 @@ from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import OncePerLikeness
+from diffkiln.record.portable import portable
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -75,7 +76,8 @@ def run_shapes(
         inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = unflatten(inputs, structure)
         try:
-            with tracing(), _first_of_alike(module, tape):
+            # Some make tables when they are first called, and keep them.
+            with tracing(), portable(), _first_of_alike(module, tape):
                 return flatten(original(*args, **kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependent(

@@ -11,9 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkiln.program import TensorType
+from diffkiln.record.components import run_shapes
+from diffkiln.record.constants import Constants
 from diffkiln.record.marked import Marked
 from diffkiln.record.portable import portable
+from diffkiln.record.structure import flatten
+from diffkiln.record.tape import Tape
 from tests.portable import disguises
 
 _NAMES = "sin cos tan tanh exp exp2 expm1 log log2 log10 log1p rsqrt sigmoid sqrt reciprocal erf atan"
@@ -117,3 +123,23 @@ def test_a_mark_is_on_the_memory_and_ends_with_a_block():
         outside = torch.sin(x[1:])
     assert torch.equal(inside, torch.sin(x[1:]))
     assert torch.equal(outside, torch.sin(x[1:].double()).float())
+
+
+class Lazy(torch.nn.Module):
+    """Makes its table when it is first called, and keeps it, as Z-Image's rotary embedding does."""
+
+    table = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.sin(torch.linspace(0, 10, 999, dtype=torch.float64).float())
+        return x + self.table
+
+
+def test_a_table_that_is_kept_from_a_first_call_without_weights_is_the_same_everywhere():
+    module, tape = Lazy(), Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants())
+    leaves, structure = flatten(((tape.blank(TensorType("float32", (999,))),), {}))
+    run_shapes(module, module.forward, leaves, structure, tape, "the module")
+    assert torch.equal(
+        module.table, torch.sin(torch.linspace(0, 10, 999, dtype=torch.float64).float().double()).float()
+    )
