@@ -16,6 +16,7 @@ from diffkiln.program import CALL, REGION, Module, Program, verify_module, verif
 from diffkiln.program import verify as verify_program
 from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.portable import portable
 from diffkiln.spec import Target
 
 
@@ -74,7 +75,7 @@ def run(
 
 def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
     started = time.perf_counter()
-    with guarded(item):
+    with guarded(item), portable():
         outcome = item.step.run(plan)
     verify(outcome.plan, item, plan)
     seconds = time.perf_counter() - started
@@ -166,7 +167,7 @@ def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> 
     """
     own = [item for item in placed if item.step.component == component]
     for item in own:
-        with guarded(item):
+        with guarded(item), portable():
             item.step.apply(module)
     return bool(own)
 

@@ -25,6 +25,7 @@ from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import OncePerLikeness
+from diffkiln.record.portable import portable
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -75,7 +76,8 @@ def run_shapes(
         inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = unflatten(inputs, structure)
         try:
-            with tracing(), _first_of_alike(module, tape):
+            # Some make tables when they are first called, and keep them.
+            with tracing(), portable(), _first_of_alike(module, tape):
                 return flatten(original(*args, **kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependent(
@@ -92,7 +94,7 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
 
     def shortened(block: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not _plain_arguments(args, kwargs):
+            if not is_plain_call(args, kwargs):
                 return original(*args, **kwargs)
             key = key_of(*flatten((args, kwargs)))
             result, shape = results.get(block, key, lambda: flatten(original(*args, **kwargs)))
@@ -207,7 +209,7 @@ class _Regions:
     def _stand_in(self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = flatten((args, kwargs))
-            if not _plain_arguments(args, kwargs):
+            if not is_plain_call(args, kwargs):
                 return original(*args, **kwargs)
             region, result, shape = self._results.get(
                 block, key_of(leaves, structure), lambda: self._record(name, block, original, leaves, structure)
@@ -263,7 +265,7 @@ class _Regions:
         return self._by_print[mark]
 
 
-def _plain_arguments(args: Any, kwargs: Any) -> bool:
+def is_plain_call(args: Any, kwargs: Any) -> bool:
     """Whether a block is called with tensors and literals alone. One that shares an object with others, such as a
     cache of keys and values, is part of its component and not a region."""
     try:

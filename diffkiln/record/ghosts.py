@@ -2,7 +2,8 @@
 
 A ghost has the module tree, the names, shapes and types that `from_pretrained` would give, and takes no memory:
 parameters and persistent buffers are on the meta device. Buffers that no checkpoint holds (rotary frequencies,
-positions) are real and have their true values, since the recording folds them into constants.
+positions) are real and have their true values, since the recording folds them into constants; they and the scheduler's
+tables are computed to be the same on every machine (diffkiln.record.portable), here and in modules with weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffkiln.errors import BuildError, SourceError
 from diffkiln.record.components import weights_of
 from diffkiln.record.folder import LEFT_OUT
 from diffkiln.record.gguf import put_gguf
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.source import SourceModel
 from diffkiln.record.stand_ins import fill_with_noise
@@ -48,7 +50,7 @@ def ghost_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPi
     """
     ghosts = {name: _ghost(source, name, dtype) for name in source.modules}
     absent = _left_out_arguments(source)
-    with quiet_libraries(), _blamed("the pipeline"):
+    with quiet_libraries(), _blamed("the pipeline"), portable():
         return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **ghosts, **absent)
 
 
@@ -73,7 +75,7 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     build_type = _build_type(source, name, dtype)
     folder, kind = source.folder / name, component.kind
     with torch.random.fork_rng(devices=[]), quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
-        with no_init_weights(), no_init_of_transformers(), init_empty_weights(include_buffers=False):
+        with no_init_weights(), no_init_of_transformers(), init_empty_weights(include_buffers=False), portable():
             if component.library == "transformers":
                 config = kind.config_class.from_pretrained(folder, local_files_only=True)
                 module = kind._from_config(config, dtype=build_type)
@@ -106,7 +108,7 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
     options: dict[str, Any] = {"torch_dtype": build_type}
     if component.library == "transformers":
         options = {"dtype": build_type}
-    with quiet_libraries(), _blamed(f"component {name}"):
+    with quiet_libraries(), _blamed(f"component {name}"), portable():
         module, info = component.kind.from_pretrained(
             source.folder / name, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )

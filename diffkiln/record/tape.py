@@ -1,9 +1,10 @@
 """The recorder: a dispatch mode that writes down what depends on the request and lets everything else run.
 
 A value that depends on the request is *marked*: it is a `FakeTensor`, with a shape and no data. Operations on marked
-values are written to the tape and give marked values; all others simply run, and what they give folds into constants
-the moment a marked operation uses it. Under inference mode the dispatcher shows composite operators (`linear`,
-`scaled_dot_product_attention`, `reshape`) whole, so the program stays short and each device picks its own kernels.
+values are written to the tape and give marked values. All others run at once, with the same result on every machine
+(diffkiln.record.portable), and what they give folds into constants the moment a marked operation uses it. Under
+inference mode the dispatcher shows composite operators (`linear`, `scaled_dot_product_attention`, `reshape`) whole, so
+the program stays short and each device picks its own kernels.
 
 In-place writes become functional. A write through a view is scattered into the storage's base, and every other view of
 that storage is taken again from the base when it is next used.
@@ -35,6 +36,7 @@ from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op
 from diffkiln.program.operators import RESHAPES, allowed
 from diffkiln.record.constants import Constants
 from diffkiln.record.nests import map_tensors, same_geometry, tensors_in
+from diffkiln.record.portable import evaluate, portable_numpy
 from diffkiln.record.selecting import SELECTS, by_position
 
 #: Operators that turn a value into a Python number or choose a shape by it.
@@ -158,6 +160,7 @@ class Tape(TorchDispatchMode):
 
     def __enter__(self) -> Tape:
         """`tolist` and `numpy` read memory past the dispatcher: while the tape runs they ask it first."""
+        self._patches.enter_context(portable_numpy())
         for name in _PAST_THE_DISPATCHER:
             read = getattr(torch.Tensor, name)
             self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._guarded(name, read)))
@@ -187,7 +190,7 @@ class Tape(TorchDispatchMode):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
             self._refuse_randomness(func, args)
-            return func(*args, **kwargs)
+            return evaluate(func, args, kwargs)
         name = f"{func.namespace}.{func._opname}.{func._overloadname}"
         self._refuse_randomness(func, args)
         if func.namespace != "aten":

@@ -23,6 +23,7 @@ from diffkiln.record.components import Callee, call_key, record_component, weigh
 from diffkiln.record.constants import Constants
 from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.portable import portable
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.pipeline import CompiledPipeline
@@ -82,7 +83,8 @@ class Verification:
         given = dict(request.fixed) | keywords
         # Z-Image writes to the caller's own list of prompts.
         own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        # Both portably, as constants were: the smallest difference between them changes all that stand-ins give.
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), portable():
             torch.manual_seed(seed)
             reference = self._pipe(**own, generator=generator(), output_type="pt")
             torch.manual_seed(seed)

@@ -15,11 +15,13 @@ import torch
 
 from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
+from diffkiln.layers import repeated_blocks
 from diffkiln.layers.scaled import row_scales
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.casts import casted
-from diffkiln.record.components import Callee, tracing, weights_of
+from diffkiln.record.components import Callee, is_plain_call, tracing, weights_of
 from diffkiln.record.lengths import Padding, fixed_lengths, whole
+from diffkiln.record.marked import Marked
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.verification.comparing import close, difference, same
@@ -47,7 +49,9 @@ def compare_component(
     leaves: Sequence[Any],
     constants: Mapping[str, torch.Tensor],
 ) -> None:
-    """Run a component as diffusers does and replay its program on the same arguments.
+    """Run a component as diffusers does, with portable constants, and replay its program on the same arguments.
+
+    Both read the same memory, so that products which depend on where their operands lie are the same.
 
     Raises:
         VerifyError: the results differ in a bit.
@@ -56,6 +60,7 @@ def compare_component(
     args, kwargs = unflatten(list(leaves), callee.structure)
     with torch.inference_mode(), row_scales():
         with (
+            _as_recorded(callee, module, leaves),
             tracing(),
             with_processors(module, callee.processors),
             casted(module, callee.cast),
@@ -95,6 +100,34 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
                     f"component {callee.component!r} at a fixed length: output {index} differs from "
                     f"{type(module).__name__}.{callee.method} by more than rounding: {difference(want, got)}"
                 )
+
+
+@contextmanager
+def _as_recorded(callee: Callee, module: torch.nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
+    """While it lasts, the module computes what the recorder folded as the recorder did: portably."""
+    weights = [tensor for _, tensor in weights_of(module)]
+    marked = Marked([*weights, *(leaves[index] for index in callee.tensors if index not in callee.folded)])
+
+    def alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not is_plain_call(args, kwargs):
+                return forward(*args, **kwargs)
+            with marked.alone([*weights, *_tensors((args, kwargs))]):
+                result = forward(*args, **kwargs)
+            marked.mark(_tensors(result))
+            return result
+
+        return called
+
+    blocks = [] if callee.cast else [block for _, block in repeated_blocks(module)]
+    try:
+        for block in blocks:
+            block.forward = alone(block.forward)
+        with marked:
+            yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 def _cast(nest: Any, dtype: torch.dtype | None) -> Any:

@@ -102,6 +102,16 @@ def test_a_wrong_operation_in_a_component_is_found(checked, recording):
         made.check_component("vae", load_module(checked.source, "vae"))
 
 
+def test_the_last_bits_of_a_folded_table_are_found(checked, recording):
+    made = verified(checked, recording)
+    (program,) = recording.modules["unet"].programs.values()
+    (key, *_) = (key for key in program.constants if recording.constants.tensors[key].numel() > 1)
+    table = recording.constants.tensors[key]
+    recording.constants.tensors[key] = torch.nextafter(table, torch.full_like(table, 2.0))
+    with pytest.raises(VerifyError, match=r"component 'unet', program 'unet': output 0 of the replay differs"):
+        made.check_component("unet", load_module(checked.source, "unet"))
+
+
 def test_large_components_are_verified_as_twins(checked, recording, monkeypatch):
     made = verified(checked, recording)
     monkeypatch.setattr(calls, "WHOLE_UP_TO", 0)
