@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests import DISGUISES, REPRODUCIBLE
 from tests.exporters.regions import engine_cache
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -21,6 +22,23 @@ def pytest_configure(config):
     if "DIFFKILN_TEST_CACHE" not in os.environ:
         os.environ["DIFFKILN_TEST_CACHE"] = tempfile.mkdtemp(prefix="diffkiln-test-")
         atexit.register(shutil.rmtree, os.environ["DIFFKILN_TEST_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disguised():
+    """A CPU that is made to look like another (tests/portable.py) has no AVX-512, for those who ask the system, too."""
+    if not any(name in os.environ for name in DISGUISES):
+        yield
+        return
+    import torch
+
+    from diffkiln.runtime import compatibility
+
+    flags = frozenset(flag for flag in compatibility._cpu_flags() if not flag.startswith("avx512"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compatibility, "_cpu_flags", lambda: flags)
+        patch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,7 +87,7 @@ def families(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY")
+_KEPT = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "HOME", "OMP_WAIT_POLICY", *REPRODUCIBLE, *DISGUISES)
 
 
 @pytest.fixture
