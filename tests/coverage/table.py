@@ -37,9 +37,10 @@ _CALLS = """
 ## Calls
 
 Whole pipelines, from text, and from images where the call takes them, to an image or a video: recorded without weights,
-packed into a bundle, loaded, and compared with diffusers. A *program* gives the same bits (or, where prompts are padded
-to a fixed length, the same within 1e-5); its operations are counted over the call and all components. What cannot be
-recorded runs *as diffusers*, if the spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
+packed into a bundle, loaded, and compared with diffusers. A *program* gives the same bits where the constants of both
+are computed alike ([why](bundle.md#what-the-id-depends-on)), or, where prompts are padded to a fixed length, the same
+within 1e-5; its operations are counted over the call and all components. What cannot be recorded runs *as diffusers*,
+if the spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
 """
 _COMPILED = """
 ## Compiled pipelines

@@ -17,6 +17,7 @@ from diffkiln.errors import IllegalPlan, Incompatible, MissingDependency, SpecEr
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
 from diffkiln.program import ATTENTION, KERNELS, PACKAGED, SDPA, module_from_json
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.runtime import as_diffusers, loading
 from diffkiln.spec import TargetSpec, resolve_target
@@ -223,7 +224,7 @@ def test_the_runtime_and_diffusers_run_the_kernel_that_was_chosen(family, compon
     plain = draw(pipe, made)
     with diffkiln.load(built.path) as compiled:
         found = draw(compiled, made)
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         original = diffkiln.load(built.path, as_diffusers=True)
     original.set_progress_bar_config(disable=True)
     again = draw(original, made)

@@ -9,6 +9,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import IllegalPlan, SpecError
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import draw, eager, spec
 from tests.pipelines import WARNING_FILTERS
@@ -38,12 +39,13 @@ def test_the_bundle_runs_as_diffusers_with_that_scheduler(family, options, famil
     pipe = eager(made)
     kind = getattr(diffusers, options.get("type", type(pipe.scheduler).__name__))
     plain = draw(pipe, made)
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options["config"])
+    with portable():
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **options["config"])
     wanted = draw(pipe, made)
     assert not torch.equal(wanted, plain)
     with diffkiln.load(built.path) as compiled:
         assert torch.equal(draw(compiled, made), wanted)
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         again = diffkiln.load(built.path, as_diffusers=True)
     again.set_progress_bar_config(disable=True)
     assert type(again.scheduler) is kind

@@ -8,6 +8,7 @@ import torch
 import diffkiln
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.layers import decode_in_parts
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import draw, eager, spec
 from tests.pipelines import WARNING_FILTERS
@@ -34,7 +35,7 @@ def test_tiles_are_diffusers_tiles(family, tile, families, tmp_path):
     assert not torch.equal(wanted, plain)
     with diffkiln.load(built.path) as compiled:
         assert torch.equal(draw(compiled, made), wanted)
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         again = diffkiln.load(built.path, as_diffusers=True)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(draw(again, made), wanted)

@@ -29,6 +29,7 @@ from diffkiln.record.lengths import (
     qwen_image,
     z_image,
 )
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from diffkiln.verification import Verification, call, close, components
 from diffkiln.verification.twins import shrunken
@@ -38,6 +39,7 @@ from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
 from tests.pipelines import WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
+from tests.portably import as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -87,7 +89,7 @@ def compiled(family, root, passes=(), settings=None, **inputs):
     call |= {"max_sequence_length": LENGTH} if "max_sequence_length" in call else {}
     spec["inputs"] |= {"num_inference_steps": 2, "call": call} | inputs
     built = diffkiln.compile(spec | {"passes": list(passes)}, root / "bundle", cache=engine_cache())
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         reference = DiffusionPipeline.from_pretrained(spec["source"]["model"])
     reference.set_progress_bar_config(disable=True)
     given = {key: value for key, value in spec["inputs"].items() if key not in ("call", "batch_size")} | call
@@ -104,7 +106,7 @@ def both(request, tmp_path_factory):
 
 def difference(reference, pipe, given, **keywords):
     """The largest difference of a value, of images in [0, 1]; relative to the largest value where that is above one."""
-    with quiet_libraries():
+    with quiet_libraries(), as_recorded():  # what diffusers computes and what is folded have the same bits
         want, got = (
             each(
                 generator=torch.Generator().manual_seed(5),

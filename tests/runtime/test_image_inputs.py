@@ -12,10 +12,12 @@ from PIL import Image
 import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import CallError, IllegalPlan, RecordError, SourceError, SpecError
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS, build_folder
+from tests.portably import Portably, as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -43,21 +45,21 @@ def inpaint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(inpaint):
     with diffkiln.load(inpaint[1]) as loaded:
-        yield loaded
+        yield Portably(loaded)
 
 
 @pytest.fixture(scope="module")
 def eager(inpaint):
     from diffusers import StableDiffusionInpaintPipeline
 
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         loaded = StableDiffusionInpaintPipeline.from_pretrained(inpaint[0]["source"]["model"])
     loaded.set_progress_bar_config(disable=True)
     one = inpaint[0]["inputs"][0]
     keywords = {key: value for key, value in (one | one["call"]).items() if key not in ("call", "image", "mask_image")}
 
     def call(*args, **given):
-        with quiet_libraries():
+        with quiet_libraries(), as_recorded():
             return loaded(*args, **keywords | given)
 
     return call
@@ -141,11 +143,12 @@ def test_another_class_of_the_same_components(tmp_path):
     }
     built = diffkiln.compile(spec, tmp_path / "bundle")
     given = {"image": noise(64, 48), "strength": 0.5, "num_inference_steps": 4, "output_type": "pt"}
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         eager = StableDiffusionImg2ImgPipeline.from_pretrained(model)
         eager.set_progress_bar_config(disable=True)
-        want = eager("a fox", generator=seeded(1), **given).images
-    with diffkiln.load(built.path) as pipe:
+        with torch.inference_mode():
+            want = eager("a fox", generator=seeded(1), **given).images
+    with diffkiln.load(built.path) as pipe, as_recorded():
         assert torch.equal(want, pipe("a fox", generator=seeded(1), **given).images)
         with pytest.raises(CallError, match=r"32 x 32 pixels \(width x height\), this variant takes 64 x 48"):
             pipe("a fox", **given | {"image": noise(32, 32)})
@@ -219,11 +222,12 @@ def test_a_call_that_casts_its_autoencoder_while_it_runs(tmp_path):
     spec["source"]["dtype"] = "bfloat16"
     built = diffkiln.compile(spec, tmp_path / "bundle")
     given = {"image": noise(64, 64), "strength": 0.6, "num_inference_steps": 3, "output_type": "pt"}
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         eager = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
         eager.set_progress_bar_config(disable=True)
-        want = eager("a fox", generator=seeded(1), **given).images
-    with diffkiln.load(built.path) as pipe:
+        with torch.inference_mode():
+            want = eager("a fox", generator=seeded(1), **given).images
+    with diffkiln.load(built.path) as pipe, as_recorded():
         assert torch.equal(want, pipe("a fox", generator=seeded(1), **given).images)
     assert types_in(built.path / "weights" / "vae") == {"BF16"}
 

@@ -10,9 +10,11 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
+from tests.portably import Portably, as_recorded
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
@@ -29,20 +31,20 @@ def spec(tmp_path_factory):
 def pipe(spec, tmp_path_factory):
     built = diffkiln.compile(spec, tmp_path_factory.mktemp("bundle") / "sd")
     with diffkiln.load(built.path) as loaded:
-        yield loaded
+        yield Portably(loaded)
 
 
 @pytest.fixture(scope="module")
 def eager(spec):
     from diffusers import DiffusionPipeline
 
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         loaded = DiffusionPipeline.from_pretrained(spec["source"]["model"])
     loaded.set_progress_bar_config(disable=True)
     one = {key: value for key, value in spec["inputs"][0].items() if key != "call"} | spec["inputs"][0]["call"]
 
     def call(*args, **keywords):
-        with quiet_libraries():
+        with quiet_libraries(), as_recorded():
             return loaded(*args, **one | keywords)
 
     return call

@@ -14,10 +14,12 @@ from PIL import Image
 
 import diffkiln
 from diffkiln.errors import DiffkilnError
+from diffkiln.record.portable import portable
 from diffkiln.record.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.measure import RESULTS, plain
 from tests.pipelines.registry import Family
+from tests.portably import as_recorded
 
 FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 #: Families of which a component computes at another length than in diffusers, so that its sums have another order.
@@ -85,11 +87,12 @@ def _replayed(family: Family, root: Path) -> dict[str, Any]:
 
     spec = spec_of(family, root / "model")
     built = diffkiln.compile(spec, root / "bundle")
-    with quiet_libraries():
+    with quiet_libraries(), portable():
         reference = DiffusionPipeline.from_pretrained(root / "model")
         reference.set_progress_bar_config(disable=True)
-        want = drawn(reference, family, spec)
-    with diffkiln.load(built.path) as pipe:
+        with torch.inference_mode():
+            want = drawn(reference, family, spec)
+    with diffkiln.load(built.path) as pipe, as_recorded():
         difference = float((want - drawn(pipe, family, spec)).abs().max() / want.abs().max().clamp(min=1))
     limit = 1e-5 if family.name.startswith(PADDED) else 0.0
     if difference > limit:
