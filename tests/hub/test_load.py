@@ -14,6 +14,7 @@ from diffkiln.bundle import open_bundle
 from diffkiln.errors import HubError, HubUnavailable, Incompatible, MissingDependency, NativeCodeRefused
 from diffkiln.hub import cached, only, push
 from diffkiln.runtime.targets import choose_target, fitting_targets
+from diffkiln.spec.targets import CPU_FLAGS
 from tests.hub.conftest import REPO, UPLOAD_WARNING, V3, V4, contents
 from tests.hub.server import Server
 
@@ -82,6 +83,7 @@ def test_engines_that_were_left_out_are_said_to_be(bundle: Path, monkeypatch: py
     import torch
 
     monkeypatch.setattr("diffkiln.runtime.targets.check_target", lambda *_, **__: None)
+    monkeypatch.setattr("diffkiln.runtime.compatibility._cpu_flags", lambda: CPU_FLAGS["x86-64-v4"])
     with open_bundle(bundle) as opened:
         assert fitting_targets(opened.manifest) == (V4,)
         assert choose_target(opened.manifest, torch.device("cpu"), [V3]) == V3
