@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-cross coverage fuzz lint bench install
+.PHONY: demo test test-portable test-portable-sample test-cross coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ demo: install
 # A file of tests stays in one process, so that what its tests share is made once.
 test: install
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
+
+# What compares numbers, on CPUs that this one is made to look like: without AVX-512 and without AVX, with one thread and
+# with four. About an hour on two cores; the sample, which continuous integration runs, takes minutes.
+test-portable: install
+	$(BIN)/python -m tests.portable
+
+test-portable-sample: install
+	$(BIN)/python -m tests.portable --sample
 
 # Every class and every call, an hour or more; what has a result is not measured again. Remove results to measure anew.
 coverage: install
