@@ -14,8 +14,8 @@ from diffkiln.bundle import open_bundle
 from tests.end_to_end.test_families import spec_of
 from tests.portable import disguises
 
-#: Sigmas of NumPy, rotary tables of a text encoder and a denoiser, positions that are sines.
-FAMILIES = ("sdxl", "lumina2", "pixart_sigma")
+#: Sigmas of NumPy, and rotary tables of a text encoder and a denoiser.
+FAMILIES = ("sdxl", "lumina2")
 KARRAS = {"name": "scheduler", "type": "DPMSolverMultistepScheduler", "config": {"use_karras_sigmas": True}}
 
 
