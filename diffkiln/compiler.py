@@ -24,6 +24,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.gate import gated
 from diffkiln.layers.scaled import row_scales
 from diffkiln.legality import is_schedule, problems_of, too_large
+from diffkiln.limits import Limits, applied
 from diffkiln.memory import keep_large_tensors_apart
 from diffkiln.packing import (
     Packed,
@@ -96,18 +97,20 @@ class Checked:
 
 
 @gated()
-def check(spec: SpecLike, *, base: str | Path | None = None) -> Checked:
+def check(spec: SpecLike, *, base: str | Path | None = None, limits: Limits | None = None) -> Checked:
     """Check a spec from configuration alone: no weight is read, nothing is built.
 
     Args:
         spec: a `Spec`, a path to its JSON, or the JSON as a dict.
         base: folder that the source's relative path starts from; the spec file's by default.
+        limits: what the source and its adapters may ask for; the defaults of `Limits` where it is not given.
 
     Raises:
         SpecError: the spec or its source is wrong.
+        LimitExceeded: the source asks for more than `limits`.
         IllegalPlan: passes that the model or the target does not allow, all of them.
     """
-    with _collection_paused():
+    with applied(limits), _collection_paused():
         return _check(spec, base)
 
 
@@ -158,6 +161,7 @@ def compile(
     progress: Progress | None = None,
     cache: EngineCache | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    limits: Limits | None = None,
 ) -> Built:
     """Compile a spec into a bundle. The output appears whole, at the end, or not at all.
 
@@ -169,6 +173,7 @@ def compile(
         progress: called with the name of each step when it begins.
         cache: of engines; the user's by default.
         metrics: what a `calibrate` may name besides psnr: functions of images [n, …] from 0 to 1 and their prompts.
+        limits: as for `check`.
 
     Raises:
         SpecError, IllegalPlan: as `check`; also for an output that exists.
@@ -176,7 +181,7 @@ def compile(
     """
     steps = Steps(progress)
     keep_large_tensors_apart()
-    with BundleWriter(output, force) as writer:
+    with applied(limits), BundleWriter(output, force) as writer:
         with steps("check"):
             checked = check(spec, base=base)
             writer.require_space(sum(checked.bytes_after.values()))

@@ -69,7 +69,7 @@ class Limits:
         if allowed is not None and found > allowed:
             raise LimitExceeded(
                 f"{where}: {name} is {found:,}, and {allowed:,} is allowed. If you trust its origin, raise "
-                f"the limit: load(…, limits=Limits({name}={found}))"
+                f"the limit: limits=Limits({name}={found})"
             )
 
     def replaced(self, **changes: float | None) -> Limits:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 from contextlib import suppress
 
 from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.errors import DiffkilnError
+from diffkiln.printable import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_NOTE_BYTES = 64 * 1024 * 1024
 

@@ -7,7 +7,6 @@ fetched, and one without a note is compared with what the Hub has at that commit
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from diffkiln.gate import gated
 from diffkiln.hub.address import parse_address
 from diffkiln.hub.fetch import Choose, pull_locked
 from diffkiln.hub.remote import client, look_at
+from diffkiln.printable import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @gated("choose")

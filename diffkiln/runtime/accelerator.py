@@ -6,7 +6,6 @@ kind of device would be one more class.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,9 @@ from typing import Any, Protocol
 
 import torch
 
-log = logging.getLogger(__name__)
+from diffkiln.printable import get_logger
+
+log = get_logger(__name__)
 
 
 class Stream(Protocol):
