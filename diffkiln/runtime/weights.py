@@ -14,11 +14,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from diffkiln.bundle import GroupRow, Verified
+from diffkiln.bundle import GroupRow, Job, Readers, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
 from diffkiln.runtime.lanes import Lane, Layout, aligned, copied
 
@@ -37,6 +38,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
+#: What one reader takes at a time of a file that has been hashed.
+_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,12 @@ def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, i
     size = verified.size(path)
     if size < 8:
         raise ManifestInvalid(f"{path!r} is too short for a safetensors file")
-    (length,) = struct.unpack("<Q", verified.pread(path, 8))
+    (length,) = struct.unpack("<Q", verified.peek(path, 8))
     if length > min(_MAX_HEADER, size - 8):
         raise ManifestInvalid(f"{path!r}: its header claims {length} bytes of {size}")
     data = size - 8 - length
     try:
-        table = json.loads(verified.pread(path, length, 8))
+        table = json.loads(verified.peek(path, length, 8))
         turned = json.loads(table.get("__metadata__", {}).get(CHANNELS_LAST, "[]"))
         if not isinstance(turned, list) or any(len(table[name]["shape"]) != 4 for name in turned):
             raise ValueError(f"{CHANNELS_LAST} must list tensors of four dimensions")
@@ -124,6 +127,7 @@ class WeightStore:
         groups: the manifest's table of weights.
         device: where weights are used.
         offload: the spec's offload policy as JSON, or None to keep everything on the device.
+        readers: read resident weights, several files at a time.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
@@ -137,6 +141,7 @@ class WeightStore:
         groups: Mapping[str, Sequence[GroupRow]],
         device: torch.device,
         offload: Mapping[str, Any] | None,
+        readers: Readers | None = None,
     ) -> None:
         self.device, self.offload = device, offload
         self._verified = verified
@@ -152,7 +157,9 @@ class WeightStore:
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = ThreadPoolExecutor(1, "diffkiln-weights") if ahead else None
         self._lane = Lane(device) if ahead and device.type == "cuda" else None
-        if offload is None:
+        if offload is None and device.type == "cpu":
+            self._bring_all(readers or Readers())
+        elif offload is None:
             for key in self.groups:
                 self._here[key] = _done(self._bring(key))
         elif device.type == "cuda" and offload.get("to") != "disk":
@@ -230,7 +237,26 @@ class WeightStore:
 
     def _bring(self, key: Key) -> dict[str, torch.Tensor]:
         group = self.groups[key]
-        flat = self._flat(group)
+        return self._arrived(group, self._flat(group))
+
+    def _bring_all(self, readers: Readers) -> None:
+        """Read every group into memory, the largest first, since a file that has to be hashed is one thread's."""
+        buffers = {key: torch.empty(group.nbytes, dtype=torch.uint8) for key, group in self.groups.items()}
+        jobs: list[Job] = []
+        for key in sorted(buffers, key=lambda key: self.groups[key].nbytes, reverse=True):
+            jobs += self._reading(self.groups[key], memoryview(buffers[key].numpy().data))
+        readers.run(jobs)
+        for key, buffer in buffers.items():
+            self._here[key] = _done(self._arrived(self.groups[key], buffer))
+
+    def _reading(self, group: Group, view: memoryview) -> Iterator[Job]:
+        """What reads a group: in pieces, or whole where that hashes the file."""
+        size = _PIECE if self._verified.is_hashed(group.file) else max(len(view), 1)
+        for start in range(0, len(view), size):
+            piece, offset = view[start : start + size], group.offset + start
+            yield partial(self._verified.read_into, group.file, piece, offset)
+
+    def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         with self._counting:
             self.brought += 1
             self.bytes_now += group.nbytes
