@@ -23,7 +23,7 @@ def region(name: str, size: int) -> Program:
 @pytest.fixture
 def modules():
     regions = {name: region(name, size) for name, size in SIZES.items()}
-    return {"unet": Module(programs={}, regions=regions), "vae": Module(programs={}, regions=regions)}
+    return {"unet": Module("unet", {}, regions), "vae": Module("vae", {}, regions)}
 
 
 def row(component, name, backend="aot_inductor"):

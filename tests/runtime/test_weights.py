@@ -155,7 +155,7 @@ class Bytes:
     def size(self, _path: str) -> int:
         return len(self.data)
 
-    def pread(self, _path: str, size: int, offset: int = 0) -> bytes:
+    def peek(self, _path: str, size: int, offset: int = 0) -> bytes:
         return self.data[offset : offset + size]
 
 
