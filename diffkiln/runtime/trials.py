@@ -8,7 +8,6 @@ which a build may never have seen, all are tried.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -74,4 +73,4 @@ def chosen(rows: Sequence[EngineRow], modules: Mapping[str, Module]) -> set[str]
 
 def elements(region: Program) -> int:
     """How many elements the values of a region have, weights included."""
-    return sum(math.prod(kind.shape) for kind in region.types.values())
+    return sum(kind.numel for kind in region.types.values())
