@@ -1,4 +1,7 @@
-"""From a directory to a pipeline: integrity, compatibility, trust, engines, self-test. In this order."""
+"""From a directory to a pipeline: integrity, compatibility, trust, engines, self-test. In this order.
+
+Weights are hashed as they are read, in threads, while programs are read. They are done before native code is loaded.
+"""
 
 from __future__ import annotations
 
