@@ -22,6 +22,7 @@ from diffkiln.errors import DiffkilnError, ExportError, MissingDependency
 from diffkiln.gpu_forms import gpu_forms
 from diffkiln.inductor import INDUCTOR, ISAS, quiet, told_host
 from diffkiln.program import Op, Program, Ref, engine_types
+from diffkiln.program.convolutions import heavy_weights
 
 #: The files of an engine: the region, what `compiled` is told, and a folder of Inductor's caches.
 REGION, OPTIONS, CACHES = "region.json", "options.json", "caches"
@@ -68,7 +69,10 @@ def compiled(
     with INDUCTOR, quiet(), told_host(isa, folder), torch.inference_mode(), kernel_for(region):
         misses = counters["inductor"]["fxgraph_cache_miss"]
         # Its forward alone: the method that calls it is one for all graphs, and no guard would tell them apart.
-        run: Any = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False, options=_options(isa, flags or {}))
+        options = _options(isa, flags or {})
+        if device.type == "cpu" and heavy_weights(region):
+            options["layout_optimization"] = False
+        run: Any = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False, options=options)
         try:
             run(*zeros)
         except DiffkilnError:

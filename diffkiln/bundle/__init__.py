@@ -31,10 +31,12 @@ from diffkiln.bundle.partial import dump_partial, engine_targets, left_out
 from diffkiln.bundle.paths import check_path, check_unique
 from diffkiln.bundle.policy import Pin, Policy, find_policy, read_policy
 from diffkiln.bundle.reader import Bundle, open_bundle
+from diffkiln.bundle.readers import Job, Readers
 from diffkiln.bundle.sign import sign_bundle
 from diffkiln.bundle.signature import Signature
 from diffkiln.bundle.signers import claimed, sign_with_certificate, sign_with_key, sign_with_sigstore, signer_of
 from diffkiln.bundle.state import state_dir
+from diffkiln.bundle.tried import Tried
 from diffkiln.bundle.trust import NativePermit, authorise_native, has_receipt, require_signer, write_receipt
 from diffkiln.bundle.verified import Verified
 from diffkiln.bundle.writer import BundleWriter
@@ -55,6 +57,7 @@ __all__ = [
     "FileRow",
     "Format",
     "GroupRow",
+    "Job",
     "Manifest",
     "NativePermit",
     "PassRow",
@@ -62,10 +65,12 @@ __all__ = [
     "Pipeline",
     "Policy",
     "Progress",
+    "Readers",
     "Requires",
     "Role",
     "Signature",
     "TensorSpec",
+    "Tried",
     "Variant",
     "Verified",
     "authorise_native",

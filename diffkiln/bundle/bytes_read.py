@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 
 from diffkiln.bundle import openat
@@ -13,17 +12,6 @@ from diffkiln.bundle.manifest import FileRow
 from diffkiln.errors import DigestMismatch
 
 AGAIN = "Fetch or build the bundle again"
-
-
-def fill(path: str, descriptor: int, view: memoryview, offset: int) -> None:
-    """Read until `view` is full. Raises `DigestMismatch` if the file ends before."""
-    done = 0
-    while done < len(view):
-        with openat.explained(path):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise DigestMismatch(f"{path!r} was cut short while in use. {AGAIN}")
-        done += count
 
 
 def check_digest(row: FileRow, descriptor: int, progress: Progress | None = None) -> None:

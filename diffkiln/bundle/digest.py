@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 # Called with the number of bytes hashed since the last call, so that it can drive a progress bar.
 Progress = Callable[[int], None]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 22
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -58,6 +58,30 @@ def settled(stamp: Stamp, started_ns: int) -> bool:
     return max(stamp[1], stamp[2]) < started_ns - SETTLED_NS
 
 
+class Receipt:
+    """What one load notes for the next.
+
+    Args:
+        identity, place: the bundle's id and directory.
+        known: what the receipt says already.
+        started_ns: when the load began (`time.time_ns`).
+    """
+
+    def __init__(self, identity: str, place: Path, known: Mapping[str, Stamp], started_ns: int) -> None:
+        self._identity, self._place, self._known, self._started_ns = identity, place, known, started_ns
+
+    def note(self, stamps: Mapping[str, Stamp]) -> None:
+        """Note files that have been hashed, unless they were touched just before."""
+        kept = {
+            path: stamp
+            for path, stamp in stamps.items()
+            if self._known.get(path) == stamp or settled(stamp, self._started_ns)
+        }
+        if kept != self._known:
+            remember(self._identity, self._place, kept)
+            self._known = kept
+
+
 def _name(identity: str, place: Path) -> str:
     return f"{identity}-{sha256_bytes(os.fsencode(place))[:32]}.json"
 

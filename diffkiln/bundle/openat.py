@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from diffkiln.bundle.sharing import only_staged
-from diffkiln.errors import Incomplete, IntegrityError, PathEscape
+from diffkiln.errors import DigestMismatch, Incomplete, IntegrityError, PathEscape
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
@@ -100,6 +100,21 @@ def read_up_to(descriptor: int, limit: int) -> bytes:
         parts.append(part)
         offset += len(part)
     return b"".join(parts)
+
+
+def filled(path: str, descriptor: int, view: memoryview, offset: int, piece: int | None = None) -> Iterator[memoryview]:
+    """Fill `view` with the file's bytes from `offset` on, and give each part, of at most `piece` bytes, as it comes.
+
+    Raises `DigestMismatch` where the file ends early.
+    """
+    done = 0
+    while done < len(view):
+        with explained(path):
+            count = os.preadv(descriptor, [view[done : done + piece if piece else None]], offset + done)
+        if count == 0:
+            raise DigestMismatch(f"{path!r} was cut short while in use. Fetch or build the bundle again")
+        yield view[done : done + count]
+        done += count
 
 
 def kind(mode: int) -> str:

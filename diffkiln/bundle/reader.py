@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import time
 import weakref
 from collections.abc import Collection, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, Self
 
@@ -28,6 +26,7 @@ from diffkiln.bundle.manifest import (
     parse_manifest,
 )
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
+from diffkiln.bundle.readers import Readers
 from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import (
@@ -40,8 +39,6 @@ from diffkiln.errors import (
     UnexpectedFile,
 )
 from diffkiln.gate import gated
-
-_HASHERS = min(8, os.cpu_count() or 1)
 
 
 class Bundle:
@@ -82,7 +79,8 @@ class Bundle:
         `progress` is called with the bytes hashed since its last call, from one thread at a time. With
         `roles` only files of these roles are hashed now; the structure is always checked whole, and every
         other file is hashed before its bytes are handed out. `receipt` "use" takes weights that were hashed
-        at an earlier load and look untouched as they are, and "renew" hashes them; both note what was hashed.
+        at an earlier load and look untouched as they are, and "renew" hashes them; both note what was hashed, and
+        `Verified.hash_rest` what was hashed since.
 
         Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
         """
@@ -98,9 +96,10 @@ class Bundle:
         try:
             verified.hold_weights()
             verified.accept(known)
-            _hash_all(verified, [path for path, row in rows.items() if roles is None or row.role in roles], progress)
+            wanted = [path for path, row in rows.items() if roles is None or row.role in roles]
+            verified.hash_all(wanted, Readers(progress))
             if receipt != "ignore":
-                _note(verified, known, started)
+                verified.keep(hashed.Receipt(self.id, self.path, known, started))
         except BaseException:
             verified.close()
             raise
@@ -257,41 +256,3 @@ def _check_size(row: FileRow | None, size: int) -> None:
         raise DigestMismatch(
             f"{row.path!r} has {size} bytes, the manifest says {row.size}. Fetch or build the bundle again"
         )
-
-
-def _note(verified: Verified, known: Mapping[str, hashed.Stamp], started_ns: int) -> None:
-    """Keep for the next load what was hashed since `started_ns`, and what was `known` then."""
-    stamps = {
-        path: stamp
-        for path, stamp in verified.stamps().items()
-        if known.get(path) == stamp or hashed.settled(stamp, started_ns)
-    }
-    if stamps != known:
-        hashed.remember(verified.id, verified.path, stamps)
-
-
-class _Stopped(Exception):
-    """Another thread has failed."""
-
-
-def _hash_all(verified: Verified, paths: list[str], progress: Progress | None) -> None:
-    """Hash several files at a time. The first failure, or Ctrl-C, stops the others at their next chunk."""
-    stop = threading.Event()
-    lock = threading.Lock()
-
-    def step(count: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        if progress is not None:
-            with lock:
-                progress(count)
-
-    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="diffkiln-hash") as pool:
-        try:
-            futures = [pool.submit(verified.check, path, step) for path in paths]
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise

@@ -1,9 +1,9 @@
 """A bundle that has been checked, and the only way to its bytes.
 
-What is handed out is what was hashed. Small files are hashed again as they are read; weights are read through
-descriptors that have been held open since they were hashed, so that putting another file in their place
-changes nothing; native code is copied into a private directory and hashed on the way. Nothing is mapped into
-memory: a file that is cut short while in use gives an error, not SIGBUS.
+What is handed out is what was hashed. Small files are hashed again as they are read; weights are hashed in the buffer
+that they are read into, or read through descriptors that have been held open since they were hashed, so that putting
+another file in their place changes nothing; native code is copied into a private directory and hashed on the way.
+Nothing is mapped into memory: a file that is cut short while in use gives an error, not SIGBUS.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from diffkiln.bundle import openat
-from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, fill, mismatch
+from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, mismatch
 from diffkiln.bundle.digest import Progress, sha256_bytes
-from diffkiln.bundle.hashed import Stamp, stamp_of
+from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
 from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
 from diffkiln.bundle.paths import check_path
+from diffkiln.bundle.readers import Readers
 from diffkiln.bundle.scratch import Scratch
 from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
@@ -29,6 +31,9 @@ from diffkiln.errors import CallError, DiffkilnError, DigestMismatch, Incomplete
 
 #: How often weights are read anew that something happened to meanwhile.
 _LOOKS = 5
+
+#: Read and hashed at once. Between pieces a thread waits for Python's lock, which a busy interpreter holds for 5 ms.
+_PIECE = 1 << 24
 
 
 class _Held:
@@ -71,6 +76,7 @@ class Verified:
         self._rows = {row.path: row for row in files}
         self._weights: dict[str, tuple[int, Stamp]] = {}  # path to descriptor, and what it was when it was opened
         self._hashed: set[str] = set()
+        self._receipt: Receipt | None = None
         self._copies: dict[str, Path] = {}
         self._held = _Held()
         self._held.descriptors.append(root)
@@ -101,24 +107,34 @@ class Verified:
         The file has been hashed; where `verify` was told to leave weights out, it is hashed now.
         A read that comes back short means that the file was cut: use `read_into`, which checks.
         """
-        row = self._row(path)
-        if row.role != "weights":
-            raise IntegrityError(f"{path!r} has the role {row.role}, not weights")
+        descriptor, _ = self._weights_of(path)
         self.check(path)
-        return self._weights[path][0]
+        return descriptor
 
-    def read_into(self, path: str, buffer: memoryview | bytearray, offset: int = 0) -> None:
+    def read_into(
+        self, path: str, buffer: memoryview | bytearray, offset: int = 0, progress: Progress | None = None
+    ) -> None:
         """Fill `buffer` (writable, contiguous) with weights from byte `offset` on.
 
-        Raises `DigestMismatch` if the file ends early or was written to since it was hashed.
+        A file that has not been hashed yet, and that is read to its end, is hashed on the way: what was hashed is then
+        what lies in the buffer. On an error the buffer must not be used.
+
+        Raises `DigestMismatch` if the file is another one, ends early or was written to since it was hashed.
         """
-        descriptor = self.descriptor(path)
         view = memoryview(buffer).cast("B")
-        for _ in range(_LOOKS):
-            fill(path, descriptor, view, offset)
-            if self._is_untouched(path):
-                return
-        raise DigestMismatch(f"{path!r} keeps changing while in use. {AGAIN}")
+        if path not in self._hashed and offset + len(view) == self._row(path).size:
+            self._read_and_hash(path, view, offset, progress)
+        else:
+            self._fill(path, self.descriptor(path), view, offset)
+
+    def peek(self, path: str, size: int, offset: int = 0) -> bytes:
+        """The bytes of a weights file before it is hashed: for a header, which says where things lie.
+
+        Whoever uses what lies there has it hashed first. Raises as `read_into`.
+        """
+        data = bytearray(size)
+        self._fill(path, self._weights_of(path)[0], memoryview(data), offset)
+        return bytes(data)
 
     def size(self, path: str) -> int:
         """The size in bytes that the manifest states, and that the file has."""
@@ -186,6 +202,24 @@ class Verified:
             finally:
                 os.close(descriptor)
         self._hashed.add(path)
+
+    def is_hashed(self, path: str) -> bool:
+        return path in self._hashed
+
+    def hash_all(self, paths: Iterable[str], readers: Readers) -> None:
+        """Hash several files at a time, unless they have been. Raises `DigestMismatch`."""
+        readers.run([partial(self.check, path) for path in paths])
+
+    def hash_rest(self, readers: Readers) -> None:
+        """Hash the weights that have not been, and note for the next load what was. Raises `DigestMismatch`."""
+        self.hash_all(self._weights.keys() - self._hashed, readers)
+        if self._receipt is not None:
+            self._receipt.note(self.stamps())
+
+    def keep(self, receipt: Receipt) -> None:
+        """Note for the next load what is hashed, now and later. Called by `Bundle.verify`."""
+        self._receipt = receipt
+        receipt.note(self.stamps())
 
     def hold_weights(self) -> None:
         """Open every weights file, for good. Called once, by `Bundle.verify`."""
@@ -267,6 +301,34 @@ class Verified:
         check_digest(self._rows[path], descriptor)
         self._weights[path] = descriptor, now  # from before it was hashed, so that a later write is seen
         return False
+
+    def _fill(self, path: str, descriptor: int, view: memoryview, offset: int) -> None:
+        for _ in range(_LOOKS):
+            for _ in openat.filled(path, descriptor, view, offset):
+                pass
+            if self._is_untouched(path):
+                return
+        raise DigestMismatch(f"{path!r} keeps changing while in use. {AGAIN}")
+
+    def _read_and_hash(self, path: str, view: memoryview, offset: int, progress: Progress | None) -> None:
+        descriptor, _ = self._weights_of(path)
+        digest = hashlib.sha256()
+        head = memoryview(bytearray(offset))
+        for part, start in ((head, 0), (view, offset)):
+            for piece in openat.filled(path, descriptor, part, start, _PIECE):
+                digest.update(piece)
+                if progress is not None:
+                    progress(len(piece))
+        if digest.hexdigest() != self._row(path).sha256:
+            raise mismatch(self._row(path))
+        self._is_untouched(path)  # what lies in the buffer is right; a change since then is noted
+        self._hashed.add(path)
+
+    def _weights_of(self, path: str) -> tuple[int, Stamp]:
+        row = self._row(path)
+        if row.role != "weights":
+            raise IntegrityError(f"{path!r} has the role {row.role}, not weights")
+        return self._weights[path]
 
     def _open(self, path: str) -> int:
         self._check_open()

@@ -32,6 +32,7 @@ from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.gpu_forms import gpu_forms
 from diffkiln.inductor import FLAGS, INDUCTOR, quiet, told_host
 from diffkiln.program import Input, Op, Program, Ref, TensorType
+from diffkiln.program.convolutions import heavy_weights
 from diffkiln.spec.targets import Target
 
 _VECTOR = TensorType("float32", (8,))
@@ -64,6 +65,8 @@ class AotInductor:
 
         def tools() -> dict[str, str]:
             found = {"torch": torch.__version__, "compiler": toolchain.find_compiler().version}
+            if _keeps_layout(lowering):
+                found["layout"] = "kept"
             return found | (cuda.gpu_tools(target) if target.device == "cuda" else {})
 
         def build(scratch: Path) -> Artefact:
@@ -168,9 +171,16 @@ def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> 
     given = dict(lowering.options)
     wanted = host_options(target.isa, compiler, folder)
     wanted |= cuda.gpu_options(target, given) if target.device == "cuda" else given
+    if _keeps_layout(lowering):
+        wanted["layout_optimization"] = False
     known = set(torch._inductor.list_options())
     must = {"aot_inductor.package": True, "aot_inductor.package_cpp_only": True}
     return must | {name: value for name, value in wanted.items() if name in known}
+
+
+def _keeps_layout(lowering: Lowering) -> bool:
+    """Whether Inductor leaves the layout of convolutions alone. Measured on CPUs; GPUs keep its own rule."""
+    return lowering.target.device == "cpu" and heavy_weights(lowering.region)
 
 
 def _lay_out(library: Path, files: Sequence[Path], directory: Path, device: str) -> Path:

@@ -37,7 +37,7 @@ def load_as_diffusers(
     allow_native: bool,
     policy: Policy | None = None,
     device: Any = None,
-    check_engines: bool = True,
+    check_engines: bool | None = None,
 ) -> Any:
     """The original pipeline with the bundle's weights and engines.
 
@@ -46,7 +46,7 @@ def load_as_diffusers(
         allow_native: load native code though this user did not build the bundle here.
         policy: whose signatures count.
         device: where to run; the bundle's target by default.
-        check_engines: compare each engine with the replay of its region first.
+        check_engines: as `diffkiln.load`.
 
     Raises:
         MissingDependency: diffusers is not installed.

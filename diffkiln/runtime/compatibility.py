@@ -11,7 +11,8 @@ from importlib import metadata
 
 import torch
 
-from diffkiln.bundle import Manifest, Requires
+import diffkiln
+from diffkiln.bundle import Manifest, Requires, sha256_bytes
 from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
 from diffkiln.program import onnx
@@ -99,6 +100,31 @@ def _cuda_differences(requires: Requires) -> Iterator[Problem]:
 def check_manifest(manifest: Manifest) -> None:
     """What must hold whatever is loaded: Python and packages."""
     check_target(manifest.requires, None, native=False)
+
+
+def machine(requires: Requires, place: torch.device) -> dict[str, str]:
+    """Returns what decides how an engine computes here, besides the bundle: processors and versions."""
+    facts = {"diffkiln": diffkiln.__version__, "torch": torch.__version__, "device": str(place), "cpu": _cpu()}
+    facts |= {package: _installed(package) or "" for package in requires.packages}
+    if place.type == "cuda":
+        gpu = torch.cuda.get_device_properties(place)
+        facts |= {"gpu": f"{gpu.name} sm_{gpu.major}{gpu.minor}", "driver": _driver() or ""}
+        facts["cuda"] = torch.version.cuda or ""
+    return facts
+
+
+def _cpu() -> str:
+    """The CPU's model, the level that torch runs at, and a digest of the CPU's flags."""
+    stated: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                stated.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    flags = sha256_bytes(stated.get("flags", "").encode())
+    return f"{stated.get('model name', 'unknown')} {torch.backends.cpu.get_cpu_capability()} {flags}"
 
 
 def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Problem]:

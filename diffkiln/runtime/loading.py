@@ -1,4 +1,7 @@
-"""From a directory to a pipeline: integrity, compatibility, trust, engines, self-test. In this order."""
+"""From a directory to a pipeline: integrity, compatibility, trust, engines, self-test. In this order.
+
+Weights are hashed as they are read, in threads, while programs are read. They are done before native code is loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,6 +20,7 @@ from diffkiln.bundle import (
     EngineRow,
     Policy,
     Progress,
+    Role,
     Verified,
     authorise_native,
     find_policy,
@@ -29,6 +33,7 @@ from diffkiln.limits import Limits, active, applied
 from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.runtime.accelerator import accelerator
+from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_call, check_module, check_stored
 from diffkiln.runtime.compatibility import check_manifest
@@ -41,10 +46,13 @@ from diffkiln.runtime.places import current
 from diffkiln.runtime.self_test import self_test
 from diffkiln.runtime.targets import check_device, choose_target, fitting_targets, place_for
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.trials import Trials
 from diffkiln.runtime.variants import CompiledVariant
-from diffkiln.runtime.weights import WeightStore, read_table
+from diffkiln.runtime.weights import read_table
 
 log = get_logger(__name__)
+
+_ROLES: frozenset[Role] = frozenset(get_args(Role))
 
 CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
 #: In a component's folder of `pipeline/`: its layers that are stored in another form.
@@ -58,7 +66,7 @@ def load(
     allow_native: bool = False,
     as_diffusers: bool = False,
     device: str | torch.device | None = None,
-    check_engines: bool = True,
+    check_engines: bool | None = None,
     policy: Policy | str | os.PathLike[str] | None = None,
     rehash: bool = False,
     progress: Progress | None = None,
@@ -72,7 +80,8 @@ def load(
         allow_native: load native code though this user did not build the bundle here.
         as_diffusers: give the original diffusers pipeline, with the engines plugged in, instead.
         device: where to run; the bundle's target by default.
-        check_engines: compare each engine with the replay of its region before it serves.
+        check_engines: compare every engine with the replay of its region before it serves, or none. By default those
+            that were not compared here before; on a CPU the smallest of each kind, and no large ones.
         policy: whose signatures count; the user's own policy file by default, where there is one.
         rehash: hash weights again that were hashed at an earlier load and look untouched.
         progress: called with the number of bytes hashed since its last call.
@@ -95,7 +104,7 @@ def _loaded(
     allow_native: bool,
     as_diffusers: bool,
     device: str | torch.device | None,
-    check_engines: bool,
+    check_engines: bool | None,
     policy: Policy | str | os.PathLike[str] | None,
     rehash: bool,
     progress: Progress | None,
@@ -108,7 +117,9 @@ def _loaded(
     forks.keep_openmp(functools.partial(torch.set_num_threads, 1))
     trusted = find_policy(policy)
     with open_bundle(path) as bundle:
-        verified = bundle.verify(progress, receipt="renew" if rehash else "use")
+        # Weights are hashed as they are read, beside the rest of the load, unless diffusers reads them.
+        roles = None if as_diffusers else _ROLES - {"weights"}
+        verified = bundle.verify(progress, roles, receipt="renew" if rehash else "use")
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
@@ -116,7 +127,7 @@ def _loaded(
         check_device(verified.manifest, device)
         with current(device):
             if not as_diffusers:
-                return _load(verified, allow_native, trusted, device, check_engines, paranoid)
+                return _load(verified, allow_native, trusted, device, check_engines, progress, paranoid)
             from diffkiln.runtime.as_diffusers import load_as_diffusers
 
             if verified.manifest.runtime.get("cuda_graphs"):
@@ -130,7 +141,13 @@ def _loaded(
 
 
 def _load(
-    verified: Verified, allow_native: bool, policy: Policy | None, device: Any, check_engines: bool, paranoid: bool
+    verified: Verified,
+    allow_native: bool,
+    policy: Policy | None,
+    device: Any,
+    check_engines: bool | None,
+    progress: Progress | None,
+    paranoid: bool,
 ) -> CompiledPipeline:
     manifest, limits = verified.manifest, active()
     limits.check("variants", len(manifest.pipeline.variants), "the manifest")
@@ -142,17 +159,19 @@ def _load(
     check_manifest(manifest)
     place = place_for(manifest, device)
     graphs = graphs_for(manifest, place)
-    modules = read_modules(verified)
-    check_kernels(kernels_of(modules), place)
-    check_schemas(read_json(verified, SCHEMAS))
-    constants = read_constants(verified)
-    variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
-    calls = [program for variant in variants for program in variant.programs.values()]
-    check_budget(modules, calls, limits, place)
-    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     offload: Any = manifest.runtime.get("offload")
-    store = WeightStore(verified, manifest.weights, place, offload)
+    with Arrival(verified, place, offload, progress) as arrival:
+        modules = read_modules(verified)
+        check_kernels(kernels_of(modules), place)
+        check_schemas(read_json(verified, SCHEMAS))
+        constants = read_constants(verified)
+        variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
+        calls = [program for variant in variants for program in variant.programs.values()]
+        check_budget(modules, calls, limits, place)
+    # By now every file has been hashed, so native code may be loaded.
+    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     tf32: Any = manifest.runtime.get("tf32")
+    store = arrival.store()
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
     check_stored(modules, calls, store.type_of, constants, inside)
     executor = Executor(modules, store, constants, engines, place, tf32, graphs, limits.seconds, paranoid)
@@ -260,7 +279,7 @@ def open_engines(
     place: torch.device,
     allow_native: bool,
     policy: Policy | None,
-    check_engines: bool,
+    check_engines: bool | None,
 ) -> dict[tuple[str, str], Engine]:
     """The engines of the target that fits; none where the bundle allows to replay on a machine that it is not for."""
     manifest = verified.manifest
@@ -269,13 +288,14 @@ def open_engines(
     try:
         target = choose_target(manifest, place, verified.targets)
         rows = [row for row in manifest.engines if row.target == target]
+        trials = Trials(verified, rows, modules, place, check_engines)
         permit = authorise_native(verified, allow_native, policy)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions
         found = {}
         for row in rows:
             region = _region_of(row, modules)
             if row.path not in opened:
-                opened[row.path] = _open(permit.verified, row, region, constants, place, check_engines)
+                opened[row.path] = _open(permit.verified, row, region, constants, place, trials)
             found[row.component, row.region] = opened[row.path]
         if check_engines and (there := accelerator(place)):
             there.release()  # what the comparisons took, which the weights need now
@@ -293,17 +313,18 @@ def _open(
     region: Program,
     constants: Mapping[str, torch.Tensor],
     place: torch.device,
-    check: bool,
+    trials: Trials,
 ) -> Engine:
     what = f"engine {row.path}"
     engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, place)
-    if check:
+    if trials.wants(row.path):
         try:
             self_test(engine, region, constants, place, what)
         except DiffkilnError:
             raise
         except RuntimeError as error:
             raise Incompatible(f"{what} does not run here: {error}") from error
+        trials.passed(row.path)
     return engine
 
 

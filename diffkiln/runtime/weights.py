@@ -21,7 +21,7 @@ import torch
 
 from diffkiln import forks
 from diffkiln.aten import dtype_name
-from diffkiln.bundle import GroupRow, Verified
+from diffkiln.bundle import GroupRow, Job, Readers, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
 from diffkiln.limits import active
 from diffkiln.program import TensorType
@@ -43,6 +43,8 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+#: What one reader takes at a time of a file that has been hashed.
+_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, i
         LimitExceeded: it is longer, or has more rows, than the limits allow.
     """
     size = verified.size(path)
-    table, length = read_table(path, size, partial(verified.pread, path))
+    table, length = read_table(path, size, partial(verified.peek, path))
     data = size - 8 - length
     try:
         turned = json.loads(table.get("__metadata__", {}).get(CHANNELS_LAST, "[]"))
@@ -164,6 +166,7 @@ class WeightStore:
         device: where weights are used.
         offload: the spec's offload policy as JSON, or None to keep everything on the device.
         on: stands for the device; None finds it.
+        readers: read resident weights, several files at a time.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
@@ -178,6 +181,7 @@ class WeightStore:
         device: torch.device,
         offload: Mapping[str, Any] | None,
         on: Accelerator | None = None,
+        readers: Readers | None = None,
     ) -> None:
         self.device, self.offload = device, offload
         self._verified = verified
@@ -197,7 +201,9 @@ class WeightStore:
         self._worker = _worker() if ahead else None
         self._lane = Lane(self._accelerator) if ahead and self._accelerator else None
         forks.renewed(self)
-        if offload is None:
+        if offload is None and device.type == "cpu":
+            self._bring_all(readers or Readers())
+        elif offload is None:
             for key in self.groups:
                 self._here[key] = _done(self._bring(key))
             self._close_readers()
@@ -297,7 +303,26 @@ class WeightStore:
 
     def _bring(self, key: Key) -> dict[str, torch.Tensor]:
         group = self.groups[key]
-        flat = self._flat(group)
+        return self._arrived(group, self._flat(group))
+
+    def _bring_all(self, readers: Readers) -> None:
+        """Read every group into memory, the largest first, since a file that has to be hashed is one thread's."""
+        buffers = {key: torch.empty(group.nbytes, dtype=torch.uint8) for key, group in self.groups.items()}
+        jobs: list[Job] = []
+        for key in sorted(buffers, key=lambda key: self.groups[key].nbytes, reverse=True):
+            jobs += self._reading(self.groups[key], memoryview(buffers[key].numpy().data))
+        readers.run(jobs)
+        for key, buffer in buffers.items():
+            self._here[key] = _done(self._arrived(self.groups[key], buffer))
+
+    def _reading(self, group: Group, view: memoryview) -> Iterator[Job]:
+        """What reads a group: in pieces, or whole where that hashes the file."""
+        size = _PIECE if self._verified.is_hashed(group.file) else max(len(view), 1)
+        for start in range(0, len(view), size):
+            piece, offset = view[start : start + size], group.offset + start
+            yield partial(self._verified.read_into, group.file, piece, offset)
+
+    def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         with self._counting:
             self.brought += 1
             self.bytes_now += group.nbytes

@@ -10,7 +10,7 @@ from diffkiln.bundle import sha256_bytes, sha256_file
 
 
 def test_hashes_a_path_and_a_descriptor_and_reports_progress(tmp_path: Path) -> None:
-    data = os.urandom(3_000_000)
+    data = os.urandom(9_000_000)
     file = tmp_path / "file"
     file.write_bytes(data)
     steps: list[int] = []

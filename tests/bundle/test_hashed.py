@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diffkiln.bundle import hashed, open_bundle
+from diffkiln.bundle import Readers, hashed, open_bundle
 from diffkiln.errors import DigestMismatch
-from tests.bundle.making import CONTENT, NATIVE, WEIGHTS, make
+from tests.bundle.making import CONTENT, NATIVE, PROGRAM, WEIGHTS, make
 
 SIZE = sum(len(data) for _, data in CONTENT.values())
 WEIGHT = len(CONTENT[WEIGHTS][1])
@@ -193,6 +193,27 @@ def test_a_state_directory_that_cannot_be_written_only_costs_time(
     with caplog.at_level(logging.INFO):
         assert load(settled) == load(settled) == SIZE
     assert "the next load" in caplog.text
+
+
+def test_weights_that_are_hashed_after_the_verification_are_noted_too(settled: Path) -> None:
+    steps: list[int] = []
+    with open_bundle(settled) as bundle, bundle.verify(steps.append, {"program"}, "use") as verified:
+        verified.read_into(WEIGHTS, bytearray(WEIGHT), 0, steps.append)
+        verified.hash_rest(Readers(steps.append))
+        assert sum(steps) == WEIGHT + len(CONTENT[PROGRAM][1])
+    assert load(settled) == SIZE - WEIGHT
+
+
+def test_what_nobody_reads_is_hashed_all_the_same(settled: Path) -> None:
+    (settled / WEIGHTS).write_bytes(bytes(WEIGHT))
+    with (
+        open_bundle(settled) as bundle,
+        bundle.verify(roles={"program"}, receipt="use") as verified,
+        pytest.raises(DigestMismatch, match=WEIGHTS),
+    ):
+        verified.hash_rest(Readers())
+    with open_bundle(settled) as bundle, pytest.raises(DigestMismatch, match=WEIGHTS):
+        bundle.verify(receipt="use")
 
 
 def test_a_failed_verification_leaves_no_receipt(settled: Path, state_home: Path) -> None:

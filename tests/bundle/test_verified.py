@@ -121,6 +121,68 @@ def test_what_verify_left_out_is_hashed_when_it_is_asked_for(made: Path, bundle:
             verified.read(CONFIG)
 
 
+HEAD = 100
+
+
+def unhashed(bundle: Bundle) -> Verified:
+    return bundle.verify(roles={"program", "doc"})
+
+
+def test_weights_that_are_read_to_their_end_are_hashed_in_the_buffer_that_is_used(made: Path, bundle: Bundle) -> None:
+    data = CONTENT[WEIGHTS][1]
+    steps: list[int] = []
+    with unhashed(bundle) as verified:
+        buffer = bytearray(len(data) - HEAD)
+        verified.read_into(WEIGHTS, buffer, HEAD, steps.append)
+        assert buffer == data[HEAD:]
+        assert sum(steps) == len(data)
+        assert verified.is_hashed(WEIGHTS)
+
+
+@pytest.mark.parametrize("place", [0, HEAD - 1, HEAD, -1], ids=["first", "before", "begin", "last"])
+def test_a_flipped_bit_is_found_where_weights_are_hashed_as_they_are_read(
+    made: Path, bundle: Bundle, place: int
+) -> None:
+    data = bytearray(CONTENT[WEIGHTS][1])
+    data[place] ^= 1
+    (made / WEIGHTS).write_bytes(data)
+    with unhashed(bundle) as verified:
+        with pytest.raises(DigestMismatch, match=WEIGHTS):
+            verified.read_into(WEIGHTS, bytearray(len(data) - HEAD), HEAD)
+        assert not verified.is_hashed(WEIGHTS)
+
+
+def test_a_part_of_weights_is_handed_out_only_after_the_whole_was_hashed(made: Path, bundle: Bundle) -> None:
+    (made / WEIGHTS).write_bytes(CONTENT[WEIGHTS][1][:-1] + b"x")
+    with unhashed(bundle) as verified, pytest.raises(DigestMismatch):
+        verified.read_into(WEIGHTS, bytearray(10), HEAD)
+
+
+def test_weights_cut_or_written_to_while_they_are_hashed_give_an_error(made: Path, bundle: Bundle) -> None:
+    size = len(CONTENT[WEIGHTS][1])
+
+    def write(_: int) -> None:
+        (made / WEIGHTS).write_bytes(CONTENT[WEIGHTS][1])
+
+    with unhashed(bundle) as verified:
+        with pytest.raises(DigestMismatch, match="written to"):
+            verified.read_into(WEIGHTS, bytearray(size), 0, write)
+        os.truncate(made / WEIGHTS, HEAD)
+        with pytest.raises(DigestMismatch, match="cut short"):
+            verified.read_into(WEIGHTS, bytearray(size), 0)
+
+
+def test_a_look_at_weights_hashes_nothing_and_finds_what_was_written(made: Path, bundle: Bundle) -> None:
+    with unhashed(bundle) as verified:
+        assert verified.peek(WEIGHTS, 8, 4) == CONTENT[WEIGHTS][1][4:12]
+        assert not verified.is_hashed(WEIGHTS)
+        with pytest.raises(IntegrityError, match="not weights"):
+            verified.peek(NATIVE, 8)
+        (made / WEIGHTS).write_bytes(CONTENT[WEIGHTS][1])
+        with pytest.raises(DigestMismatch, match="written to"):
+            verified.peek(WEIGHTS, 8)
+
+
 def test_native_files_are_copied_into_a_private_directory(verified: Verified, private_tmp: Path) -> None:
     copy = verified.native_copy(ENGINE)
     assert copy.stat().st_mode & 0o777 == 0o700

@@ -175,6 +175,15 @@ def convolution() -> Program:
     return w.program("Convolution", w.op("silu.default", h))
 
 
+def heavy_convolution() -> Program:
+    """A convolution whose weights are larger than its images, as in the middle of a U-Net."""
+    w = Writer()
+    x, weight = w.value("%x", 1, 64, 8, 8), w.value("@weight", 64, 64, 3, 3)
+    return w.program(
+        "HeavyConvolution", w.op("convolution.default", x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    )
+
+
 def attention(tokens: int) -> Program:
     w = Writer()
     x, weight = w.value("%x", 1, tokens, 32), w.value("@qkv", 96, 32)

@@ -26,7 +26,9 @@ from tests.exporters.regions import (
     block,
     block_of_math,
     built,
+    convolution,
     engine_cache,
+    heavy_convolution,
     int8_linear,
     stated,
     total,
@@ -48,6 +50,16 @@ class TestBuilding:
     def test_only_what_the_loader_needs_travels(self) -> None:
         _, artefact = built(block)
         assert sorted(files(artefact.directory)) == [str(LIBRARY), str(LIBRARY.with_name("engine_metadata.json"))]
+
+    def test_convolutions_with_heavy_weights_keep_their_layout_and_others_do_not(self) -> None:
+        """Weights are inputs, and with channels last each call would copy them."""
+        compiler = toolchain.find_compiler()
+        for region, kept in ((heavy_convolution(), True), (convolution(), False)):
+            options = aot_inductor._options(Lowering(region, CPU), compiler, Path("out"))
+            assert (options.get("layout_optimization") is False) is kept
+        region, artefact = built(heavy_convolution)
+        engine = AotInductorEngine(artefact.directory, artefact.inputs)
+        assert self_test(engine, region, {}, torch.device("cpu"), "the engine") < 1e-5
 
     def test_attention_is_lowered_by_the_kernel_that_the_region_names(self) -> None:
         """As the first engine here shows, torch's own choice on a CPU is its form of FlashAttention."""

@@ -61,7 +61,7 @@ class Held:
     def read(self, path: str) -> bytes:
         return self.data[path]
 
-    def pread(self, path: str, size: int, offset: int = 0) -> bytes:
+    def peek(self, path: str, size: int, offset: int = 0) -> bytes:
         return self.data[path][offset : offset + size]
 
 

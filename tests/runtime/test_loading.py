@@ -82,8 +82,71 @@ def test_a_failed_self_test_leaves_nothing_behind(digits_bundle, monkeypatch, el
 
     monkeypatch.setattr(loading, "self_test", fail)
     with pytest.raises(VerifyError):
-        diffkiln.load(digits_bundle)
+        diffkiln.load(digits_bundle, check_engines=True)
     assert temporary(elsewhere) == []
+
+
+@pytest.fixture
+def stranger(monkeypatch, tmp_path):
+    """A user without any receipt."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "stranger"))
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The engines that were compared with their replay."""
+    paths = []
+    monkeypatch.setattr(loading, "self_test", lambda *arguments: paths.append(arguments[-1]))
+    return paths
+
+
+@pytest.mark.usefixtures("stranger")
+def test_engines_are_tried_at_the_first_load_alone(digits_bundle, tried):
+    diffkiln.load(digits_bundle, allow_native=True).close()
+    first = list(tried)
+    assert len(first) == 2
+    diffkiln.load(digits_bundle, allow_native=True).close()
+    assert tried == first
+    diffkiln.load(digits_bundle, allow_native=True, check_engines=True).close()
+    assert tried == first * 2
+
+
+@pytest.mark.usefixtures("stranger")
+def test_an_engine_that_failed_is_tried_again_at_the_next_load(digits_bundle, monkeypatch):
+    def fail(*_):
+        raise VerifyError("differs")
+
+    monkeypatch.setattr(loading, "self_test", fail)
+    for _ in range(2):
+        with pytest.raises(VerifyError):
+            diffkiln.load(digits_bundle, allow_native=True)
+
+
+def test_native_code_is_not_reached_before_all_weights_are_hashed(copy, monkeypatch):
+    """Those that no program reads come last."""
+    path = next(copy.glob("weights/vae/*unused*"))
+    damage(path)
+    monkeypatch.setattr(loading, "engine_class", lambda _: pytest.fail("native code was reached"))
+    with pytest.raises(DigestMismatch, match=path.name):
+        diffkiln.load(copy)
+
+
+def test_a_wrong_digest_is_told_rather_than_what_fails_beside_the_hashing(copy, monkeypatch):
+    damage(sorted(copy.glob("weights/*/*"))[0])
+
+    def fail(_):
+        raise Incompatible("no such kernel")
+
+    monkeypatch.setattr(loading, "kernels_of", fail)
+    with pytest.raises(DigestMismatch):
+        diffkiln.load(copy)
+
+
+def test_progress_counts_every_byte_that_is_hashed_once(copy):
+    counts = []
+    diffkiln.load(copy, progress=counts.append).close()
+    with open_bundle(copy) as bundle:
+        assert sum(counts) == sum(row.size for row in bundle.files)
 
 
 def test_closing_leaves_nothing_behind(digits_bundle, elsewhere):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import DiffkilnError, IntegrityError, ManifestInvalid
+from diffkiln.runtime import weights
 from diffkiln.runtime.weights import REST, UNUSED, WeightStore, read_header
 
 CPU = torch.device("cpu")
@@ -44,6 +45,20 @@ def test_resident_weights_are_all_there_from_the_start(verified):
     assert store.get(key)
     assert store.groups_now == len(store.groups)
     store.close()
+
+
+def test_resident_weights_are_hashed_as_they_are_read_and_are_those_of_the_file(digits_bundle, monkeypatch):
+    import safetensors.torch
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    for roles in ((), None):  # hashed on the way, and before
+        with open_bundle(digits_bundle) as bundle, bundle.verify(roles=roles) as verified:
+            store = WeightStore(verified, verified.manifest.weights, CPU, None)
+            for key, group in store.groups.items():
+                assert verified.is_hashed(group.file) or not group.nbytes
+                saved = safetensors.torch.load_file(verified.path / group.file)
+                assert all(torch.equal(store.get(key)[name], tensor) for name, tensor in saved.items())
+            store.close()
 
 
 def test_weights_that_no_program_reads_stay_on_disk(verified, store):
@@ -140,7 +155,7 @@ class Bytes:
     def size(self, _path: str) -> int:
         return len(self.data)
 
-    def pread(self, _path: str, size: int, offset: int = 0) -> bytes:
+    def peek(self, _path: str, size: int, offset: int = 0) -> bytes:
         return self.data[offset : offset + size]
 
 

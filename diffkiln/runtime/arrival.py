@@ -1,0 +1,66 @@
+"""Weights on their way into memory while the rest of a load goes on, and their hashes with them."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import Progress, Readers, Verified
+from diffkiln.errors import DiffkilnError
+from diffkiln.runtime.weights import WeightStore
+
+
+class Arrival:
+    """Reads and hashes in threads, from the moment it is made. A context manager around what goes on meanwhile.
+
+    When it ends every file has been hashed, or `DigestMismatch` is raised. Where something else fails meanwhile, the
+    weights are waited for all the same, since a wrong digest is the better reason. Ctrl-C stops them.
+
+    Args:
+        verified: the bundle.
+        place: where weights are used. Resident weights of a CPU are read here, and others hashed alone.
+        offload: the spec's offload policy as JSON, or None.
+        progress: called with the number of bytes hashed or read since its last call.
+    """
+
+    def __init__(
+        self, verified: Verified, place: torch.device, offload: Mapping[str, Any] | None, progress: Progress | None
+    ) -> None:
+        self._verified, self._place, self._offload = verified, place, offload
+        self._readers = Readers(progress)
+        self._pool = ThreadPoolExecutor(1, "diffkiln-arrival")
+        # In the load's own context, which holds its limits.
+        context = contextvars.copy_context()
+        self._resident: Future[WeightStore | None] = self._pool.submit(context.run, self._bring)
+
+    def store(self) -> WeightStore:
+        """The weight store, after the context manager has ended."""
+        resident = self._resident.result()
+        return resident or WeightStore(self._verified, self._verified.manifest.weights, self._place, self._offload)
+
+    def __enter__(self) -> Arrival:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, DiffkilnError):
+            self._readers.stop()
+        try:
+            self._pool.shutdown(wait=True)
+        except BaseException:
+            self._readers.stop()
+            raise
+        error = self._resident.exception()
+        if error is not None and (kind is None or isinstance(error, DiffkilnError)):
+            raise error
+
+    def _bring(self) -> WeightStore | None:
+        resident = None
+        if self._offload is None and self._place.type == "cpu":
+            groups = self._verified.manifest.weights
+            resident = WeightStore(self._verified, groups, self._place, None, readers=self._readers)
+        self._verified.hash_rest(self._readers)
+        return resident
