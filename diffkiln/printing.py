@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from diffkiln.built import Built
     from diffkiln.bundle import Bundle, Manifest
     from diffkiln.compiler import Checked
@@ -283,11 +285,18 @@ def print_pass(name: str, model: type[Pass]) -> None:
     click.echo(f"{name}: {model.summary}")
     properties = model.model_json_schema()["properties"]
     for field, info in model.model_fields.items():
-        default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
+        default = "required" if info.is_required() else f"default {_default(info)}"
         choices = properties[field].get("enum")
-        among = f" One of {', '.join(choices)}." if choices else ""
+        among = f" One of {', '.join(map(str, choices))}." if choices else ""
         click.echo(f"    {field}  ({default})  {info.description}{among}")
     for fact, reason in model.requires_not.items():
         click.echo(f"    not after {fact}: {reason}")
     for example in model.examples:
         click.echo(f"    example: {json.dumps(example)}")
+
+
+def _default(info: FieldInfo) -> str:
+    """Returns an optional field's default as JSON, also where a factory makes it."""
+    from pydantic_core import to_json
+
+    return to_json(info.get_default(call_default_factory=True)).decode()
