@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from diffkiln.built import Built
-    from diffkiln.bundle import Bundle, Manifest
+    from diffkiln.bundle import Bundle
     from diffkiln.compiler import Checked
     from diffkiln.passes.base import Pass
     from diffkiln.program.schedule import Step
@@ -43,6 +44,18 @@ class Watch:
             return
         self._finish()
         self._live.add_task(step, total=1)
+
+    def step(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` denoising steps have passed: on a terminal a counter, elsewhere ten lines."""
+        text = f"step {done} of {total}" if total else f"step {done}"
+        if self._live is None:
+            if not total or total <= 10 or done == total or done * 10 // total > (done - 1) * 10 // total:
+                say(text)
+            return
+        tasks = self._live.tasks
+        if not tasks or not tasks[-1].description.startswith("step "):
+            self._live.add_task(text, total=total or None)
+        self._live.update(self._live.tasks[-1].id, completed=done, description=text)
 
     def hashing(self, total: int) -> Callable[[int], None] | None:
         """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
@@ -128,23 +141,6 @@ def checked_json(checked: Checked) -> Mapping[str, Any]:
     }
 
 
-def print_manifest(identity: str, manifest: Manifest) -> None:
-    size = sum(row.size for row in manifest.files)
-    requires = {key: value for key, value in manifest.requires.model_dump(mode="json").items() if value}
-    click.echo(f"{manifest.pipeline.class_name}  {size_of(size)}\nid        {identity}")
-    click.echo(f"source    {json.dumps(manifest.source, sort_keys=True)}")
-    click.echo(f"requires  {json.dumps(requires)}\nruntime   {json.dumps(manifest.runtime)}")
-    for variant in manifest.pipeline.variants:
-        click.echo(f"variant   {variant.name}  {json.dumps({k: v for k, v in variant.fixed.items() if v is not None})}")
-    for row in manifest.passes:
-        click.echo(f"pass      {row.name}  {json.dumps(row.options)}")
-    for name, groups in manifest.weights.items():
-        total = sum(group.bytes for group in groups)
-        click.echo(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
-    for engine in manifest.engines:
-        click.echo(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
-
-
 def print_built(built: Built, as_json: bool) -> None:
     """What came of a build: its notices on the standard error, its place and id."""
     for notice in built.notices:
@@ -167,18 +163,6 @@ def choice_here(bundle: Bundle) -> Mapping[str, Any]:
     except Incompatible as error:
         return {"choice": {"target": None, "why": str(error), "others": {}}}
     return {"choice": asdict(choice)}
-
-
-def print_choice(found: Mapping[str, Any]) -> None:
-    if not found:
-        return
-    choice = found["choice"]
-    if choice["target"] is None:
-        click.echo("target    none: " + choice["why"].replace("\n", "\n          "))
-        return
-    click.echo(f"target    {choice['target']} is used here: {choice['why']}")
-    for name, why in choice["others"].items():
-        click.echo(f"target    {name} is not used here: {'; '.join(why.splitlines())}")
 
 
 Schedules = Mapping[str, Mapping[str, "list[Step]"]]
@@ -281,18 +265,25 @@ def word(value: Any) -> str:
 
 
 def print_pass(name: str, model: type[Pass]) -> None:
-    """A pass: its options with their defaults and choices, what it cannot follow, and an example."""
+    """Prints a pass: its options with defaults and choices, the passes it cannot follow, and examples."""
     click.echo(f"{name}: {model.summary}")
     properties = model.model_json_schema()["properties"]
     for field, info in model.model_fields.items():
         default = "required" if info.is_required() else f"default {_default(info)}"
         choices = properties[field].get("enum")
         among = f" One of {', '.join(map(str, choices))}." if choices else ""
-        click.echo(f"    {field}  ({default})  {info.description}{among}")
+        click.echo(f"    {field}  ({default})")
+        click.echo(_indented(f"{info.description}{among}", 8))
     for fact, reason in model.requires_not.items():
-        click.echo(f"    not after {fact}: {reason}")
+        click.echo(_indented(f"not after {fact}: {reason}", 4))
     for example in model.examples:
-        click.echo(f"    example: {json.dumps(example)}")
+        click.echo(_indented(f"example: {json.dumps(example)}", 4))
+    click.echo()
+
+
+def _indented(text: str, by: int) -> str:
+    """Wraps a paragraph to 80 columns; its later lines are indented more."""
+    return textwrap.fill(text, 80, initial_indent=" " * by, subsequent_indent=" " * (by + 2), break_on_hyphens=False)
 
 
 def _default(info: FieldInfo) -> str:
