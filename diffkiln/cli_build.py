@@ -102,4 +102,4 @@ def compile_(spec: Path, output: Path | None, target: str | None, force: bool, a
         built = build(spec, output, force=force, progress=watch)
     print_built(built, as_json)
     if not as_json:
-        print_next(built.path)
+        print_next(output)

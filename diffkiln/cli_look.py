@@ -89,7 +89,7 @@ def passes_(names: tuple[str, ...], as_json: bool) -> None:
         print_json({name: model.model_json_schema() for name, model in shown.items()})
         return
     if not names:
-        click.echo("A spec lists the passes of a component in this order. `diffkiln passes NAME` shows one.\n")
+        click.echo("A spec lists the passes of one component in this order.\n")
     for name, model in shown.items():
         print_pass(name, model)
 
@@ -97,7 +97,10 @@ def passes_(names: tuple[str, ...], as_json: bool) -> None:
 @click.command("targets")
 @JSON
 def targets_(as_json: bool) -> None:
-    """List the named GPUs and CPUs."""
+    """List the named GPUs and CPUs.
+
+    GB is the memory of a GPU, GB/s its bandwidth, and link GB/s the bandwidth from the host in one direction.
+    """
     from diffkiln.spec import TARGETS
 
     rows = [
@@ -117,7 +120,8 @@ def targets_(as_json: bool) -> None:
         print_json(rows)
         return
     columns = ("name", "sm", "architecture", "memory_gb", "memory_gb_per_s", "h2d_gb_per_s")
-    print_table(columns, [[word(row[column]) for column in columns] for row in rows])
+    titles = ("name", "sm", "architecture", "GB", "GB/s", "link GB/s")
+    print_table(titles, [[word(row[column]) for column in columns] for row in rows])
 
 
 @click.command("schema")

@@ -108,9 +108,9 @@ def print_checked(checked: Checked) -> None:
     print_table(("component", "class", "weights", "after passes"), rows)
     for ran in checked.report:
         done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
-        click.echo(f"{done} → {size_of(ran.nbytes)}")
+        click.echo(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
     for notice in checked.notices:
-        click.echo(f"note: {notice}")
+        click.echo(_indented(f"note: {notice}", 0))
     click.echo("legal")
 
 
