@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffkiln.printing import print_json, print_table, say, size_of
+from diffkiln.printing import print_json, print_table, say, show, size_of
 
 if TYPE_CHECKING:
     from diffkiln.bundle.cleaning import Freeable
@@ -48,10 +48,10 @@ def clean_(kinds: tuple[str, ...], yes: bool, as_json: bool) -> None:
 
 def _show(items: list[Freeable]) -> None:
     if not items:
-        click.echo("there is nothing to free")
+        show("there is nothing to free")
         return
     print_table(("kind", "size", "place"), [[item.kind, size_of(item.bytes), str(item.path)] for item in items])
-    click.echo(f"{size_of(sum(item.bytes for item in items))} in all")
+    show(f"{size_of(sum(item.bytes for item in items))} in all")
 
 
 def _asked(items: list[Freeable]) -> bool:

@@ -9,17 +9,22 @@ from pathlib import Path
 
 import click
 
+from diffkiln.cli_group import FILE, FORCE, JSON
 from diffkiln.errors import Incompatible
 from diffkiln.printing import print_json, say, show, size_of
 
 
 @click.command("push")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=FILE)
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repository private.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
+@click.option("--private", is_flag=True, help="Make the repository private; refuse a public one.")
+@JSON
 def push_(bundle: Path, repo: str, private: bool, as_json: bool) -> None:
-    """Publish BUNDLE on the Hugging Face Hub as REPO (owner/name), in one commit. Log in with `hf auth login`."""
+    """Publish BUNDLE on the Hub as REPO.
+
+    REPO is owner/name on the Hugging Face Hub, and is made if it is not there. One commit holds the whole bundle. Log
+    in first with `hf auth login`.
+    """
     from diffkiln.hub import push
 
     pushed = push(bundle, repo, private=private)
@@ -32,18 +37,22 @@ def push_(bundle: Path, repo: str, private: bool, as_json: bool) -> None:
 
 @click.command("pull")
 @click.argument("repo")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to make.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the bundle to make.")
 @click.option("--revision", default="main", show_default=True, help="Branch, tag or commit.")
-@click.option("--target", "names", multiple=True, help="Fetch the engines for this target; may be given again.")
+@click.option("--target", "names", multiple=True, help="Fetch the engines for this target; repeatable.")
 @click.option("--all-targets", is_flag=True, help="Fetch the engines for every target.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
+@FORCE
+@JSON
 def pull_(
     repo: str, output: Path, revision: str, names: tuple[str, ...], all_targets: bool, force: bool, as_json: bool
 ) -> None:
-    """Fetch the bundle REPO (owner/name) from the Hugging Face Hub, with the engines that fit this machine."""
+    """Fetch the bundle REPO from the Hub.
+
+    REPO is owner/name on the Hugging Face Hub. Only the engines that fit this machine are fetched, unless others are
+    asked for. After a failure, the same command fetches what is still missing.
+    """
     if names and all_targets:
-        raise click.BadOptionUsage("--target", "--target and --all-targets exclude each other")
+        raise click.BadOptionUsage("--target", "--target and --all-targets are both given. Remove one of the two")
     from diffkiln.bundle import Manifest, engine_targets
     from diffkiln.hub import only, pull
 

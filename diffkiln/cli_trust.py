@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffkiln.cli_group import FILE
 from diffkiln.printing import Watch, show, size_of
 
 if TYPE_CHECKING:
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
 POLICY = click.option(
     "--policy",
     type=click.Path(path_type=Path),
-    help="Whose signatures count; by default what diffkiln/policy.json in your configuration says.",
+    help="Policy file that says whose signatures count (default: your own).",
 )
-_FILE = click.Path(path_type=Path)
 
 
 @click.command("verify")
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=FILE)
 @POLICY
 def verify(bundle: Path, policy: Path | None) -> None:
-    """Hash every file of a bundle, compare it with the manifest, and check the signature by a policy."""
+    """Check BUNDLE's files and its signature.
+
+    Hashes every file and compares the digests with the manifest. The policy says whose signatures count; without an
+    option it is diffkiln/policy.json in your configuration folder.
+    """
     from diffkiln.bundle import find_policy, has_receipt, open_bundle, require_signer
 
     trusted = find_policy(policy)
@@ -39,13 +43,13 @@ def verify(bundle: Path, policy: Path | None) -> None:
 
 
 @click.command("sign")
-@click.argument("bundle", type=_FILE)
-@click.option("--key", type=_FILE, help="Private key to sign with: elliptic curve, PEM, not encrypted.")
-@click.option("--certificate", type=_FILE, help="The key's certificate (PEM).")
-@click.option("--chain", type=_FILE, multiple=True, help="Certificates between it and the root (PEM).")
-@click.option("--sigstore", is_flag=True, help="Sign without a key, by sigstore. Needs the network.")
-@click.option("--identity-token", help="OpenID Connect token for sigstore; without one a browser opens.")
-@click.option("--force", is_flag=True, help="Replace a signature that is there.")
+@click.argument("bundle", type=FILE)
+@click.option("--key", type=FILE, help="Private key: elliptic curve, PEM, not encrypted.")
+@click.option("--certificate", type=FILE, help="Certificate of the key (PEM).")
+@click.option("--chain", type=FILE, multiple=True, help="Certificate between that one and the root (PEM); repeatable.")
+@click.option("--sigstore", is_flag=True, help="Sign with your identity at sigstore, without a key. Needs the network.")
+@click.option("--identity-token", help="OpenID Connect token for sigstore (default: a browser opens).")
+@click.option("--force", is_flag=True, help="Replace the signature that is there.")
 def sign(
     bundle: Path,
     key: Path | None,
@@ -55,7 +59,10 @@ def sign(
     identity_token: str | None,
     force: bool,
 ) -> None:
-    """Sign a bundle: manifest.sig is put into it, and its id stays as it is."""
+    """Sign BUNDLE.
+
+    Writes manifest.sig into the bundle. The bundle's id stays the same. The bundle is hashed before it is signed.
+    """
     from diffkiln.bundle import claimed, sign_bundle
 
     signer = _signer(key, certificate, chain, sigstore, identity_token)
@@ -66,7 +73,7 @@ def sign(
 
 
 def hashed_bytes(bundle: Path) -> int:
-    """How much there is to hash."""
+    """Returns how many bytes a bundle's files have."""
     from diffkiln.bundle import open_bundle
 
     with open_bundle(bundle, ignore_signature=True) as opened:
@@ -79,13 +86,13 @@ def _signer(
     from diffkiln.bundle import sign_with_certificate, sign_with_key, sign_with_sigstore
 
     if sigstore == (key is not None):
-        raise click.UsageError("give either --key (and --certificate, where there is one) or --sigstore")
+        raise click.UsageError("Give either --key or --sigstore. With --key, --certificate adds the key's certificate")
     if sigstore and (certificate or chain):
-        raise click.UsageError("--certificate and --chain go with --key, not with --sigstore")
+        raise click.UsageError("--certificate and --chain go with --key, not with --sigstore. Remove them")
     if token and not sigstore:
-        raise click.UsageError("--identity-token goes with --sigstore")
+        raise click.UsageError("--identity-token goes with --sigstore. Add --sigstore or remove it")
     if chain and certificate is None:
-        raise click.UsageError("--chain goes with --certificate")
+        raise click.UsageError("--chain goes with --certificate. Add --certificate or remove it")
     if key is None:
         return lambda manifest: sign_with_sigstore(manifest, token)
     if certificate is None:

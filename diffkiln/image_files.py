@@ -1,4 +1,4 @@
-"""Image files for the command line: what a call is given, and what it gives."""
+"""Image files that the command line gives to a call."""
 
 from __future__ import annotations
 
@@ -43,18 +43,3 @@ def _read(path: Path, every_frame: bool) -> list[Any]:
         if isinstance(error, FileNotFoundError) and "=" in str(path):
             reason += f". Keywords of images are {', '.join(IMAGES)}"
     raise click.BadParameter(f"{path} cannot be read as an image: {reason}", param_hint="--image")
-
-
-def save(images: Any, output: Path) -> list[Path]:
-    """Write one image, several with numbers in their names, or videos as animations."""
-    items = list(images)
-    paths = [output] if len(items) == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(len(items))]
-    try:
-        for item, path in zip(items, paths, strict=True):
-            if isinstance(item, list):
-                item[0].save(path, save_all=True, append_images=item[1:], duration=62, loop=0)
-            else:
-                item.save(path)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{output} cannot be written: {error}. Give a name such as image.png") from error
-    return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,10 @@ from diffkiln.limits import active
 from diffkiln.printable import printable, printable_json
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from diffkiln.built import Built
-    from diffkiln.bundle import Bundle, Manifest
+    from diffkiln.bundle import Bundle
     from diffkiln.compiler import Checked
     from diffkiln.passes.base import Pass
     from diffkiln.program.schedule import Step
@@ -45,6 +48,18 @@ class Watch:
             return
         self._finish()
         self._live.add_task(printable(step), total=1)
+
+    def step(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` denoising steps have passed: on a terminal a counter, elsewhere ten lines."""
+        text = f"step {done} of {total}" if total else f"step {done}"
+        if self._live is None:
+            if not total or total <= 10 or done == total or done * 10 // total > (done - 1) * 10 // total:
+                say(text)
+            return
+        tasks = self._live.tasks
+        if not tasks or not tasks[-1].description.startswith("step "):
+            self._live.add_task(text, total=total or None)
+        self._live.update(self._live.tasks[-1].id, completed=done, description=text)
 
     def hashing(self, total: int) -> Callable[[int], None] | None:
         """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
@@ -97,9 +112,9 @@ def print_checked(checked: Checked) -> None:
     print_table(("component", "class", "weights", "after passes"), rows)
     for ran in checked.report:
         done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
-        show(f"{done} → {size_of(ran.nbytes)}")
+        show(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
     for notice in checked.notices:
-        show(f"note: {notice}")
+        show(_indented(f"note: {notice}", 0))
     show("legal")
 
 
@@ -130,23 +145,6 @@ def checked_json(checked: Checked) -> Mapping[str, Any]:
     }
 
 
-def print_manifest(identity: str, manifest: Manifest) -> None:
-    size = sum(row.size for row in manifest.files)
-    requires = {key: value for key, value in manifest.requires.model_dump(mode="json").items() if value}
-    show(f"{manifest.pipeline.class_name}  {size_of(size)}\nid        {identity}")
-    show(f"source    {json.dumps(manifest.source, sort_keys=True)}")
-    show(f"requires  {json.dumps(requires)}\nruntime   {json.dumps(manifest.runtime)}")
-    for variant in manifest.pipeline.variants:
-        show(f"variant   {variant.name}  {json.dumps({k: v for k, v in variant.fixed.items() if v is not None})}")
-    for row in manifest.passes:
-        show(f"pass      {row.name}  {json.dumps(row.options)}")
-    for name, groups in manifest.weights.items():
-        total = sum(group.bytes for group in groups)
-        show(f"weights   {name}  {size_of(total)} in {len(groups)} groups")
-    for engine in manifest.engines:
-        show(f"engine    {engine.target}  {engine.component}/{engine.region}  {engine.backend}")
-
-
 def print_built(built: Built, as_json: bool) -> None:
     """What came of a build: its notices on the standard error, its place and id."""
     for notice in built.notices:
@@ -171,18 +169,6 @@ def choice_here(bundle: Bundle) -> Mapping[str, Any]:
     return {"choice": asdict(choice)}
 
 
-def print_choice(found: Mapping[str, Any]) -> None:
-    if not found:
-        return
-    choice = found["choice"]
-    if choice["target"] is None:
-        show("target    none: " + choice["why"].replace("\n", "\n          "))
-        return
-    show(f"target    {choice['target']} is used here: {choice['why']}")
-    for name, why in choice["others"].items():
-        show(f"target    {name} is not used here: {'; '.join(why.splitlines())}")
-
-
 Schedules = Mapping[str, Mapping[str, "list[Step]"]]
 """variant → component → what each of its steps computes."""
 
@@ -197,10 +183,10 @@ def schedules(bundle: Bundle) -> Schedules:
     if not names or not all(variant.programs for variant in bundle.manifest.pipeline.variants):
         return {}
     with bundle.verify(roles={"program"}) as verified:
-        modules = {name: module_from_json(_read_json(verified, f"programs/{name}.json")) for name in names}
+        modules = {name: module_from_json(read_json(verified, f"programs/{name}.json")) for name in names}
         try:
             calls = {
-                variant.name: program_from_json(_read_json(verified, variant.programs["call"])["programs"]["call"])
+                variant.name: program_from_json(read_json(verified, variant.programs["call"])["programs"]["call"])
                 for variant in bundle.manifest.pipeline.variants
             }
             return {name: {part: schedule(call, modules, part) for part in names} for name, call in calls.items()}
@@ -208,7 +194,7 @@ def schedules(bundle: Bundle) -> Schedules:
             raise ManifestInvalid(f"a variant's programs are malformed: {type(error).__name__} {error}") from error
 
 
-def _read_json(verified: Any, path: str) -> Any:
+def read_json(verified: Any, path: str) -> Any:
     """Returns the content of a JSON file of a bundle. Raises `ManifestInvalid` if it is not JSON."""
     from diffkiln.bundle import strict_json
 
@@ -245,7 +231,7 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
         raise click.BadParameter(
             f"there is no program {name!r}; the bundle has {', '.join(names)}", param_hint="--program"
         )
-    data = _read_json(verified, f"programs/{name}.json")
+    data = read_json(verified, f"programs/{name}.json")
     if as_json or not isinstance(data, dict):
         print_json(data)
     elif "component" in data:
@@ -268,7 +254,7 @@ def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
     Console(width=width).print(table)
 
 
-def show(text: str) -> None:
+def show(text: str = "") -> None:
     """Prints a result on the standard output."""
     click.echo(printable(text, lines=True))
 
@@ -299,15 +285,29 @@ def word(value: Any) -> str:
 
 
 def print_pass(name: str, model: type[Pass]) -> None:
-    """A pass: its options with their defaults and choices, what it cannot follow, and an example."""
+    """Prints a pass: its options with defaults and choices, the passes it cannot follow, and examples."""
     show(f"{name}: {model.summary}")
     properties = model.model_json_schema()["properties"]
     for field, info in model.model_fields.items():
-        default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
+        default = "required" if info.is_required() else f"default {_default(info)}"
         choices = properties[field].get("enum")
-        among = f" One of {', '.join(choices)}." if choices else ""
-        show(f"    {field}  ({default})  {info.description}{among}")
+        among = f" One of {', '.join(map(str, choices))}." if choices else ""
+        show(f"    {field}  ({default})")
+        show(_indented(f"{info.description}{among}", 8))
     for fact, reason in model.requires_not.items():
-        show(f"    not after {fact}: {reason}")
+        show(_indented(f"not after {fact}: {reason}", 4))
     for example in model.examples:
-        show(f"    example: {json.dumps(example)}")
+        show(_indented(f"example: {json.dumps(example)}", 4))
+    show()
+
+
+def _indented(text: str, by: int) -> str:
+    """Wraps a paragraph to 80 columns; its later lines are indented more."""
+    return textwrap.fill(text, 80, initial_indent=" " * by, subsequent_indent=" " * (by + 2), break_on_hyphens=False)
+
+
+def _default(info: FieldInfo) -> str:
+    """Returns an optional field's default as JSON, also where a factory makes it."""
+    from pydantic_core import to_json
+
+    return to_json(info.get_default(call_default_factory=True)).decode()

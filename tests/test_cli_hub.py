@@ -53,7 +53,7 @@ def test_pull_fetches_the_engines_that_fit(
     assert main(["verify", str(output)]) == 0
     assert f"partial: engines for {V3} alone" in capsys.readouterr().out
     assert main(["inspect", str(output)]) == 0
-    assert f"the engines for {V3} alone are here" in capsys.readouterr().out
+    assert f"only the engines for {V3} are here" in capsys.readouterr().out
     assert main(["pull", REPO, "-o", str(output), "--all-targets", "--force", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["targets"] == [V3, V4]

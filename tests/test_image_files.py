@@ -6,15 +6,8 @@ import click
 import pytest
 from PIL import Image
 
-from diffkiln.image_files import read_images, save
-
-
-def test_several_images_are_numbered_and_videos_move(tmp_path):
-    pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    assert [path.name for path in save(pictures, tmp_path / "out.png")] == ["out-0.png", "out-1.png"]
-    (video,) = save([pictures], tmp_path / "out.gif")
-    with Image.open(video) as moving:
-        assert moving.n_frames == 2
+from diffkiln.image_files import read_images
+from diffkiln.output_files import save
 
 
 def test_images_are_read_for_their_keywords(tmp_path):

@@ -74,7 +74,7 @@ class AttentionBackend(Pass):
         {"name": "attention_backend", "mapping": {"unet": {"backend": "sage"}, "vae": {"backend": "native_efficient"}}},
     )
 
-    backend: Annotated[Backend, BeforeValidator(_spelling)] = Field(description="The kernel.")
+    backend: Annotated[Backend, BeforeValidator(_spelling)] = Field(description="Kernel that computes attention.")
 
     @property
     def kernel(self) -> Kernel:

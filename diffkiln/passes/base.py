@@ -111,7 +111,7 @@ class Pass(Strict):
     features: ClassVar[frozenset[str]] = frozenset()
     needs_all: ClassVar[str] = ""
 
-    component: str = Field(description="The component, by its name in the pipeline, such as transformer or unet.")
+    component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         """The pass with the files that it names found and looked at; relative paths start from `base`.

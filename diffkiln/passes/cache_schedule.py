@@ -81,7 +81,7 @@ class CacheSchedule(Pass):
     """
 
     name: ClassVar[str] = "cache_schedule"
-    summary: ClassVar[str] = "let steps reuse what earlier steps computed"
+    summary: ClassVar[str] = "let some steps reuse results of earlier steps"
     examples: ClassVar = (
         {"name": "cache_schedule", "component": "transformer", "method": "fora", "interval": 2},
         {"name": "cache_schedule", "component": "transformer", "method": "taylorseer", "interval": 3, "order": 2},
@@ -89,29 +89,33 @@ class CacheSchedule(Pass):
         {"name": "cache_schedule", "component": "unet", "method": "deepcache", "interval": 3, "depth": 2},
     )
 
-    method: Method = Field(description="What is kept, and what becomes of it.")
+    method: Method = Field(description="Which results are kept, and how later steps use them.")
     steps: _Steps | None = Field(
         None,
-        description='For each step whether it computes (1) or reuses (0), in the place of an interval; "calibrated" if '
-        "a calibrate before it chooses them.",
+        description='One number a step, instead of an interval. 1: computes. 0: reuses. "calibrated": the pass '
+        "calibrate chooses the steps.",
     )
-    interval: Annotated[int, Field(ge=2)] | None = Field(None, description="Every how many steps one computes.")
-    start: int = Field(1, ge=1, description="How many steps at the beginning compute.")
-    end: int = Field(0, ge=0, description="How many steps at the end compute.")
+    interval: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Distance between steps that compute: 2 means every second step."
+    )
+    start: int = Field(1, ge=1, description="Number of first steps that always compute.")
+    end: int = Field(0, ge=0, description="Number of last steps that always compute.")
     keep: Literal["output", "blocks"] = Field(
-        "output", description="For mask and taylorseer: the denoiser's output, or what its blocks add."
+        "output", description="For mask and taylorseer: keep the denoiser's output, or the sum that its blocks add."
     )
-    front: int = Field(1, ge=1, description="For dbcache: how many of the first blocks every step computes.")
-    back: int = Field(0, ge=0, description="For dbcache: how many of the last blocks every step computes.")
-    order: Literal[0, 1, 2] = Field(1, description="For taylorseer: the order of the polynomial.")
+    front: int = Field(1, ge=1, description="For dbcache: number of first blocks that every step computes.")
+    back: int = Field(0, ge=0, description="For dbcache: number of last blocks that every step computes.")
+    order: Literal[0, 1, 2] = Field(1, description="For taylorseer: order of the polynomial.")
     ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        None, description="For magcache: one for each step; the first is not read."
+        None, description="For magcache: one measured ratio a step; the first is ignored."
     )
-    threshold: float = Field(0.06, ge=0, description="For magcache: the most error that may add up.")
-    max_reused: int = Field(3, ge=1, description="For magcache: the most steps in a row that may reuse.")
-    retention: float = Field(0.2, ge=0, lt=1, description="For magcache: the share of the first steps that compute.")
-    depth: int = Field(1, ge=1, description="For deepcache: how many layers of the way up every step computes.")
-    dynamic: bool = Field(False, description="Let diffusers' hooks decide at each step, in as_diffusers only.")
+    threshold: float = Field(0.06, ge=0, description="For magcache: largest accumulated error that still allows reuse.")
+    max_reused: int = Field(3, ge=1, description="For magcache: largest number of reusing steps in a row.")
+    retention: float = Field(
+        0.2, ge=0, lt=1, description="For magcache: share of the steps, from the first, that always compute."
+    )
+    depth: int = Field(1, ge=1, description="For deepcache: number of up-block layers that every step computes.")
+    dynamic: bool = Field(False, description="Let diffusers' hooks decide at each step; only with as_diffusers.")
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -34,18 +34,22 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    summary: ClassVar[str] = "measure what reuse costs, and choose a schedule's steps by it"
+    summary: ClassVar[str] = "choose the steps of a caching schedule by measuring images"
     examples: ClassVar = (
         {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "computed": 14},
         {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "metric": "psnr", "at_least": 30.0},
     )
 
-    prompts: str = Field(min_length=1, description="A text file with a prompt a line; relative to the spec.")
-    seed: int = Field(0, ge=0, description="Of the first prompt's noise; each next prompt has the next one.")
-    computed: int | None = Field(None, ge=1, description="How many steps compute.")
-    tried: int = Field(8, ge=1, le=256, description="How many of the cheapest schedules are drawn and compared.")
-    metric: str = Field("psnr", min_length=1, description="What must stay, on the images of the prompts.")
-    at_least: float | None = Field(None, description="The value below which the metric must not fall.")
+    prompts: str = Field(min_length=1, description="Text file, relative to the spec, with one prompt a line.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the first prompt's noise; each further prompt uses the next integer."
+    )
+    computed: int | None = Field(None, ge=1, description="Number of steps that compute; the others reuse.")
+    tried: int = Field(8, ge=1, le=256, description="Number of promising schedules to draw with and compare.")
+    metric: str = Field(
+        "psnr", min_length=1, description="Metric that compares the images with those of the full schedule."
+    )
+    at_least: float | None = Field(None, description="Lowest value of the metric that is accepted.")
 
     _texts: tuple[str, ...] = PrivateAttr(default=())
 

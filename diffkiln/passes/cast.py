@@ -29,7 +29,7 @@ class Cast(Pass):
     }
     examples: ClassVar = ({"name": "cast", "component": "vae", "dtype": "bfloat16"},)
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="The type that the weights get.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Type to cast the weights to.")
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("cast", self.component, self.name)]

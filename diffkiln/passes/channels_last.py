@@ -21,7 +21,7 @@ class ChannelsLast(Pass):
     """
 
     name: ClassVar[str] = "channels_last"
-    summary: ClassVar[str] = "lay out the weights of 2D convolutions with channels last"
+    summary: ClassVar[str] = "store the weights of 2D convolutions with channels last"
     examples: ClassVar = ({"name": "channels_last", "component": "unet"},)
 
     def provides(self) -> Iterable[Fact]:

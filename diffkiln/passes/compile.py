@@ -59,7 +59,7 @@ class Compile(Pass):
     """
 
     name: ClassVar[str] = "compile"
-    summary: ClassVar[str] = "lower a component ahead of time: its repeated blocks, or the whole of it"
+    summary: ClassVar[str] = "compile a component ahead of time: its repeated blocks or all of it"
     requires_not: ClassVar = {
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
@@ -77,31 +77,31 @@ class Compile(Pass):
     )
 
     backend: Literal["aot_inductor", "onnx", "tensorrt", "torch_compile"] = Field(
-        "aot_inductor", description="The backend that lowers the regions."
+        "aot_inductor", description="Backend that compiles the regions."
     )
     scope: Literal["blocks", "whole"] | None = Field(
         None,
-        description="What a region is: a repeated block, or the whole component. Absent: the whole for onnx and "
-        "tensorrt, blocks for the others.",
+        description="Region to compile at once: each repeated block, or the whole component. Absent: whole for onnx, "
+        "whole for tensorrt, blocks for the others.",
     )
-    between: bool = Field(False, description="Lower what lies between the blocks, too.")
+    between: bool = Field(False, description="Also compile the operations between the blocks.")
     dynamic: bool | None = Field(
         None,
-        description="Build one engine for all the sizes that a region is called with, where it can be, instead of one "
-        "for each. Absent: where the inputs give a range of sizes.",
+        description="Build one engine for all sizes of a region where possible, instead of one engine a size. Absent: "
+        "true if the inputs give a range of sizes.",
     )
-    fullgraph: bool = Field(True, description="Demand that a region is one graph, without breaks.")
-    flags: Flags | None = Field(None, description="Flags of torch's Inductor.")
+    fullgraph: bool = Field(True, description="Refuse a region that torch.compile would break into several graphs.")
+    flags: Flags | None = Field(None, description="Flags of torch's Inductor, by its own names.")
     weights: Literal["input", "engine"] | None = Field(
         None,
-        description="tensorrt only: whether weights are the engine's inputs, which the bundle's store brings in, or "
-        "the engine's own, which TensorRT streams where the GPU cannot hold them. Absent: input.",
+        description="For tensorrt. input: the bundle passes the weights to the engine. engine: the engine holds them, "
+        "and TensorRT streams those that the GPU has no room for. Absent: input.",
     )
     weight_budget_gb: float | None = Field(
         None,
         ge=0,
-        description="With weights of the engine's own: how much of them stays on the GPU, in GB. Absent: what the "
-        "target's memory allows.",
+        description='For "weights": "engine": GB of weights that stay on the GPU. Absent: as much as the target\'s '
+        "memory allows.",
     )
 
     @classmethod

@@ -40,9 +40,13 @@ class Adapter(Strict):
     file: Annotated[str, Field(min_length=1)] = Field(
         description="A safetensors file: a path, relative to the spec, or its name in the repository."
     )
-    repo: str | None = Field(default=None, description="The repository on the Hub that holds the file.")
+    repo: str | None = Field(
+        default=None, description="Repository on the Hub that holds the file. Absent: the file is local."
+    )
     revision: str | None = Field(default=None, description="Commit of the repository, 40 hexadecimal digits.")
-    scale: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="How much of the adapter is added.")
+    scale: Annotated[float, Field(ge=-100, le=100)] = Field(
+        1.0, description="Factor by which the adapter is multiplied before it is added."
+    )
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -86,7 +90,7 @@ class FuseLoRA(Pass):
     )
 
     adapters: Annotated[tuple[Adapter, ...], Field(min_length=1, strict=False)] = Field(
-        description="The adapters that are added, each with its scale."
+        description="Adapters to add, each with its scale."
     )
 
     _found: tuple[_Found, ...] = PrivateAttr(default=())

@@ -36,7 +36,7 @@ class Guidance(Pass):
 
     name: ClassVar[str] = "guidance"
     version: ClassVar[int] = 2
-    summary: ClassVar[str] = "guide with another batch, or leave guidance out of some steps"
+    summary: ClassVar[str] = "run guidance with another batch size, or only in some steps"
     requires_not: ClassVar = {"scheduled": "a schedule counts a step's calls. Put guidance before cache_schedule"}
     examples: ClassVar = (
         {"name": "guidance", "component": "transformer", "steps": [1, 1, 1, 1, 0, 0]},
@@ -45,10 +45,13 @@ class Guidance(Pass):
     )
 
     steps: tuple[Literal[0, 1], ...] | None = Field(
-        None, min_length=1, description="For each step whether it is guided (1), or evaluates the prompt alone (0)."
+        None,
+        min_length=1,
+        description="One number a step. 1: guided. 0: only the prompt's branch runs, as with a guidance scale of 1.",
     )
     batch: Literal["doubled", "halved"] | None = Field(
-        None, description="Make one call of a step's two, or two of its one with a doubled batch."
+        None,
+        description="doubled: one call of twice the batch replaces a step's two. halved: two calls replace one.",
     )
 
     @classmethod

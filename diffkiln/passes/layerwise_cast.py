@@ -25,7 +25,7 @@ class LayerwiseCast(Pass):
     """
 
     name: ClassVar[str] = "layerwise_cast"
-    summary: ClassVar[str] = "store weights in float8, compute in their own type"
+    summary: ClassVar[str] = "store weights in float8 and compute in their original type"
     requires_not: ClassVar = {
         "sparse": "sparsify has stored the weights as half of their values. Choose one of the two",
         "gguf": "a GGUF file has quantized weights already. Give the original weights, or leave them as they are",
@@ -33,10 +33,10 @@ class LayerwiseCast(Pass):
     examples: ClassVar = ({"name": "layerwise_cast", "component": "transformer", "storage": "float8_e4m3fn"},)
 
     storage: Literal["float8_e4m3fn", "float8_e5m2"] = Field(
-        "float8_e4m3fn", description="The type that the weights are stored in."
+        "float8_e4m3fn", description="Type to store the weights in."
     )
     exclude: tuple[str, ...] = Field(
-        (), description="Regular expressions, as diffusers takes them, of names of further layers to leave alone."
+        (), description="Regular expressions, as in diffusers, of further layers to leave unchanged."
     )
 
     def provides(self) -> Iterable[Fact]:

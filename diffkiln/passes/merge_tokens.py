@@ -22,14 +22,14 @@ class MergeTokens(Pass):
     """
 
     name: ClassVar[str] = "merge_tokens"
-    summary: ClassVar[str] = "token merging in a UNet's self-attention"
+    summary: ClassVar[str] = "merge similar tokens before a UNet's self-attention"
     examples: ClassVar = (
         {"name": "merge_tokens", "component": "unet", "ratio": 0.5, "blocks": ["down_blocks.0.*", "up_blocks.3.*"]},
     )
 
-    ratio: Annotated[float, Field(gt=0, le=MOST)] = Field(0.5, description="Share of the tokens that are merged.")
+    ratio: Annotated[float, Field(gt=0, le=MOST)] = Field(0.5, description="Share of the tokens to merge.")
     blocks: tuple[str, ...] = Field(
-        ("*",), description="Patterns of the names of the blocks, such as down_blocks.0.*; those with many tokens gain."
+        ("*",), description="Patterns of block names, such as down_blocks.0.*. Blocks with many tokens gain most."
     )
 
     def provides(self) -> Iterable[Fact]:

@@ -28,7 +28,7 @@ class Prune(Pass):
     )
 
     blocks: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
-        description="Patterns of the names of the blocks to drop, such as transformer_blocks.3."
+        description="Patterns of block names; matching blocks are dropped. Example: transformer_blocks.3."
     )
 
     def provides(self) -> Iterable[Fact]:

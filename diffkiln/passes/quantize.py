@@ -58,17 +58,17 @@ class Quantize(Pass):
         },
     )
 
-    backend: Backend = Field("torchao", description="The library that quantizes.")
-    type: Type = Field(description="What becomes of the weights.")
-    include: tuple[str, ...] = Field(("*",), description="Patterns of the names of linear layers to quantize.")
-    exclude: tuple[str, ...] = Field((), description="Patterns of the names of linear layers to leave alone.")
+    backend: Backend = Field("torchao", description="Library that quantizes.")
+    type: Type = Field(description="Type of the quantized weights; `dynamic` types quantize activations too.")
+    include: tuple[str, ...] = Field(("*",), description="Patterns of the linear layers to quantize.")
+    exclude: tuple[str, ...] = Field((), description="Patterns of the linear layers to leave unchanged.")
     group_size: Annotated[int, Field(ge=16, le=1024, multiple_of=2)] = Field(
-        64, description="For int4_weight_only: how many columns share one scale."
+        64, description="For int4_weight_only: number of columns that share one scale."
     )
     granularity: Literal["per_row", "per_tensor"] = Field(
-        "per_row", description="For float8_dynamic: one scale for each row and token, or one for the whole."
+        "per_row", description="For float8_dynamic: one scale for each row and each token, or one for the whole tensor."
     )
-    double_quant: bool = Field(False, description="For nf4 and fp4: quantize the scales as well.")
+    double_quant: bool = Field(False, description="For nf4 and fp4: quantize the scales too.")
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:

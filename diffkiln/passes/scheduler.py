@@ -25,15 +25,17 @@ class Scheduler(Pass):
     """
 
     name: ClassVar[str] = "scheduler"
-    summary: ClassVar[str] = "replace the scheduler, or change its configuration"
+    summary: ClassVar[str] = "replace the scheduler or change its configuration"
     examples: ClassVar = (
         {"name": "scheduler", "type": "EulerDiscreteScheduler", "config": {"timestep_spacing": "trailing"}},
         {"name": "scheduler", "config": {"shift": 3.0, "use_dynamic_shifting": False}},
     )
 
-    component: str = Field("scheduler", pattern="^scheduler$", description="The component: the pipeline's scheduler.")
-    type: str | None = Field(None, min_length=1, description="A class of diffusers; the model's own by default.")
-    config: Mapping[str, Json] = Field(default_factory=dict, description="Its configuration, over the model's own.")
+    component: str = Field("scheduler", pattern="^scheduler$", description="Always `scheduler`.")
+    type: str | None = Field(None, min_length=1, description="Scheduler class of diffusers. Absent: the model's own.")
+    config: Mapping[str, Json] = Field(
+        default_factory=dict, description="Fields of the configuration to change; the others stay as in the model."
+    )
 
     def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
         if plan.scheduler is None:

@@ -29,15 +29,15 @@ class Sparsify(Pass):
     """
 
     name: ClassVar[str] = "sparsify"
-    summary: ClassVar[str] = "2:4 semi-structured sparsity of linear layers"
+    summary: ClassVar[str] = "make linear layers 2:4 sparse"
     requires_not: ClassVar = {
         "quantized": "quantize leaves no plain weights to choose from. Put sparsify on other layers' components",
         "gguf": "a GGUF file has quantized weights already. Give the original weights",
     }
     examples: ClassVar = ({"name": "sparsify", "component": "transformer", "exclude": ["*norm*", "proj_out"]},)
 
-    include: tuple[str, ...] = Field(("*",), description="Patterns of the names of linear layers to make sparse.")
-    exclude: tuple[str, ...] = Field((), description="Patterns of the names of linear layers to leave alone.")
+    include: tuple[str, ...] = Field(("*",), description="Patterns of the linear layers to make sparse.")
+    exclude: tuple[str, ...] = Field((), description="Patterns of the linear layers to leave unchanged.")
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("sparse", self.component, self.name)]

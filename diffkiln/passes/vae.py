@@ -24,12 +24,12 @@ class VAE(Pass):
     """
 
     name: ClassVar[str] = "vae"
-    summary: ClassVar[str] = "decode in slices or tiles"
+    summary: ClassVar[str] = "decode images in slices or tiles, which needs less memory"
     examples: ClassVar = ({"name": "vae", "component": "vae", "tiling": True, "tile": 512},)
 
     slicing: bool = Field(False, description="Decode the images of a batch one by one.")
-    tiling: bool = Field(False, description="Decode images in overlapping tiles.")
-    tile: int | None = Field(None, ge=8, description="The side of a tile, in pixels of the image.")
+    tiling: bool = Field(False, description="Decode each image in overlapping tiles.")
+    tile: int | None = Field(None, ge=8, description="Side of a tile in pixels of the image.")
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -24,6 +24,8 @@ from diffkiln.runtime.variants import CompiledVariant, no_variant
 PROMPT, NEGATIVE = "prompt", "negative_prompt"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _STEP_INPUTS = "callback_on_step_end_tensor_inputs"
+#: So many variants stand in `repr`.
+_NAMED = 4
 
 
 class Output(dict[str, Any]):
@@ -93,6 +95,12 @@ class CompiledPipeline:
         name = str(program.signature.get("result", "images"))
         made = result if output_type == "latent" else convert(result, output_type)
         return Output({name: made}) if return_dict else (made,)
+
+    def __repr__(self) -> str:
+        """Returns the class, the device and the variants, the first few by name."""
+        names = [variant.name for variant in self.variants]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"<{self.class_name}, compiled, on {self.executor.device}: {', '.join(names[:_NAMED])}{more}>"
 
     def close(self) -> None:
         """Let go of weights, graphs, threads, descriptors and temporary files."""

@@ -39,16 +39,16 @@ class Source(Strict):
     )
     architecture: Text | None = Field(
         default=None,
-        description="A known architecture, such as `flux.1-dev`, to be filled with random weights of the true shapes.",
+        description="Known architecture, such as `flux.1-dev`, filled with random weights of the true shapes.",
     )
     gguf: Annotated[dict[str, Text], Field(min_length=1)] | None = Field(
         default=None,
-        description="GGUF files, relative to the spec, that hold the weights of components: {component: file}.",
+        description="GGUF files with the weights of components: {component: file, relative to the spec}.",
     )
     pipeline: Text | None = Field(
         default=None,
-        description="Class of the pipeline, such as `FluxImg2ImgPipeline`, where it is another of the same "
-        "components than the model names.",
+        description="Pipeline class to use instead of the one in `model_index.json`, such as `FluxImg2ImgPipeline`; it "
+        "must take the same components.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
@@ -95,11 +95,11 @@ class TargetSpec(Strict):
     device: Literal["cuda", "cpu"] = Field(description="Kind of device.")
     gpu: Text | None = Field(
         default=None,
-        description="Name of a GPU that diffkiln knows, such as `nvidia-rtx-4090`; `diffkiln targets` lists them.",
+        description="Name of a known GPU, such as `nvidia-rtx-4090`; `diffkiln targets` lists them.",
     )
     compute_capability: Annotated[str, Field(pattern="^[1-9][0-9]?[.][0-9]$", examples=["8.9"])] | None = Field(
         default=None,
-        description="Compute capability as text, such as `8.9` in quotes, for a GPU that has no name here.",
+        description='Compute capability in quotes, such as `"8.9"`, for a GPU without a known name.',
     )
     memory_gb: Gigabytes | None = Field(default=None, description="Memory of the GPU in GB (10^9 bytes).")
     memory_gb_per_s: Gigabytes | None = Field(
@@ -112,15 +112,15 @@ class TargetSpec(Strict):
     )
     driver: Annotated[str, Field(pattern="^[0-9]{1,4}([.][0-9]{1,4}){0,2}$", examples=["570.26"])] | None = Field(
         default=None,
-        description="Oldest driver that has to run the bundle. Absent: the oldest that the compiled code allows.",
+        description="Oldest driver that must run the bundle. Absent: the oldest that the compiled code allows.",
     )
     cuda: Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]{1,2}$", examples=["12.8"])] | None = Field(
         default=None,
-        description="Oldest CUDA version that the driver has to support. Absent: that of the torch that compiles.",
+        description="Oldest CUDA version that the driver must support. Absent: that of the compiling torch.",
     )
     isa: Isa = Field(
         default="x86-64-v3",
-        description="Instruction set of the host's CPU, never taken from the machine that compiles.",
+        description="Instruction set of the CPU; the compiling machine's own is never used.",
     )
 
     @classmethod
@@ -166,17 +166,17 @@ class Offload(Strict):
 
     strategy: Literal["group"] = Field(
         default="group",
-        description="How weights are brought in: in groups of blocks.",
+        description="How weights move: in groups of blocks.",
     )
-    type: Literal["block_level"] = Field(default="block_level", description="What a group is made of.")
+    type: Literal["block_level"] = Field(default="block_level", description="Unit of a group: whole blocks.")
     num_blocks_per_group: Count = Field(default=1, description="Number of blocks that move together.")
     use_stream: bool = Field(
         default=True,
-        description="Copy on a stream of its own, so that copies overlap with computing.",
+        description="Copy on a separate stream, so that copies and computation overlap.",
     )
     to: Literal["host", "disk"] | None = Field(
         default=None,
-        description="Where weights wait. Absent: the host's memory for a GPU, the disk for a CPU.",
+        description="Where weights wait. Absent: host memory for a GPU, the disk for a CPU.",
     )
 
     @field_validator("type", mode="before")
@@ -197,19 +197,19 @@ class Runtime(Strict):
     )
     tf32: bool | None = Field(
         default=None,
-        description="Whether a GPU may compute float32 products in TF32. Absent: as torch is set.",
+        description="Whether a GPU may compute float32 products in TF32. Absent: torch's own setting.",
     )
     cuda_graphs: Literal["step", "program"] | None = Field(
         default=None,
-        description="Launch a denoising step, or the whole program but for its noise, as one CUDA graph. Absent: none.",
+        description="Launch each denoising step, or the whole program except its noise, as a CUDA graph. Absent: none.",
     )
     on_incompatible: Literal["error", "eager"] = Field(
         default="error",
-        description="On a machine that the engines do not fit: stop, or run operation by operation.",
+        description="If the engines do not fit the machine: stop with an error, or run every operation one by one.",
     )
     on_unrecordable: Literal["error", "diffusers"] = Field(
         default="error",
-        description="If the pipeline's call cannot be recorded: stop, or make a bundle that runs as diffusers.",
+        description="If the call cannot be recorded: stop with an error, or make a bundle that runs as diffusers.",
     )
 
     @classmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from diffkiln.passes.quantizers import quantizer
 from diffkiln.passes.registry import option_models, read_passes
 from diffkiln.spec import PassEntry
 from diffkiln.spec.model import Inputs, Offload, Runtime, Source, Spec, TargetSpec
+from tests.docs.examples import blocks, values
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
@@ -46,15 +45,9 @@ def test_links_between_documents_lead_somewhere(document):
 
 
 def _json_in(document: str) -> list[Any]:
-    """The indented blocks of a document that are JSON, or members of an object."""
-    blocks = re.findall(r"(?:^    \S.*\n(?:    .*\n)*)", (ROOT / "docs" / document).read_text(), flags=re.M)
-    found = []
-    for block in blocks:
-        for text in (block, "{" + block + "}"):
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(text))
-                break
-    return found
+    """What the JSON examples of a document show."""
+    found = [block for block in blocks(ROOT / "docs" / document) if block.language == "json"]
+    return [value for block in found for value in values(block)]
 
 
 def test_the_examples_of_passes_are_read():

@@ -155,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self._preupload(repository, json.loads(body))
                 case ["commit", _]:
                     self._commit("/".join(parts[1:3]), repository, body)
+                case ["tree", revision]:
+                    self._tree(repository, revision)
+                case _:  # whoever asks would wait for ever
+                    self._send(404, b"")
         elif parts[0] != "models":
             self._send(404, b"")
 
@@ -205,6 +209,17 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(row | ({"lfs": digest} if large else {}))
         told = {"id": name, "sha": commit, "private": repository.private, "gated": repository.gated}
         self._json(told | {"siblings": siblings})
+
+    def _tree(self, repository: Repository, revision: str) -> None:
+        if (commit := self._revision(repository, revision)) is None:
+            return
+        rows = []
+        for path, data in repository.commits[commit].items():
+            row: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_blob(data)}
+            if len(data) >= LARGE:
+                row["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            rows.append(row)
+        self._json(rows)
 
     def _preupload(self, repository: Repository, wanted: dict[str, Any]) -> None:
         rows = []
