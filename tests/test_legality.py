@@ -59,7 +59,7 @@ def test_a_bundle_without_engines_promises_what_it_likes() -> None:
 
 
 def large(height: int, images: int, target: dict[str, Any], passes: list[dict[str, Any]]) -> dict[str, Any]:
-    inputs = {"height": height, "width": height, "num_inference_steps": 8, "call": {"num_images_per_prompt": images}}
+    inputs = {"height": height, "width": height, "num_inference_steps": 8, "num_images_per_prompt": images}
     source = {"architecture": "flux.1-dev", "seed": 0}
     return {"spec_version": 1, "source": source, "target": target, "inputs": inputs, "passes": passes}
 
