@@ -27,6 +27,7 @@ def work(results):
     signal.alarm(240)  # whoever waits for ever is ended
     results.write(f"{os.getpid()} {draw()} {draw()} {torch.get_num_threads()}\\n")
     results.flush()
+    signal.alarm(0)
 
 def called_in_a_thread():
     def callback(*_):
