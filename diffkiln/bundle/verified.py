@@ -1,8 +1,8 @@
 """A bundle that has been checked, and the only way to its bytes.
 
-What is handed out is what was hashed. Small files are hashed again as they are read; weights are hashed in the buffer
+What is handed out is what was hashed. Small files are hashed again as they are read. Weights are hashed in the buffer
 that they are read into, or read through descriptors that have been held open since they were hashed, so that putting
-another file in their place changes nothing; native code is copied into a private directory and hashed on the way.
+another file in their place changes nothing. Native code is copied into a private directory and hashed on the way.
 Nothing is mapped into memory: a file that is cut short while in use gives an error, not SIGBUS.
 """
 
