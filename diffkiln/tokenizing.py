@@ -29,7 +29,7 @@ _GROWTH = {
 _ROOM = 1_000
 #: Characters of the first piece of a text that an expression is tried on; each further piece is twice as long.
 _PIECE = 16
-#: Seconds that one piece may take. The next one, twice as long, takes a few times that.
+#: Seconds of a CPU that one piece may take. The next one, twice as long, takes a few times that.
 _PIECE_SECONDS = 0.5
 
 
@@ -100,12 +100,12 @@ class BoundedTokenizer:
         normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         length = _PIECE
         while length < 2 * len(text):
-            begun, piece = time.perf_counter(), text[:length]
+            begun, piece = time.thread_time(), text[:length]
             if normalizer is not None:
                 piece = self.run(lambda piece=piece: normalizer.normalize_str(piece))
             if splitter is not None:
                 self.run(lambda piece=piece: splitter.pre_tokenize_str(piece))
-            if time.perf_counter() - begun > _PIECE_SECONDS:
+            if time.thread_time() - begun > _PIECE_SECONDS:
                 raise LimitExceeded(
                     f"{self.where}: its expressions take over {_PIECE_SECONDS} seconds for {len(piece)} characters of "
                     "a prompt. Shorten the prompt, or take a bundle with another tokenizer"

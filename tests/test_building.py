@@ -54,10 +54,10 @@ def test_timesteps_beyond_the_limit_are_refused() -> None:
 
 
 def test_modules_are_counted_while_they_are_built() -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(LimitExceeded, match="modules is 1,001"), applied(Limits(modules=1000)), bounded_building("x"):
         torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Identity()) for _ in range(10**7))
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     torch.nn.Sequential(*[torch.nn.Identity()] * 2000)  # none are counted any longer
 
 

@@ -58,10 +58,10 @@ def test_usual_tokenizer_is_read_and_admits_prompts() -> None:
 
 def test_normalizer_that_grows_the_text_is_refused_before_it_does() -> None:
     grows = bounded(normalizer=sequence(*[DOUBLE] * 40))
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(LimitExceeded, match=r"text/t.json: its Replace can make over 50,000,000 characters"):
         grows.admit("a")
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_normalizer_that_grows_the_tokens_it_adds_is_refused_before_the_library_reads_it() -> None:
@@ -89,10 +89,10 @@ def test_expression_that_never_ends_is_refused_within_seconds(pattern: str, plac
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     replace = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
     slow = bounded(**{place: split if place == "pre_tokenizer" else replace})
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(LimitExceeded, match=r"text/t\.json"):
         slow.admit("a" * 20_000 + "!")
-    assert time.perf_counter() - begun < 30
+    assert time.process_time() - begun < 30
 
 
 def test_special_tokens_beyond_the_limit_are_refused() -> None:

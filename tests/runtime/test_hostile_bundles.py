@@ -48,10 +48,10 @@ def test_prompt_that_is_not_utf8_is_a_call_error(prompt: Any) -> None:
 
 def test_prompt_of_a_megabyte_is_refused_at_once() -> None:
     with diffkiln.load(FROZEN) as pipe:
-        begun = time.perf_counter()
+        begun = time.process_time()
         with pytest.raises(LimitExceeded, match="prompt: text_chars is 1,000,000, and 50,000 is allowed"):
             pipe("a" * 10**6)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_normalizer_that_grows_the_prompt_is_refused(bundle: Path) -> None:
