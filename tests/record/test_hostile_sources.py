@@ -140,3 +140,23 @@ def test_expressions_are_those_of_python() -> None:
     for wrong in ("(", "a" * 2000):
         with pytest.raises(ValueError, match=r".+"):
             Expressions([wrong])
+
+
+def test_length_that_no_memory_holds_is_refused_before_the_tokenizer_pads_to_it() -> None:
+    """The library ends the process where it cannot have the memory, so it must not be called at all."""
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from diffkiln.record.constants import Constants
+    from diffkiln.record.tape import Tape
+    from diffkiln.record.text import TextRecorder
+
+    def original(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("the tokenizer was called")
+
+    tokenizer = SimpleNamespace(model_max_length=10**12)
+    recorder = TextRecorder(Tape(FakeTensorMode(), Constants()), {}, {id(tokenizer): "tokenizer_2"})
+    for given in ({}, {"max_length": 2**33}):
+        with pytest.raises(LimitExceeded, match=r"tokenizer_2, model_max_length: tokens is \d+(,\d+)+, and 262,144"):
+            recorder(tokenizer, original, ["a prompt"], padding="max_length", **given)
