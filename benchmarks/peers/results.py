@@ -9,6 +9,8 @@ from pathlib import Path
 
 from measuring import median, spread, table
 
+_RATIOS = ("load", "first picture", "each", "CPU s to load", "CPU s to first", "peak memory")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -107,7 +109,7 @@ def render(results: Results, pipeline: str, ways: Sequence[str]) -> str:
         "runs",
         "made in",
     )
-    parts = [table(columns, rows), table(("× eager", "load", "first picture", "each", "peak memory"), ratios)]
+    parts = [table(columns, rows), table(("× eager", *_RATIOS), ratios)]
     if failures:
         parts.append("Not run:\n\n" + "\n".join(failures))
     return "\n\n".join(parts)
@@ -151,5 +153,7 @@ def _ratios(way: str, runs: dict[int, Run], eager: dict[int, Run]) -> tuple[obje
         ratio(lambda run: run.load),
         ratio(lambda run: run.first),
         ratio(lambda run: median(run.each)),
+        ratio(lambda run: run.cpu_load),
+        ratio(lambda run: run.cpu_first),
         ratio(lambda run: run.peak),
     )
