@@ -30,7 +30,7 @@ _ROOM = 1_000
 #: Characters of the first piece of a text that an expression is tried on; each further piece is twice as long.
 _PIECE = 16
 #: Seconds of a CPU that one piece may take. The next one, twice as long, takes a few times that.
-_PIECE_SECONDS = 0.5
+_PIECE_SECONDS = 1.0
 
 
 class _Growth(NamedTuple):
@@ -96,19 +96,19 @@ class BoundedTokenizer:
         return self._tried("tokenize a prompt with", work)
 
     def _try_pieces(self, text: str) -> None:
-        """Tries longer and longer pieces, so that an expression that takes too long shows on a short one."""
-        normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        """Tries longer and longer pieces, so that an expression that takes too long shows on a short one.
+
+        The whole is tried too, in the library alone: lists of what it splits would have Python look for garbage, which
+        takes longer than the splitting.
+        """
         length = _PIECE
         while length < 2 * len(text):
             begun, piece = time.thread_time(), text[:length]
-            if normalizer is not None:
-                piece = self.run(lambda piece=piece: normalizer.normalize_str(piece))
-            if splitter is not None:
-                self.run(lambda piece=piece: splitter.pre_tokenize_str(piece))
+            self.run(lambda piece=piece: self.tokenizer.encode(piece, add_special_tokens=False))
             if time.thread_time() - begun > _PIECE_SECONDS:
                 raise LimitExceeded(
-                    f"{self.where}: its expressions take over {_PIECE_SECONDS} seconds for {len(piece)} characters of "
-                    "a prompt. Shorten the prompt, or take a bundle with another tokenizer"
+                    f"{self.where}: it takes over {_PIECE_SECONDS:g} seconds for {len(piece)} characters of a prompt. "
+                    "Shorten the prompt, or take a bundle with another tokenizer"
                 )
             length *= 2
 
