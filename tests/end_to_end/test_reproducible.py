@@ -14,10 +14,11 @@ import torch
 
 from diffkiln.bundle import open_bundle
 from tests.conftest import DIGITS
+from tests.portable import disguises
 
 
 def _strangers_environment(room: Path) -> dict[str, str]:
-    """Another user's: name, home and its directories, caches, time zone, locale, order of hashing."""
+    """Another user's: name, home and its directories, caches, time zone, locale, order of hashing; and another CPU."""
     places = {
         name: str(room / name.lower())
         for name in ("HOME", "TMPDIR", "DIFFKILN_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME")
@@ -30,6 +31,7 @@ def _strangers_environment(room: Path) -> dict[str, str]:
     return (
         os.environ
         | places
+        | disguises()["avx2"]
         | {
             "USER": "stranger",
             "LOGNAME": "stranger",
@@ -44,7 +46,7 @@ def _strangers_environment(room: Path) -> dict[str, str]:
     )
 
 
-def test_another_user_in_another_folder_with_an_empty_cache_builds_the_same_id(digits_bundle, tmp_path):
+def test_another_user_on_another_cpu_in_another_folder_with_an_empty_cache_builds_the_same_id(digits_bundle, tmp_path):
     source = shutil.copytree(DIGITS, tmp_path / "another" / "place", ignore=shutil.ignore_patterns("*.py"))
     command = [sys.executable, "-m", "diffkiln", "compile", str(source / "spec.json"), "-o", "again", "--json"]
     environment = _strangers_environment(tmp_path)

@@ -9,6 +9,11 @@ import safetensors.torch
 import torch
 
 
+def _drawn(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of variance one, the same on every CPU: torch's normal numbers differ on one without AVX2."""
+    return (torch.rand(rows, columns, generator=generator) - 0.5) * 12**0.5
+
+
 def adapter(
     path: Path, module: torch.nn.Module, prefix: str, *, ending: str = "to_q", rank: int = 4, seed: int = 0
 ) -> Path:
@@ -17,8 +22,8 @@ def adapter(
     state: dict[str, torch.Tensor] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.endswith(ending):
-            down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-            up = torch.randn(layer.out_features, rank, generator=generator) * rank**-0.5
+            down = _drawn(rank, layer.in_features, generator) * layer.in_features**-0.5
+            up = _drawn(layer.out_features, rank, generator) * rank**-0.5
             state[f"{prefix}.{name}.lora_A.weight"], state[f"{prefix}.{name}.lora_B.weight"] = down, up
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, path)
