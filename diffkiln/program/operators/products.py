@@ -121,7 +121,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> TensorType:
 @operator("_int_mm")
 def _int_mm(self: Any, mat2: Any) -> TensorType:
     a, b = tensor(self), tensor(mat2)
-    require(a.dtype == b.dtype == "int8", "_int_mm takes int8")
+    require(a.dtype in ("int8", "uint8") and b.dtype == "int8", f"_int_mm takes int8, not {a} and {b}")
     return TensorType("int32", _matrices(a, b, 2))
 
 
