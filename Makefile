@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-portable test-portable-sample test-cross coverage fuzz lint bench install
+.PHONY: demo test test-more test-portable test-portable-sample test-cross coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test-portable: install
 
 test-portable-sample: install
 	$(BIN)/python -m tests.portable --sample
+
+# What is heavier than `make test` allows, and each change needs all the same.
+test-more: test-portable-sample
 
 # Every class and every call, an hour or more; what has a result is not measured again. Remove results to measure anew.
 coverage: install

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from diffkiln.cli_group import FILE
 from diffkiln.cli_trust import POLICY, hashed_bytes
 from diffkiln.image_files import read_images
+from diffkiln.limits import Limits
 from diffkiln.output_files import form_for, save
 from diffkiln.printing import Watch, show
 
@@ -65,6 +67,8 @@ class Device(click.ParamType):
 @click.option("--fps", type=click.FloatRange(1, 240), default=16, show_default=True, help="Frames a second of a video.")
 @click.option("--device", type=Device(), help="cpu, cuda or cuda:N (default: what the bundle is for).")
 @click.option("--as-diffusers", is_flag=True, help="Run the original diffusers pipeline, with the engines in it.")
+@click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="A limit of diffkiln.Limits to change.")
+@click.option("--paranoid", is_flag=True, help="Compare the type of every result with the declared one.")
 @click.option("--rehash", is_flag=True, help="Re-hash all weights, even those unchanged since the last load.")
 @POLICY
 @_NATIVE
@@ -79,6 +83,8 @@ def run_(
     fps: float,
     device: str | None,
     as_diffusers: bool,
+    limits: tuple[str, ...],
+    paranoid: bool,
     rehash: bool,
     policy: Path | None,
     allow_native: bool,
@@ -119,6 +125,8 @@ def run_(
             device=device,
             policy=policy,
             rehash=rehash,
+            limits=_limits(limits),
+            paranoid=paranoid,
             progress=watch.hashing(hashed_bytes(bundle)),
         )
         if as_diffusers:
@@ -128,6 +136,21 @@ def run_(
         result = pipe(**given, **_watched(pipe, given, watch.step, as_diffusers))
     for path in save(next(iter(result.values())), output, fps):
         show(str(path))
+
+
+def _limits(items: Sequence[str]) -> Limits:
+    """Returns the limits of `--limit`."""
+    known = {item.name: item.type for item in fields(Limits)}
+    found: dict[str, float] = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--limit")
+        try:
+            found[name] = float(text) if name == "seconds" else int(text)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is no number", param_hint=f"--limit {name}") from None
+    return Limits(**found)  # type: ignore[arg-type]
 
 
 def _settings(items: Sequence[str], taken: Mapping[str, Any]) -> dict[str, Any]:

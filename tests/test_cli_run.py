@@ -186,3 +186,12 @@ def test_what_compile_says_to_try_runs(tmp_path, capsys, monkeypatch):
 def test_a_loaded_pipeline_says_what_it_is(digits_bundle):
     with diffkiln.load(digits_bundle) as pipe:
         assert repr(pipe) == "<FluxPipeline, compiled, on cpu: 32x32-8-steps>"
+
+
+def test_limits_and_paranoia_are_options(batch, run):
+    code, error = run(batch, "--paranoid", "--limit", "text_chars=3", prompts=2)
+    assert code == 6
+    assert "text_chars is 7, and 3 is allowed" in error
+    assert run(batch, "--paranoid", "--limit", "text_chars=30", prompts=2)[0] == 0
+    assert run(batch, "--limit", "words=3")[0] == 2
+    assert run(batch, "--limit", "tokens=few")[0] == 2

@@ -13,6 +13,7 @@ import torch
 from diffkiln.aten import dtype_of
 from diffkiln.errors import CallError
 from diffkiln.gate import gated
+from diffkiln.limits import active, applied
 from diffkiln.program import Program
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels
@@ -44,6 +45,7 @@ class CompiledPipeline:
     Attributes:
         variants: what it was compiled for.
         executor: runs its programs; `executor.store` counts the weights in memory.
+        limits: what a call may take: those that `load` was given.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class CompiledPipeline:
     ) -> None:
         self.class_name, self.variants, self.executor = class_name, tuple(variants), executor
         self.bundle = bundle
+        self.limits = active()
         self._text = text
 
     @gated("callback_on_step_end")
@@ -85,6 +88,19 @@ class CompiledPipeline:
             CallError: an unknown keyword, a value that no variant has, a wrong number of prompts or images, or an
                 unknown output type.
         """
+        with applied(self.limits):
+            return self._called(prompt, generator, latents, output_type, return_dict, callback_on_step_end, keywords)
+
+    def _called(
+        self,
+        prompt: str | Sequence[str] | None,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[..., Any] | None,
+        keywords: Mapping[str, Any],
+    ) -> Any:
         check_output_type(output_type)
         prompts, images, fixed = self._split(prompt, keywords)
         self._check_step_inputs(fixed)

@@ -9,14 +9,13 @@ import io
 import json
 import shutil
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffkiln
-from diffkiln import aten, cli
+from diffkiln import cli
 from diffkiln.errors import DiffkilnError, InternalFault
 from diffkiln.printable import printable
 from tests.fuzz import mutate
@@ -53,16 +52,9 @@ def use(path: Path) -> None:
     try:
         _draw(path)
     except InternalFault as error:
-        if not _is_of_an_operator(error.__cause__):
-            raise error.__cause__ or error from error
+        raise error.__cause__ or error from error
     except DiffkilnError as error:
         str(error).encode()
-
-
-def _is_of_an_operator(error: BaseException | None) -> bool:
-    """Returns True if torch refused the arguments of an operator, which the types of a program do not show."""
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)] if error else []
-    return [name for name in frames if "/diffkiln/" in name][-1:] == [aten.__file__]
 
 
 def _inspect(path: Path) -> None:

@@ -267,3 +267,10 @@ def test_types_of_files_are_compared_with_the_declared_ones(tmp_path, kind, matc
     rehash(bundle, path)
     with pytest.raises((ManifestInvalid, VerifyError)):
         diffkiln.load(bundle)
+
+
+def test_limits_of_the_load_hold_for_the_calls(tmp_path) -> None:
+    with diffkiln.load(FROZEN, limits=Limits(text_chars=5)) as pipe, pytest.raises(LimitExceeded, match="text_chars"):
+        pipe("a kiln at night")
+    with diffkiln.load(FROZEN) as pipe:
+        assert pipe("a kiln at night").images
