@@ -11,9 +11,9 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.layers import Cast, store
 from diffkiln.passes.base import Fact, Pass, Plan
-from diffkiln.passes.expressions import Expressions
 from diffkiln.passes.quantize import is_quantized
 from diffkiln.spec import Target
+from diffkiln.spec.expressions import Expressions
 
 
 class LayerwiseCast(Pass):

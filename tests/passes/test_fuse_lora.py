@@ -4,9 +4,11 @@ import importlib.util
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from diffkiln.errors import IllegalPlan, SourceError, SpecError
+from diffkiln.errors import IllegalPlan, LimitExceeded, SourceError, SpecError
 from diffkiln.passes import manager
+from diffkiln.passes.fuse_lora import check_adapter
 from tests.passes.adapters import adapter, kohya
 from tests.passes.plans import both, checked, ghost, placed, real, types
 from tests.pipelines import FAMILIES, WARNING_FILTERS
@@ -182,3 +184,12 @@ def test_an_adapter_that_the_hub_does_not_give_says_why():
     """The tests run with HF_HUB_OFFLINE: nothing is in the cache, and nothing may be fetched."""
     with pytest.raises(SourceError, match=r"owner/name at 0123456789ab cannot be had from the Hub"):
         checked(ghost("flux"), {"name": "fuse_lora", "component": "transformer", "adapters": [REPO]})
+
+
+@pytest.mark.parametrize(("name", "shape"), [("lora_A", (2**22, 1)), ("lora_B", (1, 2**22))])
+def test_an_adapter_of_four_million_ranks_is_refused_by_its_header(tmp_path, name, shape):
+    """Before its layers are multiplied, which once took 7.8 GB."""
+    path = tmp_path / "deep.safetensors"
+    save_file({f"transformer.x.{name}.weight": torch.zeros(shape, dtype=torch.uint8)}, path)
+    with pytest.raises(LimitExceeded, match="adapter_rank is 4,194,304, and 8,192 is allowed"):
+        check_adapter(path)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from diffkiln.errors import LimitExceeded, SourceError
-from diffkiln.passes.expressions import Expressions
 from diffkiln.record.checkpoint import read_header
 from diffkiln.record.gguf_header import check_gguf
+from diffkiln.spec.expressions import Expressions
 
 MODEL = Path(__file__).parents[2] / "examples" / "digits" / "model"
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
