@@ -22,6 +22,7 @@ from tests.pipelines import FAMILIES, WARNING_FILTERS
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 
 _LATENTS, _NUMBER, _MASK = TensorType("float32", (4,)), TensorType("float32", ()), TensorType("bool", (4,))
+_IMAGE, _TWICE = TensorType("float32", (1, 1, 2**16, 2**14)), TensorType("float32", (1, 1, 2**17, 2**15))
 _WHERE = {"component": "unet", "program": "forward"}
 
 
@@ -65,8 +66,13 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
     )
 
 
+def test_operator_whose_result_has_a_size_that_a_value_decides_is_not_in_the_list() -> None:
+    with pytest.raises(VerifyError, match="not in the closed list"):
+        dry_run(recording(Op("aten.repeat_interleave.Tensor", (Ref("%latents"),), ("%out",))), None)
+
+
 @pytest.mark.parametrize(
-    ("ops", "operator", "reason"),
+    ("ops", "operator", "reason", "types"),
     [
         (
             (
@@ -77,6 +83,7 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
             ),
             "aten.upsample_nearest2d.vec",
             "more than 2³¹ values",
+            {"%0": _IMAGE, "%1": _TWICE, "%2": _NUMBER},
         ),
         (
             (
@@ -85,6 +92,7 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
             ),
             "aten.arange.default",
             "its result is on the host",
+            {"%0": _LATENTS},
         ),
         (
             (
@@ -93,11 +101,7 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
             ),
             "aten.index.Tensor",
             "an index is a mask",
-        ),
-        (
-            (Op("aten.repeat_interleave.Tensor", (Ref("%latents"),), ("%out",)),),
-            "repeat_interleave",
-            "waits for a value",
+            {"%0": _MASK},
         ),
         (
             (
@@ -107,19 +111,20 @@ def test_arithmetic_with_a_number_and_with_a_table_runs() -> None:
             ),
             "aten._to_copy.default",
             "copies from the host",
+            {"%0": _NUMBER, "%1": _NUMBER},
         ),
     ],
     ids=[
         "too many values for upsampling",
         "a tensor of the host",
         "an index by a mask",
-        "a size that a value decides",
         "a copy from the host",
     ],
 )
 @pytest.mark.parametrize("graphs", [None, "step", "program"])
-def test_what_a_gpu_refuses_or_waits_for_is_an_error_that_names_the_operator(ops, operator, reason, graphs) -> None:
-    types = {"%0": _MASK, "%1": _NUMBER, "%2": _NUMBER}
+def test_what_a_gpu_refuses_or_waits_for_is_an_error_that_names_the_operator(
+    ops, operator, reason, types, graphs
+) -> None:
     with pytest.raises(VerifyError, match=reason) as error:
         dry_run(recording(*ops, types=types), graphs)
     assert operator in str(error.value)
