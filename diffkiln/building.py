@@ -96,7 +96,7 @@ def _takes_memory(func: Any) -> bool:
 def _foreseen(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The results' shapes; none where torch cannot foresee them, or where nothing is computed on the CPU."""
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    if any(tensor.is_meta for tensor in given):
+    if any(tensor.is_meta for tensor in given) or kwargs.get("device") == torch.device("meta"):
         return []
     try:
         like = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), (args, dict(kwargs)))

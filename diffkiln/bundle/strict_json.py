@@ -25,8 +25,11 @@ class StrictJSONError(ValueError):
     """The text is not JSON as we accept it; the message says why."""
 
 
-def loads(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
-    """Parse `data`. Raises `StrictJSONError`, never `RecursionError`."""
+def loads(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
+    """Parse `data`. Raises `StrictJSONError`, never `RecursionError`.
+
+    With `constants`, the infinities and NaN of Python's writer are accepted: configurations of schedulers hold them.
+    """
     if len(data) > max_bytes:
         raise StrictJSONError(f"{len(data)} bytes, more than the {max_bytes} that are accepted")
     _check_nesting(data, max_depth)
@@ -35,7 +38,8 @@ def loads(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
     except UnicodeDecodeError as error:
         raise StrictJSONError(f"not UTF-8 at byte {error.start}") from error
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+        constant = float if constants else _no_constant
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=_finite)
     except StrictJSONError:
         raise
     except ValueError as error:

@@ -123,7 +123,7 @@ def _check_configuration(path: str, content: bytes) -> None:
         BoundedTokenizer(content, path)
     elif file.endswith(".json"):
         try:
-            config = strict_json.loads(content, max_bytes=active().json_bytes)
+            config = strict_json.loads(content, max_bytes=active().json_bytes, constants=True)
         except strict_json.StrictJSONError as error:
             raise ManifestInvalid(f"{path!r}: {error}") from error
         if file in ("config.json", _SCHEDULER):

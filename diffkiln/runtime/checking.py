@@ -13,6 +13,7 @@ from diffkiln.limits import Limits
 from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, weight_in
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types
+from diffkiln.runtime.accelerator import accelerator, available
 
 #: The file in which a control group says how much memory its processes may have.
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -108,10 +109,11 @@ def check_budget(modules: Mapping[str, Module], calls: Sequence[Program], limits
     def called(op: Op) -> tuple[int, int]:
         return programs[op.attrs["component"]][op.attrs["program"]] if op.name == CALL else (0, 0)
 
-    allowed = limits.memory_bytes if limits.memory_bytes is not None else total_memory(device)
+    found = limits.memory_bytes if limits.memory_bytes is not None else total_memory(device)
+    within = limits.replaced(memory_bytes=found)
     for count, peak in _costs({str(index): call for index, call in enumerate(calls)}, called).values():
         limits.check("operations_per_call", count, "one call of the bundle")
-        limits.replaced(memory_bytes=allowed).check("memory_bytes", peak, "the results of one call of the bundle")
+        within.check("memory_bytes", peak, "the results of one call of the bundle")
 
 
 def _module_costs(module: Module) -> dict[str, tuple[int, int]]:
@@ -128,10 +130,14 @@ def _costs(programs: Mapping[str, Program], inside: Callable[[Op], tuple[int, in
     return found
 
 
-def total_memory(device: torch.device) -> int:
-    """Returns the bytes of memory that a device has, or that a control group leaves to this process."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+def total_memory(device: torch.device) -> int | None:
+    """Returns the bytes of memory that a device has, or that a control group leaves to this process.
+
+    None for a GPU that is not there, which another check refuses.
+    """
+    if device.type != "cpu":
+        there = accelerator(device) if available() else None
+        return there.memory().total if there else None
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:")) * 1024
     limit = _GROUP_LIMIT.read_text().strip() if _GROUP_LIMIT.is_file() else "max"

@@ -13,7 +13,7 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import Manifest
-from diffkiln.errors import CallError, IllegalPlan, Incompatible, SpecError
+from diffkiln.errors import CallError, IllegalPlan, Incompatible, OutOfMemory, SpecError
 from diffkiln.program import NOISE, STEP, map_refs
 from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, Tensors, cut, graphs_for
 from tests.conftest import DIGITS
@@ -116,7 +116,7 @@ def test_the_manifest_says_it_and_inspect_shows_it(bundle, loaded, capsys) -> No
     from diffkiln.cli import main
 
     assert main(["inspect", str(bundle)]) == 0
-    assert '"cuda_graphs": "program"' in capsys.readouterr().out
+    assert "cuda_graphs program" in capsys.readouterr().out.replace("=", " ").replace(": ", " ")
     assert loaded.executor.graphs is None
 
 
@@ -268,7 +268,7 @@ def recording_that_ends_badly() -> Iterator[None]:
             RuntimeError("CUDA error: operation not permitted"),
             (Incompatible, "CUDA graph: CUDA error: operation not p"),
         ),
-        (torch.OutOfMemoryError("CUDA out of memory"), (torch.OutOfMemoryError, "CUDA out of memory")),
+        (torch.OutOfMemoryError("CUDA out of memory"), (OutOfMemory, "CUDA out of memory")),
     ],
 )
 def test_the_first_of_several_errors_is_told(pipe, cause, told) -> None:

@@ -128,7 +128,7 @@ def test_the_command_line_takes_image_files(inpaint, tmp_path, capsys):
     assert main(["run", str(inpaint[1]), "--prompt", "a fox", *given]) == 2
     assert "control_image: StableDiffusionInpaintPipeline was not compiled with this" in capsys.readouterr().err
     assert main(["run", str(inpaint[1]), "--prompt", "a fox", *given, "--as-diffusers"]) == 2
-    assert "StableDiffusionInpaintPipeline takes no control_image" in capsys.readouterr().err
+    assert "StableDiffusionInpaintPipeline has no keyword control_image" in capsys.readouterr().err
 
 
 def test_another_class_of_the_same_components(tmp_path):
