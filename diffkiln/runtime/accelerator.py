@@ -194,6 +194,12 @@ def capability(device: torch.device | None = None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if available() else None
 
 
+def model(device: torch.device) -> str:
+    """Returns a GPU's name and SM, such as "NVIDIA H200 sm_90"."""
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{gpu.name} sm_{gpu.major}{gpu.minor}"
+
+
 def active(device: torch.device) -> AbstractContextManager[object]:
     """Returns a context in which a device is the current one; one that does nothing for the CPU, or without a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" and available() else nullcontext()

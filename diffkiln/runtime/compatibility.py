@@ -17,7 +17,7 @@ from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
 from diffkiln.program import onnx
 from diffkiln.program.attention import install_line
-from diffkiln.runtime.accelerator import capability
+from diffkiln.runtime.accelerator import capability, model
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
 ISA_FLAGS: dict[str, frozenset[str]] = {
@@ -107,8 +107,7 @@ def machine(requires: Requires, place: torch.device) -> dict[str, str]:
     facts = {"diffkiln": diffkiln.__version__, "torch": torch.__version__, "device": str(place), "cpu": _cpu()}
     facts |= {package: _installed(package) or "" for package in requires.packages}
     if place.type == "cuda":
-        gpu = torch.cuda.get_device_properties(place)
-        facts |= {"gpu": f"{gpu.name} sm_{gpu.major}{gpu.minor}", "driver": _driver() or ""}
+        facts |= {"gpu": model(place), "driver": _driver() or ""}
         facts["cuda"] = torch.version.cuda or ""
     return facts
 

@@ -297,7 +297,7 @@ def open_engines(
             if row.path not in opened:
                 opened[row.path] = _open(permit.verified, row, region, constants, place, trials)
             found[row.component, row.region] = opened[row.path]
-        if check_engines and (there := accelerator(place)):
+        if check_engines is not False and (there := accelerator(place)):
             there.release()  # what the comparisons took, which the weights need now
         return found
     except Incompatible as error:

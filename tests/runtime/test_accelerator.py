@@ -17,7 +17,7 @@ import diffkiln.runtime
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import VerifyError
 from diffkiln.runtime import accelerator as module
-from diffkiln.runtime import loading, targets
+from diffkiln.runtime import arrival, loading, targets
 from diffkiln.runtime.accelerator import Cuda, accelerator, indexed
 from diffkiln.runtime.engines.base import check_inputs
 from diffkiln.runtime.executor import Executor
@@ -165,7 +165,7 @@ def test_what_comparisons_took_is_given_back_before_weights_come(digits_bundle, 
     released: list[str] = []
     there = SimpleNamespace(release=lambda: released.append("given back"))
     monkeypatch.setattr(loading, "accelerator", lambda place: there)
-    monkeypatch.setattr(loading, "WeightStore", lambda *given: released.append("weights") or WeightStore(*given))
+    monkeypatch.setattr(arrival, "WeightStore", lambda *given: released.append("weights") or WeightStore(*given))
     with loading.load(digits_bundle, device="cpu", check_engines=checked) as pipe:
         assert isinstance(pipe.executor, Executor)
     assert released == (["given back", "weights"] if checked else ["weights"])

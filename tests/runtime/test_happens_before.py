@@ -44,7 +44,7 @@ class Files:
     def size(self, path: str) -> int:
         return len(self.bytes[path])
 
-    def pread(self, path: str, size: int, offset: int = 0) -> bytes:
+    def peek(self, path: str, size: int, offset: int = 0) -> bytes:
         return self.bytes[path][offset : offset + size]
 
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
