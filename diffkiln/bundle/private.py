@@ -64,18 +64,21 @@ class Home:
             ) from error
 
     def _check(self, name: str) -> None:
-        # Others may look into the upper one, but whoever can write to it can put another in the lower one's place.
-        for path, closed_to_others in ((self.path, 0o022), (self.path / name, 0o077)):
+        # Whoever can write to the upper one can put another in the lower one's place.
+        for path in (self.path, self.path / name):
             status = os.lstat(path)
             if not stat.S_ISDIR(status.st_mode):
                 raise PathEscape(f"{path} is not a real directory. Remove it, or set {self.variable} elsewhere")
             if status.st_uid != os.geteuid():
                 raise IntegrityError(f"{path} belongs to another user. Set {self.variable} to a directory of yours")
-            if status.st_mode & closed_to_others:
+            if status.st_mode & 0o022:
                 raise IntegrityError(
                     f"{path} is open to other users, so what it holds may be theirs. Remove it, or, if nobody else "
                     f"could have written to it, run: chmod 700 {path}"
                 )
+        # What others could only read, as earlier versions left it, is closed to them from now on.
+        if status.st_mode & 0o077:
+            os.chmod(path, 0o700)
 
 
 def closed_to_others(directory: Path) -> bool:

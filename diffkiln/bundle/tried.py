@@ -8,7 +8,6 @@ region's program and constants. Where others can write to the directory its rece
 from __future__ import annotations
 
 import json
-import logging
 import os
 import stat
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import DiffkilnError
+from diffkiln.printable import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 _DIRECTORY = "tried"
 
 

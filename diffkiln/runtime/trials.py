@@ -7,17 +7,17 @@ which a build may never have seen, all are tried.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from diffkiln.bundle import EngineRow, Tried, Verified
+from diffkiln.printable import get_logger
 from diffkiln.program import Module, Program
 from diffkiln.runtime.compatibility import machine
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: The most elements that all values of a region may have for a trial on a CPU: a few tenths of a second.
 LARGEST = 2**26

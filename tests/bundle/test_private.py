@@ -46,7 +46,14 @@ def test_directory_of_another_user_is_refused_with_the_mend(home: Home, upper: b
             call("engines")
 
 
-@pytest.mark.parametrize(("mode", "upper"), [(0o777, True), (0o770, True), (0o777, False), (0o755, False)])
+def test_directory_that_others_could_only_read_is_closed_to_them(tmp_path: Path) -> None:
+    """As an earlier version left it, under a umask of 022."""
+    home = Home(tmp_path / "home", "cache", "DIFFKILN_CACHE_DIR")
+    home.directory("engines").chmod(0o755)
+    assert stat.S_IMODE(home.directory("engines").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(("mode", "upper"), [(0o777, True), (0o770, True), (0o777, False)])
 def test_directory_that_is_open_to_others_is_refused_with_the_mend(home: Home, mode: int, upper: bool) -> None:
     made = home.directory("engines")
     (made.parent if upper else made).chmod(mode)

@@ -98,9 +98,10 @@ def test_what_is_made_of_numbers_alone_is_on_the_device(op: Op) -> None:
     """Stable Diffusion makes its timesteps of one number and gives them to the U-Net with a tensor of the GPU."""
     kind = _NUMBER if "add" in op.name or "neg" in op.name else replace(_LATENTS, dtype="float64")
     inputs = Input("%latents", _LATENTS), Input("%sigma", kind)
-    types = {**_TYPES, "%sigma": kind, "%0": kind}
+    out = _LATENTS if kind is _NUMBER else kind
+    types = {**_TYPES, "%sigma": kind, "%0": kind, "%1": out}
     product = Op("aten.mul.Tensor", (Ref("%latents"), Ref("%sigma")), ("%0",))
-    program = Program("step", inputs, (product,), (Ref("%0"),), {**types, "%0": _LATENTS})
+    program = Program("step", inputs, (product,), (Ref("%0"),), {**types, "%0": out})
     call = Op(CALL, (Ref("%latents"), Ref("%0")), ("%1",), attrs={"component": "scheduler", "program": "step"})
     made = executor(None)
     made.modules["scheduler"].programs["step"] = program  # type: ignore[index]
