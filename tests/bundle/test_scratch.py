@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_folder_of_a_parent_that_died_stays_while_a_forked_child_lives(private_t
         scratch.remove_dead(private_tmp)
         if not folder.exists():
             return
+        time.sleep(0.01)
     pytest.fail("the folder stayed")
 
 
