@@ -123,11 +123,23 @@ def _as_recorded(callee: Callee, module: torch.nn.Module, leaves: Sequence[Any])
     try:
         for block in blocks:
             block.forward = alone(block.forward)
+        _forget(module)
         with marked:
             yield
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
+        _forget(module)
+
+
+def _forget(module: torch.nn.Module) -> None:
+    """Clears what methods remember of earlier calls (`functools.lru_cache`), such as tables of positions."""
+    for kind in {type(part) for part in module.modules()}:
+        for attribute in vars(kind).values():
+            cells = getattr(attribute, "__closure__", None) or ()
+            for held in (attribute, *(cell.cell_contents for cell in cells)):
+                if callable(clear := getattr(held, "cache_clear", None)):
+                    clear()
 
 
 def _cast(nest: Any, dtype: torch.dtype | None) -> Any:
