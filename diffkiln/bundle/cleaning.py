@@ -1,4 +1,4 @@
-"""What diffkiln keeps on this machine that may go: caches, and what killed processes left."""
+"""Finds and frees what diffkiln keeps on this machine and may go: caches, and what killed processes left."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _in_state(name: str, pattern: str) -> list[Path]:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether no process holds its lock."""
+    """Returns True if no process holds its lock."""
     try:
         with _locked(path):
             return True

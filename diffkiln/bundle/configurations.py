@@ -84,7 +84,7 @@ def _reason(key: str, value: Any) -> str:
 
 
 def _is_own(value: Any) -> bool:
-    """Whether an implementation, or each of those for parts of a model, is the library's own."""
+    """Returns True if an implementation, or each of those for parts of a model, is the library's own."""
     pending = [value]
     while pending:
         item = pending.pop()

@@ -59,7 +59,7 @@ def settled(stamp: Stamp, started_ns: int) -> bool:
 
 
 class Receipt:
-    """What one load notes for the next.
+    """Keeps what one load notes for the next.
 
     Args:
         identity, place: the bundle's id and directory.
