@@ -22,7 +22,7 @@ import tempfile
 from measuring import machine, table
 
 from diffkiln.exporters.aot_inductor import AotInductor
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.cubins import cubins_of
 from diffkiln.program import Program

@@ -98,9 +98,9 @@ spec, output = json.loads(sys.argv[1]), sys.argv[2]
 import diffusers, torch, torchao, transformers
 from transformers import CLIPTextModel, T5EncoderModel
 getattr(diffusers, sys.argv[3])
-import diffkiln.compiler as compiler
+import diffkiln.compiler.compile as compiler
 from diffkiln.record.pipeline import record
-from diffkiln.record.quiet import quiet_libraries
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record.constants import Constants
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 imported = peak()
@@ -179,7 +179,7 @@ def grown(folder: Path) -> int:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from diffkiln.record.stand_ins import fill_with_noise
+    from diffkiln.models.stand_ins import fill_with_noise
 
     shutil.copytree(DIGITS / "model", folder, ignore=shutil.ignore_patterns("transformer"))
     config = FluxTransformer2DModel.load_config(DIGITS / "model" / "transformer")

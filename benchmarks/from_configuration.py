@@ -15,14 +15,14 @@ from typing import Any
 
 from measuring import Watch, machine, table
 
-from diffkiln import compiler
 from diffkiln.bundle import BundleWriter
+from diffkiln.compiler.compile import compile as compiler
+from diffkiln.compiler.packing import Packed, pack_engines
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.packing import Packed, pack_engines
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
-from diffkiln.record.quiet import quiet_libraries
 
 
 def spec(options: argparse.Namespace) -> dict[str, Any]:

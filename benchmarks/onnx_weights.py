@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import Onnx
 from diffkiln.program import Program, Ref

@@ -84,8 +84,8 @@ def draw(bundle: Path) -> tuple[np.ndarray, int]:
 
 def main() -> None:
     import diffkiln
-    from diffkiln.record.ghosts import load_module
-    from diffkiln.record.source import open_source
+    from diffkiln.models.meta import load_module
+    from diffkiln.models.opening import open_source
     from diffkiln.spec import Source
     from tests.passes.adapters import adapter
 

@@ -96,7 +96,7 @@ def main() -> None:
 
     import diffkiln
     from diffkiln.bundle import open_bundle
-    from diffkiln.printing import schedules
+    from diffkiln.cli.printing import schedules
     from diffkiln.program.schedule import line
 
     wanted = classifier.requests(options.count)

@@ -91,7 +91,7 @@ def engine_overhead(pipe: Any, runs: int = 2000) -> tuple[float, float, float]:
 
 def operation_overhead(runs: int = 300) -> float:
     """Microseconds that the interpreter adds to one small operation."""
-    from diffkiln.aten import Interpreter
+    from diffkiln.interpreter.aten import Interpreter
     from diffkiln.program import Input, Op, Program, Ref, TensorType
 
     kind, count = TensorType("float32", (4,)), 200

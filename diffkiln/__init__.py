@@ -12,18 +12,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from diffkiln.version import __version__
 
 _PLACES = {
-    "compile": "diffkiln.compiler",
-    "check": "diffkiln.compiler",
-    "compile_module": "diffkiln.modules",
-    "CompiledModule": "diffkiln.modules",
-    "add_target": "diffkiln.retarget",
-    "strip": "diffkiln.retarget",
-    "retune": "diffkiln.retarget",
+    "compile": "diffkiln.compiler.compile",
+    "check": "diffkiln.compiler.compile",
+    "compile_module": "diffkiln.compiler.modules",
+    "CompiledModule": "diffkiln.compiler.modules",
+    "add_target": "diffkiln.compiler.retarget",
+    "strip": "diffkiln.compiler.retarget",
+    "retune": "diffkiln.compiler.retarget",
     "load": "diffkiln.runtime.loading",
-    "Limits": "diffkiln.limits",
+    "Limits": "diffkiln.guards.limits",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
     "errors": "diffkiln.errors",
@@ -32,11 +32,11 @@ _PLACES = {
 
 if TYPE_CHECKING:
     from diffkiln import errors
-    from diffkiln.compiler import check, compile
+    from diffkiln.compiler.compile import check, compile
+    from diffkiln.compiler.modules import CompiledModule, compile_module
+    from diffkiln.compiler.retarget import add_target, retune, strip
     from diffkiln.errors import DiffkilnError
-    from diffkiln.limits import Limits
-    from diffkiln.modules import CompiledModule, compile_module
-    from diffkiln.retarget import add_target, retune, strip
+    from diffkiln.guards.limits import Limits
     from diffkiln.runtime.loading import load
     from diffkiln.spec import Spec, parse_spec
 

@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffkiln.printable import MAX_MESSAGE, printable
+from diffkiln.guards.printable import MAX_MESSAGE, printable
 
 
 @dataclass(frozen=True)

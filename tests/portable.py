@@ -14,17 +14,17 @@ from numpy._core._multiarray_umath import __cpu_dispatch__
 _PATHS = """
     tests/end_to_end/test_families.py tests/end_to_end/test_lengths.py tests/end_to_end/test_portable.py
     tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py
-    tests/passes/test_scheduler.py tests/passes/test_vae.py tests/record tests/runtime/test_as_diffusers.py
+    tests/passes/test_scheduler.py tests/passes/test_vae.py tests/record tests/runtime/diffusers/test_loading.py
     tests/hub/test_load.py tests/runtime/test_compatibility.py tests/runtime/test_image_inputs.py
-    tests/runtime/test_pipeline.py tests/runtime/test_targets.py tests/verification
+    tests/runtime/test_pipeline.py tests/runtime/test_targets.py tests/compiler/verify
 """
 PATHS = _PATHS.split()
 #: A family of each kind, what compares bits, and what depends on the machine's instructions.
 SAMPLE = [
     *(f"tests/end_to_end/test_families.py::test_bundle_equals_diffusers[{name}]" for name in ("flux", "sdxl", "wan")),
     "tests/golden/test_rewrites.py",
-    "tests/record/test_portable.py",
-    "tests/verification/test_alignment.py",
+    "tests/interpreter/test_portable.py",
+    "tests/compiler/verify/test_alignment.py",
 ]
 
 

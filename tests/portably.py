@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.portable import portable
+from diffkiln.interpreter.portable import portable
 
 
 @contextmanager

@@ -62,9 +62,9 @@ class Setting:
 
 def pipeline(setting: Setting, place: str | None = None) -> Any:
     """diffusers' own pipeline, its weights drawn as a bundle's are."""
-    from diffkiln.record.ghosts import ghost_pipeline, load_module
-    from diffkiln.record.quiet import quiet_libraries
-    from diffkiln.record.source import open_source
+    from diffkiln.models.meta import ghost_pipeline, load_module
+    from diffkiln.models.opening import open_source
+    from diffkiln.models.quiet import quiet_libraries
     from diffkiln.spec.model import Source
 
     place = place or setting.device

@@ -14,7 +14,7 @@ from typing import Any
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.manifest import Manifest
 from diffkiln.bundle.partial import engine_targets
-from diffkiln.printable import markdown, markdown_code
+from diffkiln.guards.printable import markdown, markdown_code
 
 MAX_BUILD_BYTES = 1 << 20
 _LICENCE = ("license", "license_name", "license_link")

@@ -21,7 +21,7 @@ from typing import Any
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.notes import MAX_NOTE_BYTES, read_note, write_note
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 
 log = get_logger(__name__)
 

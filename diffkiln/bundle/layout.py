@@ -9,6 +9,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
+#: The folded tensors of all programs, and the schemas of the operators that they name.
+CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
+#: In a component's folder of `pipeline/`: its layers that are stored in another form.
+LAYERS = "layers.json"
+
 #: One more folder or file of any name, and any number of folders.
 _ONE, _ANY = "[^/]+", "(?:[^/]+/)*"
 #: What tokenizers, schedulers and processors of diffusers and transformers read: text, and vocabularies.

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.errors import DiffkilnError
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 
 log = get_logger(__name__)
 

@@ -30,7 +30,7 @@ from diffkiln.bundle import strict_json
 from diffkiln.bundle.manifest import problems
 from diffkiln.bundle.signature import Method, fingerprint, key_of_pem
 from diffkiln.errors import IntegrityError, PolicyInvalid, Problem
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 
 MAX_POLICY_BYTES = 1024 * 1024
 

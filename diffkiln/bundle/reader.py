@@ -38,7 +38,7 @@ from diffkiln.errors import (
     PathEscape,
     UnexpectedFile,
 )
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 
 
 class Bundle:

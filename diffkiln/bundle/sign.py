@@ -15,7 +15,7 @@ from diffkiln.bundle.reader import open_bundle
 from diffkiln.bundle.signature import Signature, parse_signature
 from diffkiln.bundle.staging import explained
 from diffkiln.errors import DigestMismatch, SpecError
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 
 Signer = Callable[[bytes], bytes]
 """From the bytes of a manifest to those of its signature: see `signers`."""

@@ -16,7 +16,7 @@ from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.state import existing_state_dir, state_dir
 from diffkiln.bundle.verified import Verified
 from diffkiln.errors import DiffkilnError
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 
 log = get_logger(__name__)
 _DIRECTORY = "tried"

@@ -18,19 +18,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.attention import kernel_for
 from diffkiln.bundle.manifest import TensorSpec
-from diffkiln.cuda import gpu_is_here
 from diffkiln.errors import DiffkilnError, ExportError, Problem
 from diffkiln.exporters import aot_inductor_cuda as cuda
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.aot_inductor_host import host_options, isa_problems
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.attention import explicit_attention
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
-from diffkiln.exporters.cache import EngineCache, export_once
+from diffkiln.exporters.base import contiguous, engine_inputs, export_once, foreign_operators, unknown_options
+from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.tracing import examples, layouts, traced
-from diffkiln.gpu_forms import gpu_forms
-from diffkiln.inductor import FLAGS, INDUCTOR, quiet, told_host
+from diffkiln.interpreter.attention import kernel_for
+from diffkiln.interpreter.cuda import gpu_is_here
+from diffkiln.interpreter.gpu_forms import gpu_forms
+from diffkiln.interpreter.inductor import FLAGS, INDUCTOR, quiet, told_host
 from diffkiln.program import Input, Op, Program, Ref, TensorType
 from diffkiln.program.convolutions import heavy_weights
 from diffkiln.spec.targets import Target

@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 
-from diffkiln.cuda import (
+from diffkiln.errors import ExportError, Problem
+from diffkiln.exporters import toolchain
+from diffkiln.exporters.absent_gpu import absent_gpu, torch_problem
+from diffkiln.exporters.cubins import cubins_of
+from diffkiln.exporters.processes import call
+from diffkiln.interpreter.cuda import (
     DRIVERS,
     broken_promises,
     cuda_problems,
@@ -30,12 +35,7 @@ from diffkiln.cuda import (
     find_ptxas,
     gpu_is_here,
 )
-from diffkiln.errors import ExportError, Problem
-from diffkiln.exporters import toolchain
-from diffkiln.exporters.absent_gpu import absent_gpu, torch_problem
-from diffkiln.exporters.cubins import cubins_of
-from diffkiln.exporters.processes import call
-from diffkiln.inductor import environment
+from diffkiln.interpreter.inductor import environment
 from diffkiln.spec.targets import Target
 
 #: The device that a region is traced on. An engine runs on whichever it is loaded for.

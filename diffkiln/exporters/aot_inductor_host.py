@@ -9,7 +9,7 @@ import torch
 
 from diffkiln.errors import Problem
 from diffkiln.exporters import toolchain
-from diffkiln.inductor import ISAS
+from diffkiln.interpreter.inductor import ISAS
 from diffkiln.spec.targets import Target
 
 

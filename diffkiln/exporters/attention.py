@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffkiln.aten import Special
+from diffkiln.interpreter.aten import Special
 from diffkiln.program import SDPA, Op, Program, TensorType, kernel_of
 from diffkiln.program.attention import call_problems, device_problem, read_attention
 from diffkiln.spec.targets import Target

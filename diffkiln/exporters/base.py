@@ -8,61 +8,19 @@ the same region, and none of them is needed to build it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from diffkiln.bundle.manifest import TensorSpec
-from diffkiln.errors import Problem
+from diffkiln.bundle.scratch import scratch
+from diffkiln.errors import ExportError, Problem
+from diffkiln.exporters.artefact import Artefact, Lowering
+from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.program import ATTENTION, Program, TensorType, engine_types
-from diffkiln.program.sizes import Family
 from diffkiln.spec.targets import Target
-
-if TYPE_CHECKING:
-    from diffkiln.exporters.cache import EngineCache
-
-
-@dataclass(frozen=True)
-class Lowering:
-    """One region to lower.
-
-    `family` holds the regions that differ from it by sizes alone, itself first, where one engine is for all of them.
-    `constants` holds the region's `#` constants by key, for backends that build them in; `options` are the compile
-    pass's, already known to be JSON. `weights` holds the region's weights by name where the engine is to hold them
-    itself, and nothing elsewhere.
-    """
-
-    region: Program
-    target: Target
-    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    family: Family | None = None
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A lowered region on disk.
-
-    `inputs` are the region's inputs, then its weights in `Program.weights` order, then its constants in
-    `Program.constants` order, all contiguous. `requires` is what the engine's files demand of the machine that loads
-    them, such as {"glibc": "2.34", "glibcxx": "3.4.30"}; `packages` are those that run them, with a version specifier.
-    `autotuned` says whether kernels were chosen by running them on the target's GPU; None where there is nothing to
-    choose. `exact` says that they run on the target's SM and on no later one.
-    """
-
-    backend: str
-    directory: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    requires: Mapping[str, str] = field(default_factory=dict)
-    autotuned: bool | None = None
-    packages: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = False
 
 
 class Exporter(Protocol):
@@ -120,3 +78,33 @@ def unknown_options(options: Mapping[str, Any], known: Iterable[str]) -> list[Pr
     names = sorted(known)
     mend = f"It takes {', '.join(names)}." if names else "It takes none."
     return [Problem(f"$.{name}", "the backend has no such option", mend) for name in options if name not in names]
+
+
+def export_once(
+    backend: Exporter,
+    lowering: Lowering,
+    cache: EngineCache,
+    tools: Callable[[], Mapping[str, str]],
+    build: Callable[[Path], Artefact],
+) -> Artefact:
+    """The engine of a lowering: from the cache, or built in an empty folder and put there.
+
+    Args:
+        backend: says what stands in the way.
+        tools: the programs that build it, with their versions.
+        build: builds it in the folder that it is given.
+
+    Raises:
+        ExportError: names the region, the reason and the mend.
+    """
+    refused = f"the region {lowering.region.name!r} cannot be lowered by {backend.name}:"
+    if problems := backend.check(lowering.region, lowering.target, lowering.options):
+        raise ExportError("\n".join([refused, *map(str, problems)]), problems=problems)
+    key = engine_key(backend.name, backend.version, lowering, tools())
+    if (found := cache.get(key)) is not None:
+        return found
+    try:
+        with scratch("export") as folder:
+            return cache.put(key, build(folder))
+    except ExportError as error:
+        raise ExportError(f"{refused} {error}") from error

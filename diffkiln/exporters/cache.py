@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ from typing import Any
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.manifest import TensorSpec
-from diffkiln.bundle.scratch import Scratch, scratch
+from diffkiln.bundle.scratch import Scratch
 from diffkiln.bundle.state import cache_home, cache_root
 from diffkiln.errors import BuildError, ExportError
-from diffkiln.exporters.base import Artefact, Exporter, Lowering
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.program import fingerprint
 
 _INDEX, _FILES = "index.json", "files"
@@ -177,33 +177,3 @@ def _artefact(body: Mapping[str, Any], directory: Path) -> Artefact:
         # Entries of earlier versions do not have these.
         autotuned=body.get("autotuned"), packages=dict(body.get("packages", {})), exact=body.get("exact", False),
     )  # fmt: skip
-
-
-def export_once(
-    backend: Exporter,
-    lowering: Lowering,
-    cache: EngineCache,
-    tools: Callable[[], Mapping[str, str]],
-    build: Callable[[Path], Artefact],
-) -> Artefact:
-    """The engine of a lowering: from the cache, or built in an empty folder and put there.
-
-    Args:
-        backend: says what stands in the way.
-        tools: the programs that build it, with their versions.
-        build: builds it in the folder that it is given.
-
-    Raises:
-        ExportError: names the region, the reason and the mend.
-    """
-    refused = f"the region {lowering.region.name!r} cannot be lowered by {backend.name}:"
-    if problems := backend.check(lowering.region, lowering.target, lowering.options):
-        raise ExportError("\n".join([refused, *map(str, problems)]), problems=problems)
-    key = engine_key(backend.name, backend.version, lowering, tools())
-    if (found := cache.get(key)) is not None:
-        return found
-    try:
-        with scratch("export") as folder:
-            return cache.put(key, build(folder))
-    except ExportError as error:
-        raise ExportError(f"{refused} {error}") from error

@@ -21,14 +21,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln import forks
-from diffkiln.aten import in_pairs
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency, Problem
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
-from diffkiln.exporters.cache import EngineCache, export_once
+from diffkiln.exporters.artefact import Artefact, Lowering
+from diffkiln.exporters.base import contiguous, engine_inputs, export_once, foreign_operators, unknown_options
+from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx_forms import onnx_forms
 from diffkiln.exporters.tracing import examples, layouts, traced
+from diffkiln.guards import forks
+from diffkiln.interpreter.aten import in_pairs
 from diffkiln.program import Program
 from diffkiln.program.onnx import EXPORTING, OPSET, type_problems
 from diffkiln.spec.targets import Target

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffkiln.aten import Special, overload
 from diffkiln.exporters.pairs import paired_arithmetic
 from diffkiln.exporters.strided import STRIDED
+from diffkiln.interpreter.aten import Special, overload
 from diffkiln.program import SDPA, Op, Program
 from diffkiln.program.attention import read_attention
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffkiln.aten import Special, overload
+from diffkiln.interpreter.aten import Special, overload
 from diffkiln.program import Op, Program, Ref
 from diffkiln.program.pairs import OPERATORS, PARTS, touches_complex
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffkiln.aten import Special, overload
+from diffkiln.interpreter.aten import Special, overload
 from diffkiln.interpreter.checked import checked
 from diffkiln.program import Op
 

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.aten import in_pairs
 from diffkiln.errors import ExportError, MissingDependency, Problem
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign_operators, unknown_options
-from diffkiln.exporters.cache import EngineCache, export_once
+from diffkiln.exporters.artefact import Artefact, Lowering
+from diffkiln.exporters.base import contiguous, engine_inputs, export_once, foreign_operators, unknown_options
+from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import exporting_tools, write_model
 from diffkiln.exporters.tensorrt_network import Engine, Wanted, build
+from diffkiln.interpreter.aten import in_pairs
 from diffkiln.program import Program
 from diffkiln.program.tensorrt import (
     ENGINE,

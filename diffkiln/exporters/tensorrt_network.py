@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from diffkiln import forks
 from diffkiln.errors import ExportError
+from diffkiln.guards import forks
 from diffkiln.program.tensorrt import MODEL, RTX, Library
 
 #: One network is built at a time: TensorRT logs for the process, with the first logger that it was given.

@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.aten import dtype_of
 from diffkiln.bundle.layout import acted_on
 from diffkiln.errors import ExportError, Problem
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.base import Artefact, Lowering, contiguous, engine_inputs, foreign, unknown_options
-from diffkiln.exporters.cache import EngineCache, export_once
-from diffkiln.inductor import FLAGS
-from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
+from diffkiln.exporters.artefact import Artefact, Lowering
+from diffkiln.exporters.base import contiguous, engine_inputs, export_once, foreign, unknown_options
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.interpreter.aten import dtype_of
+from diffkiln.interpreter.fx import CACHES, OPTIONS, REGION, compiled
+from diffkiln.interpreter.inductor import FLAGS
 from diffkiln.program import ATTENTION, Op, Program, dumps, program_to_json
 from diffkiln.spec.targets import Target
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import ExportError
-from diffkiln.exporters.base import Lowering, contiguous, engine_inputs, spec_of
+from diffkiln.exporters.artefact import Lowering
+from diffkiln.exporters.base import contiguous, engine_inputs, spec_of
+from diffkiln.interpreter.aten import Interpreter, Special, dtype_of
 from diffkiln.program import Program
 from diffkiln.program.sizes import Family
 

@@ -16,11 +16,11 @@ from diffkiln.bundle.notes import read_note, write_note
 from diffkiln.bundle.output import checked_output, lock_output
 from diffkiln.bundle.state import cache_home
 from diffkiln.errors import HubUnavailable, Incompatible, IntegrityError
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
+from diffkiln.guards.printable import get_logger
 from diffkiln.hub.address import parse_address
 from diffkiln.hub.fetch import Choose, pull_locked
 from diffkiln.hub.remote import client, look_at
-from diffkiln.printable import get_logger
 
 log = get_logger(__name__)
 

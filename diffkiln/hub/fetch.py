@@ -36,7 +36,7 @@ from diffkiln.bundle.output import check_replaceable, checked_output, lock_outpu
 from diffkiln.bundle.reader import digest_line
 from diffkiln.bundle.staging import Staging, explained, free_bytes, sync_tree, walk
 from diffkiln.errors import BuildError, DigestMismatch, HubError
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 from diffkiln.hub.address import check_repo
 from diffkiln.hub.download import Download
 from diffkiln.hub.remote import client, look_at

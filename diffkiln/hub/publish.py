@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import diffkiln
 from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, SIGNATURE, Bundle, Progress, open_bundle
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
 from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import DigestMismatch, HubError, Incomplete
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 from diffkiln.hub.address import check_repo
 from diffkiln.hub.explained import asking
 from diffkiln.hub.remote import Remote, RemoteFile, client, look_at
+from diffkiln.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -106,7 +106,7 @@ def _commit(api: HfApi, bundle: Bundle, remote: Remote) -> Pushed:
     commit, url = remote.commit, f"{api.endpoint}/{remote.repo}/commit/{remote.commit}"
     if changed or removed:
         with asking(remote.repo, "push to"):
-            message = f"{bundle.manifest.pipeline.class_name}, compiled by diffkiln {diffkiln.__version__}"
+            message = f"{bundle.manifest.pipeline.class_name}, compiled by diffkiln {__version__}"
             commit, url = _send(api, remote, changed, removed, digests, message, f"Bundle {bundle.id}")
     return Pushed(remote.repo, commit, url, bundle.id, sent, tuple(removed))
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import diffkiln
 from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.errors import HubError
 from diffkiln.hub.address import COMMIT
 from diffkiln.hub.explained import asking
+from diffkiln.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,7 +48,7 @@ def client() -> HfApi:
     with asking("", "reach"):
         from huggingface_hub import HfApi
 
-        return HfApi(library_name="diffkiln", library_version=diffkiln.__version__)
+        return HfApi(library_name="diffkiln", library_version=__version__)
 
 
 def look_at(api: HfApi, repo: str, revision: str | None = None) -> Remote:

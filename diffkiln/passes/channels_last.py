@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from diffkiln.errors import Problem
-from diffkiln.layers import to_channels_last
+from diffkiln.interpreter.layers import to_channels_last
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.spec import Target
 

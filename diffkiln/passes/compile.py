@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import repeated_blocks
+from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
 from diffkiln.passes.compiling import BACKENDS, Asked, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole

@@ -17,13 +17,13 @@ from pydantic import Field, PrivateAttr
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.errors import LimitExceeded, Problem, SourceError
-from diffkiln.limits import active
+from diffkiln.guards.limits import active
+from diffkiln.models.checkpoint import read_header
+from diffkiln.models.licences import CARD
+from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantizers.base import is_ghost
-from diffkiln.record.checkpoint import read_header
-from diffkiln.record.licences import CARD
-from diffkiln.record.quiet import quiet_libraries
-from diffkiln.record.source import COMMIT, HUB_ID, from_the_hub
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
 #: layer, what of the adapter, after the library's own conversion.

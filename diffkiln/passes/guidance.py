@@ -18,8 +18,8 @@ from diffkiln.passes.caching import symbols
 from diffkiln.passes.guiding import join, pairs_of, part
 from diffkiln.passes.registry import Placed
 from diffkiln.program import STEP, Module, Program, is_rebatched
-from diffkiln.record.batches import Rebatched, rebatch
-from diffkiln.record.pipeline import Recording
+from diffkiln.record.batches import rebatch
+from diffkiln.record.pipeline import Rebatched, Recording
 from diffkiln.spec import Conflict, Target, refuse
 
 _BATCHES = {"doubled": "one call of a doubled batch a step", "halved": "two calls of half the batch a step"}

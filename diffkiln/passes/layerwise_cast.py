@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import Cast, store
+from diffkiln.interpreter.layers import Cast, store
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantize import is_quantized
 from diffkiln.spec import Target

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, VerifyError
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.weights import weights_of
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, order_problems
 from diffkiln.program import CALL, REGION, Module, Program, verify_call_types, verify_module, verify_types
 from diffkiln.program import verify as verify_program
 from diffkiln.program.inference import infer_types
-from diffkiln.record.components import weights_of
 from diffkiln.record.pipeline import Recording
-from diffkiln.record.portable import portable
 from diffkiln.spec import Target
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import MOST, matching, merge_tokens, repeated_blocks, self_attentions
+from diffkiln.interpreter.layers import MOST, matching, merge_tokens, repeated_blocks, self_attentions
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.spec import Target
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import drop_blocks, droppable_blocks, matching
+from diffkiln.interpreter.layers import drop_blocks, droppable_blocks, matching
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.spec import Target
 

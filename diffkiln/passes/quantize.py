@@ -12,7 +12,7 @@ from pydantic import Field
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.errors import Problem
-from diffkiln.layers import Stored
+from diffkiln.interpreter.layers import Stored
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantizers import Layers, Quantizer, Settings, quantizer
 from diffkiln.spec import Conflict, Target, refuse

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import Sparse24, matching, store
+from diffkiln.interpreter.layers import Sparse24, matching, store
 from diffkiln.passes.base import Fact, Pass, Plan
 from diffkiln.passes.quantize import linear_layers
 from diffkiln.passes.quantizers.base import is_ghost

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.layers import decode_in_parts, parts_problem, tile_side, tile_unit
+from diffkiln.interpreter.layers import decode_in_parts, parts_problem, tile_side, tile_unit
 from diffkiln.passes.base import Pass, Plan
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse

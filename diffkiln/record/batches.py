@@ -2,63 +2,26 @@
 
 Which of its inputs follow the batch is what the pipeline itself says: it is recorded once more with twice as many
 prompts, and an input follows where its first dimension doubles. That a row's result does not depend on the other rows
-is not known from that; it is proved with the weights (diffkiln.verification.rows).
+is not known from that; it is proved with the weights (diffkiln.compiler.verify.rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from diffkiln.aten import type_of
-from diffkiln.dtypes import dtype_of
 from diffkiln.errors import RecordError
+from diffkiln.interpreter.aten import type_of
+from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.images import twice_the_images
 from diffkiln.record.lengths import fixed_lengths
-from diffkiln.record.pipeline import Recording, record_once
+from diffkiln.record.pipeline import Rebatched, Recording, Source, record_once
 from diffkiln.record.structure import names_of, unflatten
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an input of a program at another batch comes from.
-
-    Attributes:
-        arg: the place of the argument that it is a part of, or a part of which it is; None for a constant that differs
-            from half to half and was folded into the program for both.
-        follows: whether it follows the batch; else both have the same.
-        halves: keys of the constants where there is no argument.
-    """
-
-    arg: int | None
-    follows: bool
-    halves: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Rebatched:
-    """A component's program at another batch than the call has.
-
-    Attributes:
-        of: the name of the program that the call has.
-        program: the name of the one at twice its batch, or at half of it.
-        double: which of the two.
-        follows: for each tensor that the component is given, whether it follows the batch.
-        inputs: where each input of the program comes from.
-        recorded: the component as it was recorded with it.
-    """
-
-    of: str
-    program: str
-    double: bool
-    follows: tuple[bool, ...]
-    inputs: tuple[Source, ...]
-    recorded: Module
 
 
 def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Recording, Mapping[str, Rebatched]]:

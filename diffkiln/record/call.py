@@ -16,15 +16,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from diffkiln.aten import dtype_name, type_of
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
+from diffkiln.interpreter.aten import dtype_name, type_of
+from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, drop_dead
 from diffkiln.program.images import IMAGES
 from diffkiln.record.casts import Casts
-from diffkiln.record.components import Callee, call_key, run_shapes, weights_of
+from diffkiln.record.components import Callee, call_key, run_shapes
 from diffkiln.record.constants import Constants
-from diffkiln.record.images import ImageRecorder, Sizes, sentinels, sizes_as_json
+from diffkiln.record.images import ImageRecorder, sizes_as_json
 from diffkiln.record.processors import processors_of
+from diffkiln.record.sentinels import Sizes, sentinels
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, marks_of, refuse_unpadded, sentinel, tokenizer_of

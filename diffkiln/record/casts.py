@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.aten import dtype_name
 from diffkiln.errors import RecordError
+from diffkiln.interpreter.aten import dtype_name
 
 _Places = list[tuple[dict[str, Any], str, torch.Tensor]]
 

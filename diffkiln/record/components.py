@@ -12,20 +12,20 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
-from diffkiln.layers import repeated_blocks
+from diffkiln.interpreter.aten import type_of
+from diffkiln.interpreter.layers import repeated_blocks
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.weights import weights_of
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.likeness import OncePerLikeness
-from diffkiln.record.portable import portable
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -110,28 +110,6 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-
-
-def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by name: parameters and persistent buffers; the plain tensors inside of a quantized one.
-
-    Tied weights come once, under their first name.
-    """
-    seen: set[int] = set()
-    kept = module.state_dict(keep_vars=True)
-    for name, tensor in kept.items():
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield from _plain(name, tensor)
-
-
-def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if not is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
-        yield name, tensor
-        return
-    inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for attribute in inner:
-        yield from _plain(f"{name}.{attribute}", getattr(tensor, attribute))
 
 
 def record_component(

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.aten import dtype_name
+from diffkiln.interpreter.aten import dtype_name
 
 #: Bytes from which on a tensor is compared before it is hashed.
 _LARGE = 2**16

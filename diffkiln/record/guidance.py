@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import dtype_name
 from diffkiln.errors import RecordError
+from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import Arg, Device, DType, Input, Op, Program, Ref, TensorType, drop_dead
 
 KEYWORD = "guidance_scale"

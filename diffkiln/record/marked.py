@@ -10,8 +10,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from diffkiln.record.nests import tensors_in
-from diffkiln.record.portable import evaluate
+from diffkiln.interpreter.nests import tensors_in
+from diffkiln.interpreter.portable import evaluate
 
 
 class Marked(TorchDispatchMode):

@@ -6,22 +6,56 @@ import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
+from diffkiln.models.meta import haunt
 from diffkiln.program import CALL, NOISE, STEP, Module, Op, Program, Ref, TensorType, drop_dead, verify
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
-from diffkiln.record.ghosts import haunt
 from diffkiln.record.guidance import free_guidance, source_of
 from diffkiln.record.lengths import fixed_lengths, outdated
 
-if TYPE_CHECKING:
-    from diffkiln.record.batches import Rebatched
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input of a program at another batch comes from.
+
+    Attributes:
+        arg: the place of the argument that it is a part of, or a part of which it is; None for a constant that differs
+            from half to half and was folded into the program for both.
+        follows: whether it follows the batch; else both have the same.
+        halves: keys of the constants where there is no argument.
+    """
+
+    arg: int | None
+    follows: bool
+    halves: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Rebatched:
+    """A component's program at another batch than the call has.
+
+    Attributes:
+        of: the name of the program that the call has.
+        program: the name of the one at twice its batch, or at half of it.
+        double: which of the two.
+        follows: for each tensor that the component is given, whether it follows the batch.
+        inputs: where each input of the program comes from.
+        recorded: the component as it was recorded with it.
+    """
+
+    of: str
+    program: str
+    double: bool
+    follows: tuple[bool, ...]
+    inputs: tuple[Source, ...]
+    recorded: Module
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from diffkiln.errors import Problem, SpecError
 from diffkiln.program.images import IMAGES, MAX_SIDE
 from diffkiln.record.call import NEGATIVES, PROMPTS, Request
-from diffkiln.record.images import Sizes
+from diffkiln.record.sentinels import Sizes
 from diffkiln.spec import Inputs, Spec, as_tuple, suggest
 
 _BY_THE_CALLER = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback"}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from diffkiln.aten import type_of
 from diffkiln.errors import RecordError
+from diffkiln.interpreter.aten import type_of
 
 Literal = (bool, int, float, str, type(None))
 

@@ -2,7 +2,7 @@
 
 A value that depends on the request is *marked*: it is a `FakeTensor`, with a shape and no data. Operations on marked
 values are written to the tape and give marked values. All others run at once, with the same result on every machine
-(diffkiln.record.portable), and what they give folds into constants the moment a marked operation uses it. Under
+(diffkiln.interpreter.portable), and what they give folds into constants the moment a marked operation uses it. Under
 inference mode the dispatcher shows composite operators (`linear`, `scaled_dot_product_attention`, `reshape`) whole, so
 the program stays short and each device picks its own kernels.
 
@@ -17,6 +17,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,15 +30,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-import diffkiln
-from diffkiln.aten import dtype_name, type_of
-from diffkiln.dtypes import dtype_of
 from diffkiln.errors import DataDependent, RecordError
+from diffkiln.interpreter.aten import dtype_name, type_of
+from diffkiln.interpreter.dtypes import dtype_of
+from diffkiln.interpreter.nests import map_tensors, same_geometry, tensors_in
+from diffkiln.interpreter.portable import evaluate, portable_numpy
 from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
-from diffkiln.record.nests import map_tensors, same_geometry, tensors_in
-from diffkiln.record.portable import evaluate, portable_numpy
 from diffkiln.record.selecting import SELECTS, by_position
 
 #: Operators that turn a value into a Python number or choose a shape by it.
@@ -396,7 +396,7 @@ def _conjugated(tensor: torch.Tensor) -> torch.Tensor:
 
 
 #: By their own folders: a user's code may well lie in a folder called diffkiln, too.
-_LIBRARIES = tuple(package.__path__[0] + os.sep for package in (torch, diffkiln))
+_LIBRARIES = (torch.__path__[0] + os.sep, str(Path(__file__).parents[1]) + os.sep)
 
 
 def _where() -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.aten import type_of
 from diffkiln.errors import DataDependent, RecordError
-from diffkiln.limits import active
+from diffkiln.guards.limits import active
+from diffkiln.interpreter.aten import type_of
 from diffkiln.record.tape import Tape
 
 

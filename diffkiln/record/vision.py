@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffkiln.aten import type_of
 from diffkiln.errors import RecordError
+from diffkiln.interpreter.aten import type_of
 from diffkiln.program.images import TORCH_BICUBIC, size_after
-from diffkiln.record.images import Sentinel
+from diffkiln.record.sentinels import Sentinel
 from diffkiln.record.tape import Tape
 
 _Size = tuple[int, int]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 
 log = get_logger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from diffkiln.aten import type_of
 from diffkiln.errors import ManifestInvalid
-from diffkiln.limits import Limits
+from diffkiln.guards.limits import Limits
+from diffkiln.interpreter.aten import type_of
 from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, weight_in
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types

@@ -11,13 +11,13 @@ from importlib import metadata
 
 import torch
 
-import diffkiln
 from diffkiln.bundle import Manifest, Requires, sha256_bytes
 from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
 from diffkiln.program import onnx
 from diffkiln.program.attention import install_line
 from diffkiln.runtime.accelerator import capability, model
+from diffkiln.version import __version__
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
 ISA_FLAGS: dict[str, frozenset[str]] = {
@@ -104,7 +104,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 def machine(requires: Requires, place: torch.device) -> dict[str, str]:
     """Returns what decides how an engine computes here, besides the bundle: processors and versions."""
-    facts = {"diffkiln": diffkiln.__version__, "torch": torch.__version__, "device": str(place), "cpu": _cpu()}
+    facts = {"diffkiln": __version__, "torch": torch.__version__, "device": str(place), "cpu": _cpu()}
     facts |= {package: _installed(package) or "" for package in requires.packages}
     if place.type == "cuda":
         facts |= {"gpu": model(place), "driver": _driver() or ""}

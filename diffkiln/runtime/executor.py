@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffkiln import forks
-from diffkiln.aten import Interpreter, Special, dtype_of
 from diffkiln.errors import CallError, LimitExceeded
-from diffkiln.gpu_forms import gpu_forms
+from diffkiln.guards import forks
+from diffkiln.interpreter.aten import Interpreter, Special, dtype_of
+from diffkiln.interpreter.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffkiln.aten import Interpreter, Special
 from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, Incompatible
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
+from diffkiln.interpreter.aten import Interpreter, Special
 from diffkiln.program import NOISE, STEP, Input, Op, Program, Ref, refs
 from diffkiln.runtime.accelerator import CudaCapture
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffkiln.aten import dtype_of
 from diffkiln.errors import CallError
-from diffkiln.gate import gated
-from diffkiln.limits import active, applied
+from diffkiln.guards.gate import gated
+from diffkiln.guards.limits import active, applied
+from diffkiln.interpreter.aten import dtype_of
 from diffkiln.program import Program
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffkiln.aten import Interpreter, Special, dtype_of, overload
-from diffkiln.gpu_forms import gpu_forms
+from diffkiln.interpreter.aten import Interpreter, Special, dtype_of, overload
+from diffkiln.interpreter.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, SDPA, DType, Op, Program, Ref
 
 #: Types that are computed in float32 instead. What is stored in fewer bits, such as float8, keeps its type.

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from diffkiln.aten import Interpreter, dtype_of
 from diffkiln.errors import VerifyError
-from diffkiln.gpu_forms import gpu_forms
+from diffkiln.interpreter.aten import Interpreter, dtype_of
+from diffkiln.interpreter.gpu_forms import gpu_forms
 from diffkiln.program import ATTENTION, Program, TensorType
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import holds_weights

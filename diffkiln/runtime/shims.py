@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import dtype_of, type_of
 from diffkiln.errors import CallError, IntegrityError
+from diffkiln.interpreter.aten import dtype_of, type_of
 from diffkiln.program import REGION, Module, Program, Ref
 from diffkiln.runtime.executor import Engine
 

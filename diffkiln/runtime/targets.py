@@ -18,7 +18,7 @@ import torch
 
 from diffkiln.bundle import Manifest, device_of, devices_of, engine_targets
 from diffkiln.errors import Incompatible
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 from diffkiln.runtime.accelerator import indexed
 from diffkiln.runtime.compatibility import ISA_FLAGS, capability, check_target, missing_flags
 

@@ -12,12 +12,12 @@ import torch
 from tokenizers import Encoding, Tokenizer
 
 from diffkiln.errors import CallError, MissingDependency
-from diffkiln.limits import active
-from diffkiln.printable import get_logger
+from diffkiln.guards.limits import active
+from diffkiln.guards.printable import get_logger
+from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.program import Program
 from diffkiln.runtime.quotations import pieces
 from diffkiln.runtime.texts import check_texts
-from diffkiln.tokenizing import BoundedTokenizer
 
 log = get_logger(__name__)
 

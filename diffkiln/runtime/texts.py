@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkiln.bundle.manifest import problems
 from diffkiln.errors import ManifestInvalid
-from diffkiln.limits import active
+from diffkiln.guards.limits import active
 from diffkiln.program import Program
 
 #: What a tokenizer gives.

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from diffkiln.bundle import EngineRow, Tried, Verified
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 from diffkiln.program import Module, Program
 from diffkiln.runtime.compatibility import machine
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from diffkiln import forks
-from diffkiln.aten import dtype_name
 from diffkiln.bundle import GroupRow, Job, Readers, Verified
 from diffkiln.errors import IntegrityError, ManifestInvalid
-from diffkiln.limits import active
+from diffkiln.guards import forks
+from diffkiln.guards.limits import active
+from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import TensorType
 from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
 from diffkiln.runtime.lanes import ALIGNMENT, Lane, Layout, aligned, copied

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import regex
 
 from diffkiln.errors import LimitExceeded
-from diffkiln.limits import active
+from diffkiln.guards.limits import active
 
 #: No expression that names layers is longer, in characters.
 _LONGEST = 1_000

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffkiln.errors import Problem, SpecError
-from diffkiln.gate import gated
+from diffkiln.guards.gate import gated
 from diffkiln.spec.json_text import flaws, read_file, read_json
 from diffkiln.spec.migrate import migrate
 from diffkiln.spec.model import Spec

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import diffkiln
+from diffkiln.compiler.modules import record_module
 from diffkiln.errors import DiffkilnError
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.modules import record_module
 from diffkiln.passes.fuse_qkv import FuseQKV
 from diffkiln.passes.outlining import whole
 from diffkiln.program import Module

@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
-from diffkiln.record.quiet import quiet_libraries
 
 #: Compute capability: a target that has it.
 TARGETS = {"sm_80": "nvidia-a100-40gb", "sm_89": "nvidia-l4", "sm_90a": "nvidia-h200"}

@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.program import Program
 from diffkiln.program.sizes import Family, families
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record
-from diffkiln.record.quiet import quiet_libraries
 
 #: Whole components of a small FLUX, what lies between its blocks, and the arithmetic between its denoiser's calls.
 PARTS = {

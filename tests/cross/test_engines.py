@@ -12,7 +12,7 @@ import torch
 from diffkiln.errors import ExportError
 from diffkiln.exporters.absent_gpu import absent_gpu
 from diffkiln.exporters.aot_inductor import AotInductor
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.cubins import cubins_of
 from diffkiln.spec import TARGETS

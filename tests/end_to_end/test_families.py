@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
 #: Families whose denoiser is called at another length than by diffusers, so that its sums have another order.

@@ -13,9 +13,9 @@ import json, re, sys, time
 import diffusers, torch, torchao.quantization, transformers
 from transformers import CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 from diffusers import FluxPipeline, StableDiffusionXLPipeline, WanPipeline
-import diffkiln.compiler
+import diffkiln.compiler.compile
 started = time.perf_counter()
-checked = diffkiln.compiler.check(json.loads(sys.argv[1]))
+checked = diffkiln.compiler.compile.check(json.loads(sys.argv[1]))
 print(json.dumps({
     "seconds": time.perf_counter() - started,
     "peak": 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]),

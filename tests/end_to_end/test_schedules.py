@@ -11,8 +11,8 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.caching import every, magnitude
-from diffkiln.record.quiet import quiet_libraries
 from tests.conftest import DIGITS
 from tests.exporters.regions import engine_cache
 from tests.passes.caching import definitions

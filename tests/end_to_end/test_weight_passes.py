@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.layers.scaled import rows_are_scaled
+from diffkiln.interpreter.layers.scaled import rows_are_scaled
+from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.record.components import weights_of
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import run
 from tests.end_to_end.test_families import spec_of
+from tests.models.test_gguf import write
 from tests.passes.adapters import adapter
-from tests.record.test_gguf import write
 
 REQUESTS = [("a handwritten seven", 7), ("the digit 4", 3)]
 CALL = {"height": 32, "width": 32, "num_inference_steps": 8, "guidance_scale": 1.0, "max_sequence_length": 16}
@@ -139,7 +139,7 @@ def drawn_by_diffusers(bundles, tmp_path_factory) -> dict[str, np.ndarray]:
 @cache
 def _eager(name: str, files: Path) -> np.ndarray:
     """What diffusers draws with the modules that the passes leave."""
-    from diffkiln.record.ghosts import load_module
+    from diffkiln.models.meta import load_module
 
     checked = diffkiln.check(spec(name, files), base=DIGITS)
     pipe = _load()

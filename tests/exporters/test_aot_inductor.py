@@ -15,7 +15,7 @@ import torch
 from diffkiln.errors import ExportError, PathEscape
 from diffkiln.exporters import aot_inductor, toolchain
 from diffkiln.exporters.aot_inductor import AotInductor
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.program import REGION, Op, Ref
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine

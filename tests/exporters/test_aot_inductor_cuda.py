@@ -14,7 +14,7 @@ from diffkiln.errors import ExportError
 from diffkiln.exporters import aot_inductor, toolchain
 from diffkiln.exporters import aot_inductor_cuda as cuda
 from diffkiln.exporters.aot_inductor import AotInductor
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.cubins import Cubin
 from diffkiln.spec import TARGETS

@@ -12,7 +12,7 @@ import pytest
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.bundle.state import cache_root
 from diffkiln.errors import ExportError, IntegrityError
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.spec.targets import Target
 from tests.exporters.regions import CPU, block, int8_linear

@@ -12,7 +12,7 @@ import torch
 
 from diffkiln.errors import ExportError, MissingDependency
 from diffkiln.exporters import onnx as backend
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx import DATA, MODEL, Onnx
 from diffkiln.program import Program

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkiln.aten import Interpreter
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.onnx import Onnx
 from diffkiln.exporters.onnx_forms import onnx_forms
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import Program, Ref
 from diffkiln.runtime.engines.onnx import OnnxEngine
 from tests.exporters.regions import CPU, Writer, engine_cache, interpreted, tensors

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from diffkiln.aten import Interpreter, in_pairs
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.onnx import Onnx
 from diffkiln.exporters.pairs import _FORMS, paired_arithmetic
 from diffkiln.exporters.tensorrt import Tensorrt
+from diffkiln.interpreter.aten import Interpreter, in_pairs
 from diffkiln.program import Program, Ref
 from diffkiln.program.pairs import OPERATORS
 from diffkiln.program.sizes import families

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkiln.aten import Interpreter
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.onnx import Onnx
 from diffkiln.exporters.strided import STRIDED, box_of
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import Program
 from diffkiln.program.sizes import families
 from diffkiln.runtime.engines.onnx import OnnxEngine

@@ -20,7 +20,7 @@ import torch
 
 from diffkiln.errors import ExportError, MissingDependency
 from diffkiln.exporters import tensorrt as backend
-from diffkiln.exporters.base import Artefact, Lowering
+from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.tensorrt import Tensorrt
 from diffkiln.program import DType, Program

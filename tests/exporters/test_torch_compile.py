@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from diffkiln.errors import ExportError
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.torch_compile import TorchCompile
-from diffkiln.jit import CACHES, OPTIONS, REGION
+from diffkiln.interpreter.fx import CACHES, OPTIONS, REGION
 from diffkiln.program import Program, program_from_json
 from diffkiln.program.sizes import families
 from diffkiln.spec.targets import Target

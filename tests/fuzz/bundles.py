@@ -17,7 +17,7 @@ from typing import Any
 import diffkiln
 from diffkiln import cli
 from diffkiln.errors import DiffkilnError, InternalFault
-from diffkiln.printable import printable
+from diffkiln.guards.printable import printable
 from tests.fuzz import mutate
 
 FROZEN = Path(__file__).parents[1] / "frozen" / "0.1.0" / "data" / "bundle"

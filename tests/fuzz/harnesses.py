@@ -18,20 +18,22 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import Interpreter
 from diffkiln.bundle import check_path, check_unique, dump_manifest, parse_manifest
+from diffkiln.bundle.layout import CONSTANTS
 from diffkiln.errors import DiffkilnError, PathEscape
+from diffkiln.guards.printable import markdown, markdown_code, printable, printable_json
+from diffkiln.guards.tokenizing import BoundedTokenizer
+from diffkiln.interpreter.aten import Interpreter
+from diffkiln.models.gguf_header import check_gguf
 from diffkiln.passes.fuse_lora import check_adapter
-from diffkiln.printable import markdown, markdown_code, printable, printable_json
 from diffkiln.program import Module, Program, fingerprint, program_from_json, program_to_json, verify
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.operators import nbytes
-from diffkiln.record.gguf_header import check_gguf
 from diffkiln.runtime.compatibility import check_manifest
-from diffkiln.runtime.loading import CONSTANTS, choose_target, read_constants, read_modules, read_variant
+from diffkiln.runtime.loading import choose_target
+from diffkiln.runtime.opening import read_constants, read_modules, read_variant
 from diffkiln.runtime.weights import read_header
 from diffkiln.spec import parse_spec
-from diffkiln.tokenizing import BoundedTokenizer
 from tests.fuzz import bundles, directories, mutate
 from tests.interpreter.hostile import BYTES, values_of
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from diffkiln.compiler import check
+from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.record.components import weights_of
 from tests.passes.adapters import adapter
 from tests.passes.plans import CPU, H200, checked, ghost
 from tests.pipelines import WARNING_FILTERS

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+from diffkiln.record.quiet import quiet_libraries
 
 from diffkiln.compiler import check
 from diffkiln.passes import manager
 from diffkiln.program import listing
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
-from diffkiln.record.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import spec
 from tests.pipelines import WARNING_FILTERS
 

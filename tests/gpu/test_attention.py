@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import diffkiln
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import KERNELS
 from diffkiln.program.attention import device_problem
-from diffkiln.record.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import draw, eager, spec
 from tests.pipelines import WARNING_FILTERS
 

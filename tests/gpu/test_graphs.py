@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.cuda import cuda_problems
 from diffkiln.errors import CallError
+from diffkiln.interpreter.cuda import cuda_problems
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffkiln.bundle.state import state_dir
-from diffkiln.exporters.base import Lowering
+from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.tensorrt import Tensorrt
 from diffkiln.program import Program

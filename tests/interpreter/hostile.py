@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import dtype_of, literal, overload, type_of
+from diffkiln.interpreter.aten import dtype_of, literal, overload, type_of
 from diffkiln.interpreter.checked import checked
 from diffkiln.program.ir import Device, DType, MemoryFormat, TensorType
 from diffkiln.program.operators import OPERATORS, Refused, nbytes

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkiln.compiler.verify import compare_component
+from diffkiln.models.meta import haunt
 from diffkiln.program import Module
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
-from diffkiln.record.ghosts import haunt
 from diffkiln.record.structure import flatten, unflatten
-from diffkiln.verification import compare_component
 from tests.pipelines import FAMILIES
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import diffusers
 import torch
 
+from diffkiln.models.meta import ghost_pipeline, load_module
+from diffkiln.models.opening import open_source
+from diffkiln.models.source import SourceModel
+from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
 from diffkiln.passes.registry import Placed, read_passes
-from diffkiln.record.components import weights_of
-from diffkiln.record.ghosts import ghost_pipeline, load_module
-from diffkiln.record.source import SourceModel, open_source
 from diffkiln.spec import PassEntry, Source, Target, TargetSpec, resolve_target
 from tests.pipelines import build_folder
 

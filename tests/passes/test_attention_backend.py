@@ -14,12 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, Incompatible, MissingDependency, SpecError
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
 from diffkiln.program import ATTENTION, KERNELS, PACKAGED, SDPA, module_from_json
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
-from diffkiln.runtime import as_diffusers, loading
+from diffkiln.runtime import loading
+from diffkiln.runtime.diffusers import loading as as_diffusers
 from diffkiln.spec import TargetSpec, resolve_target
 from tests.passes.plans import A100, CPU, H200, checked, ghost, placed
 from tests.passes.test_cache_schedule import draw, eager, spec
@@ -162,7 +163,7 @@ def test_masks_and_widths_that_a_kernel_does_not_take_are_told_before_weights_ar
     made = spec(families, "flux") | {"target": {"device": "cuda", "gpu": "nvidia-h200"}}
     made["source"]["dtype"] = "bfloat16"
     made["passes"] = [entry("native_flash", "text_encoder_2")]
-    monkeypatch.setattr("diffkiln.compiler.stream_weights", None)
+    monkeypatch.setattr("diffkiln.compiler.compile.stream_weights", None)
     with pytest.raises(IllegalPlan) as caught:
         diffkiln.compile(made, tmp_path / "bundle")
     (problem,) = caught.value.problems

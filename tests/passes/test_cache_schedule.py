@@ -11,9 +11,9 @@ import torch
 
 import diffkiln
 from diffkiln.errors import IllegalPlan, Incompatible, SpecError
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.caching import every
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.passes.caching import definitions
 from tests.passes.caching.definitions import Run
@@ -307,7 +307,7 @@ def test_without_a_program_there_is_nothing_to_rewrite(families, tmp_path, monke
     def unrecordable(*_: Any) -> Any:
         raise RecordError("it cannot be")
 
-    monkeypatch.setattr("diffkiln.compiler.record", unrecordable)
+    monkeypatch.setattr("diffkiln.compiler.compile.record", unrecordable)
     made = spec(families, "flux", method="fora", interval=2) | {"runtime": {"on_unrecordable": "diffusers"}}
     with pytest.raises(PassError, match=r"\$\.passes\[0\]: cache_schedule rewrites the program, and there is none: it"):
         diffkiln.compile(made, tmp_path / "bundle")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan
-from diffkiln.layers import is_channels_last
+from diffkiln.interpreter.layers import is_channels_last
 from tests.passes.calls import call_of, distance, replays, result_of
 from tests.passes.plans import both, checked, ghost, real, types
 

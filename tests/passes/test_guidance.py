@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
 from diffkiln.errors import IllegalPlan, Incompatible, PassError, SpecError
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.base import Fact
 from diffkiln.passes.caching import every
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record
-from diffkiln.record.quiet import quiet_libraries
 from tests.exporters.regions import engine_cache
 from tests.passes import plans
 from tests.passes.caching import definitions

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan
-from diffkiln.layers import Stored
+from diffkiln.interpreter.layers import Stored
 from tests.passes.calls import call_of, result_of
 from tests.passes.plans import both, checked, ghost, real, types
 

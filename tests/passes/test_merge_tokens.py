@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan, SpecError
-from diffkiln.layers.merging import _Pairs
+from diffkiln.interpreter.layers.merging import _Pairs
 from tests.passes.calls import call_of, distance, replays, result_of
 from tests.passes.plans import both, checked, ghost, placed, real, types
 

@@ -44,7 +44,7 @@ def test_quantized_layers_take_as_few_bytes_as_promised(kind):
     """Scales included; the layers are as wide as those of real models are at least."""
     from torch import nn
 
-    from diffkiln.record.components import weights_of
+    from diffkiln.models.weights import weights_of
 
     module = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)).requires_grad_(False)
     before = sum(tensor.nbytes for _, tensor in weights_of(module))

@@ -9,8 +9,8 @@ import torch
 
 import diffkiln
 from diffkiln.errors import IllegalPlan, SpecError
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import draw, eager, spec
 from tests.pipelines import WARNING_FILTERS
 

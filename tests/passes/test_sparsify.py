@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan
-from diffkiln.layers import Sparse24
+from diffkiln.interpreter.layers import Sparse24
+from diffkiln.models.weights import weights_of
 from diffkiln.passes.sparsify import Sparsify, compressed
-from diffkiln.record.components import weights_of
 from tests.passes.plans import A100, CPU, both, checked, ghost, types
 
 SPARSE = {"name": "sparsify", "component": "transformer"}

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from diffkiln.aten import overload
+from diffkiln.interpreter.aten import overload
 from diffkiln.program.operators import OPERATORS, allowed
 
 #: Names that operators which share an entry have for one argument.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
 from diffkiln.errors import RecordError
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record.batches import _following, _halved, rebatch
 from diffkiln.record.components import Callee
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record
-from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.structure import flatten
 from tests.passes.test_cache_schedule import spec
 from tests.pipelines import WARNING_FILTERS

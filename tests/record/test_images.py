@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program.images import is_edits
 from diffkiln.record.constants import Constants
-from diffkiln.record.images import ImageRecorder, sentinels, twice_the_images
+from diffkiln.record.images import ImageRecorder, twice_the_images
+from diffkiln.record.sentinels import sentinels
 from diffkiln.record.tape import Tape
 
 

@@ -11,9 +11,13 @@ import torch
 import transformers
 
 import diffkiln
-from diffkiln.compiler import _record, check
+from diffkiln.compiler.compile import _record, check
+from diffkiln.compiler.verify import Verification, call, close, components
+from diffkiln.compiler.verify.twins import shrunken
 from diffkiln.errors import DataDependent, RecordError, VerifyError
-from diffkiln.layers import repeated_blocks
+from diffkiln.interpreter.layers import repeated_blocks
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record import lengths
 from diffkiln.record.lengths import (
     REWRITES,
@@ -29,10 +33,6 @@ from diffkiln.record.lengths import (
     qwen_image,
     z_image,
 )
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
-from diffkiln.verification import Verification, call, close, components
-from diffkiln.verification.twins import shrunken
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of as spec_of_folder
 from tests.end_to_end.test_families import spec_of

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import diffkiln
-from diffkiln.compiler import _record, check
+from diffkiln.compiler.compile import _record, check
 from diffkiln.errors import CallError, DataDependent, RecordError, VerifyError
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record import lengths
 from diffkiln.record.lengths import REWRITES, of_fixed_length, qwen_image_edit, qwen_vl
-from diffkiln.record.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from diffkiln.errors import DataDependent, RecordError, SpecError
+from diffkiln.models.meta import ghost_pipeline
+from diffkiln.models.quiet import quiet_libraries
+from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, REGION, verify_module
 from diffkiln.record.call import Request
-from diffkiln.record.components import repeated_blocks, weights_of
+from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants
-from diffkiln.record.ghosts import ghost_pipeline
 from diffkiln.record.pipeline import record
-from diffkiln.record.quiet import quiet_libraries
 from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, refuse_unpadded, sentinel
 from tests.passes.plans import source
 from tests.pipelines import FAMILIES, WARNING_FILTERS

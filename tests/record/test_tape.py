@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkiln.aten import Interpreter, type_of
 from diffkiln.errors import DataDependent, RecordError
+from diffkiln.interpreter.aten import Interpreter, type_of
 from diffkiln.program import Program, verify
 from diffkiln.record.constants import Constants
 from diffkiln.record.tape import Tape

@@ -9,11 +9,12 @@ import transformers
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkiln.aten import Interpreter
 from diffkiln.errors import CallError, RecordError
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program.images import is_edits, is_scaled
 from diffkiln.record.constants import Constants
-from diffkiln.record.images import ImageRecorder, sentinels
+from diffkiln.record.images import ImageRecorder
+from diffkiln.record.sentinels import sentinels
 from diffkiln.record.tape import Tape
 from diffkiln.record.vision import encoded
 from diffkiln.runtime.image_end import pixels

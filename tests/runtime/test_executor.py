@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffkiln.aten import Interpreter
 from diffkiln.errors import CallError
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import CALL, NOISE, REGION, Input, Module, Op, Program, Ref, TensorType
 from diffkiln.runtime.executor import Executor, _Component
 from diffkiln.runtime.graphs import WHOLE, Graphs

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffkiln import forks
 from diffkiln.errors import CallError
+from diffkiln.guards import forks
 from diffkiln.runtime.executor import Executor
 from tests.forking import served
 

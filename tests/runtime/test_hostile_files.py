@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from diffkiln.dtypes import dtype_of, format_of
+from diffkiln.bundle.layout import CONSTANTS
 from diffkiln.errors import LimitExceeded, ManifestInvalid, VerifyError
+from diffkiln.interpreter.dtypes import dtype_of, format_of
 from diffkiln.program import ATTENTION, Input, Module, Op, Program, Ref, module_to_json, program_to_json
-from diffkiln.runtime.loading import CONSTANTS, read_constants, read_modules, read_variant
+from diffkiln.runtime.opening import read_constants, read_modules, read_variant
 from diffkiln.runtime.texts import check_texts
 from diffkiln.runtime.weights import read_header
 from tests.fuzz.harnesses import Held

@@ -12,8 +12,8 @@ from PIL import Image
 import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import CallError, IllegalPlan, RecordError, SourceError, SpecError
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS, build_folder

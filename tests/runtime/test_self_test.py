@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from diffkiln.aten import Interpreter
 from diffkiln.errors import VerifyError
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import DType, Input, Op, Program, Ref, TensorType
 from diffkiln.runtime.reference import replay_in_float32
 from diffkiln.runtime.self_test import Repeated, sample, self_test

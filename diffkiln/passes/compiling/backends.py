@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from diffkiln.cuda import cuda_problems
 from diffkiln.errors import Problem
+from diffkiln.interpreter.cuda import cuda_problems
 from diffkiln.passes.base import Plan
 from diffkiln.program import Module, Program, onnx, tensorrt
 from diffkiln.spec import Target

@@ -8,8 +8,8 @@ from dataclasses import replace
 from diffkiln.passes.caching import lanes_of
 from diffkiln.passes.guiding.prompts import prompt_lane
 from diffkiln.program import Op, Program, Ref, TensorType, drop_dead, map_refs, refs
-from diffkiln.record.batches import Rebatched
 from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import Rebatched
 
 
 def pairs_of(call: Program, component: str, wanted: int | None) -> list[tuple[int, ...]]:

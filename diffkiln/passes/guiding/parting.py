@@ -8,8 +8,8 @@ from dataclasses import replace
 from diffkiln.passes.guiding.halves import Halves, without_chunks
 from diffkiln.passes.guiding.prompts import prompt_lane
 from diffkiln.program import Op, Program, Ref, TensorType, drop_dead, refs
-from diffkiln.record.batches import Rebatched
 from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import Rebatched
 
 
 def part(

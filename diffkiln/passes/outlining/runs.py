@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffkiln.aten import overload
+from diffkiln.interpreter.aten import overload
 from diffkiln.program import REGION, Arg, Input, Module, Op, Program, Ref, TensorType, fingerprint, map_refs, refs
 
 #: An engine is worth its call where it fuses at least this many operators that compute.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.layers import FourBit, Int8, store
+from diffkiln.interpreter.layers import FourBit, Int8, store
 from diffkiln.passes.quantizers.base import Layers, Quantizer, Settings, is_ghost
 
 _FOUR_BIT = ("nf4", "fp4")

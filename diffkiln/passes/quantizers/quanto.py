@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffkiln.layers import Int8, store
+from diffkiln.interpreter.layers import Int8, store
 from diffkiln.passes.quantizers.base import Layers, Quantizer, Settings, is_ghost
 
 

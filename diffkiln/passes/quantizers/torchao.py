@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from diffkiln.layers import Int4, store
-from diffkiln.layers.scaled import rows_are_scaled
-from diffkiln.layers.torchao import ghost_linear, quantize_linear
+from diffkiln.interpreter.layers import Int4, store
+from diffkiln.interpreter.layers.scaled import rows_are_scaled
+from diffkiln.interpreter.layers.torchao import ghost_linear, quantize_linear
 from diffkiln.passes.quantizers.base import Layers, Quantizer, Settings, is_ghost
 from diffkiln.spec import Target
 

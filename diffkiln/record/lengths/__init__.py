@@ -1,7 +1,7 @@
 """Calls whose shapes follow the prompt's length, recorded at a fixed one.
 
 `fixed_lengths` replaces the methods concerned while a call or a component is recorded. What the rewrites claim is
-verified at every build (diffkiln.verification): the call bit for bit, components within rounding.
+verified at every build (diffkiln.compiler.verify): the call bit for bit, components within rounding.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from diffkiln import forks
-from diffkiln.aten import dtype_name, dtype_of, in_pairs
 from diffkiln.errors import Incompatible, MissingDependency
+from diffkiln.guards import forks
+from diffkiln.interpreter.aten import dtype_name, dtype_of, in_pairs
 from diffkiln.program.onnx import NUMBERS
 from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.engines.base import Layout, check_inputs

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import in_pairs
 from diffkiln.errors import Incompatible
+from diffkiln.interpreter.aten import in_pairs
 from diffkiln.program.tensorrt import ENGINE, KERNELS
 from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.engines.base import Layout, check_inputs

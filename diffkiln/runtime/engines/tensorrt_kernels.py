@@ -15,7 +15,7 @@ from typing import Any
 from diffkiln.bundle.digest import sha256_file
 from diffkiln.bundle.state import state_dir
 from diffkiln.errors import BuildError
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
 from diffkiln.program.tensorrt import ENGINE, KERNELS
 
 log = get_logger(__name__)

@@ -16,8 +16,8 @@ import torch
 
 from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
-from diffkiln.jit import CACHES, OPTIONS, REGION, compiled
-from diffkiln.printable import get_logger
+from diffkiln.guards.printable import get_logger
+from diffkiln.interpreter.fx import CACHES, OPTIONS, REGION, compiled
 from diffkiln.program import ATTENTION, program_from_json
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines.base import Layout, check_inputs

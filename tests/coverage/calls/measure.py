@@ -14,8 +14,8 @@ from PIL import Image
 
 import diffkiln
 from diffkiln.errors import DiffkilnError
-from diffkiln.record.portable import portable
-from diffkiln.record.quiet import quiet_libraries
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.measure import RESULTS, plain
 from tests.pipelines.registry import Family

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.layers import repeated_blocks
+from diffkiln.interpreter.layers import repeated_blocks
 
 
 class Run:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from diffkiln.aten import Interpreter
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
+from diffkiln.interpreter.aten import Interpreter
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program, TensorType, weight_in
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record
-from diffkiln.record.quiet import quiet_libraries
 from diffkiln.runtime.self_test import sample
 
 

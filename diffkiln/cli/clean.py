@@ -1,0 +1,62 @@
+"""The command that frees caches and what killed processes left."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from diffkiln.cli.printing import print_json, print_table, say, show, size_of
+
+if TYPE_CHECKING:
+    from diffkiln.bundle.cleaning import Freeable
+
+#: Those of `diffkiln.bundle.cleaning`, which is imported when the command runs: `--help` is to be quick.
+KINDS = {
+    "engines": "engines that were built before, and are built again when a spec asks for them",
+    "toolchain": "compiled headers that builds of engines share",
+    "bundles": "what load fetched from the Hub",
+    "architectures": "configurations of architectures with random weights",
+    "kernels": "what TensorRT compiled for this GPU",
+    "leftovers": "what killed processes left: temporary folders, unfinished downloads, locks that nobody holds",
+}
+
+
+@click.command("clean", epilog="Kinds: " + "; ".join(f"{kind}, {what}" for kind, what in KINDS.items()) + ".")
+@click.option("--only", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="A kind; may be given again.")
+@click.option("-y", "--yes", is_flag=True, help="Remove without asking.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
+def clean_(kinds: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Show and free caches and leftovers."""
+    from diffkiln.bundle.cleaning import free, freeable
+
+    items = freeable(kinds or tuple(KINDS))
+    if not as_json:
+        _show(items)
+    stays: dict[str, str] = {}
+    if items and (yes or (not as_json and _asked(items))):
+        stays = {str(item.path): reason for item in items if (reason := free(item))}
+        for path, reason in stays.items():
+            say(f"{path} stays: {reason}")
+    elif items and not as_json:
+        say("nothing was removed")
+    if as_json:
+        rows = [{"kind": item.kind, "path": str(item.path), "bytes": item.bytes} for item in items]
+        print_json({"items": rows, "removed": yes, "stays": stays})
+
+
+def _show(items: list[Freeable]) -> None:
+    if not items:
+        show("there is nothing to free")
+        return
+    print_table(("kind", "size", "place"), [[item.kind, size_of(item.bytes), str(item.path)] for item in items])
+    show(f"{size_of(sum(item.bytes for item in items))} in all")
+
+
+def _asked(items: list[Freeable]) -> bool:
+    """Whether the user wants it all removed; nobody is asked where nobody can answer."""
+    if not sys.stdin.isatty():
+        say("pass --yes to remove them")
+        return False
+    return click.confirm(f"Remove {len(items)} things?", err=True)

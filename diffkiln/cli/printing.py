@@ -1,0 +1,313 @@
+"""What the command line prints: progress, tables, listings, JSON, images."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffkiln.errors import ManifestInvalid
+from diffkiln.guards.limits import active
+from diffkiln.guards.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from diffkiln.bundle import Bundle
+    from diffkiln.compiler.built import Built
+    from diffkiln.compiler.compile import Checked
+    from diffkiln.passes.base import Pass
+    from diffkiln.program.schedule import Step
+
+
+class Watch:
+    """Shows the steps of long work: live on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+
+    def __enter__(self) -> Watch:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            self._live = Progress(*columns, console=Console(stderr=True))
+            self._live.start()
+        return self
+
+    def __call__(self, step: str) -> None:
+        if self._live is None:
+            say(step)
+            return
+        self._finish()
+        self._live.add_task(printable(step), total=1)
+
+    def step(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` denoising steps have passed: on a terminal a counter, elsewhere ten lines."""
+        text = f"step {done} of {total}" if total else f"step {done}"
+        if self._live is None:
+            if not total or total <= 10 or done == total or done * 10 // total > (done - 1) * 10 // total:
+                say(text)
+            return
+        tasks = self._live.tasks
+        if not tasks or not tasks[-1].description.startswith("step "):
+            self._live.add_task(text, total=total or None)
+        self._live.update(self._live.tasks[-1].id, completed=done, description=text)
+
+    def hashing(self, total: int) -> Callable[[int], None] | None:
+        """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
+
+        Nothing is shown at first: of a bundle that was hashed at an earlier load only little is hashed again.
+        """
+        if total < _WORTH_SHOWING:
+            return None
+        shown_from = _WORTH_SHOWING / 4
+        done = 0
+        task: Any = None
+
+        def step(count: int) -> None:
+            nonlocal done, task
+            first = done < shown_from <= done + count
+            done += count
+            if self._live is None:
+                if first:
+                    say(f"hash {size_of(total)}")
+                return
+            if first:
+                task = self._live.add_task("", total=total)
+            if task is not None:
+                text = f"hash  {size_of(done)} of {size_of(total)}"
+                self._live.update(task, completed=done, description=text)
+
+        return step
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._live is not None:
+            if kind is None:
+                self._finish()
+            self._live.stop()
+
+    def _finish(self) -> None:
+        for task in self._live.tasks:
+            self._live.update(task.id, completed=task.total)
+
+
+# Bytes from which on hashing takes seconds.
+_WORTH_SHOWING = 1_000_000_000
+
+
+def print_checked(checked: Checked) -> None:
+    show(f"{checked.source.class_name} for {', '.join(target.name for target in checked.targets)}")
+    rows = [
+        [name, type(module).__name__, size_of(checked.bytes_before[name]), size_of(checked.bytes_after[name])]
+        for name, module in checked.plan.modules.items()
+    ]
+    print_table(("component", "class", "weights", "after passes"), rows)
+    for ran in checked.report:
+        done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
+        show(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
+    for notice in checked.notices:
+        show(_indented(f"note: {notice}", 0))
+    show("legal")
+
+
+def checked_json(checked: Checked) -> Mapping[str, Any]:
+    return {
+        "pipeline": checked.source.class_name,
+        "targets": [target.name for target in checked.targets],
+        "components": {
+            name: {
+                "class": type(module).__name__,
+                "bytes": checked.bytes_before[name],
+                "bytes_after_passes": checked.bytes_after[name],
+            }
+            for name, module in checked.plan.modules.items()
+        },
+        "passes": [
+            {
+                "where": ran.placed.where,
+                "name": ran.placed.step.name,
+                "component": ran.placed.step.component,
+                "notes": ran.notes,
+                "bytes_after": ran.nbytes,
+            }
+            for ran in checked.report
+        ],
+        "facts": sorted(str(fact) for fact in checked.plan.facts),
+        "notices": checked.notices,
+    }
+
+
+def print_built(built: Built, as_json: bool) -> None:
+    """What came of a build: its notices on the standard error, its place and id."""
+    for notice in built.notices:
+        say(f"note: {notice}")
+    if as_json:
+        print_json({"path": str(built.path), "id": built.id, "notices": built.notices, "seconds": built.seconds})
+    else:
+        show(f"{built.path}  {built.id}")
+
+
+def choice_here(bundle: Bundle) -> Mapping[str, Any]:
+    """Which target's engines this machine would use and why; why not each of the others. Empty without engines."""
+    if not bundle.manifest.engines:
+        return {}
+    from diffkiln.errors import Incompatible
+    from diffkiln.runtime.targets import choose, place_for
+
+    try:
+        choice = choose(bundle.manifest, place_for(bundle.manifest), bundle.targets)
+    except Incompatible as error:
+        return {"choice": {"target": None, "why": str(error), "others": {}}}
+    return {"choice": asdict(choice)}
+
+
+Schedules = Mapping[str, Mapping[str, "list[Step]"]]
+"""variant → component → what each of its steps computes."""
+
+
+def schedules(bundle: Bundle) -> Schedules:
+    """What each step of each variant computes, of the components that a caching schedule was made for."""
+    from diffkiln.program import module_from_json, program_from_json
+    from diffkiln.program.schedule import schedule
+
+    rows = [row.options for row in bundle.manifest.passes if row.name == "cache_schedule"]
+    names = sorted({str(options.get("component")) for options in rows if not options.get("dynamic")})
+    if not names or not all(variant.programs for variant in bundle.manifest.pipeline.variants):
+        return {}
+    with bundle.verify(roles={"program"}) as verified:
+        modules = {name: module_from_json(read_json(verified, f"programs/{name}.json")) for name in names}
+        try:
+            calls = {
+                variant.name: program_from_json(read_json(verified, variant.programs["call"])["programs"]["call"])
+                for variant in bundle.manifest.pipeline.variants
+            }
+            return {name: {part: schedule(call, modules, part) for part in names} for name, call in calls.items()}
+        except (KeyError, TypeError) as error:
+            raise ManifestInvalid(f"a variant's programs are malformed: {type(error).__name__} {error}") from error
+
+
+def read_json(verified: Any, path: str) -> Any:
+    """Returns the content of a JSON file of a bundle. Raises `ManifestInvalid` if it is not JSON."""
+    from diffkiln.bundle import strict_json
+
+    try:
+        return strict_json.loads(verified.read(path), max_bytes=active().json_bytes)
+    except strict_json.StrictJSONError as error:
+        raise ManifestInvalid(f"{path!r}: {error}") from error
+
+
+def schedules_json(found: Schedules) -> Any:
+    return {
+        variant: {component: [asdict(step) for step in steps] for component, steps in components.items()}
+        for variant, components in found.items()
+    }
+
+
+def print_schedules(found: Schedules) -> None:
+    from diffkiln.program.schedule import line
+
+    for variant, components in found.items():
+        for component, steps in components.items():
+            show(f"schedule  {variant}  {component}  {line(steps)}")
+            rows = [[str(step.number), f"{step.timestep:g}", str(step.calls), str(step.blocks)] for step in steps]
+            print_table(("step", "timestep", "calls", "blocks"), rows)
+
+
+def print_program(verified: Any, name: str, as_json: bool) -> None:
+    from diffkiln.program import listing, module_from_json, module_listing, program_from_json
+
+    names = sorted(
+        Path(row.path).stem for row in verified.manifest.files if row.role == "program" and row.path.endswith(".json")
+    )
+    if name not in names:
+        raise click.BadParameter(
+            f"there is no program {name!r}; the bundle has {', '.join(names)}", param_hint="--program"
+        )
+    data = read_json(verified, f"programs/{name}.json")
+    if as_json or not isinstance(data, dict):
+        print_json(data)
+    elif "component" in data:
+        show(module_listing(module_from_json(data)))
+    elif isinstance(data.get("programs"), dict):
+        show("\n\n".join(listing(program_from_json(program)) for program in data["programs"].values()))
+    else:
+        print_json(data)
+
+
+def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = None if sys.stdout.isatty() else 160
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a plain string would be read as rich's markup
+    Console(width=width).print(table)
+
+
+def show(text: str = "") -> None:
+    """Prints a result on the standard output."""
+    click.echo(printable(text, lines=True))
+
+
+def say(text: str) -> None:
+    """Prints what is no result on the standard error."""
+    click.echo(printable(text, lines=True), err=True)
+
+
+def print_json(data: Any) -> None:
+    click.echo(printable_json(data))
+
+
+def size_of(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{int(count)} B"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def giga(value: float | None) -> float | None:
+    return None if value is None else round(value / 1e9, 1)
+
+
+def word(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def print_pass(name: str, model: type[Pass]) -> None:
+    """Prints a pass: its options with defaults and choices, the passes it cannot follow, and examples."""
+    show(f"{name}: {model.summary}")
+    properties = model.model_json_schema()["properties"]
+    for field, info in model.model_fields.items():
+        default = "required" if info.is_required() else f"default {_default(info)}"
+        choices = properties[field].get("enum")
+        among = f" One of {', '.join(map(str, choices))}." if choices else ""
+        show(f"    {field}  ({default})")
+        show(_indented(f"{info.description}{among}", 8))
+    for fact, reason in model.requires_not.items():
+        show(_indented(f"not after {fact}: {reason}", 4))
+    for example in model.examples:
+        show(_indented(f"example: {json.dumps(example)}", 4))
+    show()
+
+
+def _indented(text: str, by: int) -> str:
+    """Wraps a paragraph to 80 columns; its later lines are indented more."""
+    return textwrap.fill(text, 80, initial_indent=" " * by, subsequent_indent=" " * (by + 2), break_on_hyphens=False)
+
+
+def _default(info: FieldInfo) -> str:
+    """Returns an optional field's default as JSON, also where a factory makes it."""
+    from pydantic_core import to_json
+
+    return to_json(info.get_default(call_default_factory=True)).decode()

@@ -1,0 +1,1 @@
+"""The way from a spec to a bundle: read `compile.py` first."""

@@ -1,0 +1,318 @@
+"""Runs the real pipeline, before a schedule is chosen, and measures what reuse costs it at each step.
+
+It replays the recorded programs with the components' weights in memory, all of them at once. Nothing here decides what
+is kept: that is the `cache_schedule` whose steps are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from diffkiln.compiler.packing import tokenizers_of
+from diffkiln.errors import BuildError, SpecError
+from diffkiln.interpreter.aten import Interpreter
+from diffkiln.models.weights import weights_of
+from diffkiln.passes.cache_schedule import CacheSchedule
+from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
+from diffkiln.passes.calibrate import Calibrate
+from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
+from diffkiln.record.pipeline import Recording
+from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
+
+#: Gives a number for images [prompts, …] from 0 to 1, float32, and the prompts that they were drawn for.
+Metric = Callable[[torch.Tensor, Sequence[str]], float]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a schedule has the steps that it has.
+
+    Attributes:
+        mask: which steps compute.
+        costs: costs[kept][last], how far the latents drift when all steps after `kept` up to `last` reuse what it has
+            kept: the square of the sum of what each does to them, against the last latents, mean over the prompts.
+        measured: the metric on the images of each schedule that was tried.
+    """
+
+    mask: Mask
+    costs: list[list[float]]
+    measured: Mapping[Mask, float]
+
+    def as_json(self, calibrate: Calibrate) -> dict[str, Any]:
+        tried = [{"steps": list(map(int, mask)), "metric": _short(value)} for mask, value in self.measured.items()]
+        return {
+            **calibrate.options(),
+            "texts": list(calibrate.texts),
+            "steps": list(map(int, self.mask)),
+            "costs": [list(map(_short, row)) for row in self.costs],
+            "tried": tried,
+        }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def calibrated(
+    recording: Recording,
+    pipe: Any,
+    modules: Mapping[str, torch.nn.Module],
+    calibrate: Calibrate,
+    schedule: CacheSchedule,
+    metrics: Mapping[str, Metric],
+) -> Evidence:
+    """Choose the steps of a schedule.
+
+    Args:
+        recording: of the call, not rewritten.
+        pipe: the ghost, for its tokenizers.
+        modules: every component with its weights, after the passes.
+        calibrate: the prompts, and what is wanted.
+        schedule: whose steps are to be chosen.
+        metrics: functions by name; psnr is known.
+
+    Raises:
+        SpecError: there is no such metric.
+        BuildError: the metric stays below its floor for every schedule.
+    """
+    run = _Real(recording, pipe, modules, calibrate)
+    splits = schedule.splits(recording)
+    measure = _metric(calibrate, metrics, run)
+    if not any(op.name == STEP for op in run.call.ops):
+        raise BuildError(f"calibrate: the call of {type(pipe).__name__} does not tell where its steps end")
+    count = lanes_of(run.call, calibrate.component).steps
+    if count < 2 or (calibrate.computed or 1) >= count:
+        raise BuildError(f"calibrate: {calibrate.component} is called in {count} steps, so none would reuse")
+    costs = _costs(run, splits, calibrate.component)
+    measured: dict[Mask, float] = {}
+
+    def value(mask: Mask) -> float:
+        if mask not in measured:
+            measured[mask] = float(measure(run.images(mask, splits), calibrate.texts))
+        return measured[mask]
+
+    count = calibrate.computed or _fewest(costs, value, calibrate)
+    tried = [*cheapest(costs, count, calibrate.tried), evenly(len(costs), count)]
+    return Evidence(max(tried, key=value), costs, measured)
+
+
+def _metric(calibrate: Calibrate, metrics: Mapping[str, Metric], run: _Real) -> Metric:
+    if calibrate.metric in metrics:
+        return metrics[calibrate.metric]
+    if calibrate.metric != "psnr":
+        known = ", ".join(sorted({"psnr", *metrics}))
+        raise SpecError(f"calibrate: there is no metric {calibrate.metric!r}, only {known}. Give it to compile()")
+    reference = run.images(None, {})
+
+    def psnr(images: torch.Tensor, _prompts: Sequence[str]) -> float:
+        error = (images - reference).square().flatten(1).mean(1).clamp_min(1e-12)
+        return float((-10 * error.log10()).mean())
+
+    return psnr
+
+
+def _fewest(costs: list[list[float]], value: Callable[[Mask], float], calibrate: Calibrate) -> int:
+    """The fewest computed steps whose images keep the metric: by halving, since more steps give better images."""
+    floor, count = float(calibrate.at_least or 0.0), len(costs)
+    low, high, best = 1, count, float("-inf")
+    while low < high:
+        middle = (low + high) // 2
+        found = value(cheapest(costs, middle)[0])
+        best = max(best, found)
+        low, high = (low, middle) if found >= floor else (middle + 1, high)
+    if low == count:
+        raise BuildError(
+            f"calibrate: {calibrate.metric} stays below {floor:g} for every schedule that reuses a step (the best gave "
+            f"{best:g}). Lower at_least, or remove the schedule"
+        )
+    return low
+
+
+# -- running --
+
+
+class _Real:
+    """The recorded call with real weights, for every prompt."""
+
+    def __init__(
+        self, recording: Recording, pipe: Any, modules: Mapping[str, torch.nn.Module], calibrate: Calibrate
+    ) -> None:
+        self.recording, self._calibrate = recording, calibrate
+        self.weights = {name: dict(weights_of(module)) for name, module in modules.items()}
+        self.call = recording.calls[0]["call"]
+        self._text = TextEnd(tokenizers_of(recording, pipe))
+        self._class_name = type(pipe).__name__
+
+    def images(self, mask: Mask | None, splits: Mapping[str, Split]) -> torch.Tensor:
+        """What the call draws, with a schedule or without: [prompts, …] from 0 to 1."""
+        component = self._calibrate.component
+        call = self.call if mask is None else weave(self.call, component, lanes_of(self.call, component), mask, splits)
+        return torch.cat([self.run(call, splits, index)[0].float() for index in range(len(self._calibrate.texts))])
+
+    def run(self, call: Program, splits: Mapping[str, Split], prompt: int) -> list[torch.Tensor]:
+        """All that a form of the call gives for one prompt."""
+        executor = self._executor(splits)
+        variant = CompiledVariant("calibrated", {}, {"call": call})
+        compiled = CompiledPipeline(self._class_name, [variant], executor, self._text, None)
+        texts = [self._calibrate.texts[prompt]] * variant.batch_size
+        inputs = list(compiled._inputs(variant, call, {"prompt": texts}, {}, {}, None))
+        generator = torch.Generator().manual_seed(self._calibrate.seed + prompt)
+        return executor(call, inputs, generator)
+
+    def reuse(self, part: Split, inputs: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What a step that reuses gives, for the arguments of its own call and what another step kept."""
+        if part.reusing is None:
+            return list(kept)
+        taken = [inputs[position] for position in part.takes]
+        executor = self._executor({part.reusing.name: part})
+        return executor.run_component(self._calibrate.component, part.reusing.name, [*taken, *kept])
+
+    def _executor(self, splits: Mapping[str, Split]) -> Executor:
+        component = self._calibrate.component
+        module = self.recording.modules[component]
+        more = {p.name: p for part in splits.values() for p in (part.keeping, part.reusing) if p is not None}
+        modules = {**self.recording.modules, component: replace(module, programs={**module.programs, **more})}
+        store: Any = _InMemory(self.weights)
+        return Executor(modules, store, self.recording.constants.tensors, {}, torch.device("cpu"))
+
+
+class _InMemory:
+    """A weight store, and its cursor, of components that are in memory already."""
+
+    def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self._weights = weights
+
+    def key_of(self, component: str, _weight: str) -> tuple[str, str]:
+        return component, ""
+
+    def get(self, key: tuple[str, str]) -> Mapping[str, torch.Tensor]:
+        return self._weights[key[0]]
+
+    enter = get
+
+    def leave(self, key: tuple[str, str]) -> None:
+        pass
+
+    def peek(self, component: str, weight: str) -> torch.Tensor:
+        return self._weights[component][weight]
+
+    def follow(self, _schedule: Any) -> _InMemory:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+# -- what reuse costs --
+
+
+def _costs(run: _Real, splits: Mapping[str, Split], component: str) -> list[list[float]]:
+    traced = _Traced(run.call, component, splits)
+    count = len(traced.steps)
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for prompt in range(len(run._calibrate.texts)):
+        values = dict(zip(traced.names, run.run(traced.program, splits, prompt), strict=True))
+        size = traced.latents(values, count - 1).norm()
+        for kept in range(count):
+            drift = torch.zeros((), dtype=torch.float64)
+            for step in range(kept + 1, count):
+                drift = drift + traced.change(run, values, kept, step)
+                total[kept, step] += float((drift.norm() / size) ** 2)
+    return (total / len(run._calibrate.texts)).tolist()
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One call of the component within a step."""
+
+    op: Op
+    part: Split
+    kept: tuple[str, ...]
+
+
+class _Traced:
+    """The call with everything kept at every step, and its steps' ends as programs of their own.
+
+    `program` gives the values named `names`: what was kept, the arguments of the component's calls, and what goes into
+    the end of each step.
+    """
+
+    def __init__(self, call: Program, component: str, splits: Mapping[str, Split]) -> None:
+        self._call = call
+        place = lanes_of(call, component).place
+        self.steps: list[list[_Site]] = []
+        ops: list[Op] = []
+        types = dict(call.types)
+        for index, op in enumerate(call.ops):
+            if index not in place:
+                ops.append(op)
+                continue
+            step, lane = place[index]
+            part = splits[op.attrs["program"]]
+            kept = tuple(f"%traced.{step}.{lane}.{number}" for number in range(part.kept))
+            given = part.keeping.outputs[-part.kept :]
+            types |= {name: part.keeping.types[ref.name] for name, ref in zip(kept, given, strict=True)}
+            attrs = {**op.attrs, "program": part.keeping.name}
+            ops.append(replace(op, outputs=(*op.outputs, *kept), attrs=attrs))
+            if step == len(self.steps):
+                self.steps.append([])
+            self.steps[step].append(_Site(op, part, kept))
+        self._tails = [self._tail(step) for step in range(len(self.steps))]
+        wanted: dict[str, None] = {}
+        for sites, tail in zip(self.steps, self._tails, strict=True):
+            arguments = [ref.name for site in sites for ref in site.op.args if isinstance(ref, Ref)]
+            made = {name for site in sites for name in site.op.outputs}
+            read = [item.name for item in tail.inputs if item.name not in made]
+            every = [*(name for site in sites for name in site.kept), *arguments, *read, tail.outputs[0].name]
+            wanted |= dict.fromkeys(name for name in every if name.startswith("%"))
+        self.names = tuple(wanted)
+        self.program = replace(call, ops=tuple(ops), outputs=tuple(map(Ref, self.names)), types=types)
+
+    def _tail(self, step: int) -> Program:
+        """From the component's results to the latents at the step's end."""
+        own = {id(site.op) for site in self.steps[step]}
+        last = max(index for index, op in enumerate(self._call.ops) if id(op) in own)
+        end = next(
+            (i for i in range(last, len(self._call.ops)) if self._call.ops[i].name == STEP), len(self._call.ops) - 1
+        )
+        first = min(index for index, op in enumerate(self._call.ops) if id(op) in own)
+        ops = [op for op in self._call.ops[first:end] if op.name != CALL]
+        made = {name for op in ops for name in op.outputs}
+        latents = next(iter(refs(self._call.ops[end].args)))
+        used = {ref.name: None for op in ops for ref in refs((op.args, op.kwargs))} | {latents.name: None}
+        inputs = tuple(
+            Input(name, self._call.types[name]) for name in used if name.startswith("%") and name not in made
+        )
+        return Program(f"step {step}", inputs, tuple(ops), (latents,), self._call.types)
+
+    def latents(self, values: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
+        """The latents after a step, float64."""
+        return values[self._tails[step].outputs[0].name].double()
+
+    def change(self, run: _Real, values: Mapping[str, torch.Tensor], kept: int, step: int) -> torch.Tensor:
+        """How the latents after `step` differ from what they were, if it reuses what `kept` kept; float64."""
+        constants = run.recording.constants.tensors
+
+        def value(arg: Any) -> torch.Tensor:
+            return constants[arg.name[1:]] if arg.name.startswith("#") else values[arg.name]
+
+        changed: dict[str, torch.Tensor] = {}
+        for source, site in zip(self.steps[kept], self.steps[step], strict=True):
+            arguments = [value(arg) for arg in site.op.args]
+            given = run.reuse(site.part, arguments, [values[name] for name in source.kept])
+            changed |= dict(zip(site.op.outputs, given, strict=True))
+        tail = self._tails[step]
+        inputs = [changed[item.name] if item.name in changed else values[item.name] for item in tail.inputs]
+        with torch.inference_mode():
+            (found,) = Interpreter(tail, "cpu")(inputs, {}, constants)
+        return found.double() - self.latents(values, step)
+
+
+__all__ = ["Evidence", "Metric", "calibrated"]

@@ -1,0 +1,135 @@
+"""What a whole spec asks for and cannot have, beyond what a single pass can see: found by `check`, all together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from diffkiln.errors import Problem
+from diffkiln.interpreter.cuda import broken_promises
+from diffkiln.passes.base import Pass, Plan
+from diffkiln.passes.cache_schedule import CacheSchedule
+from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.compile import Compile
+from diffkiln.passes.registry import Placed
+from diffkiln.passes.vae import VAE
+from diffkiln.program.images import IMAGES
+from diffkiln.spec import Spec, Target
+
+#: Backends whose engines hold code of this torch's CUDA, and are linked with its libraries.
+_OWN_CUDA = ("aot_inductor",)
+
+#: The most values that torch's nearest upsampling makes on a GPU. Beyond it raises; with channels last it gives zeros.
+#: Source: torch, aten/src/ATen/native/cuda/UpSampleNearest2d.cu; pytorch#141831.
+INT_MAX = 2**31 - 1
+_IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
+
+
+def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> list[Problem]:
+    """Everything that the parts of a spec ask of each other, and of this machine's CUDA, in vain."""
+    steps = [item.step for item in placed]
+    return [
+        *_ignored(spec, targets),
+        *_unrecordable(spec, placed),
+        *_lonely_calibrations(placed),
+        *_calibrations_without_images(spec, placed),
+        *_without_fallback(spec, placed),
+        *_promises(spec, steps, targets),
+    ]
+
+
+def too_large(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+    """Images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
+    if all(target.device == "cpu" for target in targets):
+        return
+    in_parts = {item.step.component: item.step for item in placed if isinstance(item.step, VAE)}
+    for name, module in plan.modules.items():
+        channels = getattr(getattr(module, "config", None), "block_out_channels", None)
+        parts = in_parts.get(name)
+        if not hasattr(module, "decode") or channels is None or len(channels) < 2 or (parts and parts.tiling):
+            continue
+        for index, variant in enumerate(plan.variants):
+            images = 1 if parts else math.prod(variant.get(key) or 1 for key in _IMAGES_AT_ONCE)
+            height, width = variant.get("height") or 0, variant.get("width") or 0
+            if images * height * width * channels[1] <= INT_MAX:
+                continue
+            yield Problem(
+                "$.inputs" if len(plan.variants) == 1 else f"$.inputs[{index}]",
+                f"images of {height} × {width}, {images} at once, are more than 2³¹ values in {name}, and a GPU "
+                "upsamples to no more",
+                f'Add {{"name": "vae", "component": "{name}", "tiling": true}} to "passes", or draw fewer at once.',
+            )
+
+
+def is_schedule(place: Placed, component: str) -> bool:
+    """Whether it is the caching schedule of this component."""
+    return isinstance(place.step, CacheSchedule) and place.step.component == component
+
+
+def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
+    """What the runtime section asks for and the targets would ignore."""
+    if any(target.device != "cpu" for target in targets):
+        return
+    runtime = spec.runtime
+    if runtime.offload is not None and runtime.offload.to == "host":
+        reason = "on a CPU weights are used where they would wait: in the host's memory"
+        yield Problem("$.runtime.offload.to", reason, 'Remove it, or set it to "disk".')
+    if runtime.tf32 is not None:
+        yield Problem("$.runtime.tf32", "a CPU has no TF32", "Remove it.")
+    if runtime.cuda_graphs is not None:
+        reason = "a graph is of a GPU's launches, and a CPU has none"
+        yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
+
+
+def _unrecordable(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
+    """Engines that cannot be launched as a part of a CUDA graph."""
+    if spec.runtime.cuda_graphs is None:
+        return
+    mend = 'Choose another backend, or remove "cuda_graphs" from "runtime".'
+    for item in placed:
+        if not isinstance(item.step, Compile):
+            continue
+        if item.step.backend == "onnx":
+            reason = "ONNX Runtime waits for the GPU in each call, and a CUDA graph cannot hold that"
+            yield Problem(f"{item.where}.backend", reason, mend)
+        if item.step.weights == "engine":
+            reason = "TensorRT brings its engine's weights in from the host, and a CUDA graph holds addresses"
+            yield Problem(f"{item.where}.weights", reason, 'Set it to "input", or remove "cuda_graphs".')
+
+
+def _lonely_calibrations(placed: Sequence[Placed]) -> Iterator[Problem]:
+    """Calibrations that nothing follows."""
+    mend = 'Add a cache_schedule with "steps": "calibrated".'
+    for item in placed:
+        if isinstance(item.step, Calibrate) and not any(is_schedule(other, item.step.component) for other in placed):
+            yield Problem(item.where, "no cache_schedule of the component would use it", mend)
+
+
+def _calibrations_without_images(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
+    """Calibrations of calls that take more than prompts."""
+    calls = [variant.call for variant in spec.variants]
+    if not any(call.get(keyword) is not None for call in calls for keyword in IMAGES):
+        return
+    for item in placed:
+        if isinstance(item.step, Calibrate):
+            reason = "calibrate draws from prompts alone, and the call takes images"
+            yield Problem(item.where, reason, "Give the steps of the schedule themselves.")
+
+
+def _without_fallback(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
+    """Engines that hold their weights, where the bundle is to run without engines on other machines."""
+    if spec.runtime.on_incompatible != "eager":
+        return
+    reason = "the weights are in the engines, and without them the bundle cannot be replayed"
+    mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
+    for item in placed:
+        if isinstance(item.step, Compile) and item.step.weights == "engine":
+            yield Problem(f"{item.where}.weights", reason, mend)
+
+
+def _promises(spec: Spec, steps: Sequence[Pass], targets: Sequence[Target]) -> Iterator[Problem]:
+    """Drivers and releases of CUDA that a target promises to make do with, and its engines would not."""
+    if not any(isinstance(step, Compile) and step.backend in _OWN_CUDA for step in steps):
+        return
+    for index, target in enumerate(targets):
+        yield from broken_promises(target, f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target")

@@ -1,0 +1,80 @@
+"""`pipeline/` and `spec.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffkiln.bundle import BundleWriter
+from diffkiln.bundle.layout import LAYERS
+from diffkiln.compiler.packing.packed import as_json
+from diffkiln.interpreter.layers import described
+from diffkiln.models.source import SourceModel
+from diffkiln.passes.registry import Placed
+
+if TYPE_CHECKING:
+    from diffkiln.compiler.compile import Checked
+
+SCHEDULER = "scheduler"
+_PATHS = ("_name_or_path", "name_or_path")
+
+
+def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
+    """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
+    `spec.json`, with the source and the files of the passes pinned."""
+    source, spec = checked.source, checked.spec
+    for name in source.files():
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        if name.partition("/")[0] != SCHEDULER:
+            writer.write(f"pipeline/{name}", _portable(source, name, checked.plan.scheduler), "config")
+    if checked.plan.scheduler is not None:
+        writer.write(f"pipeline/{SCHEDULER}/scheduler_config.json", _scheduler(checked.plan.scheduler), "config")
+    for name, module in checked.plan.modules.items():
+        if layers := described(module):
+            writer.write(f"pipeline/{name}/{LAYERS}", as_json(layers), "config")
+    written = spec.as_json()
+    written["passes"] = [_pinned(index, entry, checked.placed) for index, entry in enumerate(written["passes"])]
+    written.pop("$schema", None)
+    kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
+    written["source"] = kept | source.pinned()
+    writer.write("spec.json", as_json(written), "config")
+
+
+def _pinned(index: int, entry: dict[str, Any], placed: Sequence[Placed]) -> dict[str, Any]:
+    """A pass as the spec gave it, with digests in the place of local paths."""
+    own = [item.step.options() for item in placed if item.index == index and not item.key]
+    return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
+
+
+def _scheduler(scheduler: Any) -> bytes:
+    config = json.loads(scheduler.to_json_string())
+    return as_json({key: value for key, value in config.items() if key not in _PATHS})
+
+
+def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
+    """A configuration file without paths of the machine that it was made on, and without left-out components.
+
+    The pipeline's index names the scheduler that the passes left.
+    """
+    data = (source.folder / name).read_bytes()
+    if Path(name).name not in ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json"):
+        return data
+    config = json.loads(data)
+    if isinstance(config, dict):
+        for key in _PATHS:
+            config.pop(key, None)
+        if name == "model_index.json":
+            config["_class_name"] = source.class_name  # which the spec may have chosen
+            config |= {
+                key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
+            }
+            if scheduler is not None:
+                config[SCHEDULER] = ["diffusers", type(scheduler).__name__]
+    return as_json(config)
+
+
+def _is_component(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2

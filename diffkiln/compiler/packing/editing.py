@@ -1,0 +1,242 @@
+"""A bundle that is made of another one: its files are kept, its engines changed, and it is published as any other."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import (
+    Bundle,
+    BundleWriter,
+    FileRow,
+    Manifest,
+    device_of,
+    devices_of,
+    engine_targets,
+    has_receipt,
+    left_out,
+    open_bundle,
+    openat,
+    write_receipt,
+)
+from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
+from diffkiln.bundle.layout import SCHEMAS
+from diffkiln.compiler.built import Built
+from diffkiln.compiler.packing.engines import pack_family
+from diffkiln.compiler.packing.packed import Packed, as_json
+from diffkiln.compiler.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
+from diffkiln.compiler.stages import Progress, Steps
+from diffkiln.errors import IllegalPlan, IntegrityError, Problem, SpecError
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.exporters.registry import exporter
+from diffkiln.interpreter.aten import check_schemas
+from diffkiln.program import Module
+from diffkiln.record.constants import Constants
+from diffkiln.record.pipeline import Recording
+from diffkiln.runtime.compatibility import check_target
+from diffkiln.runtime.opening import read_constants, read_json, read_modules
+from diffkiln.spec import Target
+from diffkiln.version import __version__
+
+_SPEC = "spec.json"
+
+
+class Edit:
+    """Context manager: the bundle that is there, and the one that is made of it, with other engines.
+
+    The new one takes the old one's place, where no other is given. What is written to is locked all the while.
+
+    Entering raises `SpecError` for a bundle whose engines cannot be changed, `IntegrityError` for one that is not
+    whole, and whatever entering `BundleWriter` raises.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        output: str | os.PathLike[str] | None,
+        force: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._stated = bundle
+        self._writer = BundleWriter(bundle if output is None else output, force or output is None)
+        self._steps = Steps(progress)
+        self._removed: list[str] = []
+        self._added: list[Target] = []
+
+    def __enter__(self) -> Edit:
+        with ExitStack() as stack:
+            stack.enter_context(self._writer)
+            self._bundle = stack.enter_context(open_bundle(self._stated))
+            _check_editable(self._bundle)
+            self.manifest = self._bundle.manifest
+            self.targets = engine_targets(self.manifest)
+            self._isas = isas_of(self.manifest)
+            with self._steps("check the bundle"):
+                # Weights are taken over as they are: whoever loads them compares them with their digests.
+                roles = {"config", "program", "native", "doc"}
+                self._verified = stack.enter_context(self._bundle.verify(roles=roles))  # pyright: ignore[reportArgumentType]
+            self._packed = _packed(self.manifest)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def stated(self) -> Mapping[str, Target]:
+        """The targets that the bundle's spec has, by name."""
+        return targets_in(self._verified.read(_SPEC))
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Leave out the engines for these targets."""
+        self._removed += names
+
+    def build(self, targets: Sequence[Target], cache: EngineCache) -> None:
+        """Build the engines for these targets, as those for the bundle's first target were built.
+
+        Raises:
+            IllegalPlan: a backend cannot build for a target.
+            Incompatible: the bundle is for another torch, Python or operating system.
+            BuildError: there is no room, or the build failed.
+        """
+        asked: dict[str, Any] = {"packages": {}, "sm": None}
+        if all(target.device == "cpu" for target in targets):
+            asked |= {"cuda": None, "driver": None}
+        check_target(self.manifest.requires.model_copy(update=asked), None, native=True)
+        check_schemas(read_json(self._verified, SCHEMAS))
+        modules = read_modules(self._verified)
+        groups = groups_of(self.manifest, modules)
+        _check_buildable(self.manifest, groups, modules, targets)
+        self._writer.require_space(self._size(targets))
+        self._packed.recording.modules.update(modules)
+        self._packed.recording.constants.tensors.update(read_constants(self._verified))
+        for group in groups:
+            component = group.request.component
+            for target in targets:
+                with self._steps(f"compile the blocks of {component} for {target.name}"):
+                    family = group.family(modules[component])
+                    pack_family(self._writer, self._packed, group.request, target, family, cache)
+        self._added += targets
+
+    def publish(self, what: str) -> Built:
+        """Write the rest, and take the output's place. `what` says what was done, in `build.json`."""
+        old = self._bundle.id
+        notices = self._packed.notices
+        notices.append(f"the bundle has a new id: what was said or signed of {old} does not hold for it")
+        with self._steps("publish"):
+            kept = self._keep()
+            known = has_receipt(old) or not any(row.role == "native" for row in kept)
+            if not known:
+                notices.append(
+                    "the bundle has no receipt, since it holds native code that was not built here: loading it needs "
+                    "allow_native=True, or --allow-native"
+                )
+            identity = self._writer.publish(self._manifest, lambda manifest: self._report(manifest, what))
+        if known:
+            write_receipt(identity)
+        return Built(self._writer.output, identity, tuple(notices), dict(self._steps.seconds))
+
+    def _size(self, targets: Sequence[Target]) -> int:
+        """About what the new bundle will take: what is copied, and engines as large as those for the first target."""
+        place = self._writer.output != self._bundle.path
+        copied = sum(row.size for row in self.manifest.files if place or row.role != "weights")
+        others = left_out(self.manifest, self.targets[1:])
+        engines = sum(row.size for row in self.manifest.files if row.path in others)
+        return copied + engines * len(targets)
+
+    def _keep(self) -> list[FileRow]:
+        gone = left_out(self.manifest, [name for name in self.targets if name not in self._removed])
+        kept = [row for row in self.manifest.files if row.path not in gone and row.path != _SPEC]
+        for row in kept:
+            self._writer.keep(row, self._verified)
+        spec = spec_for(self._verified.read(_SPEC), self._removed, self._added)
+        self._writer.write(_SPEC, spec, "config")
+        return kept
+
+    def _manifest(self, rows: tuple[FileRow, ...]) -> Manifest:
+        new = {target.name: target.isa for target in self._added}
+        isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
+        added = {target.name: target.device for target in self._added}
+        devices = {name: added.get(name) or device_of(self.manifest, name) for name in isas}
+        kept = [row for row in self.manifest.engines if row.target not in self._removed]
+        return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, devices, self._packed)
+
+    def _report(self, manifest: Manifest, what: str) -> None:
+        """`build.json` and `README.md`: those of the first build, and what was done since."""
+        build = dict(_read_build(self._bundle))
+        stale = tuple(f"the engines for {name} were" for name in self._removed)
+        told = [notice for notice in _list(build, "notices") if not str(notice).startswith(stale or ("\0",))]
+        step = {
+            "what": what,
+            "diffkiln": __version__,
+            "torch": torch.__version__,
+            "host": {"machine": platform.machine(), "system": platform.platform()},
+            "seconds": {name: round(value, 3) for name, value in self._steps.seconds.items()},
+        }
+        build |= {"notices": [*told, *self._packed.notices], "edits": [*_list(build, "edits"), step]}
+        self._writer.write_unhashed("build.json", as_json(build))
+        self._writer.write_unhashed("README.md", card(manifest, build).encode())
+
+
+def _packed(manifest: Manifest) -> Packed:
+    asked = manifest.requires
+    empty = Recording([], {}, Constants(), [])
+    return Packed(empty, None, [], glibc=asked.glibc, cuda=asked.cuda, driver=asked.driver)
+
+
+def _check_editable(bundle: Bundle) -> None:
+    """Raises `SpecError`."""
+    if not bundle.manifest.engines:
+        raise SpecError(
+            f"{bundle.path} has no engines, so it runs on every machine and has no targets. To have some, add "
+            "`compile` to its spec and compile it"
+        )
+    if not bundle.whole:
+        raise SpecError(
+            f"{bundle.path} was pulled with the engines for {', '.join(bundle.targets) or 'no target'} alone, and its "
+            "targets can only be changed as a whole. Pull it again with --all-targets"
+        )
+
+
+def _check_buildable(
+    manifest: Manifest, groups: Sequence[Group], modules: Mapping[str, Module], targets: Sequence[Target]
+) -> None:
+    """Raises `IllegalPlan` with every reason, each once."""
+    devices = devices_of(manifest)
+    only = " and ".join(sorted(devices))
+    mend = "Compile the spec for all of its targets: passes are checked against each device."
+    problems = [
+        Problem(target.name, f"its device is {target.device}, and the bundle runs on {only}", mend)
+        for target in targets
+        if target.device not in devices
+    ]
+    for group in groups:
+        if group.request.holds_weights:
+            reason = f"the engines of {group.request.component} hold weights, which only compiling a spec has at hand"
+            problems.append(Problem("", reason, "Compile the spec for all of its targets."))
+        for name in group.regions:
+            region = modules[group.request.component].regions[name]
+            for target in targets:
+                problems += exporter(group.request.backend).check(region, target, group.request.options)
+    if problems:
+        raise IllegalPlan(problems=list(dict.fromkeys(problems)))
+
+
+def _read_build(bundle: Bundle) -> Mapping[str, Any]:
+    """What `build.json` says; nothing where it cannot be read, since nothing depends on it."""
+    root = openat.open_root(bundle.path)
+    try:
+        return read_build(openat.read_small(root, "build.json", MAX_BUILD_BYTES))
+    except IntegrityError:
+        return {}
+    finally:
+        os.close(root)
+
+
+def _list(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    return value if isinstance(value, list) else []

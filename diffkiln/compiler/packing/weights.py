@@ -1,0 +1,106 @@
+"""`weights/`: what the passes left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+
+import safetensors.torch
+import torch
+
+from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.compiler.packing.packed import Packed
+from diffkiln.errors import PassError
+from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
+from diffkiln.models.weights import weights_of
+from diffkiln.program import REGION, weight_in
+from diffkiln.record.pipeline import Recording
+from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
+from diffkiln.spec import Offload
+
+
+def weights_used(recording: Recording, held: Collection[str] = ()) -> dict[str, frozenset[str]]:
+    """By component, the weights that programs read; the others serve `as_diffusers` only.
+
+    Args:
+        recording: what was recorded.
+        held: components whose engines hold the weights of their regions themselves.
+    """
+    used: dict[str, set[str]] = {name: set() for name in recording.modules}
+    for name, module in recording.modules.items():
+        for program in module.programs.values():
+            used[name].update(program.weights)
+            for op in program.ops:
+                if op.name == REGION and name not in held:
+                    region = module.regions[op.attrs["region"]]
+                    used[name].update(weight_in(op, weight) for weight in region.weights)
+    for programs in recording.calls:
+        for weight in (weight for program in programs.values() for weight in program.weights):
+            component, _, name = weight.partition("/")
+            used.setdefault(component, set()).add(name)
+    return {name: frozenset(weights) for name, weights in used.items()}
+
+
+class WeightsPacker:
+    """Writes `weights/<component>/`: one file a group of blocks, one for the rest, one for what no program reads.
+
+    It is given modules in which some weights have data, and writes a file once all that goes into it has come. Every
+    weight comes once.
+    """
+
+    def __init__(self, writer: BundleWriter, component: str, packed: Packed, used: frozenset[str]) -> None:
+        self._writer, self._component, self._packed, self._used = writer, component, packed, used
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._rows: dict[str, GroupRow | None] = {}  # in the module's order; None is still to be written
+
+    def add(self, module: torch.nn.Module) -> None:
+        """Take the weights that have data; `module` is the component after all passes."""
+        for name, tensors in _groups(module, self._packed.offload, self._used).items():
+            self._rows.setdefault(name, None)
+            waiting = self._waiting.setdefault(name, {})
+            waiting |= {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}
+            if waiting and len(waiting) == len(tensors):
+                self._rows[name] = self._write(name, waiting)
+                del self._waiting[name], waiting
+
+    def rows(self) -> tuple[GroupRow, ...]:
+        """What was written.
+
+        Raises:
+            PassError: a weight never came: a pass took the data of another one, or left none.
+        """
+        for name, row in self._rows.items():
+            if row is None:
+                raise PassError(f"component {self._component}: the passes left weights of {name} without data")
+        return tuple(row for row in self._rows.values() if row)
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupRow:
+        path = f"weights/{self._component}/{name}.safetensors"
+        turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
+        self._packed.features |= {CHANNELS_LAST} if turned else set()
+        flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
+        # One entry and no more: safetensors writes several in an order of chance, and a bundle's bytes are no chance.
+        metadata = {CHANNELS_LAST: json.dumps(turned)} if turned else {"format": "pt"}
+        safetensors.torch.save_file(flat, self._writer.path(path), metadata=metadata)
+        self._writer.add(path, "weights")
+        size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        return GroupRow(name=name, file=path, tensors=len(tensors), bytes=size)
+
+
+def _groups(
+    module: torch.nn.Module, offload: Offload | None, used: frozenset[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    together = offload.num_blocks_per_group if offload else 1
+    blocks = [name for name, _ in repeated_blocks(module)]
+    heads = {block: blocks[index - index % together] for index, block in enumerate(blocks)}
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights_of(module):
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        key = UNUSED if name not in used else heads[block] if block else REST
+        groups.setdefault(key, {})[name] = tensor.detach()
+    return groups
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as its file holds it: in the order of its memory, [N, H, W, C] where channels are last."""
+    return tensor.permute(0, 2, 3, 1) if is_channels_last(tensor) else tensor.contiguous()

@@ -1,0 +1,305 @@
+"""The call against its programs, with stand-ins for its components, which see what the call gives them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffkiln.compiler.packing import tokenizers_of
+from diffkiln.compiler.verify.cases import TEXTS, cases_of, noise_like
+from diffkiln.compiler.verify.comparing import difference, same
+from diffkiln.compiler.verify.components import CPU, Given, compare_component, compare_lengths
+from diffkiln.compiler.verify.twins import kept_blocks, shrunken
+from diffkiln.errors import CallError, VerifyError
+from diffkiln.interpreter.aten import type_of
+from diffkiln.interpreter.layers import repeated_blocks
+from diffkiln.interpreter.portable import portable
+from diffkiln.models.weights import weights_of
+from diffkiln.program import Module, Program
+from diffkiln.record.call import Request, component_methods, defaults
+from diffkiln.record.casts import Casts
+from diffkiln.record.components import Callee, call_key, record_component
+from diffkiln.record.constants import Constants
+from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
+from diffkiln.record.pipeline import Recording
+from diffkiln.record.structure import flatten, unflatten
+from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
+
+#: Components with more bytes of weights than this are verified as shrunken twins.
+WHOLE_UP_TO = 2 * 2**30
+
+
+class Verification:
+    """Compares one recording with its pipeline.
+
+    Args:
+        pipe: the ghost that was recorded.
+        fake: the mode of its tensors.
+        recording: what was recorded.
+    """
+
+    def __init__(self, pipe: Any, recording: Recording) -> None:
+        self._pipe, self._recording = pipe, recording
+        self._keys = {callee.key: callee for callee in recording.callees.values()}
+        self._paddings: dict[str, Padding] = {}
+        self._casts = Casts(pipe)
+        self._case = 0
+        #: component program → the arguments of its first call in each of the first cases, with real tensors
+        self._seen: dict[tuple[str, str], list[Given]] = {}
+
+    # -- the call --
+
+    def check_call(self, request: Request, programs: Mapping[str, Program]) -> None:
+        """Compare the pipeline's call with its programs, for other prompts, seeds, latents and scales.
+
+        Raises:
+            VerifyError: they differ; says for what.
+        """
+        read = self._call_weights(programs.values())
+        executor = _StandInExecutor(self, read)
+        fixed = defaults(self._pipe, request)
+        self._paddings = paddings(self._pipe, fixed)
+        variant = CompiledVariant("verified", fixed, programs)
+        text = TextEnd(tokenizers_of(self._recording, self._pipe))
+        compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
+        with self._stand_ins(read), self._casts.watched(), _unheard(logging.getLogger("diffkiln.runtime.text")):
+            for case, (keywords, seed) in enumerate(cases_of(programs, request, partial(_is_taken, text, programs))):
+                self._case = case
+                self._compare(compiled, request, keywords, seed)
+
+    def _compare(self, compiled: CompiledPipeline, request: Request, keywords: dict[str, Any], seed: int) -> None:
+        def generator() -> torch.Generator:
+            return torch.Generator().manual_seed(seed)
+
+        given = dict(request.fixed) | keywords
+        # Z-Image writes to the caller's own list of prompts.
+        own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
+        # Both portably, as constants were: the smallest difference between them changes all that stand-ins give.
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), portable():
+            torch.manual_seed(seed)
+            reference = self._pipe(**own, generator=generator(), output_type="pt")
+            torch.manual_seed(seed)
+            found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
+        (expected,) = [leaf for leaf in flatten(reference)[0][:1] if isinstance(leaf, torch.Tensor)]
+        if not same(expected, found):
+            raise VerifyError(
+                f"the recorded call of {type(self._pipe).__name__} differs from the pipeline's own for "
+                f"{_shown(keywords)}: {difference(expected, found)}"
+            )
+
+    def _call_weights(self, programs: Any) -> dict[str, torch.Tensor]:
+        """Values for the weights that the call itself reads."""
+        names = {name for program in programs for name in program.weights}
+        types = {name: program.types[f"@{name}"] for program in programs for name in program.weights}
+        return {name: noise_like(types[name], name.encode()).abs() for name in sorted(names)}
+
+    @contextmanager
+    def _stand_ins(self, read: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The ghost with stand-ins for its components, and values for the weights that the call itself reads."""
+        places: list[tuple[dict[str, Any], str, Any]] = []
+        patched: list[tuple[torch.nn.Module, str]] = []
+        try:
+            for weight, value in read.items():
+                component, _, name = weight.partition("/")
+                path, _, leaf = name.rpartition(".")
+                owner = self._pipe.components[component].get_submodule(path)
+                table = owner._parameters if leaf in owner._parameters else owner._buffers
+                places.append((table, leaf, table[leaf]))
+                table[leaf] = torch.nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
+            for name, module, method in component_methods(self._pipe):
+                module.__dict__[method] = self._stand_in(name, method)
+                patched.append((module, method))
+            yield
+        finally:
+            for module, method in patched:
+                module.__dict__.pop(method, None)
+            for table, leaf, before in places:
+                table[leaf] = before
+
+    def _stand_in(self, component: str, method: str) -> Callable[..., Any]:
+        padding = self._paddings.get(component) if method == "forward" else None
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
+            # Some pipelines hand the generator on; recording refuses components that draw from it.
+            leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
+            callee = self._keys.get(call_key(component, method, leaves, structure, self._casts.of(component)))
+            if callee is None:
+                raise VerifyError(
+                    f"the pipeline calls {component}.{method} with arguments of types that were not recorded"
+                )
+            seen = self._seen.setdefault((callee.component, callee.program), [])
+            if len(seen) < len(TEXTS) and all(given.case != self._case for given in seen):
+                seen.append(Given(args, kwargs, leaves, padding, self._case))
+            result = self._give(callee, leaves)
+            if padding:
+                result = [
+                    padding.cut(leaf, args, kwargs) if isinstance(leaf, torch.Tensor) else leaf for leaf in result
+                ]
+            return unflatten(result, callee.result[1])
+
+        return called
+
+    def _give(self, callee: Callee, leaves: Sequence[Any]) -> list[Any]:
+        """What the stand-in gives: the recorded result with tensors drawn from a digest of all arguments."""
+        digest = hashlib.blake2b(f"{callee.component}/{callee.program}".encode())
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                dense = leaf.clone(memory_format=torch.contiguous_format)  # of one value, too, whose stride may be 0
+                digest.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
+        seed = digest.digest()
+        return [
+            noise_like(type_of(leaf), seed + bytes([index % 256])) if isinstance(leaf, torch.Tensor) else leaf
+            for index, leaf in enumerate(callee.result[0])
+        ]
+
+    def give(self, component: str, program: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same for a CALL operation, which leaves out the arguments that were folded."""
+        callee = self._recording.callees[f"{component}/{program}"]
+        leaves, values = list(callee.leaves), iter(tensors)
+        for position in callee.tensors:
+            leaves[position] = callee.folded[position] if position in callee.folded else next(values)
+        return [leaf for leaf in self._give(callee, leaves) if isinstance(leaf, torch.Tensor)]
+
+    # -- components --
+
+    def check_component(self, name: str, module: torch.nn.Module) -> None:
+        """Compare a component with its programs, on what the call gave it.
+
+        Args:
+            name: of the component.
+            module: with its weights, after all passes.
+
+        Raises:
+            VerifyError: they differ.
+        """
+        recorded = self._recording.modules.get(name)
+        if recorded is None:
+            return
+        for program in recorded.programs:
+            callee = self._recording.callees[f"{name}/{program}"]
+            seen = self._seen[name, program]
+            self.check_program(callee, module, recorded, seen[0].leaves)
+            if is_rewritten(module) or seen[0].padding:
+                compare_lengths(callee, module, seen)
+
+    def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
+        """The blocks of a component that must have data to be checked, besides what lies outside of them.
+
+        Args:
+            recording: after the passes, which may have added programs at another batch.
+            name: of the component.
+            module: after all passes, with or without its weights.
+        """
+        recorded = self._recording.modules.get(name)
+        if recorded is None:
+            return frozenset()
+        if _nbytes(module) <= WHOLE_UP_TO:
+            return frozenset(block for block, _ in repeated_blocks(module))
+        each = is_rewritten(module) or any(key.startswith(f"{name}/") for key in recording.batches)
+        each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
+        return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
+
+    def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
+        """Compare one program of a component with it on these arguments, or with a twin where the weights are large.
+
+        Raises:
+            VerifyError: they differ.
+        """
+        each = is_rewritten(module)  # as its code joins what several lists of blocks give
+        with fixed_lengths():
+            if _nbytes(module) <= WHOLE_UP_TO:
+                compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
+            else:
+                self._check_twin(callee, module, leaves, each)
+
+    def given(self, name: str, program: str) -> list[list[Any]]:
+        """The arguments of the first calls of a component's program, flattened."""
+        return [seen.leaves for seen in self._seen[name, program]]
+
+    def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
+        """The same with a twin that has one block of each kind, or one in each list of blocks, recorded anew."""
+        twin, ghost = shrunken(module, each), shrunken(callee.module, each)
+        constants = Constants()
+        alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
+        recorded = record_component([alike], self._recording.fake, constants)
+        compare_component(alike, twin, recorded, leaves, constants.tensors)
+
+
+class _StandInExecutor(Executor):
+    """The runtime's executor with stand-ins for the components."""
+
+    def __init__(self, verification: Verification, read: Mapping[str, torch.Tensor]) -> None:
+        recording = verification._recording
+        super().__init__(recording.modules, _NoStore(read), recording.constants.tensors, {}, CPU)  # type: ignore[arg-type]
+        self._verification = verification
+
+    def component(self, name: str, program: str) -> Any:
+        return _StandIn(self._verification, name, program)
+
+
+class _StandIn:
+    schedule: tuple[()] = ()
+
+    def __init__(self, verification: Verification, name: str, program: str) -> None:
+        self._verification, self._name, self._program = verification, name, program
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return self._verification.give(self._name, self._program, tensors)
+
+
+class _NoStore:
+    """A weight store that holds nothing but the weights that the call itself reads."""
+
+    def __init__(self, read: Mapping[str, torch.Tensor]) -> None:
+        self._read = read
+
+    def peek(self, component: str, weight: str) -> torch.Tensor:
+        return self._read[f"{component}/{weight}"]
+
+    def follow(self, _schedule: Any) -> _NoStore:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> bool:
+    """Whether this can be every prompt of the programs."""
+    texts = [text for program in programs.values() for text in program.texts]
+    rows = [row for text in texts for row in text["rows"] if "keyword" in row]
+    prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
+    try:
+        for text in texts:
+            end.encode(text, prompts)
+    except CallError:
+        return False
+    return True
+
+
+@contextmanager
+def _unheard(logger: logging.Logger) -> Iterator[None]:
+    """Without the warnings of a logger: prompts are cut here on purpose."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
+
+
+def _shown(keywords: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())

@@ -1,0 +1,210 @@
+"""Weights on their way into the bundle: read, transformed by the passes, compared with what was compiled, written.
+
+A small component goes whole. Of a large one a *portion* is in memory at a time: what lies outside of its repeated
+blocks, then its blocks, a few at a time, those first that its verification needs. The passes run on a portion as they
+run on a ghost, since it is one but for the portion's weights. The files are the same either way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.compiler.memory import return_memory
+from diffkiln.compiler.packing import Packed, WeightsPacker, pack_engines
+from diffkiln.compiler.verify import Verification, check_rows
+from diffkiln.errors import PassError
+from diffkiln.exporters.cache import EngineCache
+from diffkiln.interpreter.layers import repeated_blocks
+from diffkiln.models.meta import emptied, load_module, refuse_nonfinite
+from diffkiln.models.shards import OUTSIDE, Portions, open_portions, unit_of
+from diffkiln.models.weights import weights_of
+from diffkiln.passes import manager
+from diffkiln.passes.base import CompileRequest
+
+if TYPE_CHECKING:
+    from diffkiln.compiler.compile import Checked
+
+#: Components of more bytes than this are streamed. Smaller ones are loaded whole, which is faster.
+WHOLE_UP_TO = 2 * 2**30
+
+#: Bytes of blocks, as they are loaded, that are in memory together; a larger block is a portion of its own.
+PORTION = 2**28
+
+#: Bytes of a component from which on it is worth the time to give its memory back.
+_LARGE = 2**27
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a component comes into memory.
+
+    Attributes:
+        portions: the units of each, by the names that the passes leave.
+        load: gives the module with data in a portion, before the passes.
+    """
+
+    portions: list[list[str]]
+    load: Callable[[Collection[str]], torch.nn.Module]
+
+
+def stream_weights(
+    checked: Checked,
+    name: str,
+    writer: BundleWriter,
+    packed: Packed,
+    verification: Verification,
+    used: frozenset[str],
+    cache: EngineCache,
+) -> tuple[GroupRow, ...]:
+    """Write the weights of one component as the passes leave them, and verify it with them.
+
+    Engines that are to hold its weights are built while they are here.
+
+    Args:
+        used: names of the weights that programs read.
+        cache: of engines.
+
+    Raises:
+        SourceError: its checkpoint cannot be read.
+        BuildError: a weight is not finite, or cannot be written.
+        PassError: a pass failed, or left something else than it did from configuration alone.
+        VerifyError: the component differs from its program.
+    """
+    ghost = checked.plan.modules[name]
+    needed = verification.blocks_needed(packed.recording, name, ghost)
+    way = _way(checked, name, needed, packed.notices)
+    packer = WeightsPacker(writer, name, packed, used)
+    trial = _Trial(name, needed, packed, verification)
+    for units in way.portions:
+        module = _transformed(way.load(units), name, checked)
+        if checked.bytes_before[name] > _LARGE:
+            return_memory()
+        _same_weights(name, ghost, module)
+        _have_data(name, module, units)
+        trial.add(module, units)
+        packer.add(module)
+        for request in _holding(checked, name):
+            pack_engines(writer, packed, request, checked.targets, cache, dict(weights_of(module)))
+        del module  # before the next one is loaded
+    if checked.bytes_before[name] > _LARGE:
+        return_memory()
+    return packer.rows()
+
+
+class _Trial:
+    """Gathers what the verification of a component needs, and verifies it once that is there."""
+
+    def __init__(self, name: str, needed: Collection[str], packed: Packed, verification: Verification) -> None:
+        self._name, self._packed, self._verification = name, packed, verification
+        self._missing = {OUTSIDE, *needed}
+        self._module: torch.nn.Module | None = None
+
+    def add(self, module: torch.nn.Module, units: Collection[str]) -> None:
+        """Take the units of a portion; the first one's module is the one that is verified."""
+        if not self._missing:
+            return
+        if self._module is None:
+            self._module = module
+        for block in self._missing.intersection(units) - {OUTSIDE} if module is not self._module else ():
+            self._module.set_submodule(block, module.get_submodule(block))
+        self._missing.difference_update(units)
+        if not self._missing:
+            self._verification.check_component(self._name, self._module)
+            check_rows(self._packed.recording, self._name, self._module, self._verification)
+            self._module = None
+
+
+def _way(checked: Checked, name: str, needed: Collection[str], notices: list[str]) -> _Way:
+    """In portions if the component is large; a large one that must come whole is told."""
+    size = checked.bytes_before[name]
+    ghost = checked.plan.modules[name]
+    found: Portions | str = ""
+    if size > WHOLE_UP_TO:
+        found = _needs_all(checked, name) or open_portions(checked.source, name, checked.dtype)
+    origins = {} if isinstance(found, str) else _origins(found, checked)
+    if isinstance(found, Portions) and not origins:
+        found = "a pass puts other blocks in the place of its own"
+    if isinstance(found, Portions):
+        return _in_portions(found, origins, needed)
+    if found:
+        notices.append(f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}")
+    units = [OUTSIDE, *(block for block, _ in repeated_blocks(ghost))]
+    return _Way([units], lambda _: load_module(checked.source, name, checked.dtype))
+
+
+def _holding(checked: Checked, name: str) -> list[CompileRequest]:
+    """What asks for engines with this component's weights in them."""
+    return [request for request in checked.plan.compile if request.component == name and request.holds_weights]
+
+
+def _needs_all(checked: Checked, name: str) -> str:
+    """Why a pass takes the component whole only; empty if all take it in portions."""
+    if _holding(checked, name):
+        return "its engines hold its weights"
+    steps = [item.step for item in checked.placed if item.step.component == name]
+    return next((f"{step.name} {step.needs_all}" for step in steps if step.needs_all), "")
+
+
+def _origins(found: Portions, checked: Checked) -> dict[str, str]:
+    """The blocks that the passes leave, each with the name that it had; empty if one is no block that was there."""
+    module = emptied(copy.deepcopy(found.module))
+    before = repeated_blocks(module)  # held until the end: an id is that of a block that lives
+    names = {id(block): block_name for block_name, block in before}
+    manager.apply(module, found.name, checked.placed)
+    left = {block_name: names.get(id(block), "") for block_name, block in repeated_blocks(module)}
+    return left if all(left.values()) else {}
+
+
+def _in_portions(found: Portions, origins: Mapping[str, str], needed: Collection[str]) -> _Way:
+    """What lies outside of the blocks, the blocks that are needed, and the others, in as few portions as `PORTION`
+    allows."""
+    sizes = found.sizes()
+    blocks = sorted(origins, key=lambda block: block not in needed)
+    portions: list[list[str]] = [[OUTSIDE]]
+    room = PORTION - sizes.get(OUTSIDE, 0)
+    for block in blocks:
+        size = sizes.get(origins[block], 0)
+        if size > room:
+            portions.append([])
+            room = PORTION
+        portions[-1].append(block)
+        room -= size
+    return _Way(portions, lambda units: found.load([origins.get(unit, OUTSIDE) for unit in units]))
+
+
+def _transformed(module: torch.nn.Module, name: str, checked: Checked) -> torch.nn.Module:
+    """After the passes, with every value that it has finite."""
+    refuse_nonfinite(module, name)
+    if manager.apply(module, name, checked.placed):
+        refuse_nonfinite(module, name, "after the passes")
+    return module
+
+
+def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) -> None:
+    """What was compiled is what will run: names, shapes and dtypes are those of the ghost."""
+    planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(ghost)}
+    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(module)}
+    if planned == found:
+        return
+    key = next(key for key in sorted(planned.keys() | found.keys()) if planned.get(key) != found.get(key))
+    raise PassError(
+        f"component {name}: the passes left the weight {key} as {found.get(key, 'nothing')}; "
+        f"from configuration alone they gave {planned.get(key, 'nothing')}"
+    )
+
+
+def _have_data(name: str, module: torch.nn.Module, units: Collection[str]) -> None:
+    """The passes left no weight of a portion without its data."""
+    blocks = [block for block, _ in repeated_blocks(module)]
+    for key, tensor in weights_of(module):
+        if tensor.is_meta and unit_of(key, blocks) in units:
+            raise PassError(
+                f"component {name}: the passes left the weight {key} without data. A pass that does nothing where any "
+                "weight of the component has none must say so: needs_all"
+            )

@@ -1,0 +1,39 @@
+"""Layers and blocks in another form than the library builds them, in plain tensors and plain operations.
+
+Passes put them in, the recorder writes down what they do, and so a bundle needs none of the libraries that quantized
+it. `as_diffusers` builds the same modules again. Nothing here knows of specs, programs or bundles.
+"""
+
+from diffkiln.interpreter.layers.blocks import drop_blocks, droppable_blocks, matching, repeated_blocks
+from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem, tile_side, tile_unit
+from diffkiln.interpreter.layers.forms import FORMS, Cast, Form, FourBit, Int4, Int8, Sparse24
+from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
+from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
+from diffkiln.interpreter.layers.stored import Stored, described, store, store_as_described
+
+__all__ = [
+    "FORMS",
+    "MOST",
+    "Cast",
+    "Form",
+    "FourBit",
+    "Int4",
+    "Int8",
+    "Sparse24",
+    "Stored",
+    "decode_in_parts",
+    "described",
+    "drop_blocks",
+    "droppable_blocks",
+    "is_channels_last",
+    "matching",
+    "merge_tokens",
+    "parts_problem",
+    "repeated_blocks",
+    "self_attentions",
+    "store",
+    "store_as_described",
+    "tile_side",
+    "tile_unit",
+    "to_channels_last",
+]

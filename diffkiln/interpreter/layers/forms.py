@@ -1,0 +1,165 @@
+"""Forms in which a weight is stored, and the plain operations that give it back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from diffkiln.interpreter.dtypes import DTYPES
+
+Shape = tuple[int, ...]
+Parts = dict[str, tuple[Shape, torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """How a weight is stored. Its fields are its options.
+
+    Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer.
+    """
+
+    name: ClassVar[str]
+    stores: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON."""
+        return asdict(self)
+
+    @abstractmethod
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        """The tensors that a parameter of this shape and type is stored as: part → shape, dtype."""
+
+    @abstractmethod
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter, out of its parts."""
+
+
+@dataclass(frozen=True)
+class Cast(Form):
+    """In a smaller floating type, such as float8, and cast when it is used. The bias too."""
+
+    name: ClassVar[str] = "cast"
+    stores: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    storage: str = "float8_e4m3fn"
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        return {"data": (shape, DTYPES[self.storage])}
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return parts["data"].to(dtype)
+
+
+@dataclass(frozen=True)
+class Int8(Form):
+    """int8 [rows, columns] with one scale a row: weight = data × scale."""
+
+    name: ClassVar[str] = "int8"
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        return {"data": (shape, torch.int8), "scale": ((shape[0], 1), torch.float32)}
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return (parts["data"].to(torch.float32) * parts["scale"]).to(dtype)
+
+
+@dataclass(frozen=True)
+class Int4(Form):
+    """Whole numbers from −8 to 7, two in a byte (the low half is the even column), with one scale a group of a row.
+
+    The number of columns is a multiple of `group_size`.
+    """
+
+    name: ClassVar[str] = "int4"
+
+    group_size: int = 64
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        rows, columns = shape
+        return {
+            "data": ((rows, columns // 2), torch.uint8),
+            "scale": ((rows, columns // self.group_size), dtype),
+        }
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        data = parts["data"]
+        numbers = torch.stack((data & 15, data >> 4), dim=-1).to(dtype) - 8
+        grouped = numbers.reshape(shape[0], -1, self.group_size) * parts["scale"].unsqueeze(-1)
+        return grouped.reshape(shape)
+
+
+@dataclass(frozen=True)
+class FourBit(Form):
+    """bitsandbytes' 4-bit: indices into a table of 16 numbers, two in a byte (the high half comes first), with the
+    largest magnitude of each block of `block_size` weights, which is 8-bit itself where it is `nested`.
+
+    Source: https://github.com/bitsandbytes-foundation/bitsandbytes, functional.py: dequantize_4bit.
+    """
+
+    name: ClassVar[str] = "four_bit"
+    nested_block: ClassVar[int] = 256
+
+    block_size: int = 64
+    nested: bool = False
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        count = math.prod(shape)
+        blocks = -(-count // self.block_size)
+        parts: Parts = {"data": ((-(-count // 2),), torch.uint8), "table": ((16,), torch.float32)}
+        if not self.nested:
+            return parts | {"absmax": ((blocks,), torch.float32)}
+        return parts | {
+            "absmax": ((blocks,), torch.uint8),
+            "absmax_table": ((256,), torch.float32),
+            "absmax_scale": ((-(-blocks // self.nested_block),), torch.float32),
+            "absmax_offset": ((), torch.float32),
+        }
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        data, count = parts["data"], math.prod(shape)
+        indices = torch.stack((data >> 4, data & 15), dim=-1).reshape(-1).to(torch.int32)
+        values = parts["table"].index_select(0, indices)
+        scaled = _blockwise(values, self._absmax(parts), self.block_size)
+        return scaled[:count].reshape(shape).to(dtype)
+
+    def _absmax(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if not self.nested:
+            return parts["absmax"]
+        values = parts["absmax_table"].index_select(0, parts["absmax"].to(torch.int32))
+        return _blockwise(values, parts["absmax_scale"], self.nested_block) + parts["absmax_offset"]
+
+
+def _blockwise(values: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
+    """values [n] times the scale of their block [⌈n/size⌉]; gives [n]."""
+    count, blocks = values.shape[0], scales.shape[0]
+    padded = torch.nn.functional.pad(values, (0, blocks * size - count)) if blocks * size != count else values
+    return (padded.reshape(blocks, size) * scales.unsqueeze(-1)).reshape(-1)[:count]
+
+
+@dataclass(frozen=True)
+class Sparse24(Form):
+    """2:4 semi-structured: of each four neighbours in a row two are kept.
+
+    `data` holds the two, `where` their places in the four: one byte with two bits each for two fours.
+    """
+
+    name: ClassVar[str] = "sparse_2_4"
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        rows, columns = shape
+        return {"data": ((rows, columns // 2), dtype), "where": ((rows, columns // 8), torch.uint8)}
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        where = parts["where"]
+        places = torch.stack([(where >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(shape[0], -1, 2)
+        kept = parts["data"].reshape(shape[0], -1, 2)
+        dense = kept.new_zeros(shape[0], kept.shape[1], 4)
+        return dense.scatter(-1, places.to(torch.int64), kept).reshape(shape)
+
+
+FORMS: dict[str, Any] = {form.name: form for form in (Cast, Int8, Int4, FourBit, Sparse24)}

@@ -1,0 +1,113 @@
+"""A layer of any class with its weight stored in a form: `layer.weight` is computed when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from diffkiln.interpreter.dtypes import DTYPES
+from diffkiln.interpreter.layers.forms import FORMS, Form
+
+
+class Stored:
+    """Mixed into a layer's own class. What the layer computes stays as it was; where its weight lies is new.
+
+    The parts are persistent buffers, named after the parameter that they store: `weight_data`, `weight_scale`, ….
+    """
+
+    form: Form
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    _buffers: dict[str, torch.Tensor]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, in the shape and type that it had before it was stored."""
+        return self._restored("weight")
+
+    def _restored(self, name: str) -> torch.Tensor:
+        shape, dtype = self.stored[name]
+        parts = {part: self._buffers[f"{name}_{part}"] for part in self.form.parts(shape, dtype)}
+        return self.form.restore(parts, shape, dtype)
+
+
+class StoredWithBias(Stored):
+    """The same for a form that stores the bias too."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias, or None."""
+        return self._restored("bias") if "bias" in self.stored else None
+
+
+def store(layer: torch.nn.Module, form: Form, parts: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Change a layer in place: its weight is stored in `form` from now on.
+
+    Args:
+        layer: with a parameter `weight`, such as a linear layer or a convolution.
+        form: that can hold a weight of this shape.
+        parts: what the weight is stored as, by buffer name; empty tensors on the weight's device if it is not given.
+    """
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name in form.stores:
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            continue
+        stored[name] = tuple(parameter.shape), parameter.dtype
+        del layer._parameters[name]
+        for part, (shape, dtype) in form.parts(*stored[name]).items():
+            key = f"{name}_{part}"
+            given = torch.empty(shape, dtype=dtype, device=parameter.device) if parts is None else parts[key]
+            if (tuple(given.shape), given.dtype) != (shape, dtype):
+                raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}, {form.name} stores {dtype} {shape}")
+            layer.register_buffer(key, given)
+    if "bias" in form.stores:
+        layer._parameters.pop("bias", None)
+    layer.__class__ = _class(type(layer), "bias" in form.stores)
+    layer.form, layer.stored = form, stored  # type: ignore[assignment]
+
+
+@cache
+def _class(base: type, bias: bool) -> type:
+    return type(base.__name__, (StoredWithBias if bias else Stored, base), {})
+
+
+def described(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """The stored layers of a module as JSON, by name: what `restore_layers` needs to build them again."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, Stored):
+            dtypes = {key: str(dtype).removeprefix("torch.") for key, (_, dtype) in part.stored.items()}
+            found[name] = {"form": part.form.name, "options": part.form.options(), "dtypes": dtypes}
+    return found
+
+
+def form_of(name: str) -> Any:
+    """The form of this name. GGUF's needs libraries that the others do not.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name == "gguf":
+        from diffkiln.interpreter.layers.gguf import GGUF
+
+        return GGUF
+    return FORMS[name]
+
+
+def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make the layers of a module what `described` tells; their parts are empty.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: the description does not fit the module.
+    """
+    for name, row in layers.items():
+        layer = module.get_submodule(name)
+        for key, dtype in row["dtypes"].items():
+            parameter = layer._parameters[key]
+            if parameter is not None:
+                wanted = DTYPES[dtype]
+                layer._parameters[key] = torch.nn.Parameter(parameter.to(wanted), requires_grad=False)
+        store(layer, form_of(row["form"])(**row["options"]))

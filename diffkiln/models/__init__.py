@@ -1,0 +1,1 @@
+"""Pipelines as diffusers stores them: folders, checkpoints, and models without weights."""

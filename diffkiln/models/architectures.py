@@ -1,0 +1,114 @@
+"""Known architectures with random weights as a source: true shapes where no checkpoint can be had.
+
+The folder (configurations and stand-in tokenizers, no weights) is written once into the user's cache. Its name carries
+a digest of what it is made from, so that a later diffkiln never reads a folder of an earlier one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffkiln.bundle.scratch import Scratch
+from diffkiln.bundle.state import cache_home
+from diffkiln.errors import BuildError, SourceError
+from diffkiln.models import stand_ins
+from diffkiln.models.architecture_table import ARCHITECTURES, Architecture
+from diffkiln.models.folder import read_folder, source_error
+from diffkiln.models.meta import skeleton
+from diffkiln.models.source import SourceModel
+
+
+@dataclass(frozen=True, eq=False)
+class ArchitectureModel(SourceModel):
+    """A source whose weights are drawn when they are loaded. `digest` covers configurations, name and seed."""
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        dtype = ARCHITECTURES[self.origin["architecture"]].dtype
+        return dict.fromkeys(self.modules, dtype)
+
+    def weight_bytes(self, name: str) -> int:
+        return self._sizes[name]
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        sizes = {}
+        for name in self.modules:
+            tensors = skeleton(self, name).state_dict(keep_vars=True).values()
+            sizes[name] = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+        return sizes
+
+    def _identity(self) -> Any:
+        return dict(self.origin)
+
+
+def open_architecture(name: str, seed: int, pipeline: str | None = None) -> ArchitectureModel:
+    """The architecture `name` with weights drawn from `seed`, as another pipeline where that is wanted.
+
+    Raises:
+        SourceError: diffkiln does not know it, or its folder cannot be written.
+    """
+    if name not in ARCHITECTURES:
+        close = get_close_matches(name.lower(), ARCHITECTURES, n=1, cutoff=0.5)
+        mend = f"Did you mean {close[0]!r}?" if close else ""
+        known = f"Known are {', '.join(ARCHITECTURES)}"
+        raise source_error(
+            f"there is no architecture {name!r}", f"{mend} {known}".strip(), where="$.source.architecture"
+        )
+    try:
+        folder = _cached_folder(name, ARCHITECTURES[name])
+    except (OSError, BuildError) as error:
+        raise SourceError(f"the folder of {name} cannot be written into the cache: {error}") from error
+    origin = {"architecture": name, "seed": seed} | ({"pipeline": pipeline} if pipeline else {})
+    return ArchitectureModel(folder, *read_folder(folder, weights=False, pipeline=pipeline), origin)
+
+
+def _cached_folder(name: str, architecture: Architecture) -> Path:
+    root = cache_home().directory("architectures")
+    folder = root / f"{name}-{_version(architecture)}"
+    if folder.is_dir():
+        return folder
+    staging = Scratch("staging", root)
+    try:
+        _write(architecture, staging.path)
+        staging.path.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        staging.remove()
+    return folder
+
+
+def _version(architecture: Architecture) -> str:
+    """Changes with everything that the folder is made from: the table, the stand-ins, and the library that saves."""
+    import transformers
+
+    code = Path(stand_ins.__file__).read_bytes()
+    made_from = [hashlib.sha256(code).hexdigest(), architecture, transformers.__version__]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+
+
+def _write(architecture: Architecture, folder: Path) -> None:
+    index: dict[str, Any] = {"_class_name": architecture.pipeline, **architecture.settings}
+    for name, (library, kind, config) in architecture.parts.items():
+        index[name] = [library, kind]
+        (folder / name).mkdir()
+        if name.startswith("tokenizer"):
+            stand_ins.tokenizer(kind, config).save_pretrained(folder / name)
+        elif library == "transformers":
+            _dump({**config, "architectures": [kind], "dtype": architecture.dtype}, folder / name / "config.json")
+        else:
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            _dump({"_class_name": kind, **config}, folder / name / file)
+    _dump(index, folder / "model_index.json")
+
+
+def _dump(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

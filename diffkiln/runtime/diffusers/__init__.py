@@ -1,0 +1,1 @@
+"""A bundle as the original diffusers pipeline, with its engines plugged in."""

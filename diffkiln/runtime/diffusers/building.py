@@ -1,0 +1,263 @@
+"""The diffusers and transformers modules of a bundle, in the shape in which its passes left them.
+
+Modules are built without initialising anything, their parameters on the meta device, and then given the bundle's
+weights. Classes come from diffusers and transformers alone; code that comes with a model is never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import GroupRow, PassRow, Verified
+from diffkiln.bundle.configurations import fetches_code
+from diffkiln.bundle.layout import LAYERS
+from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
+from diffkiln.guards.building import bounded_building
+from diffkiln.interpreter.dtypes import dtype_of
+from diffkiln.interpreter.layers import decode_in_parts, drop_blocks, matching, merge_tokens, store_as_described
+from diffkiln.runtime.weights import read_header
+
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+
+
+def class_of(library: Any, name: Any) -> type:
+    """A class that model_index.json names.
+
+    Raises:
+        Incompatible: it is of neither diffusers nor transformers, or the installed one lacks it.
+    """
+    import diffusers
+    import transformers
+
+    homes = {"diffusers": diffusers, "transformers": transformers}
+    home = homes.get(library) or getattr(diffusers.pipelines, str(library), None)
+    kind = getattr(home, str(name), None) if home is not None else None
+    if not isinstance(kind, type) or ".dummy_" in kind.__module__:
+        raise Incompatible(f"{library}.{name}: neither the installed diffusers nor transformers has this class")
+    if re.match("Auto[A-Z]", str(name)) or fetches_code(kind):
+        raise IntegrityError(
+            f"{library}.{name}: this class takes code or models from elsewhere, so it is not built for a bundle. Load "
+            "the bundle without as_diffusers"
+        )
+    return kind
+
+
+def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]) -> torch.nn.Module:
+    """One module with its weights.
+
+    Args:
+        folder: with its config.json, and layers.json where layers are stored in another form.
+        kind: its class.
+        weights: every tensor of the bundle's for it, by name.
+        passes: those that went over it, in order.
+
+    Raises:
+        IntegrityError: the bundle lacks a weight that the module has, or holds one that it does not.
+    """
+    layers = _read_layers(folder)
+    module = _skeleton(folder, kind, _build_type(weights, layers))
+    _restructure(module, passes)
+    plain = {_plain(name, module) for name in weights}
+    if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
+        module.fuse_qkv_projections()  # type: ignore[operator]
+    try:
+        store_as_described(module, layers)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise IntegrityError(f"{folder.name}/{LAYERS} does not fit {type(module).__name__}: {error}") from None
+    _drop_missing(module, {_plain(name, module) for name in weights})
+    _put_all(module, _whole(module, weights, [row for row in passes if row.name == "quantize"]))
+    if empty := [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]:
+        raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
+    return module.eval().requires_grad_(False)
+
+
+def _read_layers(folder: Path) -> dict[str, Any]:
+    file = folder / LAYERS
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise IntegrityError(f"{folder.name}/{LAYERS} is broken: {error}") from None
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{folder.name}/{LAYERS} is no table of layers")
+    return found
+
+
+def _restructure(module: torch.nn.Module, passes: Sequence[PassRow]) -> None:
+    """What passes did to the module that its weights do not show."""
+    for row in passes:
+        options: Any = row.options
+        if row.name == "prune":
+            drop_blocks(module, options["blocks"])
+        elif row.name == "merge_tokens":
+            merge_tokens(module, options["ratio"], options["blocks"])
+        elif row.name == "vae":
+            decode_in_parts(module, options["slicing"], options["tiling"], options["tile"])
+
+
+def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
+    """Every tensor of these groups, on the CPU, each in memory of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for row in rows:
+        entries, offset, _ = read_header(verified, row.file)
+        for name, entry in entries.items():
+            raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+            if raw.numel():
+                verified.read_into(row.file, memoryview(raw.numpy().data), offset + entry.start)
+            tensors[name] = entry.of(raw)
+    return tensors
+
+
+def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Module:
+    """The module with its parameters on the meta device; buffers that no checkpoint holds are real."""
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+    from transformers.initialization import no_init_weights as no_init_of_transformers
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(build_type)
+    try:
+        empty = init_empty_weights(include_buffers=False)
+        where = f"component {folder.name}"
+        no_init = no_init_weights(), no_init_of_transformers()
+        with torch.random.fork_rng(devices=[]), bounded_building(where), no_init[0], no_init[1], empty:
+            if issubclass(kind, ModelMixin):
+                made: Any = kind
+                return made.from_config(made.load_config(folder, local_files_only=True))
+            config = kind.config_class.from_pretrained(folder, local_files_only=True)
+            module = kind._from_config(config, dtype=build_type)
+        module.tie_weights()
+        return module
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build_type(weights: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> torch.dtype:
+    """The floating type of most weights."""
+    count: Counter[torch.dtype] = Counter()
+    for name, tensor in weights.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer in layers and leaf.partition("_")[2]:
+            if leaf == "weight_data":
+                count[dtype_of(layers[layer]["dtypes"]["weight"])] += tensor.numel()
+        elif leaf in ("scale", "zero_point"):
+            continue  # of quantized weights, with types of their own
+        elif tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            count[tensor.dtype] += tensor.numel()
+    return count.most_common(1)[0][0] if count else torch.float32
+
+
+def _plain(name: str, module: torch.nn.Module) -> str:
+    """The parameter's name, of a tensor inside of a quantized one."""
+    known = module.state_dict().keys()
+    while name not in known and "." in name and not name.endswith((".weight", ".bias")):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
+    """Leave out what the passes deleted: submodules of which the bundle holds nothing, such as unfused projections."""
+    seen = {id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False) if name in names}
+    for path, part in list(module.named_modules()):
+        for leaf, child in list(part._modules.items()):
+            if child is None or not any(True for _ in child.parameters()):
+                continue
+            prefix = f"{path}.{leaf}." if path else f"{leaf}."
+            held = any(name.startswith(prefix) for name in names)
+            if not held and not any(id(tensor) in seen for tensor in child.parameters()):
+                setattr(part, leaf, None)
+
+
+def _whole(
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], quantized: Sequence[PassRow]
+) -> dict[str, torch.Tensor]:
+    """The weights with torchao's put together again from the tensors that they are stored as."""
+    known = module.state_dict().keys()
+    whole = {name: tensor for name, tensor in weights.items() if name in known}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        if name not in known:
+            base, _, leaf = name.rpartition(".")
+            if base not in known:
+                raise IntegrityError(f"the bundle holds a weight {name!r} that {type(module).__name__} does not have")
+            parts.setdefault(base, {})[leaf] = tensor
+    for base, inner in parts.items():
+        options = _options_of(base.rpartition(".")[0], quantized)
+        whole[base] = _joined(module.get_parameter(base), inner, options)
+    return whole
+
+
+def _options_of(layer: str, quantized: Sequence[PassRow]) -> Mapping[str, Any]:
+    """The options of the quantize pass that chose this layer: the first one whose patterns do."""
+    for row in quantized:
+        options: Any = row.options
+        chosen = matching([layer], options["include"]) and not matching([layer], options["exclude"])
+        if chosen and options["backend"] == "torchao":
+            return options
+    raise IntegrityError(f"the bundle holds quantized weights of {layer!r}, which no pass quantized")
+
+
+def _joined(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
+    try:
+        from diffkiln.interpreter.layers import torchao
+
+        kind, granularity = str(options["type"]), str(options.get("granularity", "per_row"))
+        if kind not in torchao.TYPES:
+            raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
+        return torchao.joined(parameter, inner, kind, granularity)
+    except ImportError:
+        raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
+    except ValueError as error:
+        raise Incompatible(str(error)) from None
+
+
+def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put weights in their places, and each in that of every parameter that was tied to it."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for part in module.modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for key, value in table.items():
+                places.setdefault(id(value), []).append((table, key))
+    old = module.state_dict(keep_vars=True)
+    for name, tensor in weights.items():
+        if tuple(old[name].shape) != tuple(tensor.shape):
+            raise IntegrityError(
+                f"the bundle's weight {name!r} is {tuple(tensor.shape)}, the module's {tuple(old[name].shape)}"
+            )
+        parameter = isinstance(old[name], torch.nn.Parameter)
+        new = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+        for table, key in places[id(old[name])]:
+            table[key] = new
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, hints and warnings for their developers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
