@@ -16,8 +16,8 @@ from typing import Any
 from measuring import Watch, machine, table
 
 from diffkiln.bundle import BundleWriter
-from diffkiln.compiler.compile import compile as compiler
-from diffkiln.compiler.packing import Packed, pack_engines
+from diffkiln.compiler.check import check
+from diffkiln.compiler.packing import EnginesPacker
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
@@ -50,15 +50,15 @@ def main() -> None:
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "bundle") as writer:
         with watch("check"):
-            checked = compiler.check(spec(options))
+            checked = check(spec(options))
         with watch("record"), quiet_libraries():
             recording = record(checked.pipe, checked.requests, Constants())
             manager.check_recording(recording, checked.placed, checked.targets)
             recording, _ = manager.rewrite(recording, checked.placed)
-        packed = Packed(recording, None, [], ghosts=checked.plan.modules)
-        (request,) = checked.plan.compile
+        engines = EnginesPacker(writer, EngineCache(Path(folder) / "cache"), recording, checked.state.modules)
+        (request,) = checked.state.compile
         with watch("compile the blocks, and try each engine on random weights"):
-            pack_engines(writer, packed, request, checked.targets, EngineCache(Path(folder) / "cache"))
+            packed = engines.component(request, checked.targets)
         files = {row.path: row.size for row in writer.rows}
     total = sum(checked.bytes_after.values())
     print("# From configuration\n")

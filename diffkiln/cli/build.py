@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from diffkiln.cli.group import FILE, FORCE, JSON, needs_compiler
-from diffkiln.cli.printing import Watch, checked_json, print_built, print_checked, print_json, say, show
+from diffkiln.cli.printing import Watch, plan_json, print_built, print_json, print_plan, say, show
 from diffkiln.cli.printing_bundle import print_next
 from diffkiln.cli.targets import add_to
 from diffkiln.errors import DiffkilnError
@@ -61,7 +61,7 @@ def check_(spec: Path, as_json: bool) -> None:
     spec, the reason and what to write instead. Takes seconds; a model on the Hub is downloaded first.
     """
     needs_compiler()
-    from diffkiln.compiler.compile import check
+    from diffkiln.compiler.check import check
 
     try:
         checked = check(spec)
@@ -72,9 +72,9 @@ def check_(spec: Path, as_json: bool) -> None:
         print_json({"ok": False, "error": type(error).__name__, "message": str(error), "problems": problems})
         raise SystemExit(error.exit_code) from None
     if as_json:
-        print_json({"ok": True, **checked_json(checked)})
+        print_json({"ok": True, **plan_json(checked)})
     else:
-        print_checked(checked)
+        print_plan(checked)
         say(f"next: diffkiln compile {spec} -o bundle")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from diffkiln.bundle import Bundle
     from diffkiln.compiler.built import Built
-    from diffkiln.compiler.compile import Checked
+    from diffkiln.compiler.plan import Plan
     from diffkiln.passes.base import Pass
     from diffkiln.program.schedule import Step
 
@@ -103,32 +103,32 @@ class Watch:
 _WORTH_SHOWING = 1_000_000_000
 
 
-def print_checked(checked: Checked) -> None:
-    show(f"{checked.source.class_name} for {', '.join(target.name for target in checked.targets)}")
+def print_plan(plan: Plan) -> None:
+    show(f"{plan.source.class_name} for {', '.join(target.name for target in plan.targets)}")
     rows = [
-        [name, type(module).__name__, size_of(checked.bytes_before[name]), size_of(checked.bytes_after[name])]
-        for name, module in checked.plan.modules.items()
+        [name, type(module).__name__, size_of(plan.bytes_before[name]), size_of(plan.bytes_after[name])]
+        for name, module in plan.state.modules.items()
     ]
     print_table(("component", "class", "weights", "after passes"), rows)
-    for ran in checked.report:
+    for ran in plan.report:
         done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
         show(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
-    for notice in checked.notices:
+    for notice in plan.notices:
         show(_indented(f"note: {notice}", 0))
     show("legal")
 
 
-def checked_json(checked: Checked) -> Mapping[str, Any]:
+def plan_json(plan: Plan) -> Mapping[str, Any]:
     return {
-        "pipeline": checked.source.class_name,
-        "targets": [target.name for target in checked.targets],
+        "pipeline": plan.source.class_name,
+        "targets": [target.name for target in plan.targets],
         "components": {
             name: {
                 "class": type(module).__name__,
-                "bytes": checked.bytes_before[name],
-                "bytes_after_passes": checked.bytes_after[name],
+                "bytes": plan.bytes_before[name],
+                "bytes_after_passes": plan.bytes_after[name],
             }
-            for name, module in checked.plan.modules.items()
+            for name, module in plan.state.modules.items()
         },
         "passes": [
             {
@@ -138,10 +138,10 @@ def checked_json(checked: Checked) -> Mapping[str, Any]:
                 "notes": ran.notes,
                 "bytes_after": ran.nbytes,
             }
-            for ran in checked.report
+            for ran in plan.report
         ],
-        "facts": sorted(str(fact) for fact in checked.plan.facts),
-        "notices": checked.notices,
+        "facts": sorted(str(fact) for fact in plan.state.facts),
+        "notices": plan.notices,
     }
 
 

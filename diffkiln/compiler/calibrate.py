@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 
-from diffkiln.compiler.packing import tokenizers_of
+from diffkiln.bundle import BundleWriter
+from diffkiln.compiler.legality import is_schedule
+from diffkiln.compiler.packed import as_json
+from diffkiln.compiler.plan import Plan
+from diffkiln.compiler.stages import Stages
+from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.errors import BuildError, SpecError
 from diffkiln.interpreter.aten import Interpreter
+from diffkiln.interpreter.layers.scaled import row_scales
+from diffkiln.models.meta import load_module
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
+from diffkiln.passes import manager
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
 from diffkiln.passes.calibrate import Calibrate
@@ -58,6 +67,26 @@ class Evidence:
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
+
+
+def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], stages: Stages) -> Plan:
+    """The plan with the steps of schedules chosen, by the real pipeline; what was measured goes into the bundle."""
+    for item in plan.placed:
+        if not isinstance(item.step, Calibrate) or not plan.recording.calls:
+            continue
+        component = item.step.component
+        place = next(place for place in plan.placed if is_schedule(place, component))
+        with stages(f"calibrate the schedule of {component}"), quiet_libraries():
+            modules = {name: load_module(plan.source, name, plan.dtype) for name in plan.state.modules}
+            for name, module in modules.items():
+                manager.apply(module, name, plan.placed)
+            assert isinstance(place.step, CacheSchedule)
+            with manager.guarded(item), row_scales():
+                evidence = calibrated(plan.recording, plan.pipe, modules, item.step, place.step, metrics)
+        writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
+        chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
+        plan = plan.choosing(place, chosen)
+    return plan
 
 
 def calibrated(
@@ -315,4 +344,4 @@ class _Traced:
         return found.double() - self.latents(values, step)
 
 
-__all__ = ["Evidence", "Metric", "calibrated"]
+__all__ = ["Evidence", "Metric", "calibrate", "calibrated"]

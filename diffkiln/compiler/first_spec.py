@@ -22,7 +22,7 @@ from diffkiln.models.meta import ghost_pipeline
 from diffkiln.models.opening import HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.source import SourceModel
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.passes.fuse_qkv import FuseQKV
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import TARGETS, Target, find_gpu, parse_spec, suggest
@@ -84,7 +84,7 @@ def first_spec(
     if wishes.pipeline:
         source["pipeline"] = wishes.pipeline
     pipe = ghost_pipeline(configured)
-    plan = Plan(configured.class_name, {name: pipe.components[name] for name in configured.modules})
+    plan = State(configured.class_name, {name: pipe.components[name] for name in configured.modules})
     notices = list(configured.notices)
     dtype = _dtype(targets)
     if dtype:
@@ -206,7 +206,7 @@ def _dtype(targets: Sequence[Target]) -> str | None:
     return "bfloat16" if all(gpu.capability >= (8, 0) for gpu in gpus) else "float16"
 
 
-def _too_large(plan: Plan, targets: Sequence[Target]) -> bool:
+def _too_large(plan: State, targets: Sequence[Target]) -> bool:
     """Whether the weights, at two bytes each, are too much for the smallest GPU."""
     smallest = min((t.memory_bytes for t in targets if t.memory_bytes is not None), default=None)
     count = sum(tensor.numel() for module in plan.modules.values() for tensor in module.parameters())
@@ -261,7 +261,7 @@ def _starts_from_text(kind: type) -> bool:
 # -- the passes --
 
 
-def _passes(plan: Plan, target: Target) -> Iterator[dict[str, Any]]:
+def _passes(plan: State, target: Target) -> Iterator[dict[str, Any]]:
     """Fused projections where diffusers would use them, and compiled blocks where the class declares any."""
     for name in plan.denoisers:
         if not FuseQKV(component=name).check(plan, target, ""):

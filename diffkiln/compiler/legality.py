@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.cuda import broken_promises
-from diffkiln.passes.base import Pass, Plan
+from diffkiln.passes.base import Pass, State
 from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.calibrate import Calibrate
 from diffkiln.passes.compile import Compile
@@ -38,7 +38,7 @@ def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target])
     ]
 
 
-def too_large(plan: Plan, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+def too_large(plan: State, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
     """Images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
     if all(target.device == "cpu" for target in targets):
         return

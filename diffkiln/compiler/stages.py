@@ -1,4 +1,4 @@
-"""The named steps of long work: told to whoever watches as they begin, and timed."""
+"""The named stages of long work: told to whoever watches as they begin, and timed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: Called with the name of a step when it begins.
+#: Called with the name of a stage when it begins.
 Progress = Callable[[str], None]
 
 
-class Steps:
-    """Attributes: `seconds` that each finished step took, by its name, in order."""
+class Stages:
+    """Attributes: `seconds` that each finished stage took, by its name, in order."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}

@@ -10,25 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.bundle import BundleWriter
 from diffkiln.compiler.memory import return_memory
-from diffkiln.compiler.packing import Packed, WeightsPacker, pack_engines
+from diffkiln.compiler.packed import Packed
+from diffkiln.compiler.packing import EnginesPacker, WeightsPacker
+from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.verify import Verification, check_rows
 from diffkiln.errors import PassError
-from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.models.meta import emptied, load_module, refuse_nonfinite
 from diffkiln.models.shards import OUTSIDE, Portions, open_portions, unit_of
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import CompileRequest
-
-if TYPE_CHECKING:
-    from diffkiln.compiler.compile import Checked
+from diffkiln.record.pipeline import Recording
 
 #: Components of more bytes than this are streamed. Smaller ones are loaded whole, which is faster.
 WHOLE_UP_TO = 2 * 2**30
@@ -47,28 +45,29 @@ class _Way:
     Attributes:
         portions: the units of each, by the names that the passes leave.
         load: gives the module with data in a portion, before the passes.
+        notices: what a user should know of it.
     """
 
     portions: list[list[str]]
     load: Callable[[Collection[str]], torch.nn.Module]
+    notices: tuple[str, ...] = ()
 
 
 def stream_weights(
-    checked: Checked,
+    plan: Plan,
     name: str,
     writer: BundleWriter,
-    packed: Packed,
+    engines: EnginesPacker,
     verification: Verification,
     used: frozenset[str],
-    cache: EngineCache,
-) -> tuple[GroupRow, ...]:
+) -> Packed:
     """Write the weights of one component as the passes leave them, and verify it with them.
 
     Engines that are to hold its weights are built while they are here.
 
     Args:
+        engines: builds those that are to hold its weights.
         used: names of the weights that programs read.
-        cache: of engines.
 
     Raises:
         SourceError: its checkpoint cannot be read.
@@ -76,32 +75,33 @@ def stream_weights(
         PassError: a pass failed, or left something else than it did from configuration alone.
         VerifyError: the component differs from its program.
     """
-    ghost = checked.plan.modules[name]
-    needed = verification.blocks_needed(packed.recording, name, ghost)
-    way = _way(checked, name, needed, packed.notices)
-    packer = WeightsPacker(writer, name, packed, used)
-    trial = _Trial(name, needed, packed, verification)
+    ghost = plan.state.modules[name]
+    needed = verification.blocks_needed(plan.recording, name, ghost)
+    way = _way(plan, name, needed)
+    packed = Packed(notices=way.notices)
+    packer = WeightsPacker(writer, name, plan.spec.runtime.offload, used)
+    trial = _Trial(name, needed, plan.recording, verification)
     for units in way.portions:
-        module = _transformed(way.load(units), name, checked)
-        if checked.bytes_before[name] > _LARGE:
+        module = _transformed(way.load(units), name, plan)
+        if plan.bytes_before[name] > _LARGE:
             return_memory()
         _same_weights(name, ghost, module)
         _have_data(name, module, units)
         trial.add(module, units)
         packer.add(module)
-        for request in _holding(checked, name):
-            pack_engines(writer, packed, request, checked.targets, cache, dict(weights_of(module)))
+        for request in _holding(plan, name):
+            packed += engines.component(request, plan.targets, dict(weights_of(module)))
         del module  # before the next one is loaded
-    if checked.bytes_before[name] > _LARGE:
+    if plan.bytes_before[name] > _LARGE:
         return_memory()
-    return packer.rows()
+    return packed + packer.packed()
 
 
 class _Trial:
     """Gathers what the verification of a component needs, and verifies it once that is there."""
 
-    def __init__(self, name: str, needed: Collection[str], packed: Packed, verification: Verification) -> None:
-        self._name, self._packed, self._verification = name, packed, verification
+    def __init__(self, name: str, needed: Collection[str], recording: Recording, verification: Verification) -> None:
+        self._name, self._recording, self._verification = name, recording, verification
         self._missing = {OUTSIDE, *needed}
         self._module: torch.nn.Module | None = None
 
@@ -116,47 +116,46 @@ class _Trial:
         self._missing.difference_update(units)
         if not self._missing:
             self._verification.check_component(self._name, self._module)
-            check_rows(self._packed.recording, self._name, self._module, self._verification)
+            check_rows(self._recording, self._name, self._module, self._verification)
             self._module = None
 
 
-def _way(checked: Checked, name: str, needed: Collection[str], notices: list[str]) -> _Way:
+def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
     """In portions if the component is large; a large one that must come whole is told."""
-    size = checked.bytes_before[name]
-    ghost = checked.plan.modules[name]
+    size = plan.bytes_before[name]
+    ghost = plan.state.modules[name]
     found: Portions | str = ""
     if size > WHOLE_UP_TO:
-        found = _needs_all(checked, name) or open_portions(checked.source, name, checked.dtype)
-    origins = {} if isinstance(found, str) else _origins(found, checked)
+        found = _needs_all(plan, name) or open_portions(plan.source, name, plan.dtype)
+    origins = {} if isinstance(found, str) else _origins(found, plan)
     if isinstance(found, Portions) and not origins:
         found = "a pass puts other blocks in the place of its own"
     if isinstance(found, Portions):
         return _in_portions(found, origins, needed)
-    if found:
-        notices.append(f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}")
+    notices = (f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}",) if found else ()
     units = [OUTSIDE, *(block for block, _ in repeated_blocks(ghost))]
-    return _Way([units], lambda _: load_module(checked.source, name, checked.dtype))
+    return _Way([units], lambda _: load_module(plan.source, name, plan.dtype), notices)
 
 
-def _holding(checked: Checked, name: str) -> list[CompileRequest]:
+def _holding(plan: Plan, name: str) -> list[CompileRequest]:
     """What asks for engines with this component's weights in them."""
-    return [request for request in checked.plan.compile if request.component == name and request.holds_weights]
+    return [request for request in plan.state.compile if request.component == name and request.holds_weights]
 
 
-def _needs_all(checked: Checked, name: str) -> str:
+def _needs_all(plan: Plan, name: str) -> str:
     """Why a pass takes the component whole only; empty if all take it in portions."""
-    if _holding(checked, name):
+    if _holding(plan, name):
         return "its engines hold its weights"
-    steps = [item.step for item in checked.placed if item.step.component == name]
+    steps = [item.step for item in plan.placed if item.step.component == name]
     return next((f"{step.name} {step.needs_all}" for step in steps if step.needs_all), "")
 
 
-def _origins(found: Portions, checked: Checked) -> dict[str, str]:
+def _origins(found: Portions, plan: Plan) -> dict[str, str]:
     """The blocks that the passes leave, each with the name that it had; empty if one is no block that was there."""
     module = emptied(copy.deepcopy(found.module))
     before = repeated_blocks(module)  # held until the end: an id is that of a block that lives
     names = {id(block): block_name for block_name, block in before}
-    manager.apply(module, found.name, checked.placed)
+    manager.apply(module, found.name, plan.placed)
     left = {block_name: names.get(id(block), "") for block_name, block in repeated_blocks(module)}
     return left if all(left.values()) else {}
 
@@ -178,10 +177,10 @@ def _in_portions(found: Portions, origins: Mapping[str, str], needed: Collection
     return _Way(portions, lambda units: found.load([origins.get(unit, OUTSIDE) for unit in units]))
 
 
-def _transformed(module: torch.nn.Module, name: str, checked: Checked) -> torch.nn.Module:
+def _transformed(module: torch.nn.Module, name: str, plan: Plan) -> torch.nn.Module:
     """After the passes, with every value that it has finite."""
     refuse_nonfinite(module, name)
-    if manager.apply(module, name, checked.placed):
+    if manager.apply(module, name, plan.placed):
         refuse_nonfinite(module, name, "after the passes")
     return module
 

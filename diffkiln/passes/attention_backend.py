@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from diffkiln.bundle.versions import fits
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.passes.base import Fact, Outcome, Pass, State
 from diffkiln.program import ATTENTION, KERNELS, SDPA, Module, Op, Program, read_attention
 from diffkiln.program.attention import Kernel, call_problems, device_problem
 from diffkiln.record.pipeline import Recording
@@ -90,7 +90,7 @@ class AttentionBackend(Pass):
 
     # -- from configuration --
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         where = f"{where}.backend"
         if reason := device_problem(self.backend, target.device, target.capability):
             yield Problem(where, f"{reason}, and the target is {target.name}", self._others(target))
@@ -120,7 +120,7 @@ class AttentionBackend(Pass):
             return f"{self.backend} needs {package} {wanted}, which is not installed"
         return "" if fits(found, wanted) else f"{self.backend} needs {package} {wanted}, found {found}"
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         return Outcome(plan.with_facts(self.provides()), True, (f"attention by {self.backend}",))
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:

@@ -51,7 +51,7 @@ class CompileRequest:
 
 
 @dataclass(frozen=True)
-class Plan:
+class State:
     """The compiler's state between passes. A pass returns a new one.
 
     `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `variants` are the keywords that
@@ -77,7 +77,7 @@ class Plan:
         own = [name for name, kind in models.items() if kind.__module__.startswith("diffusers.")]
         return [name for name in own if not hasattr(models[name], "decode")]
 
-    def with_facts(self, facts: Iterable[Fact]) -> Plan:
+    def with_facts(self, facts: Iterable[Fact]) -> State:
         return replace(self, facts=self.facts | frozenset(facts))
 
 
@@ -85,7 +85,7 @@ class Plan:
 class Outcome:
     """What running a pass gave: the new plan, whether anything changed, and notes for the report."""
 
-    plan: Plan
+    plan: State
     changed: bool
     notes: tuple[str, ...] = ()
 
@@ -121,7 +121,7 @@ class Pass(Strict):
         """
         return self
 
-    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
         """What makes the pass illegal here, from configuration alone; `where` is its JSON path."""
         problems = unknown_component(self.component, plan, where)
         if problems:
@@ -132,11 +132,11 @@ class Pass(Strict):
                 problems.append(Problem(where, after + self.requires_not[fact.name]))
         return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         """The pass's own objections to this component."""
         return ()
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         """Apply the pass to the plan's ghost.
 
         Raises:
@@ -174,7 +174,7 @@ class Pass(Strict):
         return self.model_dump(mode="json")
 
 
-def unknown_component(component: str, plan: Plan, where: str) -> list[Problem]:
+def unknown_component(component: str, plan: State, where: str) -> list[Problem]:
     if component in plan.modules:
         return []
     mend = suggest(component, plan.modules) or f"It has {', '.join(plan.modules)}."

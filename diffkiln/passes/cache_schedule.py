@@ -13,7 +13,7 @@ import torch
 from pydantic import Discriminator, Field, Tag
 
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.passes.base import Fact, Outcome, Pass, State
 from diffkiln.passes.caching import (
     Kept,
     Mask,
@@ -182,7 +182,7 @@ class CacheSchedule(Pass):
 
     # -- from configuration --
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in plan.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
         elif self.dynamic:
@@ -224,7 +224,7 @@ class CacheSchedule(Pass):
             reason = "costs are measured for reuse of the last value, not for an extrapolation"
             yield Problem(f"{where}.order", reason, "Set it to 0, or name the steps.")
 
-    def _length_problems(self, plan: Plan, where: str) -> Iterable[Problem]:
+    def _length_problems(self, plan: State, where: str) -> Iterable[Problem]:
         field = "ratios" if self.method == "magcache" else "steps"
         for count in plan.steps:
             try:
@@ -232,7 +232,7 @@ class CacheSchedule(Pass):
             except ValueError as error:
                 yield Problem(f"{where}.{field}", str(error), f"Give one for each of {count} steps.")
 
-    def _dynamic_problems(self, module: torch.nn.Module, plan: Plan, where: str) -> Iterable[Problem]:
+    def _dynamic_problems(self, module: torch.nn.Module, plan: State, where: str) -> Iterable[Problem]:
         source = _source_of(plan.class_name)
         if Fact("guidance_changed", self.component) in plan.facts:
             reason = "guidance rewrites the program, and with dynamic diffusers runs without one"
@@ -263,12 +263,12 @@ class CacheSchedule(Pass):
     def _back(self) -> int:
         return self.back if self.method == "dbcache" else 0
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         if self.dynamic:
             return Outcome(plan.with_facts(self.provides()), True, ("decided at each step, by diffusers' hooks",))
         return self._foretell(plan)
 
-    def _foretell(self, plan: Plan) -> Outcome:
+    def _foretell(self, plan: State) -> Outcome:
         """Say which steps will compute; where the number of steps is known, and none reuses, nothing changes."""
         if self.is_calibrated:
             return Outcome(plan.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",))

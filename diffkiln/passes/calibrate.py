@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from diffkiln.errors import Problem, SourceError
-from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.passes.base import Fact, Outcome, Pass, State
 from diffkiln.spec import Conflict, Target, refuse
 
 #: A prompts file is read whole; one that is larger is something else.
@@ -91,7 +91,7 @@ class Calibrate(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("calibrated", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in plan.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
         elif len(plan.steps) != 1:
@@ -103,7 +103,7 @@ class Calibrate(Pass):
             reason = f"of {plan.steps[0]} steps {self.computed} compute, so none reuses"
             yield Problem(f"{where}.computed", reason, "Give fewer.")
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         wanted = f"{self.computed} computed steps" if self.computed else f"{self.metric} of at least {self.at_least:g}"
         note = f"on {len(self._texts)} prompts, for {wanted}"
         return Outcome(plan.with_facts(self.provides()), True, (note,))

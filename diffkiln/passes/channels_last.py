@@ -9,7 +9,7 @@ import torch
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import to_channels_last
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.spec import Target
 
 
@@ -27,7 +27,7 @@ class ChannelsLast(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("channels_last", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if not to_channels_last(module, try_only=True):
             yield Problem(
                 where, f"{type(module).__name__} has no 2D convolution outside of its repeated blocks", "Remove it."

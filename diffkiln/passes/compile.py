@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import repeated_blocks
-from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, Plan
+from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, State
 from diffkiln.passes.compiling import BACKENDS, Asked, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
@@ -134,18 +134,18 @@ class Compile(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
 
-    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
         if self.component != SCHEDULER or SCHEDULER in plan.modules or plan.scheduler is None:
             return super().check(plan, target, where)
         return list(self._problems(None, plan, target, where))
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         yield from self._problems(module, plan, target, where)
         if not self.whole and not repeated_blocks(module):
             reason = f"{type(module).__name__} declares no repeated blocks to compile"
             yield Problem(where, reason, 'Set "scope" to "whole", or remove it.')
 
-    def _problems(self, module: torch.nn.Module | None, plan: Plan, target: Target, where: str) -> Iterator[Problem]:
+    def _problems(self, module: torch.nn.Module | None, plan: State, target: Target, where: str) -> Iterator[Problem]:
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         yield from self._flag_problems(module, target, where)
@@ -178,7 +178,7 @@ class Compile(Pass):
             elif name == "conv_1x1_as_mm" and value and not (module and _has_convolutions_of_one(module)):
                 yield Problem(at, f"{self.component} has no convolution of one pixel", "Remove it.")
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
         request = CompileRequest(self.component, self.backend, self._options(), dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))

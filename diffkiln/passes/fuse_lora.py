@@ -22,7 +22,7 @@ from diffkiln.models.checkpoint import read_header
 from diffkiln.models.licences import CARD
 from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.passes.quantizers.base import is_ghost
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
@@ -121,7 +121,7 @@ class FuseLoRA(Pass):
 
     # -- checks --
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if find_spec("peft") is None:
             yield Problem(
                 where, "peft is not installed, which adds adapters to weights", "pip install 'diffkiln[lora]'"

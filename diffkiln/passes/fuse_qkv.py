@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.spec import Target
 
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
@@ -40,7 +40,7 @@ class FuseQKV(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("qkv_fused", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         name = type(module).__name__
         if not callable(getattr(module, "fuse_qkv_projections", None)):
             yield Problem(

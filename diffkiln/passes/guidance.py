@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem, RecordError
-from diffkiln.passes.base import Fact, Outcome, Pass, Plan
+from diffkiln.passes.base import Fact, Outcome, Pass, State
 from diffkiln.passes.caching import symbols
 from diffkiln.passes.guiding import join, pairs_of, part
 from diffkiln.passes.registry import Placed
@@ -74,7 +74,7 @@ class Guidance(Pass):
 
     # -- from configuration --
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in plan.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
             return
@@ -90,7 +90,7 @@ class Guidance(Pass):
     def _miscounted(self, count: int) -> str:
         return f"names {len(self.steps or ())} steps, and {self.component} is called in {count}"
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         notes: list[str] = []
         if self.batch is not None:
             notes.append(_BATCHES[self.batch])
@@ -198,7 +198,7 @@ def _of_two(places: Sequence[tuple[int, ...]]) -> bool:
     return bool(places) and all(len(step) == 2 for step in places)
 
 
-def _no_second_evaluation(module: torch.nn.Module, plan: Plan) -> str:
+def _no_second_evaluation(module: torch.nn.Module, plan: State) -> str:
     """Why the denoiser is not evaluated a second time for guidance; "" if it may be."""
     config = getattr(module, "config", {})
     kind = getattr(importlib.import_module("diffusers"), plan.class_name, None)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Cast, store
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.passes.quantize import is_quantized
 from diffkiln.spec import Target
 from diffkiln.spec.expressions import Expressions
@@ -42,7 +42,7 @@ class LayerwiseCast(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("stored_smaller", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         for index, pattern in enumerate(self.exclude):
             try:
                 expressions = Expressions([pattern])

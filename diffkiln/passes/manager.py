@@ -12,7 +12,7 @@ import torch
 from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, VerifyError
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.weights import weights_of
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.passes.registry import Placed, order_problems
 from diffkiln.program import CALL, REGION, Module, Program, verify_call_types, verify_module, verify_types
 from diffkiln.program import verify as verify_program
@@ -36,8 +36,8 @@ class Ran:
 
 
 def run(
-    plan: Plan, placed: Sequence[Placed], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
-) -> tuple[Plan, list[Ran]]:
+    plan: State, placed: Sequence[Placed], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
+) -> tuple[State, list[Ran]]:
     """Check every pass against what the earlier ones leave, and run it on the plan's ghosts, in place.
 
     One that is illegal is not run, and the later ones are still checked, so that all problems are told together.
@@ -74,7 +74,7 @@ def run(
     return plan, report
 
 
-def _run_one(plan: Plan, item: Placed) -> tuple[Plan, Ran]:
+def _run_one(plan: State, item: Placed) -> tuple[State, Ran]:
     started = time.perf_counter()
     with guarded(item), portable():
         outcome = item.step.run(plan)
@@ -192,7 +192,7 @@ def guarded(item: Placed) -> Iterator[None]:
         raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
 
 
-def verify(plan: Plan, item: Placed, before: Plan) -> None:
+def verify(plan: State, item: Placed, before: State) -> None:
     """The rules of a plan: it has its components, and every weight of a ghost is a ghost, without a gradient.
 
     Raises:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import MOST, matching, merge_tokens, repeated_blocks, self_attentions
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.spec import Target
 
 
@@ -35,7 +35,7 @@ class MergeTokens(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("tokens_merged", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         if not isinstance(module, UNet2DConditionModel):

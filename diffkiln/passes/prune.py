@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import drop_blocks, droppable_blocks, matching
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.spec import Target
 
 
@@ -34,7 +34,7 @@ class Prune(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("pruned", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         blocks = droppable_blocks(module)
         if not blocks:
             yield Problem(where, f"{type(module).__name__} declares no repeated blocks to drop from", "Remove it.")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Stored
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.passes.quantizers import Layers, Quantizer, Settings, quantizer
 from diffkiln.spec import Conflict, Target, refuse
 
@@ -107,7 +107,7 @@ class Quantize(Pass):
         if self.type == "float8_dynamic" and self.granularity == "per_tensor":
             yield Fact("scaled_together", self.component, self.name)
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if missing := self.quantizer.missing():
             extra = self.quantizer.extra
             yield Problem(f"{where}.backend", missing, f"pip install 'diffkiln[{extra}]'")

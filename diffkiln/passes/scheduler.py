@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Outcome, Pass, Plan
+from diffkiln.passes.base import Outcome, Pass, State
 from diffkiln.record.steps import steps_with
 from diffkiln.spec import Json, Target, suggest
 
@@ -37,7 +37,7 @@ class Scheduler(Pass):
         default_factory=dict, description="Fields of the configuration to change; the others stay as in the model."
     )
 
-    def check(self, plan: Plan, target: Target, where: str) -> Sequence[Problem]:
+    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
         if plan.scheduler is None:
             return [Problem(where, f"{plan.class_name} has no scheduler", "Remove it.")]
         known = _compatible(plan.scheduler)
@@ -62,11 +62,11 @@ class Scheduler(Pass):
                 problems.append(Problem(f"{where}.config", f"diffusers refuses them: {error}"))
         return problems
 
-    def _made(self, plan: Plan) -> Any:
+    def _made(self, plan: State) -> Any:
         kind = _compatible(plan.scheduler)[self.type or type(plan.scheduler).__name__]
         return kind.from_config(plan.scheduler.config, **self.config)
 
-    def run(self, plan: Plan) -> Outcome:
+    def run(self, plan: State) -> Outcome:
         before, after = plan.scheduler, self._made(plan)
         old = dict(before.config)
         changed = {k: v for k, v in dict(after.config).items() if not k.startswith("_") and old.get(k) != v}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Sparse24, matching, store
-from diffkiln.passes.base import Fact, Pass, Plan
+from diffkiln.passes.base import Fact, Pass, State
 from diffkiln.passes.quantize import linear_layers
 from diffkiln.passes.quantizers.base import is_ghost
 from diffkiln.spec import Target
@@ -42,7 +42,7 @@ class Sparsify(Pass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("sparse", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if target.device != "cuda" or target.capability < _SM:
             has = f"SM {target.compute_capability}" if target.device == "cuda" else "no GPU"
             yield Problem(

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import decode_in_parts, parts_problem, tile_side, tile_unit
-from diffkiln.passes.base import Pass, Plan
+from diffkiln.passes.base import Pass, State
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
 
@@ -38,7 +38,7 @@ class VAE(Pass):
         if "tile" in given and not given.get("tiling"):
             yield ("tile",), refuse("says nothing without tiling", "Remove it")
 
-    def check_module(self, module: torch.nn.Module, plan: Plan, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if reason := parts_problem(module, self.slicing, self.tiling, self.tile):
             yield Problem(where, reason, "Remove it.")
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -15,10 +17,14 @@ _LARGE = 2**16
 
 
 class Constants:
-    """Tensors by the digest of their content; shared by all programs of a bundle."""
+    """Tensors by the digest of their content; shared by all programs of a bundle.
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
+    Args:
+        tensors: those that are known already, by their digests.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        self.tensors = dict(tensors)
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
 
     def add(self, tensor: torch.Tensor) -> str:

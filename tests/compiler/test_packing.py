@@ -12,21 +12,19 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
+from diffkiln.compiler.packed import Packed
 from diffkiln.compiler.packing import engines as packing_engines
-from diffkiln.compiler.packing.engines import _take_over_requirements, _try_out
-from diffkiln.compiler.packing.packed import Packed
+from diffkiln.compiler.packing.engines import _untried, demands
 from diffkiln.compiler.packing.programs import _features
 from diffkiln.compiler.packing.targets import retargeted, spec_for, targets_in
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
 from diffkiln.exporters.artefact import Artefact
 from diffkiln.passes.quantize import Quantize
 from diffkiln.program import NOISE, Input, Op, Program, TensorType
-from diffkiln.record.constants import Constants
-from diffkiln.record.pipeline import Recording
 from diffkiln.spec import TARGETS
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
-from tests.exporters.regions import CPU, block, engine_cache
+from tests.exporters.regions import CPU, engine_cache
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -134,30 +132,23 @@ def artefact(**requires: str) -> Artefact:
     return Artefact("aot_inductor", Path(), (), (), requires=requires, autotuned=requires.get("tuned") == "yes")
 
 
-def nothing_packed() -> Packed:
-    return Packed(Recording([], {}, Constants(), []), None, [])
-
-
 def test_what_engines_for_gpus_ask_of_the_machine_adds_up():
-    packed = nothing_packed()
-    _take_over_requirements(packed, CPU, Artefact("onnx", Path(), (), ()))
+    packed = Packed() + demands(CPU, Artefact("onnx", Path(), (), ()))
     assert packed.gpus == {}
     asked = {"sm": "sm_89", "cuda": "13.0", "driver": "580.65.06"}
-    _take_over_requirements(packed, L4, artefact(**asked, glibc="2.34", tuned="yes"))
+    packed += demands(L4, artefact(**asked, glibc="2.34", tuned="yes"))
     assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": True}}
-    _take_over_requirements(packed, L4, artefact(**asked, glibc="2.9"))
+    packed += demands(L4, artefact(**asked, glibc="2.9"))
     assert packed.gpus == {"nvidia-l4": {"sm": "sm_89", "autotuned": False}}
-    assert (packed.cuda, packed.driver, packed.glibc) == ("13.0", "580.65.06", "2.34")
+    assert packed.requires == {"cuda": "13.0", "driver": "580.65.06", "glibc": "2.34"}
 
 
 def test_an_engine_that_was_built_without_its_gpu_is_said_to_be_untuned_and_untried():
-    notices: list[str] = []
-    for _ in range(2):
-        _try_out(artefact(), block(), {}, L4, "engines/nvidia-l4", notices)
-    assert notices == [
+    once = Packed(notices=tuple(_untried(artefact(), L4)))
+    assert (once + once).notices == (
         "the engines for nvidia-l4 were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is",
         "the engines for nvidia-l4 were not tried: this machine cannot run them",
-    ]
+    )
 
 
 def test_engines_that_are_built_anew_are_what_the_manifest_tells_of(digits_bundle):
@@ -166,9 +157,7 @@ def test_engines_that_are_built_anew_are_what_the_manifest_tells_of(digits_bundl
     name = manifest.engines[0].target
     before = {"gpus": {name: {"sm": "sm_89", "autotuned": False}, "gone": {"sm": "sm_80"}}}
     manifest = manifest.model_copy(update={"runtime": {**manifest.runtime, **before}})
-    packed = nothing_packed()
-    packed.gpus[name] = {"sm": "sm_89", "autotuned": True}
-    packed.cuda = "13.0"
+    packed = Packed(requires={"cuda": "13.0"}, gpus={name: {"sm": "sm_89", "autotuned": True}})
     isas, devices = {name: "x86-64-v3"}, {name: "cuda"}
     found = retargeted(manifest, manifest.files, manifest.engines, isas, devices, packed)
     assert found.runtime["gpus"] == {name: {"sm": "sm_89", "autotuned": True}}

@@ -219,7 +219,11 @@ import sys
 for name in ("diffusers", "transformers", "accelerate", "torchao"):
     sys.modules[name] = None
 from diffkiln.compiler.packing import editing
-editing.pack_family = lambda *_: print("compiles")
+from diffkiln.compiler.packed import Packed
+def built(*_):
+    print("compiles")
+    return Packed()
+editing.EnginesPacker.family = built
 import diffkiln
 try:
     diffkiln.add_target(sys.argv[1], "cpu-x86-64-v2")
@@ -249,7 +253,7 @@ KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
 import pytest
-from diffkiln.compiler.compile import retarget
+from diffkiln.compiler import retarget
 from diffkiln.bundle import open_bundle
 from diffkiln.compiler.packing import engines
 from tests.killing import NAMES, killed_before

@@ -1,13 +1,13 @@
-"""Steps are told as they begin, and timed."""
+"""Stages are told as they begin, and timed."""
 
 import pytest
 
-from diffkiln.compiler.stages import Steps
+from diffkiln.compiler.stages import Stages
 
 
 def test_steps_are_told_in_order_and_timed():
     told = []
-    steps = Steps(told.append)
+    steps = Stages(told.append)
     for name in ("check", "record", "check"):
         with steps(name):
             pass
@@ -16,7 +16,7 @@ def test_steps_are_told_in_order_and_timed():
 
 
 def test_a_step_that_fails_is_timed_too():
-    steps = Steps()
+    steps = Stages()
     with pytest.raises(ZeroDivisionError), steps("divide"):
         1 / 0  # noqa: B018
     assert steps.seconds["divide"] >= 0

@@ -13,7 +13,7 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
-from diffkiln.compiler.compile import weights as streaming
+from diffkiln.compiler import weights as streaming
 from diffkiln.compiler.verify import call as calls
 from diffkiln.errors import BuildError, PassError
 from diffkiln.models.shards import Portions
@@ -105,7 +105,7 @@ def test_large_components_are_verified_with_the_blocks_of_a_twin(loads, tmp_path
 
 def test_a_pass_that_needs_all_weights_has_them_and_it_is_told(loads, tmp_path):
     checked = diffkiln.check(digits(), base=DIGITS)
-    adapter(tmp_path / "adapter.safetensors", checked.plan.modules["transformer"], "transformer", ending="to_k")
+    adapter(tmp_path / "adapter.safetensors", checked.state.modules["transformer"], "transformer", ending="to_k")
     passes = [entry("fuse_lora", adapters=[{"file": str(tmp_path / "adapter.safetensors")}])]
     built = diffkiln.compile(digits(passes=passes), tmp_path / "bundle", base=DIGITS)
     assert "transformer" not in {name for name, _ in loads}

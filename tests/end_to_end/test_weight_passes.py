@@ -182,7 +182,7 @@ def test_the_bundles_weights_are_the_transformed_ones(name, bundles, files):
     """Names, shapes and types are those that the passes leave, and their bytes are what `check` predicts."""
     checked = diffkiln.check(spec(name, files), base=DIGITS)
     manifest = json.loads((bundles[name] / "manifest.json").read_text())
-    for component, module in checked.plan.modules.items():
+    for component, module in checked.state.modules.items():
         held: dict[str, Any] = {}
         for row in manifest["weights"][component]:
             held |= headers(bundles[name] / row["file"])

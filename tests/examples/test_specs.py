@@ -59,7 +59,7 @@ def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path, monkeypatch):
 def test_a_small_gpu_holds_no_large_layers_that_are_not_quantized(path, monkeypatch):
     """A pattern such as `*norm*` leaves out the modulations too: 27 % of the weights of FLUX's transformer."""
     monkeypatch.setattr("diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(()))
-    module = diffkiln.check(read(path)).plan.modules["transformer"]
+    module = diffkiln.check(read(path)).state.modules["transformer"]
     left = sum(layer.weight.numel() * layer.weight.itemsize for layer in linear_layers(module).values())
     assert left <= 0.05 * nbytes(module)
 

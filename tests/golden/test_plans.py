@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffkiln.compiler import check
+from diffkiln.compiler.check import check
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from tests.passes.adapters import adapter
@@ -102,7 +102,7 @@ def test_plan_with_an_adapter_is_as_it_was(tmp_path):
 @pytest.mark.parametrize(("name", "spec"), [("digits", "spec.json"), ("digits-int8", "spec-int8.json")])
 def test_plan_of_an_example_is_as_it_was(name, spec):
     found = check(EXAMPLES / "digits" / spec)
-    _compare(name, found.plan, found.report)
+    _compare(name, found.state, found.report)
 
 
 def _compare(name, plan, report):

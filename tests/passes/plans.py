@@ -17,7 +17,7 @@ from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.spec import PassEntry, Source, Target, TargetSpec, resolve_target
 from tests.pipelines import build_folder
@@ -37,11 +37,11 @@ def source(family: str) -> SourceModel:
     return open_source(Source(model=str(build_folder(family, _root()))), Path())
 
 
-def ghost(family: str) -> Plan:
+def ghost(family: str) -> State:
     """A fresh plan; passes change its modules."""
     model = source(family)
     pipe = ghost_pipeline(model)
-    return Plan(model.class_name, {name: pipe.components[name] for name in model.modules})
+    return State(model.class_name, {name: pipe.components[name] for name in model.modules})
 
 
 def real(family: str, component: str) -> torch.nn.Module:
@@ -58,7 +58,7 @@ def prepared(class_name: str, *passes: dict[str, Any]) -> list[Placed]:
     return [replace(item, step=item.step.prepare(Path.cwd(), kind)) for item in placed(*passes)]
 
 
-def checked(plan: Plan, *passes: dict[str, Any], target: Target = CPU) -> list[Placed]:
+def checked(plan: State, *passes: dict[str, Any], target: Target = CPU) -> list[Placed]:
     """The passes, which are legal. They are tried out on a copy of the plan."""
     steps = prepared(plan.class_name, *passes)
     tried = {name: outline(module) for name, module in plan.modules.items()}

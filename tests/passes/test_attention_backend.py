@@ -17,7 +17,7 @@ from diffkiln.errors import IllegalPlan, Incompatible, MissingDependency, SpecEr
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.program import ATTENTION, KERNELS, PACKAGED, SDPA, module_from_json
 from diffkiln.runtime import loading
 from diffkiln.runtime.diffusers import loading as as_diffusers
@@ -125,7 +125,7 @@ def test_every_target_must_have_the_kernel():
 
 
 def test_a_component_without_attention_is_refused():
-    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
+    plan = State("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
     with pytest.raises(IllegalPlan, match=r"Linear has no attention\. Remove it"):
         checked(plan, entry("native_math"))
 

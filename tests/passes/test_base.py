@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from diffkiln.passes.base import Fact, Pass, Plan, unknown_component
+from diffkiln.passes.base import Fact, Pass, State, unknown_component
 from diffkiln.passes.cast import Cast
 from tests.passes.plans import CPU
 
@@ -25,7 +25,7 @@ class Halve(Pass):
 
 
 def plan():
-    return Plan("Pipeline", {"unet": torch.nn.Linear(2, 2), "vae": torch.nn.Linear(2, 2)})
+    return State("Pipeline", {"unet": torch.nn.Linear(2, 2), "vae": torch.nn.Linear(2, 2)})
 
 
 def test_run_gives_a_new_plan_with_the_facts_and_the_notes():

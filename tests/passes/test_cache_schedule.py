@@ -280,7 +280,7 @@ def test_check_foretells_the_schedule_and_inspect_shows_it(families, tmp_path):
 def test_its_own_sigmas_are_counted(families):
     made = spec(families, "flux", method="mask", steps=[1, 0, 1, 0])
     made["inputs"]["call"]["sigmas"] = [1.0, 0.7, 0.5, 0.2]
-    assert diffkiln.check(made).plan.steps == (4,)
+    assert diffkiln.check(made).state.steps == (4,)
 
 
 def test_the_scheduler_comes_first(families):

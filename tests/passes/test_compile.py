@@ -8,7 +8,7 @@ import torch
 
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.program import Input, Module, Op, Program, Ref, TensorType
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
@@ -27,7 +27,7 @@ def test_plan_asks_for_the_blocks_of_the_component():
 
 
 def test_component_without_blocks_is_refused():
-    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
+    plan = State("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
     with pytest.raises(IllegalPlan, match="Linear declares no repeated blocks"):
         checked(plan, COMPILE)
 
@@ -52,7 +52,7 @@ def test_twice_for_one_component_is_refused():
 
 
 def test_whole_component_needs_no_blocks():
-    plan = Plan("Pipeline", {"transformer": torch.nn.Linear(1, 1, device="meta").requires_grad_(False)})
+    plan = State("Pipeline", {"transformer": torch.nn.Linear(1, 1, device="meta").requires_grad_(False)})
     after, report = manager.run(plan, checked(plan, COMPILE | {"scope": "whole"}))
     assert [request.component for request in after.compile] == ["transformer"]
     assert report[0].notes == ("whole by aot_inductor",)
@@ -128,7 +128,7 @@ def test_targets_that_tensorrt_cannot_build_for_are_refused_from_configuration(t
 def test_types_that_tensorrt_cannot_compute_are_refused_from_configuration(dtype, target):
     layer = torch.nn.Linear(4, 4, device="meta").requires_grad_(False).to(getattr(torch, dtype))
     with pytest.raises(IllegalPlan, match=rf"cannot compute transformer: found {dtype}.*required .*float16") as caught:
-        manager.run(Plan("Pipeline", {"transformer": layer}), placed(COMPILE | {"backend": "tensorrt"}), [target])
+        manager.run(State("Pipeline", {"transformer": layer}), placed(COMPILE | {"backend": "tensorrt"}), [target])
     assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
 
 

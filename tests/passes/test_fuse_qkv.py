@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.passes.fuse_qkv import FuseQKV
 from tests import coverage
 from tests.passes.plans import CPU, both, checked, ghost, placed, real, types
@@ -118,7 +118,7 @@ def _seeded(module):
 
 def _checks(module):
     """Raises IllegalPlan if the module may not be fused."""
-    checked(Plan("Pipeline", {"transformer": copy.deepcopy(module).to("meta")}), FUSE)
+    checked(State("Pipeline", {"transformer": copy.deepcopy(module).to("meta")}), FUSE)
 
 
 def _sd3(**options):

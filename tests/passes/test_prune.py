@@ -7,7 +7,7 @@ import torch
 
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes import manager
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.passes.prune import Prune
 from tests.passes.calls import call_of, result_of
 from tests.passes.plans import CPU, both, checked, ghost, real, types
@@ -70,7 +70,7 @@ def test_blocks_that_take_skipped_values_are_no_chain():
             super().__init__()
             self.blocks = torch.nn.ModuleList([Block(2, 2), Block(2, 2)])
 
-    plan = Plan("Pipeline", {"transformer": Model()})
+    plan = State("Pipeline", {"transformer": Model()})
     step = Prune(component="transformer", blocks=("blocks.0",))
     (problem,) = step.check(plan, CPU, "$.passes[0]")
     assert "blocks is no chain" in problem.reason

@@ -55,7 +55,7 @@ def test_the_bundle_runs_as_diffusers_with_that_scheduler(family, options, famil
 def test_the_number_of_steps_is_the_new_schedulers(families):
     made = with_scheduler(families, "sd", type="EulerDiscreteScheduler")
     made["passes"].append({"name": "cache_schedule", "component": "unet", "method": "mask", "steps": [1, 0] * 3})
-    assert diffkiln.check(made).plan.steps == (6,)
+    assert diffkiln.check(made).state.steps == (6,)
     del made["passes"][0]
     with pytest.raises(IllegalPlan, match="names 6 steps, and unet is called in 7"):
         diffkiln.check(made)

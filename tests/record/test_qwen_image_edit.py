@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import diffkiln
-from diffkiln.compiler.compile import _record, check
+from diffkiln.compiler.compile import _recorded, check
 from diffkiln.errors import CallError, DataDependent, RecordError, VerifyError
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record import lengths
@@ -145,7 +145,7 @@ def recorded(root, edit=None, **inputs):
     if edit:
         edit(root / "qwen_image_edit")
     with quiet_libraries():
-        return _record(check(spec | {"inputs": spec["inputs"] | inputs | {"call": call}}), [])
+        return _recorded(check(spec | {"inputs": spec["inputs"] | inputs | {"call": call}})).recording
 
 
 @pytest.mark.parametrize(

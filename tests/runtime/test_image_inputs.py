@@ -198,10 +198,10 @@ def test_a_pipeline_that_lacks_its_image_is_told_how_to_say_it(inpaint, tmp_path
 def test_steps_that_the_strength_leaves_out_are_not_counted(inpaint):
     spec = inpaint[0]
     one = spec["inputs"][0]
-    assert diffkiln.check(spec | {"inputs": one}).plan.steps == ()
-    assert diffkiln.check(spec | {"inputs": one | {"call": one["call"] | {"strength": 1.0}}}).plan.steps
+    assert diffkiln.check(spec | {"inputs": one}).state.steps == ()
+    assert diffkiln.check(spec | {"inputs": one | {"call": one["call"] | {"strength": 1.0}}}).state.steps
     source = spec["source"] | {"pipeline": "StableDiffusionImg2ImgPipeline"}  # which leaves steps out unless it is told
-    assert diffkiln.check(spec | {"source": source, "inputs": one | {"call": {"image": {}}}}).plan.steps == ()
+    assert diffkiln.check(spec | {"source": source, "inputs": one | {"call": {"image": {}}}}).state.steps == ()
 
 
 def test_calibrate_has_no_images(inpaint, tmp_path):

@@ -1,25 +1,21 @@
 """Fills a bundle: configuration, programs, engines, weights, and the manifest that names them all."""
 
 from diffkiln.compiler.packing.configuration import pack_configuration
-from diffkiln.compiler.packing.engines import pack_engines
+from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.licences import pack_licences
-from diffkiln.compiler.packing.packed import Packed, as_json
-from diffkiln.compiler.packing.programs import every_program, pack_programs, tokenizers_of
+from diffkiln.compiler.packing.programs import every_program, pack_programs
 from diffkiln.compiler.packing.report import manifest_of, pack_report
 from diffkiln.compiler.packing.weights import WeightsPacker, as_stored, weights_used
 
 __all__ = [
-    "Packed",
+    "EnginesPacker",
     "WeightsPacker",
-    "as_json",
     "as_stored",
     "every_program",
     "manifest_of",
     "pack_configuration",
-    "pack_engines",
     "pack_licences",
     "pack_programs",
     "pack_report",
-    "tokenizers_of",
     "weights_used",
 ]

@@ -5,38 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffkiln.bundle import BundleWriter
 from diffkiln.bundle.layout import LAYERS
-from diffkiln.compiler.packing.packed import as_json
+from diffkiln.compiler.packed import as_json
+from diffkiln.compiler.plan import Plan
 from diffkiln.interpreter.layers import described
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.registry import Placed
-
-if TYPE_CHECKING:
-    from diffkiln.compiler.compile import Checked
 
 SCHEDULER = "scheduler"
 _PATHS = ("_name_or_path", "name_or_path")
 
 
-def pack_configuration(writer: BundleWriter, checked: Checked) -> None:
+def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
     """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
     `spec.json`, with the source and the files of the passes pinned."""
-    source, spec = checked.source, checked.spec
+    source, spec = plan.source, plan.spec
     for name in source.files():
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         if name.partition("/")[0] != SCHEDULER:
-            writer.write(f"pipeline/{name}", _portable(source, name, checked.plan.scheduler), "config")
-    if checked.plan.scheduler is not None:
-        writer.write(f"pipeline/{SCHEDULER}/scheduler_config.json", _scheduler(checked.plan.scheduler), "config")
-    for name, module in checked.plan.modules.items():
+            writer.write(f"pipeline/{name}", _portable(source, name, plan.state.scheduler), "config")
+    if plan.state.scheduler is not None:
+        writer.write(f"pipeline/{SCHEDULER}/scheduler_config.json", _scheduler(plan.state.scheduler), "config")
+    for name, module in plan.state.modules.items():
         if layers := described(module):
             writer.write(f"pipeline/{name}/{LAYERS}", as_json(layers), "config")
     written = spec.as_json()
-    written["passes"] = [_pinned(index, entry, checked.placed) for index, entry in enumerate(written["passes"])]
+    written["passes"] = [_pinned(index, entry, plan.asked) for index, entry in enumerate(written["passes"])]
     written.pop("$schema", None)
     kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
     written["source"] = kept | source.pinned()

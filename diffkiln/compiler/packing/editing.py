@@ -27,10 +27,10 @@ from diffkiln.bundle import (
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
 from diffkiln.bundle.layout import SCHEMAS
 from diffkiln.compiler.built import Built
-from diffkiln.compiler.packing.engines import pack_family
-from diffkiln.compiler.packing.packed import Packed, as_json
+from diffkiln.compiler.packed import Packed, as_json
+from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
-from diffkiln.compiler.stages import Progress, Steps
+from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.errors import IllegalPlan, IntegrityError, Problem, SpecError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.registry import exporter
@@ -64,7 +64,7 @@ class Edit:
     ) -> None:
         self._stated = bundle
         self._writer = BundleWriter(bundle if output is None else output, force or output is None)
-        self._steps = Steps(progress)
+        self._stages = Stages(progress)
         self._removed: list[str] = []
         self._added: list[Target] = []
 
@@ -76,7 +76,7 @@ class Edit:
             self.manifest = self._bundle.manifest
             self.targets = engine_targets(self.manifest)
             self._isas = isas_of(self.manifest)
-            with self._steps("check the bundle"):
+            with self._stages("check the bundle"):
                 # Weights are taken over as they are: whoever loads them compares them with their digests.
                 roles = {"config", "program", "native", "doc"}
                 self._verified = stack.enter_context(self._bundle.verify(roles=roles))  # pyright: ignore[reportArgumentType]
@@ -112,33 +112,35 @@ class Edit:
         groups = groups_of(self.manifest, modules)
         _check_buildable(self.manifest, groups, modules, targets)
         self._writer.require_space(self._size(targets))
-        self._packed.recording.modules.update(modules)
-        self._packed.recording.constants.tensors.update(read_constants(self._verified))
+        recording = Recording([], modules, Constants(read_constants(self._verified)), [])
+        engines = EnginesPacker(self._writer, cache, recording)
         for group in groups:
             component = group.request.component
             for target in targets:
-                with self._steps(f"compile the blocks of {component} for {target.name}"):
+                with self._stages(f"compile the blocks of {component} for {target.name}"):
                     family = group.family(modules[component])
-                    pack_family(self._writer, self._packed, group.request, target, family, cache)
+                    self._packed += engines.family(group.request, target, family)
         self._added += targets
 
     def publish(self, what: str) -> Built:
         """Write the rest, and take the output's place. `what` says what was done, in `build.json`."""
         old = self._bundle.id
-        notices = self._packed.notices
-        notices.append(f"the bundle has a new id: what was said or signed of {old} does not hold for it")
-        with self._steps("publish"):
+        self._note(f"the bundle has a new id: what was said or signed of {old} does not hold for it")
+        with self._stages("publish"):
             kept = self._keep()
             known = has_receipt(old) or not any(row.role == "native" for row in kept)
             if not known:
-                notices.append(
+                self._note(
                     "the bundle has no receipt, since it holds native code that was not built here: loading it needs "
                     "allow_native=True, or --allow-native"
                 )
             identity = self._writer.publish(self._manifest, lambda manifest: self._report(manifest, what))
         if known:
             write_receipt(identity)
-        return Built(self._writer.output, identity, tuple(notices), dict(self._steps.seconds))
+        return Built(self._writer.output, identity, self._packed.notices, dict(self._stages.seconds))
+
+    def _note(self, notice: str) -> None:
+        self._packed += Packed(notices=(notice,))
 
     def _size(self, targets: Sequence[Target]) -> int:
         """About what the new bundle will take: what is copied, and engines as large as those for the first target."""
@@ -175,7 +177,7 @@ class Edit:
             "diffkiln": __version__,
             "torch": torch.__version__,
             "host": {"machine": platform.machine(), "system": platform.platform()},
-            "seconds": {name: round(value, 3) for name, value in self._steps.seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in self._stages.seconds.items()},
         }
         build |= {"notices": [*told, *self._packed.notices], "edits": [*_list(build, "edits"), step]}
         self._writer.write_unhashed("build.json", as_json(build))
@@ -183,9 +185,8 @@ class Edit:
 
 
 def _packed(manifest: Manifest) -> Packed:
-    asked = manifest.requires
-    empty = Recording([], {}, Constants(), [])
-    return Packed(empty, None, [], glibc=asked.glibc, cuda=asked.cuda, driver=asked.driver)
+    asked = {name: getattr(manifest.requires, name) for name in ("glibc", "cuda", "driver")}
+    return Packed(requires={name: version for name, version in asked.items() if version})
 
 
 def _check_editable(bundle: Bundle) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffkiln.bundle import BundleWriter
-from diffkiln.compiler.packing.packed import as_json
+from diffkiln.compiler.packed import as_json
+from diffkiln.compiler.plan import Plan
 from diffkiln.models.licences import licence_in, licence_of
 from diffkiln.passes.fuse_lora import FuseLoRA
-
-if TYPE_CHECKING:
-    from diffkiln.compiler.compile import Checked
 
 LICENCES = "licences.json"
 
 
-def pack_licences(writer: BundleWriter, checked: Checked) -> None:
+def pack_licences(writer: BundleWriter, plan: Plan) -> None:
     """One row for the base model and one for each adapter, with what each states, or null. A hashed file, so that it
     is signed with the rest."""
-    rows: list[dict[str, Any]] = [{"of": "base model", **checked.source.pinned()} | licence_of(checked.source.folder)]
-    for item in checked.placed:
+    rows: list[dict[str, Any]] = [{"of": "base model", **plan.source.pinned()} | licence_of(plan.source.folder)]
+    for item in plan.placed:
         if isinstance(item.step, FuseLoRA):
             for stated, path in item.step.origins():
                 licence = licence_of(path.parent) | licence_in(path)

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
 
 from diffkiln.bundle import BundleWriter, Variant
 from diffkiln.bundle.layout import CONSTANTS, SCHEMAS
-from diffkiln.compiler.packing.packed import Packed, as_json
-from diffkiln.errors import RecordError
+from diffkiln.compiler.packed import Packed, as_json
+from diffkiln.compiler.plan import Plan
+from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.interpreter.aten import schemas
 from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_json
 from diffkiln.program.images import image_keywords
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
-from diffkiln.record.text import tokenizer_of
 
 
-def pack_programs(writer: BundleWriter, packed: Packed, requests: Sequence[Request], pipe: Any) -> None:
+def pack_programs(writer: BundleWriter, plan: Plan) -> Packed:
     """`programs/`: the variants, the components, constants and operators' schemas; `text/`: the tokenizers."""
-    recording = packed.recording
-    for index, request in enumerate(requests):
+    recording = plan.recording
+    packed = Packed()
+    for index, request in enumerate(plan.requests):
         name = _variant_name(request, {variant.name for variant in packed.variants})
-        fixed = recording.fixed[index] if recording.fixed else defaults(pipe, request)
-        programs = recording.calls[index] if recording.calls else {}
-        path = f"programs/{name}.json"
-        if programs:
-            free = {item.source["keyword"] for item in programs["call"].inputs if item.source.get("kind") == "scalar"}
-            fixed = {key: value for key, value in fixed.items() if key not in free}
-            packed.features.update(*map(_features, programs.values()))
-            data = {"programs": {key: program_to_json(program) for key, program in programs.items()}}
-            writer.write(path, dumps(data), "program")
-        packed.variants.append(Variant(name=name, fixed=fixed, programs=dict.fromkeys(programs, path)))
+        fixed = recording.fixed[index] if recording.fixed else defaults(plan.pipe, request)
+        packed += _pack_variant(writer, name, fixed, recording.calls[index] if recording.calls else {})
     for component, module in recording.modules.items():
         writer.write(f"programs/{component}.json", dumps(module_to_json(module)), "program")
     if recording.calls:
@@ -42,8 +35,20 @@ def pack_programs(writer: BundleWriter, packed: Packed, requests: Sequence[Reque
         constants = {key: recording.constants.tensors[key] for key in keys}
         writer.write(CONSTANTS, safetensors.torch.save(constants), "program")
         writer.write(SCHEMAS, as_json(schemas(every)), "program")
-        for name, text in tokenizers_of(recording, pipe).items():
+        for name, text in tokenizers_of(recording, plan.pipe).items():
             writer.write(f"text/{name}.json", text.encode(), "config")
+    return packed
+
+
+def _pack_variant(writer: BundleWriter, name: str, fixed: Mapping[str, Any], programs: Mapping[str, Program]) -> Packed:
+    path = f"programs/{name}.json"
+    if programs:
+        free = {item.source["keyword"] for item in programs["call"].inputs if item.source.get("kind") == "scalar"}
+        fixed = {key: value for key, value in fixed.items() if key not in free}
+        data = {"programs": {key: program_to_json(program) for key, program in programs.items()}}
+        writer.write(path, dumps(data), "program")
+    features = frozenset(feature for program in programs.values() for feature in _features(program))
+    return Packed((Variant(name=name, fixed=dict(fixed), programs=dict.fromkeys(programs, path)),), features=features)
 
 
 def _features(call: Program) -> Iterator[str]:
@@ -61,31 +66,6 @@ def every_program(recording: Recording) -> list[Program]:
     calls = [program for programs in recording.calls for program in programs.values()]
     parts = [p for m in recording.modules.values() for p in (*m.programs.values(), *m.regions.values())]
     return calls + parts
-
-
-def tokenizers_of(recording: Recording, pipe: Any) -> dict[str, str]:
-    """The tokenizers that the calls use, by name, as the JSON of the tokenizers library.
-
-    Raises:
-        RecordError: a tokenizer is not backed by that library.
-    """
-    names = {text["tokenizer"] for programs in recording.calls for p in programs.values() for text in p.texts}
-    return {name: _tokenizer_json(name, tokenizer_of(pipe.components[name])) for name in sorted(names)}
-
-
-def _tokenizer_json(name: str, tokenizer: Any) -> str:
-    from tokenizers import Tokenizer
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise RecordError(
-            f"the tokenizer {name!r} ({type(tokenizer).__name__}) is not backed by the tokenizers library, which the "
-            "runtime uses. Save the pipeline with a fast tokenizer"
-        )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy.to_str(pretty=True)
 
 
 def _variant_name(request: Request, taken: set[str]) -> str:

@@ -6,68 +6,65 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires, device_features, device_policy
 from diffkiln.bundle.card import card
-from diffkiln.compiler.packing.packed import Packed, as_json
+from diffkiln.compiler.packed import as_json
+from diffkiln.compiler.plan import Plan
 from diffkiln.errors import MissingDependency
 from diffkiln.models.card import read_card
-from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import Pass
-from diffkiln.passes.manager import Ran
 from diffkiln.record.pipeline import Recording
 from diffkiln.version import __version__
 
-if TYPE_CHECKING:
-    from diffkiln.compiler.compile import Checked
 
-
-def manifest_of(rows: tuple[FileRow, ...], packed: Packed, checked: Checked) -> Manifest:
+def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
     """The manifest of what was packed."""
     import diffusers
 
-    offload = packed.offload.model_dump(mode="json", exclude_none=True) if packed.offload else None
-    devices = {target.name: target.device for target in checked.targets}
+    packed, asked = plan.packed, plan.spec.runtime
+    offload = asked.offload.model_dump(mode="json", exclude_none=True) if asked.offload else None
+    devices = {target.name: target.device for target in plan.targets}
     runtime: dict[str, Any] = {
         **device_policy(devices),
         "offload": offload,
-        "on_incompatible": checked.spec.runtime.on_incompatible,
-        "targets": {target.name: target.isa for target in checked.targets},
+        "on_incompatible": asked.on_incompatible,
+        "targets": {target.name: target.isa for target in plan.targets},
     }
     if packed.gpus:
-        runtime["gpus"] = dict(packed.gpus)
+        runtime["gpus"] = {name: dict(row) for name, row in packed.gpus.items()}
     for name in ("cuda_graphs", "tf32"):
-        if (asked := getattr(checked.spec.runtime, name)) is not None:
-            runtime[name] = asked
-    if packed.recording.reason:
-        runtime["only_diffusers"] = packed.recording.reason
-    steps = [ran.placed.step for ran in checked.report]
+        if (value := getattr(asked, name)) is not None:
+            runtime[name] = value
+    if plan.recording.reason:
+        runtime["only_diffusers"] = plan.recording.reason
+    steps = [ran.placed.step for ran in plan.report]
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
         features_required=device_features(packed.features.union(*(step.features for step in steps)), devices),
-        source=checked.source.pinned(),
+        source=plan.source.pinned(),
         requires=Requires(
             python=">=3.11",
             torch=f"=={major}.{minor}.*",
-            cuda=packed.cuda,
-            driver=packed.driver,
-            cpu_isa=min(target.isa for target in checked.targets) if packed.engines else None,
-            glibc=packed.glibc,
-            packages=_packages(packed.recording, steps),
+            cuda=packed.requires.get("cuda"),
+            driver=packed.requires.get("driver"),
+            cpu_isa=min(target.isa for target in plan.targets) if packed.engines else None,
+            glibc=packed.requires.get("glibc"),
+            packages=_packages(plan.recording, steps),
         ),
         pipeline=Pipeline(
-            class_name=checked.source.class_name,
+            class_name=plan.source.class_name,
             diffusers_version=diffusers.__version__,
-            variants=tuple(packed.variants),
+            variants=packed.variants,
         ),
         files=rows,
-        engines=tuple(packed.engines),
+        engines=packed.engines,
         passes=tuple(
             PassRow(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
-            for ran in checked.report
+            for ran in plan.report
             for step in (ran.placed.step,)
         ),
         runtime=runtime,
@@ -88,14 +85,7 @@ def _packages(recording: Recording, steps: Sequence[Pass]) -> dict[str, str]:
     return needed | {"ftfy": ">=6.1"}
 
 
-def pack_report(
-    writer: BundleWriter,
-    manifest: Manifest,
-    notices: Sequence[str],
-    source: SourceModel,
-    report: Sequence[Ran],
-    seconds: Mapping[str, float],
-) -> None:
+def pack_report(writer: BundleWriter, manifest: Manifest, plan: Plan, seconds: Mapping[str, float]) -> None:
     """`build.json` and `README.md`: what differs from build to build, outside the id and the digests."""
     import diffusers
 
@@ -108,10 +98,11 @@ def pack_report(
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1),
         "passes": [
-            {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)} for ran in report
+            {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)}
+            for ran in plan.report
         ],
-        "notices": list(notices),
-        "source": read_card(source.folder, source.origin),
+        "notices": list(plan.notices),
+        "source": read_card(plan.source.folder, plan.source.origin),
     }
     writer.write_unhashed("build.json", as_json(build))
     writer.write_unhashed("README.md", card(manifest, build).encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.bundle import EngineRow, FileRow, Manifest, device_features, device_policy, engine_targets
-from diffkiln.compiler.packing.packed import Packed, as_json
+from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.errors import ManifestInvalid
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module
@@ -77,9 +77,9 @@ def retargeted(
     ordered = _ordered(manifest, engines, list(isas))
     gpu = "cuda" in devices.values()
     asked = {
-        "glibc": packed.glibc,
-        "cuda": packed.cuda if gpu else None,
-        "driver": packed.driver if gpu else None,
+        "glibc": packed.requires.get("glibc"),
+        "cuda": packed.requires.get("cuda") if gpu else None,
+        "driver": packed.requires.get("driver") if gpu else None,
     }
     requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), **asked})
     before: Any = manifest.runtime.get("gpus", {})

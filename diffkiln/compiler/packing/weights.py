@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow
-from diffkiln.compiler.packing.packed import Packed
+from diffkiln.compiler.packed import Packed
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
@@ -48,14 +48,15 @@ class WeightsPacker:
     weight comes once.
     """
 
-    def __init__(self, writer: BundleWriter, component: str, packed: Packed, used: frozenset[str]) -> None:
-        self._writer, self._component, self._packed, self._used = writer, component, packed, used
+    def __init__(self, writer: BundleWriter, component: str, offload: Offload | None, used: frozenset[str]) -> None:
+        self._writer, self._component, self._offload, self._used = writer, component, offload, used
+        self._features: set[str] = set()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._rows: dict[str, GroupRow | None] = {}  # in the module's order; None is still to be written
 
     def add(self, module: torch.nn.Module) -> None:
         """Take the weights that have data; `module` is the component after all passes."""
-        for name, tensors in _groups(module, self._packed.offload, self._used).items():
+        for name, tensors in _groups(module, self._offload, self._used).items():
             self._rows.setdefault(name, None)
             waiting = self._waiting.setdefault(name, {})
             waiting |= {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}
@@ -63,7 +64,7 @@ class WeightsPacker:
                 self._rows[name] = self._write(name, waiting)
                 del self._waiting[name], waiting
 
-    def rows(self) -> tuple[GroupRow, ...]:
+    def packed(self) -> Packed:
         """What was written.
 
         Raises:
@@ -72,12 +73,13 @@ class WeightsPacker:
         for name, row in self._rows.items():
             if row is None:
                 raise PassError(f"component {self._component}: the passes left weights of {name} without data")
-        return tuple(row for row in self._rows.values() if row)
+        rows = tuple(row for row in self._rows.values() if row)
+        return Packed(weights={self._component: rows}, features=frozenset(self._features))
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupRow:
         path = f"weights/{self._component}/{name}.safetensors"
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
-        self._packed.features |= {CHANNELS_LAST} if turned else set()
+        self._features |= {CHANNELS_LAST} if turned else set()
         flat = {key: as_stored(tensor) for key, tensor in tensors.items()}
         # One entry and no more: safetensors writes several in an order of chance, and a bundle's bytes are no chance.
         metadata = {CHANNELS_LAST: json.dumps(turned)} if turned else {"format": "pt"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.compiler.packing import tokenizers_of
+from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.compiler.verify.cases import TEXTS, cases_of, noise_like
 from diffkiln.compiler.verify.comparing import difference, same
 from diffkiln.compiler.verify.components import CPU, Given, compare_component, compare_lengths
@@ -58,6 +58,11 @@ class Verification:
         self._seen: dict[tuple[str, str], list[Given]] = {}
 
     # -- the call --
+
+    def check_calls(self, requests: Sequence[Request]) -> None:
+        """Compares the call of every variant that was recorded, as `check_call` does."""
+        for request, programs in zip(requests, self._recording.calls, strict=False):
+            self.check_call(request, programs)
 
     def check_call(self, request: Request, programs: Mapping[str, Program]) -> None:
         """Compare the pipeline's call with its programs, for other prompts, seeds, latents and scales.

@@ -14,7 +14,7 @@ import torch
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.cuda import cuda_problems
-from diffkiln.passes.base import Plan
+from diffkiln.passes.base import State
 from diffkiln.program import Module, Program, onnx, tensorrt
 from diffkiln.spec import Target
 
@@ -34,7 +34,7 @@ class Asked:
 
     component: str
     module: torch.nn.Module | None
-    plan: Plan
+    plan: State
     target: Target
     where: str
     fullgraph: bool

@@ -58,7 +58,7 @@ def position(program, name, nth=0):
 def test_a_true_recording_passes(checked, recording):
     made = verified(checked, recording)
     with quiet_libraries():
-        for name in checked.plan.modules:
+        for name in checked.state.modules:
             made.check_component(name, load_module(checked.source, name))
 
 
