@@ -23,6 +23,7 @@ from diffkiln.cli.printing import (
     word,
 )
 from diffkiln.cli.printing_bundle import print_choice, print_manifest
+from diffkiln.plugins import plugins
 
 
 @click.command("inspect")
@@ -63,9 +64,7 @@ def _print_bundle(opened: Any, as_json: bool) -> None:
 
 
 def _complete_pass(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    from diffkiln.passes.registry import PASSES
-
-    return [CompletionItem(name) for name in PASSES if name.startswith(begun)]
+    return [CompletionItem(name) for name in plugins("passes") if name.startswith(begun)]
 
 
 @click.command("passes")

@@ -25,9 +25,9 @@ from diffkiln.models.meta import load_module
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.passes.cache_schedule import CacheSchedule
 from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
-from diffkiln.passes.calibrate import Calibrate
+from diffkiln.passes.program.cache_schedule import CacheSchedule
+from diffkiln.passes.program.calibrate import Calibrate
 from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor

@@ -39,7 +39,7 @@ from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
-from diffkiln.passes.guidance import notices_of
+from diffkiln.passes.program.guidance import notices_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.lengths import of_fixed_length
 from diffkiln.record.pipeline import Recording, record

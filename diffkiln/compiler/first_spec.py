@@ -23,7 +23,7 @@ from diffkiln.models.opening import HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import State
-from diffkiln.passes.fuse_qkv import FuseQKV
+from diffkiln.passes.model.fuse_qkv import FuseQKV
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import TARGETS, Target, find_gpu, parse_spec, suggest
 

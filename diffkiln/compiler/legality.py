@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from diffkiln.errors import Problem
 from diffkiln.interpreter.cuda import broken_promises
 from diffkiln.passes.base import Pass, State
-from diffkiln.passes.cache_schedule import CacheSchedule
-from diffkiln.passes.calibrate import Calibrate
-from diffkiln.passes.compile import Compile
+from diffkiln.passes.model.vae import VAE
+from diffkiln.passes.program.cache_schedule import CacheSchedule
+from diffkiln.passes.program.calibrate import Calibrate
+from diffkiln.passes.program.compile import Compile
 from diffkiln.passes.registry import Placed
-from diffkiln.passes.vae import VAE
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import Spec, Target
 

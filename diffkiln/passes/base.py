@@ -11,12 +11,13 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
+from diffkiln.program import Module
 from diffkiln.spec import Strict, Target, suggest
 
 if TYPE_CHECKING:
@@ -90,6 +91,29 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
+class Restored(Protocol):
+    """A bundle that is about to run as diffusers' own pipeline.
+
+    Attributes:
+        modules: the recorded components.
+        compiled: the components that have engines.
+        eager: whether diffusers' own blocks may run where engines do not fit.
+        to_disk: whether weights are offloaded to a disk.
+    """
+
+    @property
+    def modules(self) -> Mapping[str, Module]: ...
+    @property
+    def compiled(self) -> frozenset[str]: ...
+    @property
+    def eager(self) -> bool: ...
+    @property
+    def to_disk(self) -> bool: ...
+
+    def check_kernel(self, component: str, kernel: str) -> None:
+        """Raises `Incompatible` if the device cannot run the attention kernel."""
+
+
 class Pass(Strict):
     """A pass. Its pydantic fields are its options: they give the JSON Schema, the help and the provenance.
 
@@ -98,7 +122,8 @@ class Pass(Strict):
     the reason; `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a
     `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know;
     `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
-    it is given modules in which some blocks have data and the others are ghosts.
+    it is given modules in which some blocks have data and the others are ghosts; `before` and `after`, the passes of
+    the same component that it must stand before or after, each with the reason, "*" for all others.
     """
 
     name: ClassVar[str]
@@ -110,6 +135,8 @@ class Pass(Strict):
     maps: ClassVar[bool] = False
     features: ClassVar[frozenset[str]] = frozenset()
     needs_all: ClassVar[str] = ""
+    before: ClassVar[Mapping[str, str]] = {}
+    after: ClassVar[Mapping[str, str]] = {}
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
@@ -165,13 +192,67 @@ class Pass(Strict):
         """The recording with its programs rewritten, and notes on what was done; most passes leave it alone."""
         return recording, ()
 
-    @abstractmethod
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        """Change the module in place; gives notes on what was done, none if nothing was."""
+        """Changes the module in place; gives notes on what was done, none if nothing was."""
+        return ()
 
     def options(self) -> dict[str, Any]:
         """The options as JSON."""
         return self.model_dump(mode="json")
+
+    # -- a bundle as diffusers' own pipeline; `options` are those of a manifest, as `options()` gave them --
+
+    @classmethod
+    def check_restore(cls, options: Mapping[str, Any], bundle: Restored) -> None:
+        """Raises `Incompatible` if diffusers' pipeline cannot do what the pass did."""
+
+    @classmethod
+    def restore(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        """Does again what the pass did to the module's structure. The module has no weights yet."""
+
+    @classmethod
+    def restore_weight(
+        cls, layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """A weight that the pass split into parts, put together again; None for a layer that the pass left alone.
+
+        Args:
+            layer: its name in the component.
+            weight: as diffusers builds it, on the meta device.
+            parts: the tensors that the bundle holds for it, by name.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        return None
+
+    @classmethod
+    def restore_call(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        """Changes how the module is called. It has its weights, and neither engines nor hooks yet.
+
+        Raises:
+            Incompatible: diffusers cannot do what the pass did.
+        """
+
+    @classmethod
+    def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
+        """Changes how the pipeline runs, after everything else.
+
+        Raises:
+            Incompatible: as `restore_call`.
+        """
+
+
+class ModelPass(Pass):
+    """A pass that changes one component's module: its structure, or its weights."""
+
+    @abstractmethod
+    def apply(self, module: torch.nn.Module) -> Sequence[str]:
+        """Changes the module in place; gives notes on what was done, none if nothing was."""
+
+
+class ProgramPass(Pass):
+    """A pass that leaves modules alone: it rewrites programs, or decides how they run."""
 
 
 def unknown_component(component: str, plan: State, where: str) -> list[Problem]:

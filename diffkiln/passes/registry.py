@@ -1,66 +1,19 @@
-"""Passes by name, in the canonical order. A pass's module is imported when it is asked for.
-
-To add a pass: write `diffkiln/passes/<verb>.py` with one subclass of `Pass`, add its line here at its place in the
-order, and write `tests/passes/test_<verb>.py`.
-"""
+"""The installed passes by name, and those that a spec lists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from pydantic import ValidationError
 
+from diffkiln import plugins
 from diffkiln.errors import Problem, SpecError
 from diffkiln.passes.base import Pass
+from diffkiln.passes.order import ORDER
 from diffkiln.spec import PassEntry, problems_from, suggest
-
-#: name → "module:Class". The order is the order in which a spec must list them.
-PASSES: dict[str, str] = {
-    "fuse_lora": "diffkiln.passes.fuse_lora:FuseLoRA",
-    "cast": "diffkiln.passes.cast:Cast",
-    "fuse_qkv": "diffkiln.passes.fuse_qkv:FuseQKV",
-    "prune": "diffkiln.passes.prune:Prune",
-    "merge_tokens": "diffkiln.passes.merge_tokens:MergeTokens",
-    "sparsify": "diffkiln.passes.sparsify:Sparsify",
-    "quantize": "diffkiln.passes.quantize:Quantize",
-    "layerwise_cast": "diffkiln.passes.layerwise_cast:LayerwiseCast",
-    "attention_backend": "diffkiln.passes.attention_backend:AttentionBackend",
-    "channels_last": "diffkiln.passes.channels_last:ChannelsLast",
-    "vae": "diffkiln.passes.vae:VAE",
-    "scheduler": "diffkiln.passes.scheduler:Scheduler",
-    "guidance": "diffkiln.passes.guidance:Guidance",
-    "calibrate": "diffkiln.passes.calibrate:Calibrate",
-    "cache_schedule": "diffkiln.passes.cache_schedule:CacheSchedule",
-    "compile": "diffkiln.passes.compile:Compile",
-}
-
-_SHAPES_ARE_GONE = "an adapter is added to the original weights, by their names and shapes"
-_ENGINES = "engines are built from what the other passes leave"
-_STORED = "it is for weights that are not stored in another form yet"
-
-#: Why one comes before the other, where a person may ask.
-REASONS: dict[tuple[str, str], str] = {
-    **{("fuse_lora", later): _SHAPES_ARE_GONE for later in list(PASSES)[1:]},
-    **{("cast", later): _STORED for later in ("sparsify", "layerwise_cast")},
-    **{(first, "compile"): _ENGINES for first in list(PASSES)[1:-1]},
-    ("fuse_lora", "cast"): "an adapter is added at the precision that the weights were saved in",
-    ("cast", "fuse_qkv"): "a fused projection would be cast again",
-    ("cast", "quantize"): "quantized weights have the type that quantization gave them",
-    ("fuse_qkv", "quantize"): "quantized projections cannot be concatenated",
-    ("fuse_qkv", "sparsify"): "sparse projections cannot be concatenated",
-    ("fuse_qkv", "layerwise_cast"): "diffusers concatenates weights in the type that they compute in",
-    ("prune", "quantize"): "what is dropped need not be quantized, and patterns name the blocks that are left",
-    **{("scheduler", later): "the scheduler decides how many steps there are" for later in ("guidance", "calibrate")},
-    ("scheduler", "cache_schedule"): "the scheduler decides how many steps there are",
-    ("guidance", "cache_schedule"): "a schedule counts the calls of a step",
-    ("calibrate", "cache_schedule"): "it chooses the schedule's steps",
-    ("attention_backend", "cache_schedule"): "a schedule is woven from programs that have their kernels",
-    ("sparsify", "quantize"): "quantized weights cannot be made sparse",
-    ("quantize", "layerwise_cast"): "layerwise_cast takes the layers that quantize leaves",
-}
 
 
 @dataclass(frozen=True)
@@ -76,15 +29,43 @@ class Placed:
         return f"$.passes[{self.index}]" + (f".mapping.{self.key}" if self.key else "")
 
 
+@functools.cache
+def option_models() -> Mapping[str, type[Pass]]:
+    """Every installed pass by name, in the order in which a spec must list those of one component.
+
+    Raises:
+        SpecError: two packages bring passes of one name, or one that cannot stand where it says.
+    """
+    classes: dict[str, type[Pass]] = {name: plugin.load() for name, plugin in plugins.plugins("passes").items()}
+    order = list(ORDER)
+    for name in classes.keys() - set(ORDER):
+        order.insert(_place(classes[name], order), name)
+    return {name: classes[name] for name in order}
+
+
+def _place(cls: type[Pass], order: Sequence[str]) -> int:
+    """Where a pass of another distribution stands: after all that it names, and else just before the engines."""
+    first = max((order.index(name) + 1 for name in cls.after if name in order), default=0)
+    last = min((order.index(name) for name in cls.before if name in order), default=len(order) - 1)
+    if first > last:
+        raise SpecError(f"the pass {cls.name} wants to stand after {order[first - 1]} and before {order[last]}")
+    return last
+
+
 def pass_class(name: str) -> type[Pass]:
     """The class of a pass that exists."""
-    module, _, attribute = PASSES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return option_models()[name]
 
 
-def option_models() -> dict[str, type[Pass]]:
-    """Every pass by name, for the schema and the help."""
-    return {name: pass_class(name) for name in PASSES}
+def reason(first: type[Pass], second: type[Pass]) -> str:
+    """Why one pass comes before another, where either says so; else "", for there is none but the order itself."""
+    return (
+        first.before.get(second.name)
+        or second.after.get(first.name)
+        or first.before.get("*")
+        or second.after.get("*")
+        or ""
+    )
 
 
 def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
@@ -93,15 +74,16 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
     Raises:
         SpecError: unknown passes and wrong options, all together.
     """
+    known = option_models()
     placed: list[Placed] = []
     problems: list[Problem] = []
     for index, entry in enumerate(entries):
         where = f"$.passes[{index}]"
-        if entry.name not in PASSES:
-            mend = suggest(entry.name, PASSES) or f"There are {', '.join(PASSES)}."
+        if entry.name not in known:
+            mend = suggest(entry.name, known) or f"There are {', '.join(known)}."
             problems.append(Problem(f"{where}.name", f"there is no pass {entry.name!r}", mend))
             continue
-        cls = pass_class(entry.name)
+        cls = known[entry.name]
         for key, options in _spread(cls, entry.options, where, problems):
             at = f"{where}.mapping.{key}" if key else where
             try:
@@ -148,7 +130,7 @@ def _of_the_run(first: Pass, second: Pass) -> bool:
 
 def order_problems(placed: Sequence[Placed]) -> list[Problem]:
     """Passes of one component that stand in the wrong order, or twice."""
-    order = list(PASSES)
+    order = list(option_models())
     problems: list[Problem] = []
     for later, item in enumerate(placed):
         for before in placed[:later]:
@@ -160,11 +142,11 @@ def order_problems(placed: Sequence[Placed]) -> list[Problem]:
                     Problem(item.where, f"{second} of {item.step.component} stands twice, also at {before.where}")
                 )
             elif order.index(first) > order.index(second):
-                reason = REASONS.get((second, first), "that is the canonical order")
+                why = reason(type(item.step), type(before.step)) or "that is the canonical order"
                 problems.append(
                     Problem(
                         item.where,
-                        f"{second} must come before {first} ({before.where}): {reason}",
+                        f"{second} must come before {first} ({before.where}): {why}",
                         f"Move it before {before.where}.",
                     )
                 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln.cli import main
-from diffkiln.passes.registry import PASSES
+from diffkiln.passes.order import ORDER
 from tests.bundle.test_writers_at_once import heeds_interrupts
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
@@ -251,7 +251,7 @@ def test_passes_targets_and_schema_for_programs(capsys):
 def test_passes_are_listed_with_their_options_and_defaults(capsys):
     assert main(["passes"]) == 0
     told = capsys.readouterr().out
-    assert {f"{name}:" for name in PASSES} <= set(told.split())
+    assert {f"{name}:" for name in ORDER} <= set(told.split())
     assert "default {}" in told  # of the scheduler's configuration, which a factory makes
 
 

@@ -19,7 +19,7 @@ from diffkiln.compiler.packing.programs import _features
 from diffkiln.compiler.packing.targets import retargeted, spec_for, targets_in
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
 from diffkiln.exporters.artefact import Artefact
-from diffkiln.passes.quantize import Quantize
+from diffkiln.passes.model.quantize import Quantize
 from diffkiln.program import NOISE, Input, Op, Program, TensorType
 from diffkiln.spec import TARGETS
 from tests.conftest import DIGITS

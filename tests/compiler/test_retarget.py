@@ -203,7 +203,7 @@ def test_native_code_of_others_gets_no_receipt_by_being_kept(three: Path, tmp_pa
 
 
 def test_too_little_disk_and_another_torch_are_found_before_the_compile(one: Path, monkeypatch, borrowed) -> None:
-    monkeypatch.setattr(editing, "pack_family", lambda *_: pytest.fail("the compile began"))
+    monkeypatch.setattr(editing.EnginesPacker, "family", lambda *_: pytest.fail("the compile began"))
     with monkeypatch.context() as patch:
         patch.setattr("diffkiln.bundle.writer.free_bytes", lambda _: 1000)
         with pytest.raises(BuildError, match=r"bytes are needed and 1000 are free"):

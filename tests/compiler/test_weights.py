@@ -18,8 +18,8 @@ from diffkiln.compiler.verify import call as calls
 from diffkiln.errors import BuildError, PassError
 from diffkiln.models.shards import Portions
 from diffkiln.models.weights import weights_of
-from diffkiln.passes.prune import Prune
-from diffkiln.passes.quantize import Quantize
+from diffkiln.passes.model.prune import Prune
+from diffkiln.passes.model.quantize import Quantize
 from tests.compiler.test_packing import digits
 from tests.conftest import DIGITS
 from tests.passes.adapters import adapter

@@ -15,7 +15,7 @@ import diffkiln
 from diffkiln.compiler.modules import record_module
 from diffkiln.errors import DiffkilnError
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.passes.fuse_qkv import FuseQKV
+from diffkiln.passes.model.fuse_qkv import FuseQKV
 from diffkiln.passes.outlining import whole
 from diffkiln.program import Module
 from diffkiln.program.sizes import families

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffkiln.bundle import Manifest, Requires
-from diffkiln.passes.cache_schedule import DYNAMIC, OPTIONS
+from diffkiln.passes.program.cache_schedule import DYNAMIC, OPTIONS
 from diffkiln.passes.quantizers import quantizer
 from diffkiln.passes.registry import option_models, read_passes
 from diffkiln.spec import PassEntry

@@ -11,7 +11,7 @@ import torch
 import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import PassError, SourceError
-from diffkiln.passes.cast import Cast
+from diffkiln.passes.model.cast import Cast
 from tests.bundle.making import make
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS

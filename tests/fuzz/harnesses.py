@@ -25,7 +25,7 @@ from diffkiln.guards.printable import markdown, markdown_code, printable, printa
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.models.gguf_header import check_gguf
-from diffkiln.passes.fuse_lora import check_adapter
+from diffkiln.passes.model.fuse_lora import check_adapter
 from diffkiln.program import Module, Program, fingerprint, program_from_json, program_to_json, verify
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.operators import nbytes

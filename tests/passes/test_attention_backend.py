@@ -18,6 +18,7 @@ from diffkiln.interpreter.portable import portable
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.base import State
+from diffkiln.passes.program.attention_backend import choose_attention
 from diffkiln.program import ATTENTION, KERNELS, PACKAGED, SDPA, module_from_json
 from diffkiln.runtime import loading
 from diffkiln.runtime.diffusers import loading as as_diffusers
@@ -295,7 +296,7 @@ def test_diffusers_is_told_of_a_packages_kernel(monkeypatch):
     before = registry._active_backend
     monkeypatch.setattr(attention_dispatch, "_CAN_USE_SAGE_ATTN", True)
     module = ghost("flux").modules["transformer"]
-    as_diffusers._choose_attention(module, "transformer", "sage")
+    choose_attention(module, "transformer", "sage")
     assert {part.processor._attention_backend for part in module.modules() if hasattr(part, "processor")} == {"sage"}
     assert registry._active_backend == before, "it is this component's, not the process's"
 
@@ -311,4 +312,4 @@ def test_diffusers_is_told_of_a_packages_kernel(monkeypatch):
 )
 def test_what_diffusers_would_ignore_is_refused(family, component, kernel, reason):
     with pytest.raises(Incompatible, match=reason):
-        as_diffusers._choose_attention(ghost(family).modules[component], component, kernel)
+        choose_attention(ghost(family).modules[component], component, kernel)

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from diffkiln.passes.base import Fact, Pass, State, unknown_component
-from diffkiln.passes.cast import Cast
+from diffkiln.passes.model.cast import Cast
 from tests.passes.plans import CPU
 
 

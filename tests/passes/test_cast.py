@@ -7,7 +7,7 @@ from diffkiln.errors import IllegalPlan
 from diffkiln.models.meta import load_module
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.passes.cast import Cast
+from diffkiln.passes.model.cast import Cast
 from tests.passes.plans import both, checked, ghost, real, source, types
 from tests.pipelines import WARNING_FILTERS
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffkiln.errors import IllegalPlan, LimitExceeded, SourceError, SpecError
 from diffkiln.passes import manager
-from diffkiln.passes.fuse_lora import check_adapter
+from diffkiln.passes.model.fuse_lora import check_adapter
 from tests.passes.adapters import adapter, kohya
 from tests.passes.plans import both, checked, ghost, placed, real, types
 from tests.pipelines import FAMILIES, WARNING_FILTERS
@@ -145,7 +145,9 @@ def test_after_what_changes_its_layers_it_is_refused_by_name(tmp_path, after):
 def test_without_peft_the_extra_is_named(tmp_path, monkeypatch):
     file = adapter(tmp_path / "a.safetensors", real("flux", "transformer"), "transformer")
     found = importlib.util.find_spec
-    monkeypatch.setattr("diffkiln.passes.fuse_lora.find_spec", lambda name: None if name == "peft" else found(name))
+    monkeypatch.setattr(
+        "diffkiln.passes.model.fuse_lora.find_spec", lambda name: None if name == "peft" else found(name)
+    )
     plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"peft is not installed.*diffkiln\[lora\]"):
         checked(plan, entry("transformer", (file, 1.0)))

@@ -8,7 +8,7 @@ import torch
 
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes.base import State
-from diffkiln.passes.fuse_qkv import FuseQKV
+from diffkiln.passes.model.fuse_qkv import FuseQKV
 from tests import coverage
 from tests.passes.plans import CPU, both, checked, ghost, placed, real, types
 from tests.pipelines import FAMILIES, WARNING_FILTERS

@@ -8,7 +8,7 @@ import torch
 from diffkiln.errors import IllegalPlan, PassError, SpecError
 from diffkiln.passes import manager, registry
 from diffkiln.passes.base import Outcome
-from diffkiln.passes.cast import Cast
+from diffkiln.passes.model.cast import Cast
 from tests.passes.plans import CPU, checked, ghost, placed
 
 FUSE = {"name": "fuse_qkv", "component": "transformer"}
@@ -143,8 +143,8 @@ def test_unknown_passes_and_wrong_options_are_reported_together():
 
 
 def test_registry_holds_every_pass_under_its_own_name():
-    assert {name: registry.pass_class(name).name for name in registry.PASSES} == {
-        name: name for name in registry.PASSES
+    assert {name: registry.pass_class(name).name for name in registry.option_models()} == {
+        name: name for name in registry.option_models()
     }
-    assert all(registry.pass_class(name).summary for name in registry.PASSES)
+    assert all(registry.pass_class(name).summary for name in registry.option_models())
     assert CPU.device == "cpu"

@@ -8,7 +8,7 @@ import torch
 from diffkiln.errors import IllegalPlan
 from diffkiln.passes import manager
 from diffkiln.passes.base import State
-from diffkiln.passes.prune import Prune
+from diffkiln.passes.model.prune import Prune
 from tests.passes.calls import call_of, result_of
 from tests.passes.plans import CPU, both, checked, ghost, real, types
 

@@ -1,36 +1,35 @@
-"""Every pass has a file of its own, a test of its own, and documented options."""
+"""Every pass has a file of its own, a test of its own, documented options, and a place in the order with its reasons."""
 
-import ast
-import inspect
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from diffkiln import passes
+from diffkiln.errors import SpecError
 from diffkiln.passes import registry
-from diffkiln.passes.registry import PASSES, REASONS, option_models, pass_class, read_passes
+from diffkiln.passes.base import ModelPass, ProgramPass
+from diffkiln.passes.order import ORDER
+from diffkiln.passes.registry import option_models, pass_class, read_passes, reason
+from diffkiln.plugins import plugins
 from diffkiln.spec import PassEntry
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_pass_has_its_file_and_its_test(name):
-    assert PASSES[name].startswith(f"diffkiln.passes.{name}:")
+def test_the_order_names_every_built_in_pass_once():
+    built_in = [name for name, plugin in plugins("passes").items() if not plugin.distribution]
+    assert sorted(ORDER) == sorted(built_in)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_pass_has_its_file_its_kind_and_its_test(name):
+    cls, folder = pass_class(name), Path(passes.__file__).parent
+    kind = "model" if (folder / "model" / f"{name}.py").is_file() else "program"
+    assert cls.__module__ == f"diffkiln.passes.{kind}.{name}"
+    assert issubclass(cls, ModelPass if kind == "model" else ProgramPass)
+    assert cls.name == name
     assert (HERE / f"test_{name}.py").is_file()
-
-
-def test_nothing_is_registered_twice():
-    """Python takes the last of two equal keys without a word, so the source is read; and each class stands once."""
-    for node in ast.walk(ast.parse(inspect.getsource(registry))):
-        if isinstance(node, ast.Dict):
-            keys = [ast.dump(key) for key in node.keys if key is not None]
-            assert len(keys) == len(set(keys)), f"line {node.lineno} of registry.py has a key twice"
-    assert len(set(PASSES.values())) == len(PASSES)
-
-
-def test_every_file_of_a_pass_is_registered():
-    files = {path.stem for path in Path(registry.__file__).parent.glob("*.py")}
-    assert files == {*PASSES, "__init__", "base", "manager", "registry"}
 
 
 def test_options_are_described():
@@ -39,13 +38,43 @@ def test_options_are_described():
             assert info.description, f"{name}.{field}"
 
 
-def test_reasons_speak_of_passes_in_their_order():
-    order = list(PASSES)
-    for first, second in REASONS:
-        assert order.index(first) < order.index(second)
+def test_passes_stand_where_they_say():
+    for name, cls in option_models().items():
+        for other in set(cls.before) - {"*"}:
+            assert ORDER.index(name) < ORDER.index(other)
+        for other in set(cls.after) - {"*"}:
+            assert ORDER.index(name) > ORDER.index(other)
+        assert "*" not in cls.before or name == ORDER[0]
+        assert "*" not in cls.after or name == ORDER[-1]
 
 
-@pytest.mark.parametrize("name", PASSES)
+def test_a_reason_that_names_the_pass_is_given_before_one_for_all():
+    models = option_models()
+    assert "precision" in reason(models["fuse_lora"], models["cast"])
+    assert "original weights" in reason(models["fuse_lora"], models["vae"])
+    assert "engines are built" in reason(models["vae"], models["compile"])
+    assert reason(models["prune"], models["vae"]) == ""
+
+
+class Between(ProgramPass):
+    name: ClassVar[str] = "between"
+    after: ClassVar = {"guidance": "a reason"}
+    before: ClassVar = {"cache_schedule": "a reason"}
+
+
+class Nowhere(ProgramPass):
+    name: ClassVar[str] = "nowhere"
+    after: ClassVar = {"cache_schedule": "a reason"}
+    before: ClassVar = {"guidance": "a reason"}
+
+
+def test_a_pass_of_another_package_stands_where_it_says():
+    assert registry._place(Between, list(ORDER)) == ORDER.index("cache_schedule")
+    with pytest.raises(SpecError, match="the pass nowhere wants to stand after cache_schedule and before guidance"):
+        registry._place(Nowhere, list(ORDER))
+
+
+@pytest.mark.parametrize("name", ORDER)
 def test_examples_are_entries_of_a_spec(name):
     examples = pass_class(name).examples
     assert examples

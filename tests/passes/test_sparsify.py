@@ -6,7 +6,7 @@ import torch
 from diffkiln.errors import IllegalPlan
 from diffkiln.interpreter.layers import Sparse24
 from diffkiln.models.weights import weights_of
-from diffkiln.passes.sparsify import Sparsify, compressed
+from diffkiln.passes.model.sparsify import Sparsify, compressed
 from tests.passes.plans import A100, CPU, both, checked, ghost, types
 
 SPARSE = {"name": "sparsify", "component": "transformer"}

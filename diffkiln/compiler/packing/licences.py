@@ -8,7 +8,7 @@ from diffkiln.bundle import BundleWriter
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.models.licences import licence_in, licence_of
-from diffkiln.passes.fuse_lora import FuseLoRA
+from diffkiln.passes.model.fuse_lora import FuseLoRA
 
 LICENCES = "licences.json"
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from diffkiln import plugins
 from diffkiln.bundle import GroupRow, PassRow, Verified
 from diffkiln.bundle.configurations import fetches_code
 from diffkiln.bundle.layout import LAYERS
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
 from diffkiln.guards.building import bounded_building
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.interpreter.layers import decode_in_parts, drop_blocks, matching, merge_tokens, store_as_described
+from diffkiln.interpreter.layers import store_as_described
 from diffkiln.runtime.weights import read_header
 
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
@@ -66,7 +67,8 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
     """
     layers = _read_layers(folder)
     module = _skeleton(folder, kind, _build_type(weights, layers))
-    _restructure(module, passes)
+    for row in passes:
+        pass_of(row).restore(module, row.options)
     plain = {_plain(name, module) for name in weights}
     if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
         module.fuse_qkv_projections()  # type: ignore[operator]
@@ -75,10 +77,21 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise IntegrityError(f"{folder.name}/{LAYERS} does not fit {type(module).__name__}: {error}") from None
     _drop_missing(module, {_plain(name, module) for name in weights})
-    _put_all(module, _whole(module, weights, [row for row in passes if row.name == "quantize"]))
+    _put_all(module, _whole(module, weights, passes))
     if empty := [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]:
         raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
     return module.eval().requires_grad_(False)
+
+
+def pass_of(row: PassRow) -> Any:
+    """The pass of a manifest's row. Raises `MissingDependency` where the distribution that brings it is not there."""
+    known = plugins.plugins("passes")
+    if row.name not in known:
+        raise MissingDependency(
+            f"this bundle was made with the pass {row.name!r}, and no installed package brings it. Install that "
+            "package, or load the bundle without as_diffusers"
+        )
+    return known[row.name].load()
 
 
 def _read_layers(folder: Path) -> dict[str, Any]:
@@ -90,18 +103,6 @@ def _read_layers(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise IntegrityError(f"{folder.name}/{LAYERS} is no table of layers")
     return found
-
-
-def _restructure(module: torch.nn.Module, passes: Sequence[PassRow]) -> None:
-    """What passes did to the module that its weights do not show."""
-    for row in passes:
-        options: Any = row.options
-        if row.name == "prune":
-            drop_blocks(module, options["blocks"])
-        elif row.name == "merge_tokens":
-            merge_tokens(module, options["ratio"], options["blocks"])
-        elif row.name == "vae":
-            decode_in_parts(module, options["slicing"], options["tiling"], options["tile"])
 
 
 def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
@@ -178,9 +179,9 @@ def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
 
 
 def _whole(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], quantized: Sequence[PassRow]
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
 ) -> dict[str, torch.Tensor]:
-    """The weights with torchao's put together again from the tensors that they are stored as."""
+    """The weights put together again from the tensors that they are stored as."""
     known = module.state_dict().keys()
     whole = {name: tensor for name, tensor in weights.items() if name in known}
     parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -191,33 +192,21 @@ def _whole(
                 raise IntegrityError(f"the bundle holds a weight {name!r} that {type(module).__name__} does not have")
             parts.setdefault(base, {})[leaf] = tensor
     for base, inner in parts.items():
-        options = _options_of(base.rpartition(".")[0], quantized)
-        whole[base] = _joined(module.get_parameter(base), inner, options)
+        whole[base] = _joined(base.rpartition(".")[0], module.get_parameter(base), inner, passes)
     return whole
 
 
-def _options_of(layer: str, quantized: Sequence[PassRow]) -> Mapping[str, Any]:
-    """The options of the quantize pass that chose this layer: the first one whose patterns do."""
-    for row in quantized:
-        options: Any = row.options
-        chosen = matching([layer], options["include"]) and not matching([layer], options["exclude"])
-        if chosen and options["backend"] == "torchao":
-            return options
+def _joined(
+    layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
+) -> torch.Tensor:
+    for row in passes:
+        try:
+            whole = pass_of(row).restore_weight(layer, weight, parts, row.options)
+        except ValueError as error:
+            raise Incompatible(str(error)) from None
+        if whole is not None:
+            return whole
     raise IntegrityError(f"the bundle holds quantized weights of {layer!r}, which no pass quantized")
-
-
-def _joined(parameter: torch.Tensor, inner: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> torch.Tensor:
-    try:
-        from diffkiln.interpreter.layers import torchao
-
-        kind, granularity = str(options["type"]), str(options.get("granularity", "per_row"))
-        if kind not in torchao.TYPES:
-            raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
-        return torchao.joined(parameter, inner, kind, granularity)
-    except ImportError:
-        raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
-    except ValueError as error:
-        raise Incompatible(str(error)) from None
 
 
 def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -5,26 +5,25 @@ This and `originals` are the only parts of the runtime that import diffusers and
 
 from __future__ import annotations
 
-import inspect
 import json
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffkiln.bundle import Manifest, Policy, Verified, strict_json
+from diffkiln.bundle import Policy, Verified, strict_json
 from diffkiln.bundle.scratch import Scratch, scratch
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, ManifestInvalid, MissingDependency
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
 from diffkiln.guards.tokenizing import BoundedTokenizer
-from diffkiln.interpreter.attention import by_kernel
-from diffkiln.program import NATIVE, Module, is_rebatched
+from diffkiln.program import Module
 from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
-from diffkiln.runtime.diffusers.building import build, class_of, quiet, read_weights
+from diffkiln.runtime.diffusers.building import build, class_of, pass_of, quiet, read_weights
 from diffkiln.runtime.diffusers.checks import check_configurations, check_index, library_and_class
 from diffkiln.runtime.opening import open_engines, read_constants, read_modules
 from diffkiln.runtime.shims import plug_in
@@ -63,21 +62,18 @@ def load_as_diffusers(
     check_manifest(manifest)
     place = place_for(manifest, device)
     offload: Any = manifest.runtime.get("offload")
-    _refuse_quantized_on_disk(manifest, place, offload)
-    attentions = {
-        str(row.options["component"]): str(row.options["backend"])
-        for row in manifest.passes
-        if row.name == "attention_backend"
-    }
-    check_kernels({component: [kernel] for component, kernel in attentions.items()}, place)
     modules = read_modules(verified)
     eager = manifest.runtime.get("on_incompatible") == "eager"
-    _refuse_guidance(manifest, modules, eager)
+    compiled = frozenset(row.component for row in manifest.engines)
+    restored = _Restored(modules, compiled, eager, _to_disk(place, offload), place)
+    for row in manifest.passes:
+        pass_of(row).check_restore(row.options, restored)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
     engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
     pipe = _pipeline(verified)
-    for component, kernel in attentions.items():
-        _choose_attention(pipe.components[component], component, kernel)
+    for row in manifest.passes:
+        if (component := str(row.options["component"])) in pipe.components:
+            pass_of(row).restore_call(pipe.components[component], row.options)
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
         if name in manifest.weights:
@@ -87,10 +83,23 @@ def load_as_diffusers(
     else:
         _offload(pipe, place, offload)
     for row in manifest.passes:
-        if row.name == "cache_schedule":
-            _enable_cache(pipe, row.options)  # after offloading, so that a step that reuses moves no weights
+        pass_of(row).restore_run(pipe, row.options)  # after offloading, so that a step that reuses moves no weights
     weakref.finalize(pipe, verified.close)  # engines live in files that the bundle holds
     return pipe
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What the passes must know of the bundle: `diffkiln.passes.base.Restored`."""
+
+    modules: Mapping[str, Module]
+    compiled: frozenset[str]
+    eager: bool
+    to_disk: bool
+    place: torch.device
+
+    def check_kernel(self, component: str, kernel: str) -> None:
+        check_kernels({component: [kernel]}, self.place)
 
 
 def _pipeline(verified: Verified) -> Any:
@@ -149,145 +158,6 @@ def _from(folder: Path, verified: Verified) -> Any:
 
 
 _SCHEDULER = "scheduler_config.json"
-#: Methods of a component that a pipeline calls.
-_METHODS = ("forward", "encode", "decode")
-
-#: What diffusers calls the kernels of packages. It has the fourth FlashAttention from the Hub alone.
-_IN_DIFFUSERS = {"flash_2": "flash", "flash_3": "_flash_3", "sage": "sage", "xformers": "xformers"}
-
-
-def _choose_attention(module: torch.nn.Module, component: str, kernel: str) -> None:
-    """Have a module's attention computed by this kernel.
-
-    torch's own are switched on around the module's methods: diffusers' `set_attention_backend` does nothing for UNets,
-    VAEs, text encoders and older transformers, and changes all pipelines of the process besides.
-
-    Raises:
-        Incompatible: diffusers has no such kernel for the module, or it cannot be used.
-    """
-    if kernel in NATIVE:
-        for name in _METHODS:
-            if callable(method := getattr(module, name, None)):
-                setattr(module, name, by_kernel(method, kernel, component))
-        return
-    if kernel not in _IN_DIFFUSERS or not _heeds_backends(module):
-        raise Incompatible(
-            f"diffusers cannot compute the attention of {component} ({type(module).__name__}) by {kernel}. Load the "
-            "bundle without as_diffusers"
-        )
-    from diffusers.models.attention_dispatch import attention_backend
-
-    own: Any = module
-    try:
-        with quiet(), attention_backend("native"):  # which puts back what is set for the whole process
-            own.set_attention_backend(_IN_DIFFUSERS[kernel])
-    except (RuntimeError, ImportError) as error:
-        raise Incompatible(f"diffusers cannot use {kernel} for {component}: {error}") from error
-
-
-def _heeds_backends(module: torch.nn.Module) -> bool:
-    """Whether all attention of a module asks diffusers which kernel to use."""
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention, MochiAttention
-
-    parts = [part for part in module.modules() if isinstance(part, (Attention, MochiAttention, AttentionModuleMixin))]
-    return bool(parts) and all(hasattr(part.processor, "_attention_backend") for part in parts)
-
-
-def _enable_cache(pipe: Any, options: Any) -> None:
-    """diffusers' own hook for a schedule.
-
-    Raises:
-        Incompatible: diffusers has none that does what the bundle's programs do, or not for this model.
-    """
-    method, component = str(options["method"]), str(options["component"])
-    config = _cache_config(pipe, method, options)
-    if config is None:
-        raise Incompatible(
-            f"diffusers has no hook that does what this schedule of {component} does ({method}). Load the bundle "
-            "without as_diffusers"
-        )
-    if method not in _WITHOUT_CONTEXT and "cache_context(" not in inspect.getsource(type(pipe)):
-        raise Incompatible(
-            f"{type(pipe).__name__} does not tell diffusers' hooks which of its calls is which, which {method} needs. "
-            "Load the bundle without as_diffusers"
-        )
-    try:
-        pipe.components[component].enable_cache(config)
-    except Exception as error:  # whatever diffusers raises for a model that its hooks do not know
-        kind = type(pipe.components[component]).__name__
-        raise Incompatible(f"diffusers' hook for {method} does not fit {kind}: {error}") from error
-
-
-def _cache_config(pipe: Any, method: str, options: Any) -> Any:
-    """diffusers' configuration that means the same, or None."""
-    from diffusers import hooks as library
-
-    hooks: Any = library  # its names are found when they are asked for
-    timestep = {"current_timestep_callback": lambda: pipe.current_timestep}
-    match method:
-        case "first_block" if options["dynamic"]:
-            return hooks.FirstBlockCacheConfig(threshold=options["threshold"])
-        case "seacache":
-            return hooks.SeaCacheConfig(threshold=options["threshold"])
-        case "pab":
-            return hooks.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=options["interval"], **timestep
-            )
-        case "fastercache":
-            return hooks.FasterCacheConfig(spatial_attention_block_skip_range=options["interval"], **timestep)
-        case "magcache":
-            return hooks.MagCacheConfig(
-                threshold=options["threshold"],
-                max_skip_steps=options["max_reused"],
-                retention_ratio=options["retention"],
-                num_inference_steps=len(options["ratios"]),
-                mag_ratios=list(options["ratios"]),
-            )
-        case "taylorseer" if "interval" in options and (options["keep"], options["start"], options["end"]) == _PLAIN:
-            return hooks.TaylorSeerCacheConfig(
-                cache_interval=options["interval"],
-                disable_cache_before_step=-1,  # so that step 0 is one of the interval's
-                max_order=options["order"],
-                taylor_factors_dtype=torch.float32,
-                use_lite_mode=True,
-            )
-    return None
-
-
-#: Hooks of attentions, which need not know which call of a step they are in.
-_WITHOUT_CONTEXT = ("pab", "fastercache")
-
-#: What is kept, how many steps at the beginning compute, and at the end: what diffusers' TaylorSeer can do as well.
-_PLAIN = ("output", 1, 0)
-
-
-def _refuse_quantized_on_disk(manifest: Manifest, place: torch.device, offload: Any) -> None:
-    rows = [row.options for row in manifest.passes if row.name == "quantize"]
-    quantized = [str(options["component"]) for options in rows if options.get("backend") == "torchao"]
-    if quantized and _to_disk(place, offload):
-        raise Incompatible(
-            f"diffusers cannot offload torchao weights to disk, and {', '.join(quantized)} has them. Load the bundle "
-            "without as_diffusers, or compile it without offloading"
-        )
-
-
-def _refuse_guidance(manifest: Manifest, modules: Mapping[str, Module], eager: bool) -> None:
-    """diffusers guides every step, and calls the denoiser with its own batch."""
-    compiled = {row.component for row in manifest.engines}
-    for options in (row.options for row in manifest.passes if row.name == "guidance"):
-        component = str(options["component"])
-        if options.get("steps") is not None:
-            raise Incompatible(
-                f"diffusers guides {component} in every step, and this bundle leaves guidance out of some. Load the "
-                "bundle without as_diffusers"
-            )
-        if component in compiled and is_rebatched(modules[component]) and not eager:
-            raise Incompatible(
-                f"the engines of {component} are for the batch that guidance has there ({options['batch']}), and "
-                "diffusers calls it with another. Load the bundle without as_diffusers, or compile it with "
-                '"on_incompatible": "eager" in "runtime", so that diffusers\' own blocks run'
-            )
 
 
 def _to_disk(place: torch.device, offload: Any) -> bool:

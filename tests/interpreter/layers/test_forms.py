@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkiln.interpreter.layers import FORMS, Cast, FourBit, Int4, Int8, Sparse24, store
-from diffkiln.passes.sparsify import compressed
+from diffkiln.passes.model.sparsify import compressed
 
 SHAPE = (8, 64)
 

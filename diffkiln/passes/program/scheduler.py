@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Outcome, Pass, State
+from diffkiln.passes.base import Outcome, ProgramPass, State
 from diffkiln.record.steps import steps_with
 from diffkiln.spec import Json, Target, suggest
 
 
-class Scheduler(Pass):
+class Scheduler(ProgramPass):
     """Replace the pipeline's scheduler by another of diffusers', or change how it is configured.
 
     It is made by `from_config` of the one that the model has, so what both know is kept. Its schedule is computed once,
@@ -26,6 +25,9 @@ class Scheduler(Pass):
 
     name: ClassVar[str] = "scheduler"
     summary: ClassVar[str] = "replace the scheduler or change its configuration"
+    before: ClassVar = dict.fromkeys(
+        ("guidance", "calibrate", "cache_schedule"), "the scheduler decides how many steps there are"
+    )
     examples: ClassVar = (
         {"name": "scheduler", "type": "EulerDiscreteScheduler", "config": {"timestep_spacing": "trailing"}},
         {"name": "scheduler", "config": {"shift": 3.0, "use_dynamic_shifting": False}},
@@ -76,9 +78,6 @@ class Scheduler(Pass):
         steps = tuple(dict.fromkeys(steps_with(after, count) for count in plan.wanted_steps)) if plan.steps else ()
         return Outcome(replace(plan, scheduler=after, steps=steps), not same, (note,))
 
-    def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return ()
-
 
 def _compatible(scheduler: Any) -> dict[str, Any]:
     """The schedulers that diffusers lists beside it, and those that read the same betas, such as LCM's, by name."""
@@ -98,3 +97,6 @@ def _compatible(scheduler: Any) -> dict[str, Any]:
 
 def _reads_betas(kind: type) -> bool:
     return "beta_schedule" in inspect.signature(kind).parameters
+
+
+PLUGIN = Scheduler

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from diffkiln.errors import Problem, RecordError
-from diffkiln.passes.base import Fact, Outcome, Pass, State
+from diffkiln.errors import Incompatible, Problem, RecordError
+from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
 from diffkiln.passes.caching import symbols
 from diffkiln.passes.guiding import join, pairs_of, part
 from diffkiln.passes.registry import Placed
@@ -25,7 +25,7 @@ from diffkiln.spec import Conflict, Target, refuse
 _BATCHES = {"doubled": "one call of a doubled batch a step", "halved": "two calls of half the batch a step"}
 
 
-class Guidance(Pass):
+class Guidance(ProgramPass):
     """Change how often, and with which batch, classifier-free guidance calls the denoiser.
 
     `batch`: pipelines that call it twice a step, with the prompt and without, get one call of a `doubled` batch, which
@@ -37,6 +37,7 @@ class Guidance(Pass):
     name: ClassVar[str] = "guidance"
     version: ClassVar[int] = 2
     summary: ClassVar[str] = "run guidance with another batch size, or only in some steps"
+    before: ClassVar = {"cache_schedule": "a schedule counts the calls of a step"}
     requires_not: ClassVar = {"scheduled": "a schedule counts a step's calls. Put guidance before cache_schedule"}
     examples: ClassVar = (
         {"name": "guidance", "component": "transformer", "steps": [1, 1, 1, 1, 0, 0]},
@@ -100,8 +101,21 @@ class Guidance(Pass):
         changed = self.batch is not None or not all(self.steps or ())
         return Outcome(plan.with_facts(self.provides()), changed, tuple(notes))
 
-    def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return ()
+    @classmethod
+    def check_restore(cls, options: Mapping[str, Any], bundle: Restored) -> None:
+        # diffusers guides every step, and calls the denoiser with its own batch.
+        component = str(options["component"])
+        if options.get("steps") is not None:
+            raise Incompatible(
+                f"diffusers guides {component} in every step, and this bundle leaves guidance out of some. Load the "
+                "bundle without as_diffusers"
+            )
+        if component in bundle.compiled and is_rebatched(bundle.modules[component]) and not bundle.eager:
+            raise Incompatible(
+                f"the engines of {component} are for the batch that guidance has there ({options['batch']}), and "
+                "diffusers calls it with another. Load the bundle without as_diffusers, or compile it with "
+                '"on_incompatible": "eager" in "runtime", so that diffusers\' own blocks run'
+            )
 
     # -- the programs --
 
@@ -221,3 +235,6 @@ def _scale(variant: Mapping[str, Any], parameters: Mapping[str, inspect.Paramete
     """The scale of a variant, or the pipeline's default; 0 where it has none."""
     given = variant.get(name, parameters[name].default if name in parameters else None)
     return float(given) if isinstance(given, int | float) else 0.0
+
+
+PLUGIN = Guidance

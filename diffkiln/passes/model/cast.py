@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from diffkiln.passes.base import Fact, Pass
+from diffkiln.passes.base import Fact, ModelPass
 
 
-class Cast(Pass):
+class Cast(ModelPass):
     """Cast a component's weights to another floating-point type.
 
     The types come out as if the checkpoint had been loaded in that type: what the library keeps in float32 is in
@@ -22,6 +22,12 @@ class Cast(Pass):
 
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "cast a component's weights to float32, bfloat16 or float16"
+    before: ClassVar = {
+        "sparsify": "it is for weights that are not stored in another form yet",
+        "layerwise_cast": "it is for weights that are not stored in another form yet",
+        "fuse_qkv": "a fused projection would be cast again",
+        "quantize": "quantized weights have the type that quantization gave them",
+    }
     repeats: ClassVar[bool] = True
     requires_not: ClassVar = {
         "quantized": "quantized weights have the type that quantization gave them",
@@ -84,3 +90,6 @@ def _kept_in_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[s
     kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     pattern = re.compile("|".join(glob.replace("*", ".*") for glob in sorted(kept)) or r"(?!)")
     return lambda name: pattern.search(name) is not None
+
+
+PLUGIN = Cast

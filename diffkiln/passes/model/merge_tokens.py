@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import MOST, matching, merge_tokens, repeated_blocks, self_attentions
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.passes.base import Fact, ModelPass, State
 from diffkiln.spec import Target
 
 
-class MergeTokens(Pass):
+class MergeTokens(ModelPass):
     """Merge similar tokens before self-attention in a UNet's transformer blocks, and part them after it (ToMe).
 
     Attention over fewer tokens is faster where there are many, and the image changes a little. Which tokens are merged
@@ -53,3 +53,10 @@ class MergeTokens(Pass):
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         names = merge_tokens(module, self.ratio, self.blocks)
         return [f"{len(names)} self-attentions merge {self.ratio:.0%} of their tokens"] if names else []
+
+    @classmethod
+    def restore(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        merge_tokens(module, options["ratio"], options["blocks"])
+
+
+PLUGIN = MergeTokens

@@ -10,13 +10,13 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Cast, store
-from diffkiln.passes.base import Fact, Pass, State
-from diffkiln.passes.quantize import is_quantized
+from diffkiln.passes.base import Fact, ModelPass, State
+from diffkiln.passes.model.quantize import is_quantized
 from diffkiln.spec import Target
 from diffkiln.spec.expressions import Expressions
 
 
-class LayerwiseCast(Pass):
+class LayerwiseCast(ModelPass):
     """Store the weights of linear layers, convolutions and embeddings in float8, and cast them when they are used.
 
     It does what diffusers' `enable_layerwise_casting` does, and to the same layers: norms, patch and position
@@ -26,6 +26,7 @@ class LayerwiseCast(Pass):
 
     name: ClassVar[str] = "layerwise_cast"
     summary: ClassVar[str] = "store weights in float8 and compute in their original type"
+    after: ClassVar = {"quantize": "layerwise_cast takes the layers that quantize leaves"}
     requires_not: ClassVar = {
         "sparse": "sparsify has stored the weights as half of their values. Choose one of the two",
         "gguf": "a GGUF file has quantized weights already. Give the original weights, or leave them as they are",
@@ -99,3 +100,6 @@ class LayerwiseCast(Pass):
             parts = {f"{name}_data": tensor.detach().to(dtype) for name, tensor in tensors.items()}
             store(layer, Cast(self.storage), parts)
         return [f"{len(layers)} layers, {count} weights to {self.storage}"] if layers else []
+
+
+PLUGIN = LayerwiseCast

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.passes.base import Fact, ModelPass, State
 from diffkiln.spec import Target
 
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
@@ -22,7 +22,7 @@ _ORIGINALS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _READS_FUSED = re.compile(r"\bto_qkv\b|\bfused_projections\b|_get_qkv_projections|_get_fused_projections")
 
 
-class FuseQKV(Pass):
+class FuseQKV(ModelPass):
     """Fuse the query, key and value projections of attention into one matrix, and delete the originals.
 
     diffusers fuses by `fuse_qkv_projections`, keeps the originals, and in some classes ignores the result. Here the
@@ -31,6 +31,11 @@ class FuseQKV(Pass):
 
     name: ClassVar[str] = "fuse_qkv"
     summary: ClassVar[str] = "fuse query, key and value projections; the originals are deleted"
+    before: ClassVar = {
+        "quantize": "quantized projections cannot be concatenated",
+        "sparsify": "sparse projections cannot be concatenated",
+        "layerwise_cast": "diffusers concatenates weights in the type that they compute in",
+    }
     requires_not: ClassVar = {
         "quantized": "quantized projections cannot be concatenated. Put fuse_qkv before quantize",
         "gguf": "a GGUF file has quantized projections, which cannot be concatenated. Give the original weights",
@@ -186,3 +191,6 @@ def _source(kind: type) -> str:
         return "\n".join(inspect.getsource(item) for item in vars(kind).values() if inspect.isfunction(item))
     except OSError:
         return ""
+
+
+PLUGIN = FuseQKV

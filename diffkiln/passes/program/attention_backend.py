@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,9 +11,11 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from diffkiln.bundle.versions import fits
-from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Outcome, Pass, State
-from diffkiln.program import ATTENTION, KERNELS, SDPA, Module, Op, Program, read_attention
+from diffkiln.errors import Incompatible, Problem
+from diffkiln.interpreter.attention import by_kernel
+from diffkiln.models.quiet import quiet_libraries
+from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
+from diffkiln.program import ATTENTION, KERNELS, NATIVE, SDPA, Module, Op, Program, read_attention
 from diffkiln.program.attention import Kernel, call_problems, device_problem
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target, refuse
@@ -56,7 +58,7 @@ Backend = Literal[
 ]
 
 
-class AttentionBackend(Pass):
+class AttentionBackend(ProgramPass):
     """Have a component's attention computed by one kernel, where torch would choose one at each call.
 
     torch's own: `native_math` (every score, any device), `native_flash` (FlashAttention-2; its own form on CPUs),
@@ -87,6 +89,14 @@ class AttentionBackend(Pass):
 
     def packages(self) -> dict[str, str]:
         return {self.kernel.package: self.kernel.versions} if self.kernel.package else {}
+
+    @classmethod
+    def check_restore(cls, options: Mapping[str, Any], bundle: Restored) -> None:
+        bundle.check_kernel(str(options["component"]), str(options["backend"]))
+
+    @classmethod
+    def restore_call(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        choose_attention(module, str(options["component"]), str(options["backend"]))
 
     # -- from configuration --
 
@@ -122,9 +132,6 @@ class AttentionBackend(Pass):
 
     def run(self, plan: State) -> Outcome:
         return Outcome(plan.with_facts(self.provides()), True, (f"attention by {self.backend}",))
-
-    def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return ()
 
     # -- from the recording --
 
@@ -182,3 +189,51 @@ def _attentions(module: Module) -> Iterator[tuple[Program, Op]]:
         for op in program.ops:
             if op.name == SDPA:
                 yield program, op
+
+
+#: Methods of a component that a pipeline calls.
+_METHODS = ("forward", "encode", "decode")
+
+#: What diffusers calls the kernels of packages. It has the fourth FlashAttention from the Hub alone.
+_IN_DIFFUSERS = {"flash_2": "flash", "flash_3": "_flash_3", "sage": "sage", "xformers": "xformers"}
+
+
+def choose_attention(module: torch.nn.Module, component: str, kernel: str) -> None:
+    """Have a module's attention computed by this kernel.
+
+    torch's own are switched on around the module's methods: diffusers' `set_attention_backend` does nothing for UNets,
+    VAEs, text encoders and older transformers, and changes all pipelines of the process besides.
+
+    Raises:
+        Incompatible: diffusers has no such kernel for the module, or it cannot be used.
+    """
+    if kernel in NATIVE:
+        for name in _METHODS:
+            if callable(method := getattr(module, name, None)):
+                setattr(module, name, by_kernel(method, kernel, component))
+        return
+    if kernel not in _IN_DIFFUSERS or not _heeds_backends(module):
+        raise Incompatible(
+            f"diffusers cannot compute the attention of {component} ({type(module).__name__}) by {kernel}. Load the "
+            "bundle without as_diffusers"
+        )
+    from diffusers.models.attention_dispatch import attention_backend
+
+    own: Any = module
+    try:
+        with quiet_libraries(), attention_backend("native"):  # which puts back what is set for the whole process
+            own.set_attention_backend(_IN_DIFFUSERS[kernel])
+    except (RuntimeError, ImportError) as error:
+        raise Incompatible(f"diffusers cannot use {kernel} for {component}: {error}") from error
+
+
+def _heeds_backends(module: torch.nn.Module) -> bool:
+    """Whether all attention of a module asks diffusers which kernel to use."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, MochiAttention
+
+    parts = [part for part in module.modules() if isinstance(part, (Attention, MochiAttention, AttentionModuleMixin))]
+    return bool(parts) and all(hasattr(part.processor, "_attention_backend") for part in parts)
+
+
+PLUGIN = AttentionBackend

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from diffkiln.errors import Problem
-from diffkiln.interpreter.layers import Stored
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.errors import Incompatible, MissingDependency, Problem
+from diffkiln.interpreter.layers import Stored, matching
+from diffkiln.passes.base import Fact, ModelPass, Restored, State
 from diffkiln.passes.quantizers import Layers, Quantizer, Settings, quantizer
 from diffkiln.spec import Conflict, Target, refuse
 
@@ -24,7 +24,7 @@ Type = Literal[
 _OPTIONAL = ("group_size", "granularity", "double_quant")
 
 
-class Quantize(Pass):
+class Quantize(ModelPass):
     """Quantize the linear layers of a component; norms, convolutions and embeddings stay as they are.
 
     So does a layer that shares its weight, as a head with the embedding: what is shared would be stored a second time;
@@ -153,6 +153,30 @@ class Quantize(Pass):
         module.requires_grad_(False)
         return notes if chosen else []
 
+    @classmethod
+    def check_restore(cls, options: Mapping[str, Any], bundle: Restored) -> None:
+        if options["backend"] == "torchao" and bundle.to_disk:
+            raise Incompatible(
+                f"diffusers cannot offload torchao weights to disk, and {options['component']} has them. Load the "
+                "bundle without as_diffusers, or compile it without offloading"
+            )
+
+    @classmethod
+    def restore_weight(
+        cls, layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        chosen = matching([layer], options["include"]) and not matching([layer], options["exclude"])
+        if not chosen or options["backend"] != "torchao":
+            return None
+        try:
+            from diffkiln.interpreter.layers import torchao
+        except ImportError:
+            raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
+        kind, granularity = str(options["type"]), str(options.get("granularity", "per_row"))
+        if kind not in torchao.TYPES:
+            raise Incompatible(f"weights of the type {kind!r} cannot be put into diffusers by this diffkiln")
+        return torchao.joined(weight, parts, kind, granularity)
+
     def _notes(self, layers: Layers, chosen: Layers) -> Iterator[str]:
         """What is quantized, and what each pattern touches."""
         yield f"{len(chosen)} linear layers, {_weights(chosen)} weights to {self.type.partition('_')[0]}"
@@ -183,3 +207,6 @@ def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     linear = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
     plain = {name: part for name, part in linear.items() if not is_quantized(part)}
     return {name: part for name, part in plain.items() if owners[id(part.weight)] == 1}
+
+
+PLUGIN = Quantize

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import repeated_blocks
-from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, State
+from diffkiln.passes.base import CompileRequest, Fact, Outcome, ProgramPass, State
 from diffkiln.passes.compiling import BACKENDS, Asked, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
@@ -46,7 +46,7 @@ class Flags(Strict):
     )
 
 
-class Compile(Pass):
+class Compile(ProgramPass):
     """Have the regions of a component lowered by a backend; what is not lowered is replayed operation by operation.
 
     With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`; with
@@ -60,6 +60,7 @@ class Compile(Pass):
 
     name: ClassVar[str] = "compile"
     summary: ClassVar[str] = "compile a component ahead of time: its repeated blocks or all of it"
+    after: ClassVar = {"*": "engines are built from what the other passes leave"}
     requires_not: ClassVar = {
         "quantized_by_bitsandbytes": BitsAndBytes.compiles,
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
@@ -185,9 +186,6 @@ class Compile(Pass):
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
 
-    def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return ()
-
     @property
     def rewrites(self) -> bool:
         return self.component == SCHEDULER
@@ -221,3 +219,6 @@ def _weight_conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
 def _has_convolutions_of_one(module: torch.nn.Module) -> bool:
     kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     return any(isinstance(part, kinds) and set(part.kernel_size) == {1} for part in module.modules())
+
+
+PLUGIN = Compile

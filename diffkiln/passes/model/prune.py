@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import drop_blocks, droppable_blocks, matching
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.passes.base import Fact, ModelPass, State
 from diffkiln.spec import Target
 
 
-class Prune(Pass):
+class Prune(ModelPass):
     """Drop repeated blocks by name; those after them move up.
 
     A block can go where the model runs a list of blocks one after the other, each on the result of the one before.
@@ -23,6 +23,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "drop blocks by name"
+    before: ClassVar = {"quantize": "what is dropped need not be quantized, and patterns name the blocks that are left"}
     examples: ClassVar = (
         {"name": "prune", "component": "transformer", "blocks": ["single_transformer_blocks.3[0-7]"]},
     )
@@ -64,3 +65,10 @@ class Prune(Pass):
         gone = drop_blocks(module, self.blocks)
         dropped = before - sum(tensor.numel() for tensor in module.parameters())
         return [f"{len(gone)} of {total} blocks dropped, {dropped} weights"] if gone else []
+
+    @classmethod
+    def restore(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        drop_blocks(module, options["blocks"])
+
+
+PLUGIN = Prune

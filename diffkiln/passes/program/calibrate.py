@@ -11,14 +11,14 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from diffkiln.errors import Problem, SourceError
-from diffkiln.passes.base import Fact, Outcome, Pass, State
+from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, State
 from diffkiln.spec import Conflict, Target, refuse
 
 #: A prompts file is read whole; one that is larger is something else.
 _MAX_BYTES = 2**20
 
 
-class Calibrate(Pass):
+class Calibrate(ProgramPass):
     """Choose the steps of the `cache_schedule` that follows, whose `steps` are "calibrated".
 
     The real pipeline draws the prompts once and keeps what every step would keep. Then each step is computed again from
@@ -35,6 +35,7 @@ class Calibrate(Pass):
 
     name: ClassVar[str] = "calibrate"
     summary: ClassVar[str] = "choose the steps of a caching schedule by measuring images"
+    before: ClassVar = {"cache_schedule": "it chooses the schedule's steps"}
     examples: ClassVar = (
         {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "computed": 14},
         {"name": "calibrate", "component": "transformer", "prompts": "prompts.txt", "metric": "psnr", "at_least": 30.0},
@@ -114,3 +115,6 @@ class Calibrate(Pass):
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return ()
+
+
+PLUGIN = Calibrate

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import decode_in_parts, parts_problem, tile_side, tile_unit
-from diffkiln.passes.base import Pass, State
+from diffkiln.passes.base import ModelPass, State
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
 
 
-class VAE(Pass):
+class VAE(ModelPass):
     """Decode the images of a batch one after the other (`slicing`), or each in overlapping tiles (`tiling`).
 
     Both need less memory at once, and are diffusers' own. Tiles are blended where they overlap, so an image differs a
@@ -75,3 +75,10 @@ class VAE(Pass):
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return decode_in_parts(module, self.slicing, self.tiling, self.tile)
+
+    @classmethod
+    def restore(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        decode_in_parts(module, options["slicing"], options["tiling"], options["tile"])
+
+
+PLUGIN = VAE

@@ -22,7 +22,7 @@ from diffkiln.models.checkpoint import read_header
 from diffkiln.models.licences import CARD
 from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.passes.base import Fact, ModelPass, Pass, State
 from diffkiln.passes.quantizers.base import is_ghost
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
@@ -70,7 +70,7 @@ class _Found:
     digest: str
 
 
-class FuseLoRA(Pass):
+class FuseLoRA(ModelPass):
     """Add one or several LoRA adapters to a component's weights, as diffusers' `fuse_lora` does.
 
     What the adapters were is not in the bundle, only their sum. An adapter that changes text encoders too is fused into
@@ -79,6 +79,10 @@ class FuseLoRA(Pass):
 
     name: ClassVar[str] = "fuse_lora"
     summary: ClassVar[str] = "add LoRA adapters to a component's weights"
+    before: ClassVar = {
+        "*": "an adapter is added to the original weights, by their names and shapes",
+        "cast": "an adapter is added at the precision that the weights were saved in",
+    }
     requires_not: ClassVar = {
         "quantized": "an adapter is added to the original weights. Put fuse_lora before quantize",
         "qkv_fused": "an adapter names the projections that fuse_qkv deletes. Put fuse_lora before fuse_qkv",
@@ -277,3 +281,6 @@ def _misfits(module: torch.nn.Module, layers: Mapping[str, Mapping[str, tuple[in
         if (down and down[1] != weight.shape[1]) or (up and up[0] != weight.shape[0]):
             wrong.append(f"{name} {tuple(weight.shape)}")
     return wrong
+
+
+PLUGIN = FuseLoRA

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Discriminator, Field, Tag
 
-from diffkiln.errors import Problem
-from diffkiln.passes.base import Fact, Outcome, Pass, State
+from diffkiln.errors import Incompatible, Problem
+from diffkiln.passes.base import Fact, Outcome, ProgramPass, State
 from diffkiln.passes.caching import (
     Kept,
     Mask,
@@ -64,7 +64,7 @@ DYNAMIC: dict[str, tuple[str, ...]] = {
 _INSIDE = ("pab", "fastercache")
 
 
-class CacheSchedule(Pass):
+class CacheSchedule(ProgramPass):
     """Let steps of the denoising run reuse what earlier ones kept; which steps do is decided when it is compiled.
 
     `mask`: the steps that `steps` names compute, the others reuse the denoiser's last output, and call nothing; with
@@ -82,6 +82,7 @@ class CacheSchedule(Pass):
 
     name: ClassVar[str] = "cache_schedule"
     summary: ClassVar[str] = "let some steps reuse results of earlier steps"
+    after: ClassVar = {"attention_backend": "a schedule is woven from programs that have their kernels"}
     examples: ClassVar = (
         {"name": "cache_schedule", "component": "transformer", "method": "fora", "interval": 2},
         {"name": "cache_schedule", "component": "transformer", "method": "taylorseer", "interval": 3, "order": 2},
@@ -276,8 +277,9 @@ class CacheSchedule(Pass):
         notes = tuple(map(_told, masks)) or ("a schedule of the steps that call it",)
         return Outcome(plan.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
 
-    def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return ()
+    @classmethod
+    def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
+        _enable_cache(pipe, options)
 
     # -- the programs --
 
@@ -351,3 +353,74 @@ def _source_of(class_name: str) -> str:
 
 def _told(mask: Mask) -> str:
     return f"{sum(mask)} of {len(mask)} steps compute: {symbols(mask)}"
+
+
+def _enable_cache(pipe: Any, options: Any) -> None:
+    """diffusers' own hook for a schedule.
+
+    Raises:
+        Incompatible: diffusers has none that does what the bundle's programs do, or not for this model.
+    """
+    method, component = str(options["method"]), str(options["component"])
+    config = _cache_config(pipe, method, options)
+    if config is None:
+        raise Incompatible(
+            f"diffusers has no hook that does what this schedule of {component} does ({method}). Load the bundle "
+            "without as_diffusers"
+        )
+    if method not in _WITHOUT_CONTEXT and "cache_context(" not in inspect.getsource(type(pipe)):
+        raise Incompatible(
+            f"{type(pipe).__name__} does not tell diffusers' hooks which of its calls is which, which {method} needs. "
+            "Load the bundle without as_diffusers"
+        )
+    try:
+        pipe.components[component].enable_cache(config)
+    except Exception as error:  # whatever diffusers raises for a model that its hooks do not know
+        kind = type(pipe.components[component]).__name__
+        raise Incompatible(f"diffusers' hook for {method} does not fit {kind}: {error}") from error
+
+
+def _cache_config(pipe: Any, method: str, options: Any) -> Any:
+    """diffusers' configuration that means the same, or None."""
+    from diffusers import hooks as library
+
+    hooks: Any = library  # its names are found when they are asked for
+    timestep = {"current_timestep_callback": lambda: pipe.current_timestep}
+    match method:
+        case "first_block" if options["dynamic"]:
+            return hooks.FirstBlockCacheConfig(threshold=options["threshold"])
+        case "seacache":
+            return hooks.SeaCacheConfig(threshold=options["threshold"])
+        case "pab":
+            return hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=options["interval"], **timestep
+            )
+        case "fastercache":
+            return hooks.FasterCacheConfig(spatial_attention_block_skip_range=options["interval"], **timestep)
+        case "magcache":
+            return hooks.MagCacheConfig(
+                threshold=options["threshold"],
+                max_skip_steps=options["max_reused"],
+                retention_ratio=options["retention"],
+                num_inference_steps=len(options["ratios"]),
+                mag_ratios=list(options["ratios"]),
+            )
+        case "taylorseer" if "interval" in options and (options["keep"], options["start"], options["end"]) == _PLAIN:
+            return hooks.TaylorSeerCacheConfig(
+                cache_interval=options["interval"],
+                disable_cache_before_step=-1,  # so that step 0 is one of the interval's
+                max_order=options["order"],
+                taylor_factors_dtype=torch.float32,
+                use_lite_mode=True,
+            )
+    return None
+
+
+#: Hooks of attentions, which need not know which call of a step they are in.
+_WITHOUT_CONTEXT = ("pab", "fastercache")
+
+#: What is kept, how many steps at the beginning compute, and at the end: what diffusers' TaylorSeer can do as well.
+_PLAIN = ("output", 1, 0)
+
+
+PLUGIN = CacheSchedule

@@ -9,11 +9,11 @@ import torch
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import to_channels_last
-from diffkiln.passes.base import Fact, Pass, State
+from diffkiln.passes.base import Fact, ModelPass, State
 from diffkiln.spec import Target
 
 
-class ChannelsLast(Pass):
+class ChannelsLast(ModelPass):
     """Lay out the weights of 2D convolutions with their channels last, which GPUs and CPUs convolve faster.
 
     The bundle's files hold them in that order. Convolutions inside of repeated blocks stay as they are: a compiler
@@ -36,3 +36,6 @@ class ChannelsLast(Pass):
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         names = to_channels_last(module)
         return [f"{len(names)} convolutions with channels last"] if names else []
+
+
+PLUGIN = ChannelsLast

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Sparse24, matching, store
-from diffkiln.passes.base import Fact, Pass, State
-from diffkiln.passes.quantize import linear_layers
+from diffkiln.passes.base import Fact, ModelPass, State
+from diffkiln.passes.model.quantize import linear_layers
 from diffkiln.passes.quantizers.base import is_ghost
 from diffkiln.spec import Target
 
@@ -21,7 +21,7 @@ _SM = (8, 0)
 _WIDTH = 8
 
 
-class Sparsify(Pass):
+class Sparsify(ModelPass):
     """Keep the two largest of each four neighbouring weights of linear layers: 2:4 semi-structured sparsity.
 
     The weights that are kept, and their places, are stored in 0.53 to 0.56 times the space (float32, bfloat16). A model
@@ -30,6 +30,7 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
     summary: ClassVar[str] = "make linear layers 2:4 sparse"
+    before: ClassVar = {"quantize": "quantized weights cannot be made sparse"}
     requires_not: ClassVar = {
         "quantized": "quantize leaves no plain weights to choose from. Put sparsify on other layers' components",
         "gguf": "a GGUF file has quantized weights already. Give the original weights",
@@ -86,3 +87,6 @@ def compressed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
     where = (two_bits << shifts).sum(dim=-1).to(torch.uint8)
     return {"weight_data": data, "weight_where": where}
+
+
+PLUGIN = Sparsify

@@ -1,0 +1,1 @@
+"""Passes that change modules and weights."""

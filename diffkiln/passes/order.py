@@ -1,0 +1,18 @@
+"""The order of the built-in passes of one component, by phase.
+
+The passes themselves say what must stand before what, and why (`before`, `after`); a test holds this literal to that.
+A pass of another distribution takes its place by what it says of these.
+"""
+
+from __future__ import annotations
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "original weights": ("fuse_lora", "cast"),
+    "structure": ("fuse_qkv", "prune", "merge_tokens"),
+    "how weights are stored": ("sparsify", "quantize", "layerwise_cast"),
+    "how a component computes": ("attention_backend", "channels_last", "vae"),
+    "the run": ("scheduler", "guidance", "calibrate", "cache_schedule"),
+    "engines": ("compile",),
+}
+
+ORDER: tuple[str, ...] = tuple(name for phase in PHASES.values() for name in phase)

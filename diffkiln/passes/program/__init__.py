@@ -1,0 +1,1 @@
+"""Passes that rewrite programs, or decide how a pipeline runs."""
