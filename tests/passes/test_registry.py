@@ -1,4 +1,4 @@
-"""Every pass has a file of its own, a test of its own, documented options, and a place in the order with its reasons."""
+"""Every pass has a file, a test, documented options, and a place in the order with its reasons."""
 
 from pathlib import Path
 from typing import ClassVar
