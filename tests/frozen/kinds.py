@@ -75,11 +75,17 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def requests(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the keywords of a call for each of a spec's inputs, with noise for each image that they take."""
+#: Prompts of those that take a prompt apart; the others are asked for `PROMPT`.
+PROMPTS = {"longcat_image": "a kiln at night with a sign that says \"Fox\" and 'it isn't'"}
+PROMPT = "a kiln at night"
+
+
+def requests(name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the keywords of a call for each of a kind's inputs, with noise for each image that they take."""
     rows = spec["inputs"] if isinstance(spec["inputs"], list) else [spec["inputs"]]
     made = [{key: value for key, value in row.items() if key != "call"} | row["call"] for row in rows]
-    return [keywords | {key: noise(keywords) for key, value in keywords.items() if value == {}} for keywords in made]
+    images = [{key: noise(call) for key, value in call.items() if value == {}} for call in made]
+    return [{"prompt": PROMPTS.get(name, PROMPT), **call, **given} for call, given in zip(made, images, strict=True)]
 
 
 def noise(keywords: dict[str, Any]) -> Image.Image:

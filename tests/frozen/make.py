@@ -21,27 +21,27 @@ HERE = Path(__file__).parent
 PICTURE = numpy.ndarray[Any, Any]
 
 
-def drawn(bundle: Path, spec: dict[str, Any], *, allow_native: bool = False) -> list[PICTURE]:
-    """The image of one request for each of the spec's inputs, [height, width, channels] from 0 to 1."""
+def drawn(bundle: Path, calls: list[dict[str, Any]], *, allow_native: bool = False) -> list[PICTURE]:
+    """The image of each call, [height, width, channels] from 0 to 1."""
     pipe = diffkiln.load(bundle, allow_native=allow_native)
     try:
-        return [_image(pipe, keywords) for keywords in requests(spec)]
+        return [_image(pipe, keywords) for keywords in calls]
     finally:
         pipe.bundle.close()
 
 
-def drawn_by_diffusers(bundle: Path, spec: dict[str, Any], *, allow_native: bool = False) -> list[PICTURE]:
+def drawn_by_diffusers(bundle: Path, calls: list[dict[str, Any]], *, allow_native: bool = False) -> list[PICTURE]:
     """The same from the original pipeline that the bundle makes."""
     pipe = diffkiln.load(bundle, allow_native=allow_native, as_diffusers=True)
     pipe.set_progress_bar_config(disable=True)
-    return [_image(pipe, keywords) for keywords in requests(spec)]
+    return [_image(pipe, keywords) for keywords in calls]
 
 
 def _image(pipe: Any, keywords: dict[str, Any]) -> PICTURE:
     import torch
 
     generator = torch.Generator("cpu").manual_seed(7)
-    return pipe(prompt="a kiln at night", generator=generator, output_type="np", **keywords).images[0]
+    return pipe(generator=generator, output_type="np", **keywords).images[0]
 
 
 def make(kind: str, room: Path) -> None:
@@ -55,7 +55,7 @@ def make(kind: str, room: Path) -> None:
     place.mkdir(parents=True)
     shutil.copy(file, place)
     shutil.copytree(room / "bundle", place / "bundle")
-    for index, image in enumerate(drawn(place / "bundle", KINDS[kind].spec)):
+    for index, image in enumerate(drawn(place / "bundle", requests(kind, KINDS[kind].spec))):
         # Half precision is far finer than what kernels of another torch may differ by, and takes little room.
         numpy.save(place / (f"expected_{index}.npy" if index else "expected.npy"), image.astype(numpy.float16))
 

@@ -18,7 +18,7 @@ from diffkiln.bundle.versions import fits
 from diffkiln.errors import Incompatible, NativeCodeRefused
 from diffkiln.runtime import compatibility
 from diffkiln.spec import parse_spec
-from tests.frozen.kinds import KINDS
+from tests.frozen.kinds import KINDS, requests
 from tests.frozen.make import PICTURE, drawn, drawn_by_diffusers
 from tests.pipelines import WARNING_FILTERS
 
@@ -42,8 +42,8 @@ def _here(bundle: Path) -> bool:
         return fits(torch.__version__.split("+")[0], opened.manifest.requires.torch)
 
 
-def _spec(place: Path) -> dict[str, Any]:
-    return json.loads((place / "spec.json").read_text())
+def _calls(place: Path) -> list[dict[str, Any]]:
+    return requests(place.name, json.loads((place / "spec.json").read_text()))
 
 
 def _is_as_expected(place: Path, images: list[PICTURE]) -> None:
@@ -74,12 +74,12 @@ def test_is_the_bundle_that_was_frozen_and_whole(place):
 @pytest.mark.parametrize("way", [drawn, drawn_by_diffusers], ids=["alone", "as_diffusers"])
 @pytest.mark.parametrize("place", PLACES, ids=_name)
 def test_draws_what_it_drew(place, way):
-    bundle, spec, native = place / "bundle", _spec(place), place in ENGINES
+    bundle, calls, native = place / "bundle", _calls(place), place in ENGINES
     if native and not _here(bundle):
         with pytest.raises(Incompatible, match=r"torch: found .*, required =="):
-            way(bundle, spec, allow_native=True)
+            way(bundle, calls, allow_native=True)
         return
-    _is_as_expected(place, way(bundle, spec, allow_native=native))
+    _is_as_expected(place, way(bundle, calls, allow_native=native))
 
 
 @pytest.mark.parametrize("place", ENGINES, ids=_name)
@@ -118,7 +118,7 @@ def test_bundle_of_a_later_minor_with_fields_that_nobody_knows_draws_the_same(tm
         format={"name": "diffkiln-bundle", "major": FORMAT_MAJOR, "minor": FORMAT_MINOR + 7, "later": True},
         later={"streams": [1, 2]},
     )
-    _is_as_expected(DATA, drawn(later, _spec(DATA)))
+    _is_as_expected(DATA, drawn(later, _calls(DATA)))
 
 
 @pytest.mark.parametrize(
