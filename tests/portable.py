@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
 _PATHS = """
+    tests/frozen tests/guards/test_bundles.py tests/guards/test_commands.py
     tests/end_to_end/test_families.py tests/end_to_end/test_lengths.py tests/end_to_end/test_portable.py
-    tests/end_to_end/test_schedules.py tests/frozen tests/golden tests/guards tests/passes/test_attention_backend.py
+    tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py
     tests/passes/test_scheduler.py tests/passes/test_vae.py tests/record tests/runtime/test_as_diffusers.py
     tests/hub/test_load.py tests/runtime/test_compatibility.py tests/runtime/test_image_inputs.py
     tests/runtime/test_pipeline.py tests/runtime/test_targets.py tests/verification
