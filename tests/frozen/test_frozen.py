@@ -18,11 +18,16 @@ from diffkiln.bundle.versions import fits
 from diffkiln.errors import Incompatible, NativeCodeRefused
 from diffkiln.runtime import compatibility
 from diffkiln.spec import parse_spec
-from tests.frozen.make import drawn
+from tests.frozen.kinds import KINDS, requests
+from tests.frozen.make import PICTURE, drawn, drawn_by_diffusers
+from tests.pipelines import WARNING_FILTERS
 
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 HERE = Path(__file__).parent
 PLACES = sorted(path.parent for path in HERE.glob("*/*/bundle"))
 ENGINES = [place for place in PLACES if place.name == "engine"]
+#: The first of the plainest kind.
+DATA = next(place for place in PLACES if place.name == "data")
 #: Each bundle's id when it was frozen: one that was made again or edited has another.
 IDS: dict[str, str] = json.loads((HERE / "ids.json").read_text())
 
@@ -37,9 +42,25 @@ def _here(bundle: Path) -> bool:
         return fits(torch.__version__.split("+")[0], opened.manifest.requires.torch)
 
 
-def test_every_version_has_both_kinds_and_a_bundle_of_this_one_is_there():
+def _calls(place: Path) -> list[dict[str, Any]]:
+    return requests(place.name, json.loads((place / "spec.json").read_text()))
+
+
+def _is_as_expected(place: Path, images: list[PICTURE]) -> None:
+    files = sorted(place.glob("expected*.npy"))
+    assert len(images) == len(files) > 0
+    for image, file in zip(images, files, strict=True):
+        expected = numpy.load(file).astype(image.dtype)
+        assert image.shape == expected.shape
+        # Half precision keeps 11 bits; kernels of another torch may add as much again.
+        numpy.testing.assert_allclose(image, expected, atol=2e-3)
+
+
+def test_every_version_has_every_kind_and_a_bundle_of_this_one_is_there():
     assert {_name(place) for place in PLACES} == set(IDS)
-    assert {place.parent.name for place in PLACES} == {place.parent.name for place in ENGINES}
+    versions = {place.parent for place in PLACES}
+    for version in versions:
+        assert {place.name for place in PLACES if place.parent == version} == set(KINDS)
     assert diffkiln.__version__.rpartition(".")[0] in {place.parent.name.rpartition(".")[0] for place in PLACES}
 
 
@@ -50,18 +71,15 @@ def test_is_the_bundle_that_was_frozen_and_whole(place):
         assert any(row.role == "native" for row in verified.files) == (place.name == "engine")
 
 
+@pytest.mark.parametrize("way", [drawn, drawn_by_diffusers], ids=["alone", "as_diffusers"])
 @pytest.mark.parametrize("place", PLACES, ids=_name)
-def test_draws_what_it_drew(place):
-    bundle = place / "bundle"
-    if place in ENGINES and not _here(bundle):
+def test_draws_what_it_drew(place, way):
+    bundle, calls, native = place / "bundle", _calls(place), place in ENGINES
+    if native and not _here(bundle):
         with pytest.raises(Incompatible, match=r"torch: found .*, required =="):
-            drawn(bundle, allow_native=True)
+            way(bundle, calls, allow_native=True)
         return
-    image = drawn(bundle, allow_native=place in ENGINES)
-    expected = numpy.load(place / "expected.npy").astype(image.dtype)
-    assert image.shape == expected.shape
-    # Half precision keeps 11 bits; kernels of another torch may add as much again.
-    numpy.testing.assert_allclose(image, expected, atol=2e-3)
+    _is_as_expected(place, way(bundle, calls, allow_native=native))
 
 
 @pytest.mark.parametrize("place", ENGINES, ids=_name)
@@ -81,13 +99,12 @@ def test_engine_that_nobody_here_built_needs_leave(place):
 def test_spec_that_it_was_compiled_from_is_still_read(place):
     spec = parse_spec(place / "spec.json")
     assert parse_spec(json.dumps(spec.as_json()).encode()) == spec
-    assert spec.passes[0].name == "fuse_qkv"
+    assert [entry.name for entry in spec.passes] == [entry["name"] for entry in KINDS[place.name].spec["passes"]]
 
 
 def _rewritten(output: Path, **fields: Any) -> Path:
     """The first data-only bundle under a manifest with other fields, and its digest."""
-    [source, *_] = [place / "bundle" for place in PLACES if place not in ENGINES]
-    shutil.copytree(source, output)
+    shutil.copytree(DATA / "bundle", output)
     raw = json.loads((output / "manifest.json").read_bytes())
     data = json.dumps(raw | fields).encode()
     (output / "manifest.json").write_bytes(data)
@@ -101,8 +118,7 @@ def test_bundle_of_a_later_minor_with_fields_that_nobody_knows_draws_the_same(tm
         format={"name": "diffkiln-bundle", "major": FORMAT_MAJOR, "minor": FORMAT_MINOR + 7, "later": True},
         later={"streams": [1, 2]},
     )
-    [first, *_] = [place for place in PLACES if place not in ENGINES]
-    numpy.testing.assert_allclose(drawn(later), numpy.load(first / "expected.npy").astype("float32"), atol=2e-3)
+    _is_as_expected(DATA, drawn(later, _calls(DATA)))
 
 
 @pytest.mark.parametrize(
