@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
 _PATHS = """
-    tests/frozen tests/guards/test_bundles.py tests/guards/test_commands.py
+    tests/frozen tests/snapshots/test_bundles.py tests/snapshots/test_commands.py
     tests/end_to_end/test_families.py tests/end_to_end/test_lengths.py tests/end_to_end/test_portable.py
     tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py
     tests/passes/test_scheduler.py tests/passes/test_vae.py tests/record tests/runtime/diffusers/test_loading.py

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from diffkiln.cli import main
-from diffkiln.passes.registry import PASSES
+from diffkiln.passes.order import ORDER
 from tests.conftest import DIGITS
 from tests.examples.test_specs import read
 from tests.frozen.kinds import KINDS
-from tests.guards.golden import same
-from tests.guards.specs import ready_specs
+from tests.snapshots.golden import same
+from tests.snapshots.specs import ready_specs
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -105,7 +105,7 @@ def test_verify(kind, said, monkeypatch, tmp_path):
     same(f"commands/verify/{kind}.txt", said("verify", FROZEN / kind / "bundle"))
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", ORDER)
 def test_passes(name, said):
     same(f"commands/passes/{name}.txt", said("passes", name))
     same(f"commands/passes/{name}.json", json.loads(said("passes", name, "--json")))
@@ -113,9 +113,9 @@ def test_passes(name, said):
 
 def test_passes_are_listed_in_their_order(said):
     whole = said("passes")
-    assert whole.endswith("".join(said("passes", name) for name in PASSES))
+    assert whole.endswith("".join(said("passes", name) for name in ORDER))
     same("commands/passes.json", [line for line in whole.splitlines() if line and not line.startswith(" ")])
-    assert list(json.loads(said("passes", "--json"))) == list(PASSES)
+    assert list(json.loads(said("passes", "--json"))) == list(ORDER)
 
 
 def test_targets(said):

@@ -10,8 +10,8 @@ import pytest
 from diffkiln.passes.registry import option_models, read_passes
 from diffkiln.spec import PassEntry, parse_spec, resolve_targets
 from tests.docs.examples import ROOT
-from tests.guards.golden import GOLDEN, same
-from tests.guards.specs import every_spec
+from tests.snapshots.golden import GOLDEN, same
+from tests.snapshots.specs import every_spec
 
 SPECS = every_spec()
 
