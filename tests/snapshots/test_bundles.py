@@ -9,9 +9,9 @@ import pytest
 
 from diffkiln.bundle import open_bundle
 from diffkiln.cli import main
+from tests.pipelines import WARNING_FILTERS
 from tests.snapshots.bundles import BUNDLES, portable
 from tests.snapshots.golden import same
-from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 

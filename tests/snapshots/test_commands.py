@@ -13,9 +13,9 @@ from diffkiln.passes.order import ORDER
 from tests.conftest import DIGITS
 from tests.examples.test_specs import read
 from tests.frozen.kinds import KINDS
+from tests.pipelines import WARNING_FILTERS
 from tests.snapshots.golden import same
 from tests.snapshots.specs import ready_specs
-from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 FROZEN = Path(__file__).parents[1] / "frozen" / "0.1.0"
