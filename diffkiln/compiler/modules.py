@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffkiln.compiler.verify import compare_component
 from diffkiln.errors import BuildError, CallError, Incompatible, RecordError, SpecError
 from diffkiln.exporters.artefact import Artefact, Lowering
-from diffkiln.exporters.base import contiguous, engine_inputs
+from diffkiln.exporters.base import exporter, input_specs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.registry import exporter
 from diffkiln.guards.gate import gated
 from diffkiln.interpreter.aten import Interpreter, type_of
 from diffkiln.models.meta import emptied, haunt
 from diffkiln.models.weights import weights_of
+from diffkiln.passes.compile import DEFAULT
 from diffkiln.passes.outlining import between_blocks, whole
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.components import Callee, record_component
@@ -46,7 +46,7 @@ def compile_module(
     example_kwargs: Mapping[str, Any],
     *,
     target: str | Target = "cpu-x86-64-v3",
-    backend: str = "aot_inductor",
+    backend: str = DEFAULT,
     scope: str = "blocks",
     fixed: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
@@ -93,8 +93,7 @@ def compile_module(
         artefacts[region.name] = artefact = exporter(backend).export(lowering, cache or EngineCache())
         engines[region.name] = _Elsewhere(machine)
         if place is not None:
-            inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
-            engines[region.name] = engine(backend)(artefact.directory, inputs, place)
+            engines[region.name] = engine(backend)(artefact.directory, input_specs(region), place)
             self_test(engines[region.name], region, own, place, f"the engine of {region.name}")
     folded = {key: tensor.to(place) if place and tensor.ndim else tensor for key, tensor in constants.tensors.items()}
     return CompiledModule(module, callee, recorded, engines, folded, artefacts, machine)

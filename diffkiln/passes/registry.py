@@ -84,7 +84,7 @@ def pass_class(name: str) -> type[Pass]:
 
 def option_models() -> dict[str, type[Pass]]:
     """Every pass by name, for the schema and the help."""
-    return {name: pass_class(name) for name in PASSES}
+    return {name: pass_class(name).model_for() for name in PASSES}
 
 
 def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
@@ -104,10 +104,11 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
         cls = pass_class(entry.name)
         for key, options in _spread(cls, entry.options, where, problems):
             at = f"{where}.mapping.{key}" if key else where
+            model = cls.model_for(options)
             try:
-                placed.append(Placed(index, cls.model_validate(options), key))
+                placed.append(Placed(index, model.model_validate(options), key))
             except ValidationError as error:
-                problems += problems_from(error, cls, at)
+                problems += problems_from(error, model, at)
     if problems:
         raise SpecError(problems=problems)
     return placed

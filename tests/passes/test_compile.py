@@ -40,7 +40,7 @@ def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
         IllegalPlan, match=r"\$\.passes\[0\]\.backend: .*nvidia-l4, torch: .*built without CUDA.*pip install"
     ):
         manager.run(plan, placed(COMPILE), [target])
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(()))
+    monkeypatch.setattr("diffkiln.exporters.aot_inductor.check.cuda_problems", lambda: iter(()))
     after, _ = manager.run(plan, placed(COMPILE | {"flags": {"max_autotune": True}}), [target])
     assert after.compile[0].options == {"max_autotune": True}
 
@@ -118,7 +118,7 @@ def test_engines_that_hold_their_weights_have_a_budget():
     ],
 )
 def test_targets_that_tensorrt_cannot_build_for_are_refused_from_configuration(target, module, reason, monkeypatch):
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.find_spec", lambda name: None if name == module else name)
+    monkeypatch.setattr("diffkiln.exporters.tensorrt.check.find_spec", lambda name: None if name == module else name)
     with pytest.raises(IllegalPlan, match=reason) as caught:
         manager.run(ghost("flux"), placed(COMPILE | {"backend": "tensorrt"}), [target])
     assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
@@ -139,9 +139,7 @@ def test_tensorrt_after_a_choice_of_kernel_is_refused():
 
 
 def test_onnx_without_its_packages_is_refused_with_what_installs_them(monkeypatch):
-    monkeypatch.setattr(
-        "diffkiln.passes.compiling.backends.find_spec", lambda name: None if name == "onnxscript" else name
-    )
+    monkeypatch.setattr("diffkiln.exporters._onnx.needs.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(IllegalPlan, match=r"onnxscript: not installed.*pip install 'diffkiln\[onnx\]'"):
         checked(ghost("flux"), COMPILE | {"backend": "onnx"})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln.passes import registry
-from diffkiln.passes.registry import PASSES, REASONS, option_models, pass_class, read_passes
+from diffkiln.passes.registry import PASSES, REASONS, option_models, read_passes
 from diffkiln.spec import PassEntry
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ def test_reasons_speak_of_passes_in_their_order():
 
 @pytest.mark.parametrize("name", PASSES)
 def test_examples_are_entries_of_a_spec(name):
-    examples = pass_class(name).examples
+    examples = option_models()[name].examples
     assert examples
     for example in examples:
         assert example["name"] == name

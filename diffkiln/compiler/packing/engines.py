@@ -8,20 +8,19 @@ from types import MappingProxyType
 
 import torch
 
-from diffkiln.bundle import BundleWriter, EngineRow, TensorSpec
+from diffkiln.bundle import BundleWriter, EngineRow
 from diffkiln.compiler.packing.packed import Packed
 from diffkiln.errors import ExportError, VerifyError
 from diffkiln.exporters.artefact import Artefact, Lowering
-from diffkiln.exporters.base import contiguous, engine_inputs, foreign
+from diffkiln.exporters.base import contiguous, exporter, foreign, input_specs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.registry import exporter
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module, Program
 from diffkiln.program.sizes import Family, families
 from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engines import engine
-from diffkiln.runtime.engines.base import learned as learned_by
+from diffkiln.runtime.engines import learned as learned_by
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
@@ -104,7 +103,7 @@ def _built_together(
 
 def _tell_breaks(packed: Packed, request: CompileRequest, region: Program) -> None:
     """Where a graph is allowed to break, and does: each place once, with the class that it is in."""
-    if request.options.get("fullgraph", True):
+    if not exporter(request.backend).may_break(request.options):
         return
     origin = _origin(packed.ghosts.get(request.component), region)
     for what in foreign(region):
@@ -182,14 +181,10 @@ def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, ta
         region=region.name,
         backend=artefact.backend,
         path=path,
-        inputs=_inputs(region),
+        inputs=input_specs(region),
         outputs=outputs,
         options=dict(artefact.options),
     )
-
-
-def _inputs(region: Program) -> tuple[TensorSpec, ...]:
-    return tuple(contiguous(type_) for type_ in engine_inputs(region))
 
 
 def _try_out(
@@ -214,7 +209,7 @@ def _try_out(
             notices.append(notice)
     if device is None:
         return {}
-    loaded = engine(artefact.backend)(artefact.directory, _inputs(region), device)
+    loaded = engine(artefact.backend)(artefact.directory, input_specs(region), device)
     on_device = {key: tensor.to(device) for key, tensor in constants.items()}
     self_test(loaded, region, on_device, device, path)
     return learned_by(loaded)
