@@ -11,8 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,33 +28,16 @@ from diffkiln.spec import Runtime, suggest
 from diffkiln.spec.targets import Target
 
 
-class Builder(Protocol):
-    """What a backend's `build` module has. It is imported when an engine is to be built, and no sooner."""
-
-    def tools(self, lowering: Lowering) -> Mapping[str, str]:
-        """Returns the programs that build the engine, with their versions: what decides its bytes beside the lowering.
-
-        Raises:
-            MissingDependency: names the package and what installs it.
-        """
-        ...
-
-    def build(self, lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
-        """Builds the engine in an empty folder. May be called from several threads at once.
-
-        Raises:
-            ExportError: says why it cannot be, and what to do.
-        """
-        ...
-
-
 class Exporter:
     """A backend: what fits it, said once, and which options it has. Nothing here builds anything.
 
     Class attributes:
         name: as specs and bundles have it.
         version: changes whenever the same lowering would give other files; it is part of the cache's key.
-        builder: the name of its `build` module.
+        builder: the name of its `build` module, which is imported when an engine is to be built. `tools(lowering)`
+            gives the programs that build, with the versions that decide the bytes; `build(lowering, folder, cache)`
+            writes the engine into an empty folder, from several threads at once. Both raise `MissingDependency` for a
+            package that is not installed, `build` also `ExportError`: why, and what to do.
         summary: one sentence on what it makes.
         examples: entries of a spec.
         options: the model of its options.
@@ -172,7 +154,7 @@ class Exporter:
         refused = f"the region {lowering.region.name!r} cannot be lowered by {self.name}:"
         if problems := self.check(lowering.region, lowering.target, lowering.options):
             raise ExportError("\n".join([refused, *map(str, problems)]), problems=problems)
-        builder: Builder = import_module(self.builder)  # pyright: ignore[reportAssignmentType]
+        builder = import_module(self.builder)
         key = engine_key(self.name, self.version, lowering, builder.tools(lowering))
         if (found := cache.get(key)) is not None:
             return found

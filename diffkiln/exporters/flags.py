@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.exporters.options import Lacks, Options
+from diffkiln.exporters.options import Weightless
 from diffkiln.spec import Strict, Target
-
-_WEIGHTLESS = Lacks("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
 
 
 class Flags(Strict):
@@ -38,13 +36,6 @@ class Flags(Strict):
 
 #: By name.
 FLAGS = tuple(sorted(Flags.model_fields))
-
-
-class Weightless(Options):
-    """The options of a backend whose engines take all weights as inputs."""
-
-    weights: Annotated[str | None, _WEIGHTLESS] = None
-    weight_budget_gb: Annotated[float | None, _WEIGHTLESS] = None
 
 
 class Inductors(Weightless):

@@ -58,7 +58,8 @@ class Compile(Pass):
     @classmethod
     def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
         """Returns the pass with the options of the backend that is named among its fields; with those of all."""
-        name, known = (options or {"backend": None}).get("backend", DEFAULT), tuple(plugins.plugins("exporters"))
+        known = tuple(plugins.plugins("exporters"))
+        name = None if options is None else options.get("backend", DEFAULT)
         return _of_one(name) if name in known else _of_all(known)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from diffkiln.errors import Problem
+from diffkiln.exporters.aot_inductor.absent_gpu import torch_problem
 from diffkiln.exporters.base import Exporter
 from diffkiln.exporters.cuda import broken_promises, cuda_problems, gpu_is_here
 from diffkiln.exporters.flags import Inductors
@@ -51,16 +52,9 @@ class AotInductor(Exporter):
         if target.device != "cuda":
             return []
         problems = [*self.machine_problems(target), *self.promise_problems(target, "$.target")]
-        if not problems and not gpu_is_here(target) and (reason := _torch_problem()):
+        if not problems and not gpu_is_here(target) and (reason := torch_problem()):
             problems.append(Problem("torch", reason, "Install one of these, or build on a machine that has the GPU."))
         return problems
-
-
-def _torch_problem() -> str:
-    """Why this torch cannot build for a GPU that is not here; empty if it can."""
-    from diffkiln.exporters.aot_inductor.absent_gpu import torch_problem
-
-    return torch_problem()
 
 
 def _isa_problems(target: Target) -> list[Problem]:

@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 from diffkiln.errors import Problem
 from diffkiln.exporters._onnx.needs import EXPORTING, missing_modules
 from diffkiln.exporters.base import Exporter
-from diffkiln.exporters.flags import Flags, Weightless
-from diffkiln.exporters.options import UNBROKEN, Lacks, Options
+from diffkiln.exporters.flags import Flags
+from diffkiln.exporters.options import UNBROKEN, Lacks, Options, Weightless
 from diffkiln.program import Program, refs
 from diffkiln.program.pairs import PARTS, pair_problems
 from diffkiln.spec import Runtime
