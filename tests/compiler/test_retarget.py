@@ -249,7 +249,7 @@ KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
 import pytest
-from diffkiln.compiler.compile import retarget
+from diffkiln.compiler import retarget
 from diffkiln.bundle import open_bundle
 from diffkiln.compiler.packing import engines
 from tests.killing import NAMES, killed_before

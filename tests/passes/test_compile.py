@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffkiln import plugins
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
 from diffkiln.passes.base import Plan
@@ -171,6 +172,21 @@ def test_types_that_a_backend_cannot_compute_are_refused_from_the_recording(back
     if reason:
         assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
         assert reason in str(caught.value)
+
+
+def test_a_backend_whose_engines_nothing_here_runs_is_refused(monkeypatch):
+    installed = plugins.plugins
+    monkeypatch.setattr(plugins, "plugins", lambda kind: {} if kind == "engines" else installed(kind))
+    with pytest.raises(IllegalPlan, match=r"\.backend: no package that is installed runs the engines of onnx"):
+        checked(ghost("flux"), COMPILE | {"backend": "onnx"})
+
+
+def test_what_asks_for_nothing_is_taken_by_every_backend():
+    nothing = {"flags": None, "fullgraph": True, "weights": None, "weight_budget_gb": None}
+    for backend in ("aot_inductor", "onnx", "tensorrt", "torch_compile"):
+        (place,) = placed(COMPILE | {"backend": backend} | nothing)
+        assert place.step.options() == placed(COMPILE | {"backend": backend})[0].step.options()
+        assert nothing.items() <= place.step.options().items()
 
 
 def test_arithmetic_of_the_scheduler_is_a_component():

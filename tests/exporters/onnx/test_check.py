@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from diffkiln.exporters.onnx.check import type_problems
+from diffkiln.exporters.onnx.check import KEPT, TYPES, type_problems
 from diffkiln.program import DType, Input, Op, Program, Ref, TensorType
+from diffkiln.runtime.engines.onnx.engine import NUMBERS
 
 
 def one_op(name: str, before: str, after: str) -> Program:
@@ -31,3 +32,8 @@ def test_types_that_onnx_has_not():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "int64", "int8", "bool"])
 def test_other_types_are_taken(dtype):
     assert not list(type_problems(one_op("aten.neg.default", dtype, dtype)))
+
+
+def test_the_exporter_takes_the_types_that_the_engine_can_bind() -> None:
+    assert set(NUMBERS) == set(TYPES)
+    assert set(TYPES) >= KEPT
