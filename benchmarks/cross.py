@@ -21,14 +21,15 @@ import tempfile
 
 from measuring import machine, table
 
-from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.aot_inductor.check import AotInductor
+from diffkiln.exporters.aot_inductor.cubins import cubins_of
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.cubins import cubins_of
 from diffkiln.program import Program
 from diffkiln.program.sizes import Family
 from diffkiln.spec import TARGETS
 from tests.cross import blocks, parts
+from tests.exporters.regions import total
 
 #: What is built, of which regions, and for which target.
 Case = tuple[str, Family, str]
@@ -88,7 +89,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         cache = EngineCache(given.cache or Path(scratch))
-        AotInductor().prepare(TARGETS["nvidia-l4"], cache)
+        AotInductor().export(Lowering(total(), TARGETS["nvidia-l4"]), cache)  # headers that all builds share
         rows = []
         for case in cases(given):
             rows.append(row(*case, cache))

@@ -17,9 +17,9 @@ from onnx import numpy_helper
 
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.onnx import Onnx
+from diffkiln.exporters.onnx.check import Onnx
 from diffkiln.program import Program, Ref
-from diffkiln.runtime.engines.onnx import MODEL, OnnxEngine
+from diffkiln.runtime.engines.onnx.engine import MODEL, OnnxEngine
 from tests.exporters.regions import CPU, Writer, block, interpreted, tensors
 
 

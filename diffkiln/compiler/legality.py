@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from diffkiln.errors import Problem
-from diffkiln.interpreter.cuda import broken_promises
-from diffkiln.passes.base import Pass, State
+from diffkiln.passes.base import State
 from diffkiln.passes.model.vae import VAE
 from diffkiln.passes.program.cache_schedule import CacheSchedule
 from diffkiln.passes.program.calibrate import Calibrate
@@ -15,9 +14,6 @@ from diffkiln.passes.program.compile import Compile
 from diffkiln.passes.registry import Placed
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import Spec, Target
-
-#: Backends whose engines hold code of this torch's CUDA, and are linked with its libraries.
-_OWN_CUDA = ("aot_inductor",)
 
 #: The most values that torch's nearest upsampling makes on a GPU. Beyond it raises; with channels last it gives zeros.
 #: Source: torch, aten/src/ATen/native/cuda/UpSampleNearest2d.cu; pytorch#141831.
@@ -27,14 +23,11 @@ _IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt
 
 def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> list[Problem]:
     """Everything that the parts of a spec ask of each other, and of this machine's CUDA, in vain."""
-    steps = [item.step for item in placed]
     return [
         *_ignored(spec, targets),
-        *_unrecordable(spec, placed),
         *_lonely_calibrations(placed),
         *_calibrations_without_images(spec, placed),
-        *_without_fallback(spec, placed),
-        *_promises(spec, steps, targets),
+        *_of_engines(spec, placed, targets),
     ]
 
 
@@ -81,22 +74,6 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
         yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
 
 
-def _unrecordable(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Engines that cannot be launched as a part of a CUDA graph."""
-    if spec.runtime.cuda_graphs is None:
-        return
-    mend = 'Choose another backend, or remove "cuda_graphs" from "runtime".'
-    for item in placed:
-        if not isinstance(item.step, Compile):
-            continue
-        if item.step.backend == "onnx":
-            reason = "ONNX Runtime waits for the GPU in each call, and a CUDA graph cannot hold that"
-            yield Problem(f"{item.where}.backend", reason, mend)
-        if item.step.weights == "engine":
-            reason = "TensorRT brings its engine's weights in from the host, and a CUDA graph holds addresses"
-            yield Problem(f"{item.where}.weights", reason, 'Set it to "input", or remove "cuda_graphs".')
-
-
 def _lonely_calibrations(placed: Sequence[Placed]) -> Iterator[Problem]:
     """Calibrations that nothing follows."""
     mend = 'Add a cache_schedule with "steps": "calibrated".'
@@ -116,20 +93,14 @@ def _calibrations_without_images(spec: Spec, placed: Sequence[Placed]) -> Iterat
             yield Problem(item.where, reason, "Give the steps of the schedule themselves.")
 
 
-def _without_fallback(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Engines that hold their weights, where the bundle is to run without engines on other machines."""
-    if spec.runtime.on_incompatible != "eager":
-        return
-    reason = "the weights are in the engines, and without them the bundle cannot be replayed"
-    mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
-    for item in placed:
-        if isinstance(item.step, Compile) and item.step.weights == "engine":
-            yield Problem(f"{item.where}.weights", reason, mend)
-
-
-def _promises(spec: Spec, steps: Sequence[Pass], targets: Sequence[Target]) -> Iterator[Problem]:
-    """Drivers and releases of CUDA that a target promises to make do with, and its engines would not."""
-    if not any(isinstance(step, Compile) and step.backend in _OWN_CUDA for step in steps):
-        return
+def _of_engines(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+    """What the runtime section asks for, and the targets promise to make do with, and engines do not allow."""
+    compiled = [(item.step, item.where) for item in placed if isinstance(item.step, Compile)]
+    for step, where in compiled:
+        yield from step.check_runtime(spec.runtime, where)
+    promises: list[Problem] = []
     for index, target in enumerate(targets):
-        yield from broken_promises(target, f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target")
+        where = f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target"
+        for step, _ in compiled:
+            promises += step.exporter.promise_problems(target, where)
+    yield from dict.fromkeys(promises)

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkiln.compiler.packing.engines import place_of
 from diffkiln.compiler.verify import compare_component
 from diffkiln.errors import BuildError, CallError, Incompatible, RecordError, SpecError
 from diffkiln.exporters.artefact import Artefact, Lowering
-from diffkiln.exporters.base import contiguous, engine_inputs
+from diffkiln.exporters.base import exporter, input_specs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.registry import exporter
 from diffkiln.guards.gate import gated
 from diffkiln.interpreter.aten import Interpreter, type_of
 from diffkiln.models.meta import emptied, haunt
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.outlining import between_blocks, whole
+from diffkiln.passes.program.compile import DEFAULT
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -46,7 +47,7 @@ def compile_module(
     example_kwargs: Mapping[str, Any],
     *,
     target: str | Target = "cpu-x86-64-v3",
-    backend: str = "aot_inductor",
+    backend: str = DEFAULT,
     scope: str = "blocks",
     fixed: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
@@ -83,7 +84,7 @@ def compile_module(
     constants = Constants()
     callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
-    place, weights = _place(machine), dict(weights_of(module))
+    place, weights = place_of(machine), dict(weights_of(module))
     engines: dict[str, Engine] = {}
     artefacts: dict[str, Artefact] = {}
     for region in recorded.regions.values():
@@ -93,8 +94,7 @@ def compile_module(
         artefacts[region.name] = artefact = exporter(backend).export(lowering, cache or EngineCache())
         engines[region.name] = _Elsewhere(machine)
         if place is not None:
-            inputs = tuple(contiguous(type_) for type_ in engine_inputs(region))
-            engines[region.name] = engine(backend)(artefact.directory, inputs, place)
+            engines[region.name] = engine(backend)(artefact.directory, input_specs(region), place)
             self_test(engines[region.name], region, own, place, f"the engine of {region.name}")
     folded = {key: tensor.to(place) if place and tensor.ndim else tensor for key, tensor in constants.tensors.items()}
     return CompiledModule(module, callee, recorded, engines, folded, artefacts, machine)
@@ -222,13 +222,6 @@ def _machine(target: str | Target) -> Target:
     if found.device == "cpu" and (missing := missing_flags(found.isa)):
         raise Incompatible(f"{found.name}: this machine lacks {', '.join(sorted(missing))}. Choose a lower level")
     return found
-
-
-def _place(target: Target) -> torch.device | None:
-    """Where the target's engines run on this machine; None where it cannot run them."""
-    if target.device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda") if capability() == target.capability else None
 
 
 class _Elsewhere:

@@ -120,7 +120,7 @@ def find_compiler() -> Compiler:
     path = shutil.which(name)
     if path is None:
         raise ExportError(
-            f"the backend aot_inductor needs a C++ compiler, and there is no {name!r} on the PATH. Install g++ "
+            f"building engines needs a C++ compiler, and there is no {name!r} on the PATH. Install g++ "
             "(on Debian and Ubuntu: apt install g++), or set CXX to the compiler to use"
         )
     return Compiler(path, _version(path))

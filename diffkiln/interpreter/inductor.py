@@ -16,16 +16,6 @@ from diffkiln.guards import forks
 #: Instruction set: (width of Inductor's vectors in bits, its class for them). One bit stands for scalar code.
 ISAS = {"x86-64-v2": (1, None), "x86-64-v3": (256, "VecAVX2"), "x86-64-v4": (512, "VecAVX512")}
 
-#: Inductor's flags that a caller may set.
-FLAGS = (
-    "conv_1x1_as_mm",
-    "coordinate_descent_check_all_directions",
-    "coordinate_descent_tuning",
-    "epilogue_fusion",
-    "force_fuse_int_mm_with_mul",
-    "max_autotune",
-)
-
 #: Inductor's configuration, the environment that names its cache and the instruction set are the process's: whoever
 #: turns them holds this.
 INDUCTOR = forks.Lock()

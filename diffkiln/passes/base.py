@@ -11,11 +11,12 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
 
+from diffkiln import plugins
 from diffkiln.errors import Problem
 from diffkiln.program import Module
 from diffkiln.spec import Strict, Target, suggest
@@ -48,7 +49,7 @@ class CompileRequest:
     @property
     def holds_weights(self) -> bool:
         """Whether the engines are to hold their weights, which are then needed to build them."""
-        return self.options.get("weights") == "engine"
+        return plugins.load("exporters", self.backend).holds_weights(self.options)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,14 @@ class Pass(Strict):
     after: ClassVar[Mapping[str, str]] = {}
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
+
+    @classmethod
+    def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
+        """Returns the model that reads these options, where a choice among them decides which others there are.
+
+        Without options, or where they choose what there is not: a model with all fields, for schema and help.
+        """
+        return cls
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         """The pass with the files that it names found and looked at; relative paths start from `base`.

@@ -29,8 +29,13 @@ class Placed:
         return f"$.passes[{self.index}]" + (f".mapping.{self.key}" if self.key else "")
 
 
+def option_models() -> dict[str, type[Pass]]:
+    """The options of every installed pass by its name, for the schema and the help, in their order."""
+    return {name: cls.model_for() for name, cls in pass_classes().items()}
+
+
 @functools.cache
-def option_models() -> Mapping[str, type[Pass]]:
+def pass_classes() -> Mapping[str, type[Pass]]:
     """Every installed pass by name, in the order in which a spec must list those of one component.
 
     Raises:
@@ -54,7 +59,7 @@ def _place(cls: type[Pass], order: Sequence[str]) -> int:
 
 def pass_class(name: str) -> type[Pass]:
     """The class of a pass that exists."""
-    return option_models()[name]
+    return pass_classes()[name]
 
 
 def reason(first: type[Pass], second: type[Pass]) -> str:
@@ -74,7 +79,7 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
     Raises:
         SpecError: unknown passes and wrong options, all together.
     """
-    known = option_models()
+    known = pass_classes()
     placed: list[Placed] = []
     problems: list[Problem] = []
     for index, entry in enumerate(entries):
@@ -86,10 +91,11 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
         cls = known[entry.name]
         for key, options in _spread(cls, entry.options, where, problems):
             at = f"{where}.mapping.{key}" if key else where
+            model = cls.model_for(options)
             try:
-                placed.append(Placed(index, cls.model_validate(options), key))
+                placed.append(Placed(index, model.model_validate(options), key))
             except ValidationError as error:
-                problems += problems_from(error, cls, at)
+                problems += problems_from(error, model, at)
     if problems:
         raise SpecError(problems=problems)
     return placed
@@ -130,7 +136,7 @@ def _of_the_run(first: Pass, second: Pass) -> bool:
 
 def order_problems(placed: Sequence[Placed]) -> list[Problem]:
     """Passes of one component that stand in the wrong order, or twice."""
-    order = list(option_models())
+    order = list(pass_classes())
     problems: list[Problem] = []
     for later, item in enumerate(placed):
         for before in placed[:later]:

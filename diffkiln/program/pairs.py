@@ -13,7 +13,7 @@ from diffkiln.program.ir import Op, Program, refs
 #: The type of either part.
 PARTS = {"complex64": "float32", "complex128": "float64"}
 
-#: What `diffkiln.exporters.pairs` can do with complex numbers.
+#: What `diffkiln.exporters._onnx.pairs` can do with complex numbers.
 OPERATORS = frozenset(
     f"aten.{name}"
     for name in (

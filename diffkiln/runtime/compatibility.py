@@ -8,15 +8,16 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import chain
 
 import torch
 
 from diffkiln.bundle import Manifest, Requires, sha256_bytes
 from diffkiln.bundle.versions import fits, numbers
 from diffkiln.errors import Incompatible, MissingDependency, Problem
-from diffkiln.program import onnx
 from diffkiln.program.attention import install_line
 from diffkiln.runtime.accelerator import capability, model
+from diffkiln.runtime.engines import stand_ins
 from diffkiln.version import __version__
 
 #: The levels of the x86-64 psABI and the flags of /proc/cpuinfo that each adds to the one before.
@@ -136,7 +137,7 @@ def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Pro
 
 def _installed(package: str) -> str | None:
     """The version of a package, or of another distribution that brings the same module."""
-    for name in onnx.DISTRIBUTIONS if package == onnx.PACKAGE else (package,):
+    for name in chain((package,), stand_ins(package)):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

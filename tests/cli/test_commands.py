@@ -56,8 +56,8 @@ def test_every_command_is_here():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_runs(name, folder, hub: Server, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    for module in ("compiler", "retarget"):
-        monkeypatch.setattr(f"diffkiln.{module}.EngineCache", engine_cache)
+    for module in ("compile", "retarget"):
+        monkeypatch.setattr(f"diffkiln.compiler.{module}.EngineCache", engine_cache)
     arguments, code, words = COMMANDS[name]
     assert main(arguments) == code
     told = capsys.readouterr()

@@ -9,7 +9,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import IllegalPlan
-from diffkiln.passes.compiling import backends
+from diffkiln.exporters.aot_inductor import check
 from tests.conftest import DIGITS
 
 #: Older than CUDA 13 takes.
@@ -26,7 +26,7 @@ def spec(target: Any, passes: list[dict[str, Any]]) -> dict[str, Any]:
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch built with CUDA 13, on a machine that lacks nothing."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(backends, "cuda_problems", lambda: iter(()))
+    monkeypatch.setattr(check, "cuda_problems", lambda: iter(()))
 
 
 def refused(target: Any) -> list[str]:

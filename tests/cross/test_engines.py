@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from diffkiln.errors import ExportError
-from diffkiln.exporters.absent_gpu import absent_gpu
-from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.aot_inductor.absent_gpu import absent_gpu
+from diffkiln.exporters.aot_inductor.check import AotInductor
+from diffkiln.exporters.aot_inductor.cubins import cubins_of
 from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.cubins import cubins_of
 from diffkiln.spec import TARGETS
 from tests.cross import blocks
 from tests.exporters.regions import block, engine_cache, in_type

@@ -8,9 +8,9 @@ import torch
 import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, Incompatible
-from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.aot_inductor.check import AotInductor
+from diffkiln.exporters.aot_inductor.cubins import cubins_of
 from diffkiln.exporters.artefact import Artefact, Lowering
-from diffkiln.exporters.cubins import cubins_of
 from diffkiln.program import Program
 from diffkiln.program.sizes import Family
 from diffkiln.spec import TARGETS

@@ -15,7 +15,7 @@ sys.addaudithook(lambda event, _: started.append(event) if event in _PROCESSES e
 begun = time.perf_counter()
 import diffkiln  # noqa: E402
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine  # noqa: E402
-from diffkiln.runtime.engines.onnx import OnnxEngine  # noqa: E402
+from diffkiln.runtime.engines.onnx.engine import OnnxEngine  # noqa: E402
 
 
 def resident() -> int:

@@ -12,7 +12,7 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, Incompatible
 from diffkiln.program import module_from_json
-from diffkiln.runtime.engines.onnx import OnnxEngine
+from diffkiln.runtime.engines.onnx.engine import OnnxEngine
 from diffkiln.runtime.opening import read_constants
 from diffkiln.runtime.self_test import self_test
 from tests.conftest import DIGITS

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from diffkiln.bundle.manifest import TensorSpec
-from diffkiln.exporters.aot_inductor import AotInductor
+from diffkiln.exporters.aot_inductor.check import AotInductor
 from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.base import engine_inputs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.onnx import Onnx
-from diffkiln.exporters.tensorrt import Tensorrt
-from diffkiln.exporters.torch_compile import TorchCompile
+from diffkiln.exporters.onnx.check import Onnx
+from diffkiln.exporters.tensorrt.check import Tensorrt
+from diffkiln.exporters.torch_compile.check import TorchCompile
 from diffkiln.interpreter.aten import Interpreter, dtype_of
 from diffkiln.program import (
     ATTENTION,

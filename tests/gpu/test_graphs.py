@@ -10,7 +10,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError
-from diffkiln.interpreter.cuda import cuda_problems
+from diffkiln.exporters.cuda import cuda_problems
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
 

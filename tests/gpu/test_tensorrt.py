@@ -11,11 +11,10 @@ import torch
 from diffkiln.bundle.state import state_dir
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.tensorrt import Tensorrt
+from diffkiln.exporters.tensorrt.check import Tensorrt, library_for
 from diffkiln.program import Program
 from diffkiln.program.sizes import families
-from diffkiln.program.tensorrt import library_for
-from diffkiln.runtime.engines.tensorrt import TensorrtEngine
+from diffkiln.runtime.engines.tensorrt.engine import TensorrtEngine
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec.targets import Target
 from tests.exporters.regions import (

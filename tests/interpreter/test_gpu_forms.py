@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffkiln.compiler.compile import check
 from diffkiln.compiler.dry_run import dry_run
 from diffkiln.errors import VerifyError
-from diffkiln.exporters import aot_inductor
+from diffkiln.exporters.aot_inductor import build as aot_inductor
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.interpreter.fx import as_graph

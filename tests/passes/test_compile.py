@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffkiln import plugins
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
 from diffkiln.passes.base import State
@@ -40,7 +41,7 @@ def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
         IllegalPlan, match=r"\$\.passes\[0\]\.backend: .*nvidia-l4, torch: .*built without CUDA.*pip install"
     ):
         manager.run(plan, placed(COMPILE), [target])
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(()))
+    monkeypatch.setattr("diffkiln.exporters.aot_inductor.check.cuda_problems", lambda: iter(()))
     after, _ = manager.run(plan, placed(COMPILE | {"flags": {"max_autotune": True}}), [target])
     assert after.compile[0].options == {"max_autotune": True}
 
@@ -118,7 +119,7 @@ def test_engines_that_hold_their_weights_have_a_budget():
     ],
 )
 def test_targets_that_tensorrt_cannot_build_for_are_refused_from_configuration(target, module, reason, monkeypatch):
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.find_spec", lambda name: None if name == module else name)
+    monkeypatch.setattr("diffkiln.exporters.tensorrt.check.find_spec", lambda name: None if name == module else name)
     with pytest.raises(IllegalPlan, match=reason) as caught:
         manager.run(ghost("flux"), placed(COMPILE | {"backend": "tensorrt"}), [target])
     assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
@@ -139,9 +140,7 @@ def test_tensorrt_after_a_choice_of_kernel_is_refused():
 
 
 def test_onnx_without_its_packages_is_refused_with_what_installs_them(monkeypatch):
-    monkeypatch.setattr(
-        "diffkiln.passes.compiling.backends.find_spec", lambda name: None if name == "onnxscript" else name
-    )
+    monkeypatch.setattr("diffkiln.exporters._onnx.needs.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(IllegalPlan, match=r"onnxscript: not installed.*pip install 'diffkiln\[onnx\]'"):
         checked(ghost("flux"), COMPILE | {"backend": "onnx"})
 
@@ -173,6 +172,21 @@ def test_types_that_a_backend_cannot_compute_are_refused_from_the_recording(back
     if reason:
         assert [problem.where for problem in caught.value.problems] == ["$.passes[0].backend"]
         assert reason in str(caught.value)
+
+
+def test_a_backend_whose_engines_nothing_here_runs_is_refused(monkeypatch):
+    installed = plugins.plugins
+    monkeypatch.setattr(plugins, "plugins", lambda kind: {} if kind == "engines" else installed(kind))
+    with pytest.raises(IllegalPlan, match=r"\.backend: no package that is installed runs the engines of onnx"):
+        checked(ghost("flux"), COMPILE | {"backend": "onnx"})
+
+
+def test_what_asks_for_nothing_is_taken_by_every_backend():
+    nothing = {"flags": None, "fullgraph": True, "weights": None, "weight_budget_gb": None}
+    for backend in ("aot_inductor", "onnx", "tensorrt", "torch_compile"):
+        (place,) = placed(COMPILE | {"backend": backend} | nothing)
+        assert place.step.options() == placed(COMPILE | {"backend": backend})[0].step.options()
+        assert nothing.items() <= place.step.options().items()
 
 
 def test_arithmetic_of_the_scheduler_is_a_component():

@@ -76,7 +76,7 @@ def test_a_pass_of_another_package_stands_where_it_says():
 
 @pytest.mark.parametrize("name", ORDER)
 def test_examples_are_entries_of_a_spec(name):
-    examples = pass_class(name).examples
+    examples = option_models()[name].examples
     assert examples
     for example in examples:
         assert example["name"] == name

@@ -19,7 +19,7 @@ from diffkiln.errors import VerifyError
 from diffkiln.runtime import accelerator as module
 from diffkiln.runtime import arrival, loading, targets
 from diffkiln.runtime.accelerator import Cuda, accelerator, indexed
-from diffkiln.runtime.engines.base import check_inputs
+from diffkiln.runtime.engines import check_inputs
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.weights import WeightStore
 from tests.simulated import Simulated

@@ -32,8 +32,8 @@ from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
 from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.errors import IllegalPlan, IntegrityError, Problem, SpecError
+from diffkiln.exporters.base import exporter
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.registry import exporter
 from diffkiln.interpreter.aten import check_schemas
 from diffkiln.program import Module
 from diffkiln.record.constants import Constants
@@ -216,13 +216,14 @@ def _check_buildable(
         if target.device not in devices
     ]
     for group in groups:
-        if group.request.holds_weights:
+        backend = exporter(group.request.backend)
+        if backend.holds_weights(group.request.options):
             reason = f"the engines of {group.request.component} hold weights, which only compiling a spec has at hand"
             problems.append(Problem("", reason, "Compile the spec for all of its targets."))
         for name in group.regions:
             region = modules[group.request.component].regions[name]
             for target in targets:
-                problems += exporter(group.request.backend).check(region, target, group.request.options)
+                problems += backend.check(region, target, group.request.options)
     if problems:
         raise IllegalPlan(problems=list(dict.fromkeys(problems)))
 

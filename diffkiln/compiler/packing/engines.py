@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import BundleWriter, EngineRow, TensorSpec
+from diffkiln.bundle import BundleWriter, EngineRow
 from diffkiln.compiler.packed import Packed, total
 from diffkiln.errors import ExportError, VerifyError
 from diffkiln.exporters.artefact import Artefact, Lowering
-from diffkiln.exporters.base import contiguous, engine_inputs, foreign
+from diffkiln.exporters.base import contiguous, exporter, foreign, input_specs
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.exporters.registry import exporter
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module, Program
@@ -24,7 +23,7 @@ from diffkiln.program.sizes import Family, families
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engines import engine
-from diffkiln.runtime.engines.base import learned as learned_by
+from diffkiln.runtime.engines import learned as learned_by
 from diffkiln.runtime.self_test import self_test
 from diffkiln.spec import Target
 
@@ -105,7 +104,7 @@ class EnginesPacker:
 
     def _breaks(self, request: CompileRequest, region: Program) -> list[str]:
         """Where a graph is allowed to break, and does, with the class that it is in."""
-        if request.options.get("fullgraph", True):
+        if not exporter(request.backend).may_break(request.options):
             return []
         origin = _origin(self.components.get(request.component), region)
         return [f"{request.component}: {origin}the graph breaks at {what}" for what in foreign(region)]
@@ -175,23 +174,19 @@ def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, ta
         region=region.name,
         backend=artefact.backend,
         path=path,
-        inputs=_inputs(region),
+        inputs=input_specs(region),
         outputs=outputs,
         options=dict(artefact.options),
     )
-
-
-def _inputs(region: Program) -> tuple[TensorSpec, ...]:
-    return tuple(contiguous(type_) for type_ in engine_inputs(region))
 
 
 def _try_out(
     artefact: Artefact, region: Program, constants: Mapping[str, torch.Tensor], target: Target, path: str
 ) -> Files:
     """An engine that is wrong is not published. Returns what running it made, to be kept beside it."""
-    if (device := _place(target)) is None:
+    if (device := place_of(target)) is None:
         return {}
-    loaded = engine(artefact.backend)(artefact.directory, _inputs(region), device)
+    loaded = engine(artefact.backend)(artefact.directory, input_specs(region), device)
     on_device = {key: tensor.to(device) for key, tensor in constants.items()}
     self_test(loaded, region, on_device, device, path)
     return learned_by(loaded)
@@ -202,12 +197,12 @@ def _untried(artefact: Artefact, target: Target) -> list[str]:
     told = []
     if artefact.autotuned is False:
         told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
-    if _place(target) is None:
+    if place_of(target) is None:
         told.append("were not tried: this machine cannot run them")
     return [f"the engines for {target.name} {what}" for what in told]
 
 
-def _place(target: Target) -> torch.device | None:
+def place_of(target: Target) -> torch.device | None:
     """Where this machine can run engines for a target; None if it cannot."""
     if target.device == "cuda":
         return torch.device("cuda") if capability() == target.capability else None

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from functools import cache
+from inspect import cleandoc
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, create_model
 
+from diffkiln import plugins
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, ProgramPass, State
-from diffkiln.passes.compiling import BACKENDS, Asked, Backend
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
 from diffkiln.record.pipeline import Recording
-from diffkiln.spec import Conflict, Strict, Target, refuse
+from diffkiln.spec import Conflict, Runtime, Target, refuse
 
-
-class Flags(Strict):
-    """Flags of torch's Inductor, by its own names, that diffusers' guides recommend. Absent: as this torch has them.
-
-    Source: https://huggingface.co/docs/diffusers/optimization/fp16 and .../tutorials/fast_diffusion.
-    """
-
-    conv_1x1_as_mm: bool | None = Field(None, description="Compute convolutions of one pixel as matrix products.")
-    epilogue_fusion: bool | None = Field(None, description="Fuse what follows a matrix product into its kernel.")
-    max_autotune: bool | None = Field(None, description="Time several kernels for each product, and take the fastest.")
-    coordinate_descent_tuning: bool | None = Field(None, description="Tune each kernel's block sizes one by one.")
-    coordinate_descent_check_all_directions: bool | None = Field(
-        None, description="Tune neighbouring block sizes together, too."
-    )
-    force_fuse_int_mm_with_mul: bool | None = Field(
-        None, description="Multiply an int8 product by its scale in the product's own kernel."
-    )
-
-    #: What decides nothing where no kernel is written by Triton.
-    gpu_only: ClassVar = (
-        "epilogue_fusion",
-        "max_autotune",
-        "coordinate_descent_tuning",
-        "coordinate_descent_check_all_directions",
-        "force_fuse_int_mm_with_mul",
-    )
+#: The backend where nobody names one.
+DEFAULT = "aot_inductor"
+_BACKEND = "Backend that compiles the regions."
+_SCOPE = "Region to compile at once: each repeated block, or the whole component. Absent: {}"
 
 
 class Compile(ProgramPass):
@@ -52,10 +32,6 @@ class Compile(ProgramPass):
     With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`; with
     `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
     all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
-
-    `aot_inductor` writes native code for a CPU or a GPU, which need not be in this machine. `onnx` writes ONNX, which
-    ONNX Runtime runs with the bundle's weights. `tensorrt` has TensorRT build that ONNX into an engine for a GPU.
-    `torch_compile` compiles when the bundle is loaded, out of the caches of a compilation when it was made.
     """
 
     name: ClassVar[str] = "compile"
@@ -68,53 +44,30 @@ class Compile(ProgramPass):
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "
         "original weights with torchao, or do not compile the component",
     }
-    examples: ClassVar = (
-        {"name": "compile", "component": "transformer", "backend": "aot_inductor", "scope": "blocks"},
-        {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},
-        {"name": "compile", "component": "scheduler"},
-        {"name": "compile", "component": "text_encoder", "backend": "onnx"},
-        {"name": "compile", "component": "transformer", "backend": "tensorrt"},
-        {"name": "compile", "component": "transformer", "backend": "torch_compile", "fullgraph": False},
-    )
+    #: The backend's own: what fits it, and its options, which are fields of `model_for` it.
+    exporter: ClassVar[Any]
 
-    backend: Literal["aot_inductor", "onnx", "tensorrt", "torch_compile"] = Field(
-        "aot_inductor", description="Backend that compiles the regions."
-    )
-    scope: Literal["blocks", "whole"] | None = Field(
-        None,
-        description="Region to compile at once: each repeated block, or the whole component. Absent: whole for onnx, "
-        "whole for tensorrt, blocks for the others.",
-    )
+    backend: str = Field(DEFAULT, description=_BACKEND)
+    scope: Literal["blocks", "whole"] | None = Field(None, description=_SCOPE.format("the backend's own choice."))
     between: bool = Field(False, description="Also compile the operations between the blocks.")
     dynamic: bool | None = Field(
         None,
         description="Build one engine for all sizes of a region where possible, instead of one engine a size. Absent: "
         "true if the inputs give a range of sizes.",
     )
-    fullgraph: bool = Field(True, description="Refuse a region that torch.compile would break into several graphs.")
-    flags: Flags | None = Field(None, description="Flags of torch's Inductor, by its own names.")
-    weights: Literal["input", "engine"] | None = Field(
-        None,
-        description="For tensorrt. input: the bundle passes the weights to the engine. engine: the engine holds them, "
-        "and TensorRT streams those that the GPU has no room for. Absent: input.",
-    )
-    weight_budget_gb: float | None = Field(
-        None,
-        ge=0,
-        description='For "weights": "engine": GB of weights that stay on the GPU. Absent: as much as the target\'s '
-        "memory allows.",
-    )
+
+    @classmethod
+    def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
+        """Returns the pass with the options of the backend that is named among its fields; with those of all."""
+        known = tuple(plugins.plugins("exporters"))
+        name = None if options is None else options.get("backend", DEFAULT)
+        return _of_one(name) if name in known else _of_all(known)
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        backend = BACKENDS.get(given.get("backend", "aot_inductor"), BACKENDS["aot_inductor"])
-        if given.get("fullgraph") is False and backend.unbroken:
-            yield ("fullgraph",), refuse(backend.unbroken, "Remove it")
-        if given.get("between") and given.get("scope") != "blocks" and (given.get("scope") or backend.whole):
+        yield from super().conflicts(given)
+        if given.get("between") and given.get("scope") != "blocks" and (given.get("scope") or cls.exporter.whole):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
-        if given.get("flags") and backend.flagless:
-            yield ("flags",), refuse(f"they are Inductor's, and {backend.flagless}", "Remove them")
-        yield from _weight_conflicts(given)
         if given.get("component") == SCHEDULER:
             for name in ("scope", "between"):
                 if given.get(name):
@@ -123,14 +76,12 @@ class Compile(ProgramPass):
     @property
     def whole(self) -> bool:
         """Whether the component is one region."""
-        return self.scope == "whole" or (self.scope is None and self._backend.whole)
-
-    @property
-    def _backend(self) -> Backend:
-        return BACKENDS[self.backend]
+        return self.scope == "whole" or (self.scope is None and self.exporter.whole)
 
     def packages(self) -> dict[str, str]:
-        return self._backend.packages()
+        """What the backend's engines need, and the distribution that brings what runs them."""
+        engine = plugins.plugins("engines").get(self.backend)
+        return {**self.exporter.packages, **(engine.requirement if engine else {})}
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
@@ -149,39 +100,24 @@ class Compile(ProgramPass):
     def _problems(self, module: torch.nn.Module | None, plan: State, target: Target, where: str) -> Iterator[Problem]:
         if self.dynamic and len(plan.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
-        yield from self._flag_problems(module, target, where)
-        yield from self._backend.problems(Asked(self.component, module, plan, target, where, self.fullgraph))
+        if self.backend not in plugins.plugins("engines"):
+            reason = f"no package that is installed runs the engines of {self.backend}"
+            yield Problem(f"{where}.backend", reason, "Install the one that does: engines are tried as they are built.")
+        facts = {fact.name for fact in plan.facts if fact.component == self.component}
+        yield from self.exporter.problems(self.component, module, facts, target, where, self)
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
         if module := recording.modules.get(self.component):
-            yield from self._backend.type_problems(self.component, module, target, self.whole, where)
+            yield from self.exporter.type_problems(self.component, module, target, self.whole, where)
 
-    def _options(self) -> dict[str, Any]:
-        """What the exporter is given."""
-        options: dict[str, Any] = self._flags()
-        if not self.fullgraph:
-            options["fullgraph"] = False
-        if self.weights == "engine":
-            options["weights"] = self.weights
-        if self.weight_budget_gb is not None:
-            options["weight_budget"] = int(self.weight_budget_gb * 1e9)
-        return options
-
-    def _flags(self) -> dict[str, bool]:
-        return self.flags.model_dump(exclude_none=True) if self.flags else {}
-
-    def _flag_problems(self, module: torch.nn.Module | None, target: Target, where: str) -> Iterator[Problem]:
-        """Flags that would decide nothing."""
-        for name, value in self._flags().items():
-            at = f"{where}.flags.{name}"
-            if name in Flags.gpu_only and target.device == "cpu":
-                yield Problem(at, f"it is for Triton's kernels, and {target.name} has none", "Remove it.")
-            elif name == "conv_1x1_as_mm" and value and not (module and _has_convolutions_of_one(module)):
-                yield Problem(at, f"{self.component} has no convolution of one pixel", "Remove it.")
+    def check_runtime(self, runtime: Runtime, where: str) -> Iterable[Problem]:
+        """What a spec asks of the runtime, and the engines cannot do; `where` is the pass's JSON path."""
+        return self.exporter.runtime_problems(self, runtime, where)
 
     def run(self, plan: State) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
-        request = CompileRequest(self.component, self.backend, self._options(), dynamic)
+        lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
+        request = CompileRequest(self.component, self.backend, lowered, dynamic)
         plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
         return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
@@ -204,21 +140,34 @@ class Compile(ProgramPass):
         return recording, ()
 
 
-def _weight_conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-    """Options of weights where they would decide nothing, or where an engine serves several blocks."""
-    for name in ("weights", "weight_budget_gb"):
-        if given.get(name) is not None and given.get("backend") != "tensorrt":
-            yield (name,), refuse("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
-    if given.get("weights") == "engine" and given.get("scope") == "blocks":
-        yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
-    if given.get("weight_budget_gb") is not None and given.get("weights") != "engine":
-        mend = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
-        yield ("weight_budget_gb",), refuse("the engine has no weights of its own", mend)
+@cache
+def _of_one(name: str) -> Any:
+    """The pass with the options of one backend."""
+    exporter = plugins.load("exporters", name)
+    model = create_model("Compile", __base__=(Compile, exporter.options), __doc__=Compile.__doc__)
+    model.exporter = exporter
+    return model
 
 
-def _has_convolutions_of_one(module: torch.nn.Module) -> bool:
-    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    return any(isinstance(part, kinds) and set(part.kernel_size) == {1} for part in module.modules())
+@cache
+def _of_all(names: tuple[str, ...]) -> Any:
+    """The pass with the options that some backend has: it describes them, and refuses the name of any other backend."""
+    backends = [plugins.load("exporters", name) for name in names]
+    own = [field for backend in backends for field in backend.options.model_fields.items() if field[1].description]
+    wholes = ", ".join(f"whole for {backend.name}" for backend in backends if backend.whole)
+    described = {
+        "backend": (Literal[names], Field(DEFAULT, description=_BACKEND)),
+        "scope": (
+            Compile.model_fields["scope"].annotation,
+            Field(None, description=_SCOPE.format(f"{wholes}, blocks for the others.")),
+        ),
+        **{name: (field.annotation, field) for name, field in own},
+    }
+    doc = " ".join(f"`{backend.name}` {backend.summary}" for backend in backends)
+    model = create_model("Compile", __base__=Compile, __doc__=f"{cleandoc(str(Compile.__doc__))}\n\n{doc}", **described)
+    model.exporter = plugins.load("exporters", DEFAULT)
+    model.examples = tuple(example for backend in backends for example in backend.examples)
+    return model
 
 
 PLUGIN = Compile

@@ -17,7 +17,7 @@ import torch
 
 from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
-from diffkiln.runtime.engines.base import Layout, check_inputs
+from diffkiln.runtime.engines import Layout, check_inputs
 
 _LIBRARY = Path("data", "aotinductor", "model", "engine.so")
 
@@ -96,3 +96,6 @@ def _from_archive(directory: Path, device: torch.device, alone: bool) -> Any:
                 archive.write(file, Path("engine", file.relative_to(directory)))
             archive.writestr(str(Path("engine", _LIBRARY.with_suffix(".cpp"))), "")
         return _loader(package, device, alone)
+
+
+PLUGIN = AotInductorEngine

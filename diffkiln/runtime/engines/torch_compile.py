@@ -20,7 +20,7 @@ from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.fx import CACHES, OPTIONS, REGION, compiled
 from diffkiln.program import ATTENTION, program_from_json
 from diffkiln.runtime.attention import packaged
-from diffkiln.runtime.engines.base import Layout, check_inputs
+from diffkiln.runtime.engines import Layout, check_inputs
 
 _LOG = get_logger("diffkiln")
 
@@ -77,3 +77,6 @@ def _read(file: Path) -> Any:
         return file.read_bytes()
     except FileNotFoundError:
         raise Incomplete(f"{file.parent}: the file {file.name} is missing") from None
+
+
+PLUGIN = TorchCompileEngine

@@ -1,0 +1,124 @@
+"""What AOTInductor is told for an NVIDIA GPU, and what its engines are made of there.
+
+    Inductor ──▶ Triton kernels ──ptxas──▶ cubins ─┐
+             └─▶ C++ that calls them ──toolchain───┴──▶ engine.so
+
+The cubins are linked into the engine, so an engine is one file wherever it lies. Kernels are tuned by running them
+where the target's GPU is here; where it is not, `absent_gpu` stands for it and their first forms are taken. The engine
+asks for the driver's library, which is there where it runs: it is linked against an empty one of the same name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkiln.errors import ExportError
+from diffkiln.exporters import toolchain
+from diffkiln.exporters.aot_inductor.absent_gpu import absent_gpu
+from diffkiln.exporters.aot_inductor.cubins import cubins_of
+from diffkiln.exporters.cuda import DRIVERS, find_cudart, find_headers, find_library_headers, find_ptxas, gpu_is_here
+from diffkiln.exporters.processes import call
+from diffkiln.interpreter.inductor import environment
+from diffkiln.spec.targets import Target
+
+#: The device that a region is traced on. An engine runs on whichever it is loaded for.
+DEVICE = "cuda:0"
+
+#: Flags that have kernels run to choose between them.
+TUNING = ("max_autotune", "coordinate_descent_tuning", "coordinate_descent_check_all_directions")
+
+#: From this compute capability on Triton assembles for an architecture's own features, the `a` of `sm_90a`.
+_OWN_FEATURES = (9, 0)
+
+_DRIVER_CALL = re.compile(r"\bcu[A-Z]\w+(?=\()")
+#: Those in the headers that every engine includes.
+_ALWAYS = ("cuGetErrorString", "cuModuleUnload")
+
+
+def gpu_tools(target: Target) -> dict[str, str]:
+    """What decides an engine's code beyond the compiler: Triton, CUDA, and the GPU that it was tuned on, if any."""
+    import triton  # pyright: ignore[reportMissingImports]
+
+    tuned = torch.cuda.get_device_name() if gpu_is_here(target) else "nothing"
+    return {"triton": triton.__version__, "cuda": str(torch.version.cuda), "tuned on": tuned}
+
+
+def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's configuration on top of the host's, and the caller's flags as far as they can be honoured here."""
+    ours = {
+        "aot_inductor.embed_kernel_binary": True,
+        "aot_inductor.emit_multi_arch_kernel": False,
+        "triton.autotune_at_compile_time": True,
+        "triton.unique_kernel_names": True,
+    }
+    if gpu_is_here(target):
+        return ours | dict(options)
+    # Whether a product's operands are worth padding is found by timing it.
+    return ours | {"shape_padding": False} | {name: value for name, value in options.items() if name not in TUNING}
+
+
+@contextmanager
+def told_gpu(target: Target, folder: Path) -> Iterator[None]:
+    """Inductor and Triton with the target's GPU, one that is here or one that is not, and with CUDA's headers."""
+    from torch.utils import cpp_extension
+
+    headers = find_headers()
+    assert headers is not None  # the check says so first
+    with ExitStack() as stack:
+        # Lines of generated sources, in folders that are gone, would be kept in the code of every kernel.
+        # torch 2.11 brings an assembler of its own, which is not the one of Triton's version. Triton 3.9 warns that a
+        # later one will not fuse products with sums unless it is told to.
+        told = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_PTXAS_PATH": str(find_ptxas())}
+        told["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "1")
+        stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), **told))
+        stack.callback(setattr, cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
+        cpp_extension.CUDA_HOME = str(headers.parent)
+        if not gpu_is_here(target):
+            stack.enter_context(absent_gpu(target.capability))
+        yield
+
+
+def gpu_flags(flags: toolchain.Flags, source: str, scratch: Path) -> toolchain.Flags:
+    """The flags with CUDA's C++ library and its runtime, and with an empty library in the driver's place.
+
+    Args:
+        source: the engine's C++, which shows what it calls of the driver.
+        scratch: where the empty library comes to lie.
+    """
+    stub = scratch / "driver"
+    stub.mkdir()
+    names = sorted({*_ALWAYS, *_DRIVER_CALL.findall(source)})
+    (stub / "cuda.c").write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    how = ["-shared", "-fPIC", "-x", "c", "cuda.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
+    call([flags.compiler.path, *how], stub, toolchain.plain_environment(), 60)
+    headers = ("-isystem", str(find_library_headers()))
+    return replace(flags, compile=(*flags.compile, *headers), link=(f"-L{stub}", *flags.link, str(find_cudart())))
+
+
+def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
+    """What an engine asks of the machine's GPU and driver.
+
+    Raises:
+        ExportError: a kernel is for another GPU than the target's.
+    """
+    wanted = target_sm(target)
+    # CUDA 13's assembler marks as an architecture's own only those kernels that use features of it.
+    found = sorted({cubin.sm for cubin in cubins_of(library)} - {wanted, target.sm})
+    if found:
+        raise ExportError(f"its kernels were assembled for {', '.join(found)}, not for {wanted}: this is a fault here")
+    cuda = str(torch.version.cuda)
+    major = int(cuda.partition(".")[0])
+    return {"sm": wanted, "cuda": cuda} | ({"driver": DRIVERS[major]} if major in DRIVERS else {})
+
+
+def target_sm(target: Target) -> str:
+    """The SM of the cubins for a target, such as "sm_89" or "sm_90a"."""
+    return f"{target.sm}{'a' if target.capability >= _OWN_FEATURES else ''}"

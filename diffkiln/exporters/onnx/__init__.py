@@ -1,0 +1,5 @@
+"""Models of ONNX, for ONNX Runtime."""
+
+from diffkiln.exporters.onnx.check import Onnx
+
+PLUGIN = Onnx()
