@@ -53,7 +53,7 @@ def said(capsys):
 @pytest.fixture
 def for_gpus(monkeypatch, tmp_path):
     """As with a torch that has CUDA, and with what is downloaded away from the user's."""
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(()))
+    monkeypatch.setattr("diffkiln.exporters.aot_inductor.check.cuda_problems", lambda: iter(()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
