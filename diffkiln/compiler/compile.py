@@ -52,7 +52,7 @@ from diffkiln.passes.guidance import notices_of
 from diffkiln.passes.registry import Placed, read_passes
 from diffkiln.record.call import Request
 from diffkiln.record.constants import Constants
-from diffkiln.record.lengths import of_fixed_length
+from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
 from diffkiln.record.requests import requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
