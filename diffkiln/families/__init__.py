@@ -19,7 +19,9 @@ class Family:
     Attributes:
         patches: its methods at a fixed length, where their shapes follow the prompt's.
         architectures: its published models by the names that specs have for them.
+        pipelines: "module:Class" of pipelines that diffusers has not. The package that brings the family brings them.
     """
 
     patches: tuple[Patch, ...] = ()
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    pipelines: tuple[str, ...] = ()
