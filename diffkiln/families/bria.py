@@ -176,36 +176,22 @@ def _fibo_paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 PLUGIN = Family(
     patches=(
         Patch(
-            "_get_t5_prompt_embeds",
             {"_get_t5_prompt_embeds": "736b5caac3b87726"},
             _get_t5_prompt_embeds,
-            known_in=("BriaPipeline",),
+            known_in="BriaPipeline",
             paddings=_paddings,
         ),
+        Patch({"encode_prompt": "039485c44da9b27b"}, _encode_prompt, known_in="BriaPipeline", around=True),
         Patch(
-            "encode_prompt",
-            {"encode_prompt": "039485c44da9b27b"},
-            _encode_prompt,
-            known_in=("BriaPipeline",),
-            around=True,
-        ),
-        Patch(
-            "get_prompt_embeds",
             {
                 "get_prompt_embeds": "eb7845e73bbd2e08",
                 "encode_prompt": "8bee0bfe0d6cf6b4",
                 "pad_embedding": "8cd6acdb77fd2538",
             },
             _get_fibo_embeds,
-            known_in=("BriaFiboPipeline",),
+            known_in="BriaFiboPipeline",
             paddings=_fibo_paddings,
         ),
-        Patch(
-            "forward",
-            {"forward": "3cacc780c1e116d7"},
-            _forward,
-            known_in=("BriaFiboTransformer2DModel",),
-            around=True,
-        ),
+        Patch({"forward": "3cacc780c1e116d7"}, _forward, known_in="BriaFiboTransformer2DModel", around=True),
     ),
 )

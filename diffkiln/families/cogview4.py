@@ -151,27 +151,17 @@ def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 PLUGIN = Family(
     patches=(
         Patch(
-            "_get_glm_embeds",
             {"_get_glm_embeds": "b972e019c36127fa"},
             _get_glm_embeds,
-            known_in=("CogView4Pipeline", "CogView4ControlPipeline"),
+            known_in="CogView4Pipeline CogView4ControlPipeline",
             paddings=_paddings,
         ),
         Patch(
-            "forward",
-            {
-                "forward": "6508bc5705ac2dd1",
-                "CogView4TransformerBlock.forward": "835e852928102bff",
-            },
+            {"forward": "6508bc5705ac2dd1", "CogView4TransformerBlock.forward": "835e852928102bff"},
             _forward,
-            known_in=("CogView4Transformer2DModel",),
+            known_in="CogView4Transformer2DModel",
             around=True,
         ),
-        Patch(
-            "__call__",
-            {"__call__": "763821f8b00860fb"},
-            _attend,
-            known_in=("CogView4AttnProcessor",),
-        ),
+        Patch({"__call__": "763821f8b00860fb"}, _attend, known_in="CogView4AttnProcessor"),
     ),
 )

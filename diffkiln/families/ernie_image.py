@@ -97,24 +97,12 @@ def _paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
 PLUGIN = Family(
     patches=(
+        Patch({"encode_prompt": "dfd0050c1c3d1bbd"}, _encode_prompt, known_in="ErnieImagePipeline", paddings=_paddings),
+        Patch({"_pad_text": "4d56facd99590c5c"}, staticmethod(_pad_text), known_in="ErnieImagePipeline"),
         Patch(
-            "encode_prompt",
-            {"encode_prompt": "dfd0050c1c3d1bbd"},
-            _encode_prompt,
-            known_in=("ErnieImagePipeline",),
-            paddings=_paddings,
-        ),
-        Patch(
-            "_pad_text",
-            {"_pad_text": "4d56facd99590c5c"},
-            staticmethod(_pad_text),
-            known_in=("ErnieImagePipeline",),
-        ),
-        Patch(
-            "_enhance_prompt_with_pe",
             {"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
             _enhance_prompt_with_pe,
-            known_in=("ErnieImagePipeline",),
+            known_in="ErnieImagePipeline",
             refuses=True,
         ),
     ),

@@ -109,37 +109,15 @@ def _encode_prompt_qwen(self: Any, *_args: Any, **_kwargs: Any) -> Any:
 PLUGIN = Family(
     patches=(
         Patch(
-            "process_embeds",
-            {"process_embeds": "43833d2d4d59efb3"},
-            _process_embeds,
-            known_in=("Kandinsky3Pipeline",),
-            paddings=_paddings,
+            {"process_embeds": "43833d2d4d59efb3"}, _process_embeds, known_in="Kandinsky3Pipeline", paddings=_paddings
         ),
+        Patch({"encode_prompt": "3aa95208ce841ff0"}, _encode_prompt, known_in="Kandinsky3Pipeline", around=True),
+        Patch({"forward": "ac635d50c006c84a"}, _forward, known_in="Kandinsky3UNet", around=True),
+        Patch({"forward": "e8d4d762a31702d1"}, _pool, known_in="Kandinsky3AttentionPooling"),
         Patch(
-            "encode_prompt",
-            {"encode_prompt": "3aa95208ce841ff0"},
-            _encode_prompt,
-            known_in=("Kandinsky3Pipeline",),
-            around=True,
-        ),
-        Patch(
-            "forward",
-            {"forward": "ac635d50c006c84a"},
-            _forward,
-            known_in=("Kandinsky3UNet",),
-            around=True,
-        ),
-        Patch(
-            "forward",
-            {"forward": "e8d4d762a31702d1"},
-            _pool,
-            known_in=("Kandinsky3AttentionPooling",),
-        ),
-        Patch(
-            "_encode_prompt_qwen",
             {"_encode_prompt_qwen": "fabe41311900017e ff8d0f233a6d0202"},
             _encode_prompt_qwen,
-            known_in=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline"),
+            known_in="Kandinsky5T2VPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline",
             refuses=True,
         ),
     ),

@@ -82,25 +82,12 @@ def _paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 PLUGIN = Family(
     patches=(
         Patch(
-            "mask_text_embeddings",
             {"mask_text_embeddings": "689252936e96b1c1"},
             _mask_text_embeddings,
-            known_in=("LattePipeline",),
+            known_in="LattePipeline",
             paddings=_paddings,
         ),
-        Patch(
-            "encode_prompt",
-            {"encode_prompt": "624b0d966d84b4ff"},
-            _encode_prompt,
-            known_in=("LattePipeline",),
-            around=True,
-        ),
-        Patch(
-            "forward",
-            {"forward": "e98d410d47fd165d"},
-            _forward,
-            known_in=("LatteTransformer3DModel",),
-            around=True,
-        ),
+        Patch({"encode_prompt": "624b0d966d84b4ff"}, _encode_prompt, known_in="LattePipeline", around=True),
+        Patch({"forward": "e98d410d47fd165d"}, _forward, known_in="LatteTransformer3DModel", around=True),
     ),
 )

@@ -42,18 +42,7 @@ def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
 
 PLUGIN = Family(
     patches=(
-        Patch(
-            "_encode_prompt",
-            {"_encode_prompt": "7b1f1a32a185f50e"},
-            _encode_prompt,
-            known_in=("LongCatImagePipeline",),
-        ),
-        Patch(
-            "rewire_prompt",
-            {"rewire_prompt": "868c97cb0badeb95"},
-            _rewire_prompt,
-            known_in=("LongCatImagePipeline",),
-            refuses=True,
-        ),
+        Patch({"_encode_prompt": "7b1f1a32a185f50e"}, _encode_prompt, known_in="LongCatImagePipeline"),
+        Patch({"rewire_prompt": "868c97cb0badeb95"}, _rewire_prompt, known_in="LongCatImagePipeline", refuses=True),
     ),
 )

@@ -194,23 +194,15 @@ def _image_ids(lengths: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 PLUGIN = Family(
     patches=(
         Patch(
-            "encode_prompt",
-            {
-                "encode_prompt": "e90b02810de2433c",
-                "_get_gemma_prompt_embeds": "8836294298df3264",
-            },
+            {"encode_prompt": "e90b02810de2433c", "_get_gemma_prompt_embeds": "8836294298df3264"},
             _encode_prompt,
-            known_in=("LuminaPipeline",),
+            known_in="LuminaPipeline",
             paddings=_paddings,
         ),
         Patch(
-            "forward",
-            {
-                "forward": "d875461bb0a16a45",
-                "Lumina2RotaryPosEmbed.forward": "df5ac9b8bf129394",
-            },
+            {"forward": "d875461bb0a16a45", "Lumina2RotaryPosEmbed.forward": "df5ac9b8bf129394"},
             _forward,
-            known_in=("Lumina2Transformer2DModel",),
+            known_in="Lumina2Transformer2DModel",
         ),
     ),
 )

@@ -84,17 +84,7 @@ def _rotated(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 PLUGIN = Family(
     patches=(
-        Patch(
-            "_get_t5_prompt_embeds",
-            {"_get_t5_prompt_embeds": "a40d91a59699669f"},
-            _get_t5_prompt_embeds,
-            known_in=("MochiPipeline",),
-        ),
-        Patch(
-            "__call__",
-            {"__call__": "a36635e5362507c5"},
-            _attend,
-            known_in=("MochiAttnProcessor2_0",),
-        ),
+        Patch({"_get_t5_prompt_embeds": "a40d91a59699669f"}, _get_t5_prompt_embeds, known_in="MochiPipeline"),
+        Patch({"__call__": "a36635e5362507c5"}, _attend, known_in="MochiAttnProcessor2_0"),
     ),
 )

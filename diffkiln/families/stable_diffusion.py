@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL."""
+"""Stable Diffusion 1.5, XL and 3.5."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from diffkiln.models.known_parts import (
     CLIP_G,
     CLIP_L,
     DIFFUSION_BETAS,
+    T5_XXL,
     Architecture,
     Part,
     autoencoder,
     clip,
     clip_tokenizer,
+    t5_tokenizer,
 )
 
 _SDXL_BASE = Architecture(
@@ -77,4 +79,41 @@ _SD_15 = Architecture(
     {"requires_safety_checker": False},
 )
 
-PLUGIN = Family(architectures={"sdxl-base-1.0": _SDXL_BASE, "sd-1.5": _SD_15})
+_SD35_MEDIUM = Architecture(
+    "StableDiffusion3Pipeline",
+    "bfloat16",
+    {
+        "scheduler": Part("diffusers", "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0}),
+        "text_encoder": clip(CLIP_L, projection=True),
+        "text_encoder_2": clip(CLIP_G, projection=True),
+        "text_encoder_3": Part("transformers", "T5EncoderModel", T5_XXL),
+        "tokenizer": clip_tokenizer(),
+        "tokenizer_2": clip_tokenizer("!"),
+        "tokenizer_3": t5_tokenizer(),
+        "transformer": Part(
+            "diffusers",
+            "SD3Transformer2DModel",
+            {
+                "sample_size": 128,
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "num_layers": 24,
+                "attention_head_dim": 64,
+                "num_attention_heads": 24,
+                "caption_projection_dim": 1536,
+                "joint_attention_dim": 4096,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": list(range(13)),
+                "qk_norm": "rms_norm",
+            },
+        ),
+        "vae": autoencoder(16, 1024, quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True),
+    },
+    {},
+)
+
+PLUGIN = Family(
+    architectures={"sdxl-base-1.0": _SDXL_BASE, "sd-1.5": _SD_15, "sd3.5-medium": _SD35_MEDIUM},
+)

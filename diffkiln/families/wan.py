@@ -83,22 +83,14 @@ _WAN_1_3B: Config = {"num_layers": 30, "num_attention_heads": 12, "attention_hea
 PLUGIN = Family(
     patches=(
         Patch(
-            "_get_t5_prompt_embeds",
             {"_get_t5_prompt_embeds": "6aceaece50aeec7c ecd9d18eb4da28fa"},
             _get_t5_prompt_embeds,
             known_in=(
-                "WanPipeline",
-                "WanVACEPipeline",
-                "WanVideoToVideoPipeline",
-                "WanImageToVideoPipeline",
-                "SkyReelsV2Pipeline",
-                "SkyReelsV2DiffusionForcingPipeline",
-                "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-                "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-                "SkyReelsV2ImageToVideoPipeline",
-                "AnyFlowPipeline",
-                "AnyFlowFARPipeline",
-                "LucyEditPipeline",
+                "WanPipeline WanVACEPipeline WanVideoToVideoPipeline WanImageToVideoPipeline "
+                "SkyReelsV2Pipeline SkyReelsV2DiffusionForcingPipeline "
+                "SkyReelsV2DiffusionForcingImageToVideoPipeline "
+                "SkyReelsV2DiffusionForcingVideoToVideoPipeline SkyReelsV2ImageToVideoPipeline "
+                "AnyFlowPipeline AnyFlowFARPipeline LucyEditPipeline"
             ),
             around=True,
         ),

@@ -150,14 +150,12 @@ def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 PLUGIN = Family(
     patches=(
         Patch(
-            "_encode_prompt",
             {"_encode_prompt": "0669068957634578"},
             _encode_prompt,
-            known_in=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+            known_in="ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline",
             paddings=_paddings,
         ),
         Patch(
-            "forward",
             {
                 "forward": "7352e03dea17a586",
                 "patchify_and_embed": "d5796688c8f8e7e4",
@@ -166,7 +164,7 @@ PLUGIN = Family(
                 "_build_unified_sequence": "52566d9000f5116e",
             },
             _forward,
-            known_in=("ZImageTransformer2DModel",),
+            known_in="ZImageTransformer2DModel",
         ),
     ),
 )

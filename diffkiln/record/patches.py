@@ -55,25 +55,28 @@ class Patch:
     """One method at a fixed length.
 
     Attributes:
-        method: its name.
-        prints: the `fingerprint` of every method that the patch stands for, by the method's name, or by "Class.name"
-            for a method of another class of the same module. Where the patch fits several texts, a space between them.
+        prints: the name of the method, and of the others that the patch stands for, with the `fingerprint` of each. A
+            method of another class of the same module is "Class.name"; a space is between texts that all fit.
         replacement: a function that takes the method's place.
-        known_in: names of classes that have the method in the tested releases. No match depends on them: they say which
-            method changed when the fingerprints fit nothing any more (`outdated`), and where the tests look.
+        known_in: names of classes, with spaces between, that have the method in the tested releases. No match depends
+            on them: they say which method changed when nothing fits (`outdated`), and where the tests look.
         around: the replacement takes the method, and gives what takes its place and calls it.
         refuses: the replacement does nothing but say why the method is not recorded.
         paddings: of a pipeline's method: a pipeline and the keywords of its call, with defaults → how the arguments of
             its components differ.
     """
 
-    method: str
     prints: Mapping[str, str]
     replacement: Callable[..., Any]
-    known_in: tuple[str, ...] = ()
+    known_in: str = ""
     around: bool = False
     refuses: bool = False
     paddings: Callable[[Any, Mapping[str, Any]], dict[str, Padding]] | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return next(iter(self.prints))
 
     def fits(self, owner: type, kind: type) -> bool:
         """Returns True if the patch was made for these methods: that of `owner`, and those that `kind` calls with it.
@@ -144,7 +147,7 @@ def outdated(pipe: Any) -> str:
     names = [
         f"{owner.__module__.partition('.')[0]}' {owner.__name__}.{patch.method}"
         for owner, kind, patch in _named(_parts(pipe))
-        if owner.__name__ in patch.known_in and not patch.refuses and not patch.fits(owner, kind)
+        if owner.__name__ in patch.known_in.split() and not patch.refuses and not patch.fits(owner, kind)
     ]
     return ", ".join(dict.fromkeys(names))
 

@@ -19,7 +19,7 @@ def own_names() -> set[str]:
     """The families' names, those of their architectures and pipelines, and the classes that their patches know."""
     families = plugins("families")
     pipelines = {place.partition(":")[2] for family in families.values() for place in family.load().pipelines}
-    known = {name for patch in known_patches() for name in patch.known_in}
+    known = {name for patch in known_patches() for name in patch.known_in.split()}
     return {*families, *architectures(), *pipelines, *known, *(one.pipeline for one in architectures().values())}
 
 

@@ -143,23 +143,15 @@ _SAME = {"encode_prompt": "7d52ec05ce1315e9", "_extract_masked_hidden": "c1c5a9c
 
 PATCHES = (
     Patch(
-        "encode_prompt",
-        {
-            "_get_qwen_prompt_embeds": "b1ad338ede568d9b",
-            **_SAME,
-        },
+        {**_SAME, "_get_qwen_prompt_embeds": "b1ad338ede568d9b"},
         _encode_prompt(_in_template),
-        known_in=("QwenImageEditPipeline", "QwenImageEditInpaintPipeline"),
+        known_in="QwenImageEditPipeline QwenImageEditInpaintPipeline",
         paddings=_paddings,
     ),
     Patch(
-        "encode_prompt",
-        {
-            "_get_qwen_prompt_embeds": "84cd669794a7bfc7",
-            **_SAME,
-        },
+        {**_SAME, "_get_qwen_prompt_embeds": "84cd669794a7bfc7"},
         _encode_prompt(_numbered),
-        known_in=("QwenImageEditPlusPipeline",),
+        known_in="QwenImageEditPlusPipeline",
         paddings=_paddings,
     ),
 )

@@ -90,7 +90,6 @@ def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
 PATCHES = (
     Patch(
-        "encode_prompt",
         {
             "encode_prompt": "4cc93fb6792a8967",
             "_get_qwen_prompt_embeds": "66eceb75cb9ea32d",
@@ -98,11 +97,8 @@ PATCHES = (
         },
         _encode_prompt,
         known_in=(
-            "QwenImagePipeline",
-            "QwenImageImg2ImgPipeline",
-            "QwenImageInpaintPipeline",
-            "QwenImageControlNetPipeline",
-            "QwenImageControlNetInpaintPipeline",
+            "QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline "
+            "QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline"
         ),
         paddings=_paddings,
     ),

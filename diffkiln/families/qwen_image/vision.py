@@ -55,7 +55,6 @@ def _attend(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCHES = (
     Patch(
-        "forward",
         {
             "forward": "971e540da3cd8303",
             "get_image_features": "3be50ff2e7181acb",
@@ -64,16 +63,10 @@ PATCHES = (
             "Qwen2_5_VisionTransformerPretrainedModel.forward": "e71361c82c550238",
         },
         _forward,
-        known_in=("Qwen2_5_VLModel",),
+        known_in="Qwen2_5_VLModel",
         around=True,
     ),
-    Patch(
-        "forward",
-        {"forward": "73bafba8a509f6b2"},
-        _attend,
-        known_in=("Qwen2_5_VLVisionAttention",),
-        around=True,
-    ),
+    Patch({"forward": "73bafba8a509f6b2"}, _attend, known_in="Qwen2_5_VLVisionAttention", around=True),
 )
 
 

@@ -36,15 +36,7 @@ def _paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
 
 PLUGIN = Family(
-    patches=(
-        Patch(
-            "encode_prompt",
-            {"encode_prompt": "f14a9c47fc2c830f"},
-            _encode_prompt,
-            known_in=("OwnPipeline",),
-            paddings=_paddings,
-        ),
-    ),
+    patches=(Patch({"encode_prompt": "f14a9c47fc2c830f"}, _encode_prompt, known_in="OwnPipeline", paddings=_paddings),),
     architectures={"own-1.0": Architecture("OwnPipeline", "float32", {"tokenizer": t5_tokenizer()}, {})},
     pipelines=("own_family.pipeline:OwnPipeline",),
 )
