@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -10,6 +11,8 @@ import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
+from diffkiln.errors import DataDependent
+from diffkiln.families import z_image
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
@@ -36,6 +39,18 @@ def test_every_text_that_a_patch_fits_is_one_of_the_libraries(patch):
     kinds = [named(name) for name in patch.known_in.split()]
     found = {fingerprint(patch._stands_for(kind, kind, name)) for kind in kinds for name in patch.prints}
     assert found == texts
+
+
+@pytest.mark.parametrize("name", ["ChronoEditPipeline", "WanAnimatePipeline", "BriaFiboEditPipeline"])
+def test_a_pipeline_with_the_text_of_another_family_needs_no_list(name):
+    kind = named(name)
+    assert [patch for patch in known_patches() if patch.method in vars(kind) and patch.fits(kind, kind)]
+
+
+def test_control_nets_that_take_captions_of_every_length_are_refused():
+    pipe = SimpleNamespace(components={"controlnet": None})
+    with pytest.raises(DataDependent, match="captions that are as long as each prompt"):
+        z_image.PLUGIN.patches[0].replacement(pipe, "a fox")
 
 
 class OfAnother(WanPipeline):

@@ -10,7 +10,7 @@ import torch
 
 import diffkiln
 from diffkiln import plugins
-from diffkiln.errors import Incompatible, SourceError
+from diffkiln.errors import Incompatible, SourceError, SpecError
 from diffkiln.models.architectures import architectures
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record.patches import of_fixed_length
@@ -94,3 +94,10 @@ def test_its_bundle_does_not_run_as_diffusers(installed, tmp_path):
 
 def test_its_architectures_are_known_by_name(installed):
     assert architectures()["own-1.0"].pipeline == "OwnPipeline"
+
+
+def test_two_families_do_not_share_an_architecture(installed, monkeypatch):
+    both = dict(plugins.plugins("families")) | {"another": installed}
+    monkeypatch.setattr("diffkiln.models.architectures.plugins", lambda kind: both)
+    with pytest.raises(SpecError, match="two families have the architecture 'own-1.0', and another is one"):
+        architectures()
