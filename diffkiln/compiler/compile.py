@@ -41,7 +41,7 @@ from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.program.guidance import notices_of
 from diffkiln.record.constants import Constants
-from diffkiln.record.lengths import of_fixed_length
+from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
 
 

@@ -7,6 +7,7 @@ a digest of what it is made from, so that a later diffkiln never reads a folder 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,12 +17,13 @@ from typing import Any
 
 from diffkiln.bundle.scratch import Scratch
 from diffkiln.bundle.state import cache_home
-from diffkiln.errors import BuildError, SourceError
+from diffkiln.errors import BuildError, SourceError, SpecError
 from diffkiln.models import stand_ins
-from diffkiln.models.architecture_table import ARCHITECTURES, Architecture
 from diffkiln.models.folder import read_folder, source_error
+from diffkiln.models.known_parts import Architecture
 from diffkiln.models.meta import skeleton
 from diffkiln.models.source import SourceModel
+from diffkiln.plugins import plugins
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class ArchitectureModel(SourceModel):
 
     @property
     def dtypes(self) -> dict[str, str]:
-        dtype = ARCHITECTURES[self.origin["architecture"]].dtype
+        dtype = architectures()[self.origin["architecture"]].dtype
         return dict.fromkeys(self.modules, dtype)
 
     def weight_bytes(self, name: str) -> int:
@@ -48,21 +50,37 @@ class ArchitectureModel(SourceModel):
         return dict(self.origin)
 
 
+def architectures() -> dict[str, Architecture]:
+    """Returns the architectures of all families by name.
+
+    Raises:
+        SpecError: two families have one of the same name.
+    """
+    found: dict[str, Architecture] = {}
+    for plugin in plugins("families").values():
+        known = plugin.load().architectures
+        if both := sorted(found.keys() & known.keys()):
+            raise SpecError(f"two families have the architecture {both[0]!r}, and {plugin.name} is one of them")
+        found |= known
+    return found
+
+
 def open_architecture(name: str, seed: int, pipeline: str | None = None) -> ArchitectureModel:
     """The architecture `name` with weights drawn from `seed`, as another pipeline where that is wanted.
 
     Raises:
         SourceError: diffkiln does not know it, or its folder cannot be written.
     """
-    if name not in ARCHITECTURES:
-        close = get_close_matches(name.lower(), ARCHITECTURES, n=1, cutoff=0.5)
+    every = architectures()
+    if name not in every:
+        close = get_close_matches(name.lower(), every, n=1, cutoff=0.5)
         mend = f"Did you mean {close[0]!r}?" if close else ""
-        known = f"Known are {', '.join(ARCHITECTURES)}"
+        known = f"Known are {', '.join(every)}"
         raise source_error(
             f"there is no architecture {name!r}", f"{mend} {known}".strip(), where="$.source.architecture"
         )
     try:
-        folder = _cached_folder(name, ARCHITECTURES[name])
+        folder = _cached_folder(name, every[name])
     except (OSError, BuildError) as error:
         raise SourceError(f"the folder of {name} cannot be written into the cache: {error}") from error
     origin = {"architecture": name, "seed": seed} | ({"pipeline": pipeline} if pipeline else {})
@@ -87,21 +105,23 @@ def _cached_folder(name: str, architecture: Architecture) -> Path:
 
 
 def _version(architecture: Architecture) -> str:
-    """Changes with everything that the folder is made from: the table, the stand-ins, and the library that saves."""
+    """Changes with everything that the folder is made from: its data, the stand-ins, and the library that saves."""
     import transformers
 
-    code = Path(stand_ins.__file__).read_bytes()
-    made_from = [hashlib.sha256(code).hexdigest(), architecture, transformers.__version__]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    makers = {part.stand_in for part in architecture.parts.values() if part.stand_in}
+    files = {stand_ins.__file__, *map(inspect.getfile, makers)}
+    code = sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
+    data = json.dumps([code, architecture, transformers.__version__], default=lambda maker: maker.__qualname__)
+    return hashlib.sha256(data.encode()).hexdigest()[:12]
 
 
 def _write(architecture: Architecture, folder: Path) -> None:
     index: dict[str, Any] = {"_class_name": architecture.pipeline, **architecture.settings}
-    for name, (library, kind, config) in architecture.parts.items():
+    for name, (library, kind, config, stand_in) in architecture.parts.items():
         index[name] = [library, kind]
         (folder / name).mkdir()
-        if name.startswith("tokenizer"):
-            stand_ins.tokenizer(kind, config).save_pretrained(folder / name)
+        if stand_in:
+            stand_in(**config).save_pretrained(folder / name)
         elif library == "transformers":
             _dump({**config, "architectures": [kind], "dtype": architecture.dtype}, folder / name / "config.json")
         else:

@@ -1,6 +1,6 @@
 """A diffusers folder, looked at without loading a weight: its classes, its components, and what is wrong with it.
 
-Classes come from diffusers and transformers alone. Code that comes with a model is never imported.
+Classes come from diffusers, transformers and installed families alone. Code that comes with a model is never imported.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from diffkiln.guards.limits import active
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.models.checkpoint import Checkpoint, Library, read_checkpoint, read_json
 from diffkiln.models.quiet import quiet_imports
+from diffkiln.plugins import Plugin, plugins
 
 #: Components that judge or repeat images; they take no part in making one.
 LEFT_OUT = ("safety_checker", "feature_extractor")
@@ -134,6 +135,7 @@ def _pipeline_class(name: Any) -> type:
             "Code that comes with a model is never run: use a pipeline class of diffusers",
         )
     kind = getattr(diffusers, name, None) if name.isidentifier() else None
+    kind = kind or _of_a_family(name)
     if not inspect.isclass(kind):
         raise source_error(
             f"diffusers {diffusers.__version__}, which is installed, has no class {name!r}",
@@ -147,6 +149,15 @@ def _pipeline_class(name: Any) -> type:
     if kind._load_connected_pipes:
         raise source_error(f"{name} has diffusers fetch the pipelines that it is made of", "Compile each by itself")
     return kind
+
+
+def _of_a_family(name: str) -> type | None:
+    """A pipeline that diffusers has not, and a family of an installed package has."""
+    for family in plugins("families").values():
+        for place in family.load().pipelines:
+            if place.endswith(f":{name}"):
+                return Plugin(name, place, family.distribution).load()
+    return None
 
 
 def _other_class(name: str, own: type, index: Mapping[str, Any]) -> type:

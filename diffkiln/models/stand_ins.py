@@ -12,7 +12,7 @@ import os
 import string
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,10 +26,10 @@ _TEXT = (
     "cat dog bird fox horse tree forest river lake mountain city street house sky sea night morning sunset "
     "man woman child people detailed quality high beautiful"
 )
-_WORDS = _TEXT.split()
+#: Words that a stand-in has as one token each.
+WORDS = _TEXT.split()
 
 _CLIP_SIZE = 49408
-_QWEN_SIZE = 151643
 _T5_SIZE = 32100  # with the 100 extra ids; the embedding has 28 rows more
 
 
@@ -39,14 +39,14 @@ def clip_tokenizer(pad_token: str, model_max_length: int) -> PreTrainedTokenizer
     from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())  # "!", SDXL's second padding, comes first: id 0
-    merges = _merges((*word[:-1], word[-1] + "</w>") for word in _WORDS)
-    tokens = [*alphabet, *(char + "</w>" for char in alphabet), *map("".join, merges)]
-    vocab = {token: i for i, token in enumerate(_filled(tokens, _CLIP_SIZE - 2))}
+    joined = merges((*word[:-1], word[-1] + "</w>") for word in WORDS)
+    tokens = [*alphabet, *(char + "</w>" for char in alphabet), *map("".join, joined)]
+    vocab = {token: i for i, token in enumerate(filled(tokens, _CLIP_SIZE - 2))}
     for token in ("<|startoftext|>", "<|endoftext|>"):
         vocab[token] = len(vocab)
     return CLIPTokenizer(
         vocab=vocab,
-        merges=merges,  # pyright: ignore[reportArgumentType]  (pairs are what the backend takes)
+        merges=joined,  # pyright: ignore[reportArgumentType]  (pairs are what the backend takes)
         pad_token=pad_token,
         model_max_length=model_max_length,
     )
@@ -59,41 +59,15 @@ def t5_tokenizer(extra_ids: int, model_max_length: int) -> PreTrainedTokenizerBa
     chars = [char for char in string.printable if char.isprintable() and char != " "]
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -2.0}
     scores |= dict.fromkeys(chars, -6.0)
-    scores |= {"▁" + word: -3.0 - rank / 64 for rank, word in enumerate(_WORDS)}
-    pieces = [(token, scores.get(token, -100.0)) for token in _filled(scores, _T5_SIZE - extra_ids)]
+    scores |= {"▁" + word: -3.0 - rank / 64 for rank, word in enumerate(WORDS)}
+    pieces = [(token, scores.get(token, -100.0)) for token in filled(scores, _T5_SIZE - extra_ids)]
     extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
     pieces += [(token, 0.0) for token in extra]
     return T5Tokenizer(vocab=pieces, extra_ids=extra_ids, model_max_length=model_max_length)
 
 
-def qwen_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
-    """Case-sensitive byte-level BPE with 151 643 tokens; padding and the marks of a chat's turns follow."""
-    from tokenizers import AddedToken
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    merges = _merges((lead, *word) if lead else tuple(word) for word in _WORDS for lead in ("Ġ", ""))
-    tokens = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(map("".join, merges))]
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    vocab = {token: i for i, token in enumerate((*_filled(tokens, _QWEN_SIZE), *special))}
-    made = Qwen2Tokenizer(
-        vocab=vocab,
-        merges=merges,  # pyright: ignore[reportArgumentType]  (pairs are what the backend takes)
-        eos_token="<|im_end|>",
-        model_max_length=model_max_length,
-    )
-    for token in special:
-        made.add_tokens(AddedToken(token, special=True), special_tokens=True)  # pyright: ignore[reportArgumentType]
-    return made
-
-
-def tokenizer(kind: str, config: dict[str, Any]) -> PreTrainedTokenizerBase:
-    made = {"CLIPTokenizer": clip_tokenizer, "T5Tokenizer": t5_tokenizer, "Qwen2Tokenizer": qwen_tokenizer}
-    return made[kind](**config)
-
-
-def _merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """What joins each word from left to right, each pair once."""
+def merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Returns what joins each word from left to right, each pair once."""
     pairs: dict[tuple[str, str], None] = {}
     for first, *rest in words:
         for char in rest:
@@ -102,8 +76,8 @@ def _merges(words: Iterable[tuple[str, ...]]) -> list[tuple[str, str]]:
     return list(pairs)
 
 
-def _filled(tokens: Iterable[str], size: int) -> Iterator[str]:
-    """The tokens without repeats, and tokens that no text can give, up to `size`."""
+def filled(tokens: Iterable[str], size: int) -> Iterator[str]:
+    """Gives the tokens without repeats, and tokens that no text can give, up to `size`."""
     unique = dict.fromkeys(tokens)
     yield from unique
     yield from (f"\N{REPLACEMENT CHARACTER}{number}" for number in range(len(unique), size))

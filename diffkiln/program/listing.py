@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffkiln.program.ir import Device, DType, Layout, MemoryFormat, Module, Op, Program, Ref
+from diffkiln.program.text_rules import rules_of
 
 
 def listing(program: Program) -> str:
@@ -25,8 +26,7 @@ def listing(program: Program) -> str:
 def text_line(text: Mapping[str, Any]) -> str:
     """What becomes of the prompts before they are tokens."""
     length = f"{text['max_length']} tokens" if text["max_length"] else "any length"
-    spelled = ["quotations by character"] if "quotations" in text else []
-    how = ", ".join([*text["transforms"], *spelled, length])
+    how = ", ".join([*text["transforms"], *(rule.shown for rule in rules_of(text)), length])
     return f"  text {' | '.join(map(_row, text['rows']))} → {text['tokenizer']} ({how})"
 
 

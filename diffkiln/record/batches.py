@@ -19,7 +19,7 @@ from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.images import twice_the_images
-from diffkiln.record.lengths import fixed_lengths
+from diffkiln.record.patches import fixed_lengths
 from diffkiln.record.pipeline import Rebatched, Recording, Source, record_once
 from diffkiln.record.structure import names_of, unflatten
 
@@ -40,7 +40,7 @@ def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Reco
     make = _doubled if double else _halved
     fresh = {callee.program: make(callee, grown[callee.program], follows[callee.program], recording) for callee in own}
     every = [callee for callee in recording.callees.values() if callee.component == component]
-    with fixed_lengths():
+    with fixed_lengths(recording.pipe):
         recorded = record_component([*every, *fresh.values()], recording.fake, recording.constants)
     recorded = _named(recorded, fresh, DOUBLED if double else HALVED)
     found = {

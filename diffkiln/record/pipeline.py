@@ -18,7 +18,7 @@ from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
 from diffkiln.record.guidance import free_guidance, source_of
-from diffkiln.record.lengths import fixed_lengths, outdated
+from diffkiln.record.patches import fixed_lengths, outdated
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Reco
         RecordError: the call cannot be written down; DataDependent says which value decides its shape.
     """
     try:
-        with fixed_lengths():
+        with fixed_lengths(pipe):
             return _record(pipe, requests, constants)
     except DataDependent as error:
         if names := outdated(pipe):
@@ -135,7 +135,7 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
         RecordError: as `record`.
     """
     callees: dict[str, Callee] = {}
-    with fixed_lengths():
+    with fixed_lengths(recording.pipe):
         recorder = CallRecorder(recording.pipe, recording.fake, Constants(), callees)
         return recorder.run(request, {}, negative, None), callees
 

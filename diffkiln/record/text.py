@@ -7,10 +7,9 @@ closed list of transforms were applied.
 
 from __future__ import annotations
 
-import html
 import itertools
-import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,25 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.guards.limits import active
 from diffkiln.interpreter.aten import type_of
+from diffkiln.program.text_rules import TRANSFORMS
 from diffkiln.record.tape import Tape
 
-
-def _ftfy(text: str) -> str:
-    try:
-        import ftfy
-    except ImportError:
-        return text
-    return ftfy.fix_text(text)
-
-
-#: The closed list, in the order in which pipelines apply them. The runtime has the same (diffkiln.runtime.text).
-TRANSFORMS: dict[str, Callable[[str], str]] = {
-    "ftfy": _ftfy,
-    "html_unescape": lambda text: html.unescape(html.unescape(text)),
-    "strip": str.strip,
-    "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
-    "lower": str.lower,
-}
+#: A library that is not installed does nothing to a prompt in diffusers either.
+_KNOWN = [name for name in TRANSFORMS if name != "ftfy" or find_spec("ftfy")]
 
 
 def sentinel(keyword: str, index: int) -> str:
@@ -45,8 +30,16 @@ def sentinel(keyword: str, index: int) -> str:
     return f"  Kiln {keyword} No{index}Z &amp;lt;Fire&amp;gt;  <Clay>\n schÃ¶n \u201cGLAZE\u201d  "
 
 
-class Quoting(str):
-    """A prompt of which the runtime tokenizes what is quoted character by character (diffkiln.runtime.quotations)."""
+class Ruled(str):
+    """A prompt that says by which rules it becomes tokens, such as quotations="characters" (program.text_rules)."""
+
+    rules: Mapping[str, str] = {}
+
+    def __new__(cls, text: str, **rules: str) -> Ruled:
+        """Returns the text with entries for the program's text."""
+        made = super().__new__(cls, text)
+        made.rules = rules
+        return made
 
 
 def apply(transforms: tuple[str, ...], text: str) -> str:
@@ -139,15 +132,15 @@ class TextRecorder:
             "pad_token": tokenizer.pad_token,
             "pad_type_id": getattr(tokenizer, "pad_token_type_id", 0),
             **({"marks": marks} if marks else {}),
-            **({"quotations": "characters"} if any(isinstance(string, Quoting) for string in strings) else {}),
+            **next((string.rules for string in strings if isinstance(string, Ruled)), {}),
         }
 
     def _row(self, string: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
         """Which sentinel is in the string, under which transforms, and what stands around it."""
         if "kiln" not in string.lower():
             return None
-        for count in range(len(TRANSFORMS) + 1):
-            for transforms in itertools.combinations(TRANSFORMS, count):
+        for count in range(len(_KNOWN) + 1):
+            for transforms in itertools.combinations(_KNOWN, count):
                 for text, (keyword, index) in self.sentinels.items():
                     prefix, found, suffix = string.partition(apply(transforms, text))
                     if found:

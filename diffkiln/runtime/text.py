@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import copy
-import html
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from diffkiln.errors import CallError, MissingDependency
+from diffkiln.errors import CallError
 from diffkiln.guards.limits import active
 from diffkiln.guards.printable import get_logger
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.program import Program
-from diffkiln.runtime.quotations import pieces
+from diffkiln.program.text_rules import TRANSFORMS, Spelling, rules_of
 from diffkiln.runtime.texts import check_texts
 
 log = get_logger(__name__)
-
-
-def _ftfy(text: str) -> str:
-    try:
-        import ftfy
-    except ImportError:
-        raise MissingDependency("this bundle cleans its prompts with ftfy: pip install ftfy") from None
-    return ftfy.fix_text(text)
-
-
-#: The closed list of what a pipeline may do to a prompt before it is tokenized (diffkiln.record.text finds out).
-TRANSFORMS: dict[str, Callable[[str], str]] = {
-    "ftfy": _ftfy,
-    "html_unescape": lambda text: html.unescape(html.unescape(text)),
-    "strip": str.strip,
-    "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
-    "lower": str.lower,
-}
 
 
 class TextEnd:
@@ -77,8 +57,8 @@ class TextEnd:
         bounded = self._of(text["tokenizer"])
         for row in rows:
             bounded.admit(row)
-        encode = self._encode_pieces if text.get("quotations") else self._encode
-        encodings = encode(text, rows)
+        rules = rules_of(text)
+        encodings = self._encode_pieces(text, rows, *rules) if rules else self._encode(text, rows)
         for row, source, encoding in zip(rows, text["rows"], encodings, strict=True):
             self._refuse_longer(text, source, len(encoding.ids))
             if encoding.overflowing:
@@ -95,13 +75,13 @@ class TextEnd:
             lambda: tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
         )
 
-    def _encode_pieces(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
+    def _encode_pieces(self, text: Mapping[str, Any], rows: list[str], rule: Spelling) -> list[Encoding]:
         """The tokens of each row's pieces, one after the other; those that are too many are cut at the end."""
         tokenizer = self._tokenizer({**text, "padding": "none", "truncation": False})
         encodings = []
         for row in rows:
             parts = self._of(text["tokenizer"]).run(
-                lambda row=row: tokenizer.encode_batch(pieces(row), add_special_tokens=False)
+                lambda row=row: tokenizer.encode_batch(rule.pieces(row), add_special_tokens=False)
             )
             merged = Encoding.merge(parts, growing_offsets=False)
             merged.truncate(text["max_length"])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.families.test_fixed_lengths import PROMPTS, ROUNDING, compiled, difference
 from tests.pipelines import WARNING_FILTERS
-from tests.record.test_lengths import PROMPTS, ROUNDING, compiled, difference
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffkiln.errors import SourceError
-from diffkiln.models.architecture_table import ARCHITECTURES
+from diffkiln.models.architectures import architectures
 from diffkiln.models.meta import ghost_pipeline, load_module, refuse_nonfinite, skeleton
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
@@ -65,7 +65,7 @@ def opened(name, seed=0) -> SourceModel:
 
 
 def test_every_architecture_is_tested():
-    assert PARAMETERS.keys() == ARCHITECTURES.keys()
+    assert PARAMETERS.keys() == architectures().keys()
 
 
 def test_a_ghost_of_flux_takes_little_time_and_memory():
@@ -81,7 +81,7 @@ def assert_true_shapes(ghost, source):
     name = source.origin["architecture"]
     counts = {part: sum(p.numel() for p in getattr(ghost, part).parameters()) for part in source.modules}
     assert counts == PARAMETERS[name]
-    assert {getattr(ghost, part).dtype for part in counts} == {getattr(torch, ARCHITECTURES[name].dtype)}
+    assert {getattr(ghost, part).dtype for part in counts} == {getattr(torch, architectures()[name].dtype)}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_sd35_medium_has_its_true_shapes_but_for_the_table_of_positions():
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
-        config = ARCHITECTURES["sd3.5-medium"].parts["transformer"].config
+        config = architectures()["sd3.5-medium"].parts["transformer"].config
         transformer = SD3Transformer2DModel.from_config(config | {"pos_embed_max_size": 8})
     assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS["sd3.5-medium"]["transformer"]
     assert opened("sd3.5-medium").modules == tuple(PARAMETERS["sd3.5-medium"])
@@ -219,5 +219,5 @@ def test_a_cache_that_cannot_be_written_is_a_source_error(tmp_path, monkeypatch)
 def test_names_the_architecture_that_was_meant():
     with pytest.raises(SourceError, match=r"\$\.source\.architecture.*Did you mean 'flux\.1-dev'\?"):
         opened("FLUX.1dev")
-    with pytest.raises(SourceError, match=r"Known are flux\.1-dev, sdxl-base-1\.0"):
+    with pytest.raises(SourceError, match=r"Known are flux\.1-dev, pixart-sigma-1024, qwen-image, sdxl-base-1\.0"):
         opened("a horse")

@@ -15,7 +15,7 @@ from diffkiln.record.call import Request
 from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
-from diffkiln.record.text import TRANSFORMS, TextRecorder, apply, refuse_unpadded, sentinel
+from diffkiln.record.text import TextRecorder, apply, refuse_unpadded, sentinel
 from tests.passes.plans import source
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 
@@ -143,15 +143,6 @@ def test_tokens_without_a_fixed_length_are_refused(changed):
     refuse_unpadded([text], {0})
     with pytest.raises(DataDependent, match="the number of tokens follows the prompt"):
         refuse_unpadded([text | changed], {0})
-
-
-def test_runtime_and_recorder_transform_alike():
-    from diffkiln.runtime.text import TRANSFORMS as AT_RUNTIME
-
-    assert list(AT_RUNTIME) == list(TRANSFORMS)
-    for name, transform in TRANSFORMS.items():
-        for text in (sentinel("prompt", 0), "", "  A\t&lt;b&amp;gt;  ", "schÃ¶n \u201cX\u201d"):
-            assert AT_RUNTIME[name](text) == transform(text)
 
 
 def test_other_changes_of_a_prompt_are_refused():

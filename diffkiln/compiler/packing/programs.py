@@ -15,6 +15,7 @@ from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.interpreter.aten import schemas
 from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_json
 from diffkiln.program.images import image_keywords
+from diffkiln.program.text_rules import RULES
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
 
@@ -57,8 +58,8 @@ def _features(call: Program) -> Iterator[str]:
         yield "image_inputs"
     if not all(op.attrs.get("seeded", True) for op in call.ops if op.name == NOISE):
         yield "unseeded_noise"
-    if any("quotations" in text for text in call.texts):
-        yield "quotations"
+    for text in call.texts:
+        yield from RULES.keys() & text.keys()
 
 
 def every_program(recording: Recording) -> list[Program]:

@@ -5,7 +5,7 @@ tensors which depend on every bit of their arguments; so does the program, throu
 production. The components: each is run as diffusers runs it and replayed from its program, on what the call gave it;
 whole where its weights are small enough, else as a twin with one block of each kind. Both bit for bit.
 
-Where a call has a fixed length that diffusers' own has not (diffkiln.record.lengths), what diffusers gives a component
+Where a call has a fixed length that diffusers' own has not (diffkiln.record.patches), what diffusers gives a component
 is padded first, so that the call is compared bit for bit all the same. Each such component is then compared with
 itself, as a twin in float32 with a block of each list: as diffusers has it, on what diffusers gives it, and at the
 fixed length; within rounding.

@@ -27,7 +27,7 @@ from diffkiln.record.call import Request, component_methods, defaults
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, record_component
 from diffkiln.record.constants import Constants
-from diffkiln.record.lengths import Padding, fixed_lengths, is_rewritten, paddings
+from diffkiln.record.patches import Padding, fixed_lengths, is_patched, paddings
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.runtime.executor import Executor
@@ -195,7 +195,7 @@ class Verification:
             callee = self._recording.callees[f"{name}/{program}"]
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
-            if is_rewritten(module) or seen[0].padding:
+            if is_patched(module) or seen[0].padding:
                 compare_lengths(callee, module, seen)
 
     def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
@@ -211,7 +211,7 @@ class Verification:
             return frozenset()
         if _nbytes(module) <= WHOLE_UP_TO:
             return frozenset(block for block, _ in repeated_blocks(module))
-        each = is_rewritten(module) or any(key.startswith(f"{name}/") for key in recording.batches)
+        each = is_patched(module) or any(key.startswith(f"{name}/") for key in recording.batches)
         each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
@@ -221,8 +221,8 @@ class Verification:
         Raises:
             VerifyError: they differ.
         """
-        each = is_rewritten(module)  # as its code joins what several lists of blocks give
-        with fixed_lengths():
+        each = is_patched(module)  # as its code joins what several lists of blocks give
+        with fixed_lengths(module):
             if _nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:

@@ -23,8 +23,8 @@ from diffkiln.models.weights import weights_of
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.casts import casted
 from diffkiln.record.components import Callee, is_plain_call, tracing
-from diffkiln.record.lengths import Padding, fixed_lengths, whole
 from diffkiln.record.marked import Marked
+from diffkiln.record.patches import Padding, fixed_lengths, whole
 from diffkiln.record.processors import with_processors
 from diffkiln.record.structure import flatten, unflatten
 
@@ -91,7 +91,7 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
         padded = unflatten(_cast(given.leaves, dtype), callee.structure)
         with torch.inference_mode(), row_scales(), _blamed(callee, module):
             expected = getattr(twin, callee.method)(*args, **kwargs)
-            with fixed_lengths(), tracing():
+            with fixed_lengths(twin), tracing():
                 found = getattr(twin, callee.method)(*padded[0], **padded[1])
         for index, pair in enumerate(zip(_tensors(expected), _tensors(found), strict=True)):
             used = given.padding.used if given.padding else whole

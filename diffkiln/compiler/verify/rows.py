@@ -18,7 +18,7 @@ from diffkiln.compiler.verify.twins import in_float32, shrunken
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.layers.scaled import row_scales
 from diffkiln.record.components import Callee, tracing
-from diffkiln.record.lengths import fixed_lengths
+from diffkiln.record.patches import fixed_lengths
 from diffkiln.record.pipeline import Rebatched, Recording
 from diffkiln.record.structure import flatten, unflatten
 
@@ -86,7 +86,7 @@ def _compare(
             for leaf in leaves
         ]
         args, kwargs = unflatten(cast, callee.structure)
-        with torch.inference_mode(), row_scales(), fixed_lengths(), tracing():
+        with torch.inference_mode(), row_scales(), fixed_lengths(twin), tracing():
             result = getattr(twin, callee.method)(*args, **kwargs)
         return [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
 

@@ -16,7 +16,7 @@ import diffkiln
 from diffkiln.errors import CallError, DigestMismatch, Incompatible, IntegrityError
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import Input, Program, Ref, TensorType
-from diffkiln.record import lengths
+from diffkiln.record import patches
 from diffkiln.runtime.diffusers.building import build
 from diffkiln.runtime.shims import BlockShim, Mismatch, arguments
 from tests.conftest import DIGITS
@@ -150,7 +150,7 @@ def test_bundle_without_engines_equals_the_pipeline_bit_for_bit(name, tmp_path):
 def test_call_that_cannot_be_recorded_runs_as_diffusers_where_the_spec_says_so(tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline
 
-    monkeypatch.setattr(lengths, "REWRITES", ())
+    monkeypatch.setattr(patches, "known_patches", lambda: ())
     spec = spec_of("wan", tmp_path) | {"runtime": {"on_unrecordable": "diffusers"}}
     built = diffkiln.compile(spec, tmp_path / "bundle")
     with pytest.raises(Incompatible, match="as_diffusers"):

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from diffkiln.runtime.quotations import _WITHIN_A_WORD, pieces
+from diffkiln.program.text_rules import RULES
+
+QUOTATIONS = RULES["quotations"]["characters"]
+pieces = QUOTATIONS.pieces
 
 
 def of_diffusers(prompt):
@@ -34,7 +37,7 @@ def test_pieces_are_those_of_diffusers(prompt):
 
 @given(st.text(alphabet="ab '\"\u2018\u2019\u201c\u201d\n\u4e2d", max_size=24))
 def test_pieces_of_any_prompt_are_those_of_diffusers(prompt):
-    assume(len(set(_WITHIN_A_WORD.findall(prompt))) < 2)
+    assume(len(set(QUOTATIONS.word.findall(prompt))) < 2)
     assert pieces(prompt) == of_diffusers(prompt)
 
 

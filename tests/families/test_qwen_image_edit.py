@@ -14,9 +14,10 @@ from PIL import Image
 import diffkiln
 from diffkiln.compiler.compile import _recorded, check
 from diffkiln.errors import CallError, DataDependent, RecordError, VerifyError
+from diffkiln.families.qwen_image import edit, vision
 from diffkiln.models.quiet import quiet_libraries
-from diffkiln.record import lengths
-from diffkiln.record.lengths import REWRITES, of_fixed_length, qwen_image_edit, qwen_vl
+from diffkiln.record import patches
+from diffkiln.record.patches import known_patches, of_fixed_length
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -172,25 +173,23 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
 
 
 def test_another_text_encoder_of_transformers_is_refused_and_told(tmp_path, monkeypatch):
-    others = [
-        replace(rewrite, prints={"forward": "another"}) if rewrite.library == "transformers" else rewrite
-        for rewrite in REWRITES
-    ]
-    monkeypatch.setattr(lengths, "REWRITES", tuple(others))
+    others = [patch for patch in known_patches() if patch not in vision.PATCHES]
+    others += [replace(patch, prints={"forward": "another"}) for patch in vision.PATCHES]
+    monkeypatch.setattr(patches, "known_patches", lambda: others)
     with pytest.raises(DataDependent, match=r"another version of transformers' Qwen2_5_VLModel\.forward"):
         recorded(tmp_path)
 
 
 def test_images_in_another_place_are_found(tmp_path, monkeypatch):
-    right = qwen_vl._seen
-    monkeypatch.setattr(qwen_vl, "_seen", lambda *given: right(*given).roll(1, 0))
+    right = vision._seen
+    monkeypatch.setattr(vision, "_seen", lambda *given: right(*given).roll(1, 0))
     with pytest.raises(VerifyError, match="component 'text_encoder' at a fixed length"):
         diffkiln.compile(spec_for("qwen_image_edit", tmp_path), tmp_path / "bundle")
 
 
 def test_a_template_without_its_images_is_found(tmp_path, monkeypatch):
-    right = qwen_image_edit._before
-    monkeypatch.setattr(qwen_image_edit, "_before", lambda *given: right(*given).replace("image_pad", "video_pad"))
+    right = edit._before
+    monkeypatch.setattr(edit, "_before", lambda *given: right(*given).replace("image_pad", "video_pad"))
     with pytest.raises(VerifyError, match="the recorded call of QwenImageEditPipeline differs from"):
         diffkiln.compile(spec_for("qwen_image_edit", tmp_path), tmp_path / "bundle")
 

@@ -1,5 +1,10 @@
-"""Kandinsky 3: prompts and negative prompts are cut one token behind the longest prompt, and the denoiser takes the
-mean of what is left."""
+"""Kandinsky 3 and 5.
+
+Kandinsky 3: prompts and negative prompts are cut one token behind the longest prompt, and the denoiser takes the
+mean of what is left.
+
+Kandinsky 5: refused, as no length can be fixed by what the other families have.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.errors import DataDependent
+from diffkiln.families import Family
+from diffkiln.record.patches import Padding, Patch, resized
 
 #: What diffusers pads prompts to.
 _TEXT = 128
@@ -80,7 +87,7 @@ def _pool(self: Any, x: torch.Tensor, context: torch.Tensor, context_mask: torch
     return x + pooled.squeeze(1)
 
 
-def paddings(_pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(_pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """The denoiser follows the prompt's length."""
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -91,31 +98,27 @@ def paddings(_pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"unet": Padding(pad)}
 
 
-REWRITES = (
-    Rewrite(
-        owners=("pipelines.kandinsky3.pipeline_kandinsky3:Kandinsky3Pipeline",),
-        method="process_embeds",
-        prints={"process_embeds": "43833d2d4d59efb3"},
-        replacement=_process_embeds,
-    ),
-    Rewrite(
-        owners=("pipelines.kandinsky3.pipeline_kandinsky3:Kandinsky3Pipeline",),
-        method="encode_prompt",
-        prints={"encode_prompt": "3aa95208ce841ff0"},
-        replacement=_encode_prompt,
-        around=True,
-    ),
-    Rewrite(
-        owners=("models.unets.unet_kandinsky3:Kandinsky3UNet",),
-        method="forward",
-        prints={"forward": "ac635d50c006c84a"},
-        replacement=_forward,
-        around=True,
-    ),
-    Rewrite(
-        owners=("models.unets.unet_kandinsky3:Kandinsky3AttentionPooling",),
-        method="forward",
-        prints={"forward": "e8d4d762a31702d1"},
-        replacement=_pool,
+def _encode_prompt_qwen(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    raise DataDependent(
+        f"the text encoder and the denoiser of {type(self).__name__} take as many tokens as the longest prompt has, "
+        "without a mask, and a long prompt is cut by the characters that its last tokens decode to, so that shapes and "
+        "text follow the prompt. No keyword of the call changes that"
+    )
+
+
+PLUGIN = Family(
+    patches=(
+        Patch(
+            {"process_embeds": "43833d2d4d59efb3"}, _process_embeds, known_in="Kandinsky3Pipeline", paddings=_paddings
+        ),
+        Patch({"encode_prompt": "3aa95208ce841ff0"}, _encode_prompt, known_in="Kandinsky3Pipeline", around=True),
+        Patch({"forward": "ac635d50c006c84a"}, _forward, known_in="Kandinsky3UNet", around=True),
+        Patch({"forward": "e8d4d762a31702d1"}, _pool, known_in="Kandinsky3AttentionPooling"),
+        Patch(
+            {"_encode_prompt_qwen": "fabe41311900017e ff8d0f233a6d0202"},
+            _encode_prompt_qwen,
+            known_in="Kandinsky5T2VPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline",
+            refuses=True,
+        ),
     ),
 )

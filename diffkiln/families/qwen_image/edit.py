@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from diffkiln.errors import DataDependent, RecordError
-from diffkiln.record.lengths import qwen_vl
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.families.qwen_image import vision
+from diffkiln.record.patches import Padding, Patch, resized
 
 
 def _encode_prompt(pictures: Callable[[int], str]) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ def _check(pipe: Any) -> None:
     tokenizer, name = pipe.processor.tokenizer, type(pipe).__name__
     if tokenizer.padding_side != "right" or tokenizer.num_special_tokens_to_add():
         raise RecordError(f"the tokenizer of {name} pads on the left or adds tokens: its length is not fixed")
-    if not qwen_vl.is_replaced():
+    if not vision.is_replaced(pipe.text_encoder):
         raise DataDependent(f"the text encoder of {name} reads from tensors how large its images are")
 
 
@@ -99,7 +99,7 @@ def _numbered(count: int) -> str:
     return "".join(f"Picture {index + 1}: <|vision_start|><|image_pad|><|vision_end|>" for index in range(count))
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """Both components follow the prompt's length. How long the text is follows from the images, which come first."""
     start, pad_id = pipe.prompt_template_encode_start_idx, pipe.processor.tokenizer.pad_token_id
     token, longest, text = pipe.text_encoder.config.image_token_id, fixed["max_sequence_length"], 0
@@ -139,20 +139,19 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
 
 
 _SAME = {"encode_prompt": "7d52ec05ce1315e9", "_extract_masked_hidden": "c1c5a9cc25e1ed0c"}
-REWRITES = (
-    Rewrite(
-        owners=(
-            "pipelines.qwenimage.pipeline_qwenimage_edit:QwenImageEditPipeline",
-            "pipelines.qwenimage.pipeline_qwenimage_edit_inpaint:QwenImageEditInpaintPipeline",
-        ),
-        method="encode_prompt",
-        prints={"_get_qwen_prompt_embeds": "b1ad338ede568d9b", **_SAME},
-        replacement=_encode_prompt(_in_template),
+
+
+PATCHES = (
+    Patch(
+        {**_SAME, "_get_qwen_prompt_embeds": "b1ad338ede568d9b"},
+        _encode_prompt(_in_template),
+        known_in="QwenImageEditPipeline QwenImageEditInpaintPipeline",
+        paddings=_paddings,
     ),
-    Rewrite(
-        owners=("pipelines.qwenimage.pipeline_qwenimage_edit_plus:QwenImageEditPlusPipeline",),
-        method="encode_prompt",
-        prints={"_get_qwen_prompt_embeds": "84cd669794a7bfc7", **_SAME},
-        replacement=_encode_prompt(_numbered),
+    Patch(
+        {**_SAME, "_get_qwen_prompt_embeds": "84cd669794a7bfc7"},
+        _encode_prompt(_numbered),
+        known_in="QwenImageEditPlusPipeline",
+        paddings=_paddings,
     ),
 )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.families import Family
+from diffkiln.record.patches import Padding, Patch, resized
 
 #: Tokens to which prompts are padded at most. Tokenizers that have no limit say some huge number.
 _LONGEST = 8192
@@ -78,7 +79,7 @@ def _pad_text(
     return joined[..., :text_in_dim].to(dtype), joined[..., text_in_dim].gt(0.5).sum(dim=1)
 
 
-def paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """Both components follow the prompt's length."""
     length, pad_id = _text_length(pipe), pipe.tokenizer.pad_token_id
 
@@ -94,26 +95,15 @@ def paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"text_encoder": Padding(pad_tokens, cut, cut), "transformer": Padding(pad_embeds)}
 
 
-_OWNERS = ("pipelines.ernie_image.pipeline_ernie_image:ErnieImagePipeline",)
-
-REWRITES = (
-    Rewrite(
-        owners=_OWNERS,
-        method="encode_prompt",
-        prints={"encode_prompt": "dfd0050c1c3d1bbd"},
-        replacement=_encode_prompt,
-    ),
-    Rewrite(
-        owners=_OWNERS,
-        method="_pad_text",
-        prints={"_pad_text": "4d56facd99590c5c"},
-        replacement=staticmethod(_pad_text),
-    ),
-    Rewrite(
-        owners=_OWNERS,
-        method="_enhance_prompt_with_pe",
-        prints={"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
-        replacement=_enhance_prompt_with_pe,
-        refuses=True,
+PLUGIN = Family(
+    patches=(
+        Patch({"encode_prompt": "dfd0050c1c3d1bbd"}, _encode_prompt, known_in="ErnieImagePipeline", paddings=_paddings),
+        Patch({"_pad_text": "4d56facd99590c5c"}, staticmethod(_pad_text), known_in="ErnieImagePipeline"),
+        Patch(
+            {"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
+            _enhance_prompt_with_pe,
+            known_in="ErnieImagePipeline",
+            refuses=True,
+        ),
     ),
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.families import Family
+from diffkiln.record.patches import Padding, Patch, resized
 
 #: What diffusers pads prompts to.
 _TEXT = 120
@@ -64,7 +65,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """The denoiser follows the length of a single prompt."""
     single = 2 if fixed["guidance_scale"] > 1.0 else 1
 
@@ -78,25 +79,15 @@ def paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"transformer": Padding(pad)} if fixed["mask_feature"] else {}
 
 
-REWRITES = (
-    Rewrite(
-        owners=("pipelines.latte.pipeline_latte:LattePipeline",),
-        method="mask_text_embeddings",
-        prints={"mask_text_embeddings": "689252936e96b1c1"},
-        replacement=_mask_text_embeddings,
-    ),
-    Rewrite(
-        owners=("pipelines.latte.pipeline_latte:LattePipeline",),
-        method="encode_prompt",
-        prints={"encode_prompt": "624b0d966d84b4ff"},
-        replacement=_encode_prompt,
-        around=True,
-    ),
-    Rewrite(
-        owners=("models.transformers.latte_transformer_3d:LatteTransformer3DModel",),
-        method="forward",
-        prints={"forward": "e98d410d47fd165d"},
-        replacement=_forward,
-        around=True,
+PLUGIN = Family(
+    patches=(
+        Patch(
+            {"mask_text_embeddings": "689252936e96b1c1"},
+            _mask_text_embeddings,
+            known_in="LattePipeline",
+            paddings=_paddings,
+        ),
+        Patch({"encode_prompt": "624b0d966d84b4ff"}, _encode_prompt, known_in="LattePipeline", around=True),
+        Patch({"forward": "e98d410d47fd165d"}, _forward, known_in="LatteTransformer3DModel", around=True),
     ),
 )

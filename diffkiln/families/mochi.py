@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Rewrite
+from diffkiln.families import Family
+from diffkiln.record.patches import Patch
 
 
 def _get_t5_prompt_embeds(
@@ -81,17 +82,9 @@ def _rotated(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
-REWRITES = (
-    Rewrite(
-        owners=("pipelines.mochi.pipeline_mochi:MochiPipeline",),
-        method="_get_t5_prompt_embeds",
-        prints={"_get_t5_prompt_embeds": "a40d91a59699669f"},
-        replacement=_get_t5_prompt_embeds,
-    ),
-    Rewrite(
-        owners=("models.attention_processor:MochiAttnProcessor2_0",),
-        method="__call__",
-        prints={"__call__": "a36635e5362507c5"},
-        replacement=_attend,
+PLUGIN = Family(
+    patches=(
+        Patch({"_get_t5_prompt_embeds": "a40d91a59699669f"}, _get_t5_prompt_embeds, known_in="MochiPipeline"),
+        Patch({"__call__": "a36635e5362507c5"}, _attend, known_in="MochiAttnProcessor2_0"),
     ),
 )

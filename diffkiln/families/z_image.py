@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Padding, Rewrite
+from diffkiln.errors import DataDependent, RecordError
+from diffkiln.families import Family
+from diffkiln.record.patches import Padding, Patch
 
 #: diffusers' SEQ_MULTI_OF. The tokens that fill up to it are learned, and attention sees them.
 _MULTIPLE = 32
@@ -32,6 +33,10 @@ def _encode_prompt(
     """All tokens of each caption, with zeros in the padding, and which of them count."""
     if prompt_embeds is not None:
         raise RecordError("prompt_embeds of ZImagePipeline are not recorded")
+    if "controlnet" in self.components:
+        raise DataDependent(
+            "the control net of Z-Image takes captions as long as each prompt, and joins them with images"
+        )
     if self.tokenizer.padding_side != "right":
         raise RecordError("the tokenizer of ZImagePipeline pads on the left: where a prompt begins is not fixed")
     prompts = [
@@ -127,7 +132,7 @@ def _rotary(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.rope_embedder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """The denoiser's captions follow the prompt's length."""
     length = fixed["max_sequence_length"]
 
@@ -142,27 +147,24 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"transformer": Padding(pad)}
 
 
-REWRITES = (
-    Rewrite(
-        owners=(
-            "pipelines.z_image.pipeline_z_image:ZImagePipeline",
-            "pipelines.z_image.pipeline_z_image_img2img:ZImageImg2ImgPipeline",
-            "pipelines.z_image.pipeline_z_image_inpaint:ZImageInpaintPipeline",
+PLUGIN = Family(
+    patches=(
+        Patch(
+            {"_encode_prompt": "0669068957634578"},
+            _encode_prompt,
+            known_in="ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline",
+            paddings=_paddings,
         ),
-        method="_encode_prompt",
-        prints={"_encode_prompt": "0669068957634578"},
-        replacement=_encode_prompt,
-    ),
-    Rewrite(
-        owners=("models.transformers.transformer_z_image:ZImageTransformer2DModel",),
-        method="forward",
-        prints={
-            "forward": "7352e03dea17a586",
-            "patchify_and_embed": "d5796688c8f8e7e4",
-            "_pad_with_ids": "b5b26db059c9e092",
-            "_prepare_sequence": "4b8e049bc6b1363c",
-            "_build_unified_sequence": "52566d9000f5116e",
-        },
-        replacement=_forward,
+        Patch(
+            {
+                "forward": "7352e03dea17a586",
+                "patchify_and_embed": "d5796688c8f8e7e4",
+                "_pad_with_ids": "b5b26db059c9e092",
+                "_prepare_sequence": "4b8e049bc6b1363c",
+                "_build_unified_sequence": "52566d9000f5116e",
+            },
+            _forward,
+            known_in="ZImageTransformer2DModel",
+        ),
     ),
 )

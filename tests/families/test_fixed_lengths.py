@@ -15,24 +15,13 @@ from diffkiln.compiler.compile import _recorded, check
 from diffkiln.compiler.verify import Verification, call, close, components
 from diffkiln.compiler.verify.twins import shrunken
 from diffkiln.errors import DataDependent, RecordError, VerifyError
+from diffkiln.families import bria, cogview4, kandinsky, lumina, mochi, wan, z_image
+from diffkiln.families.qwen_image import prompts
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.quiet import quiet_libraries
-from diffkiln.record import lengths
-from diffkiln.record.lengths import (
-    REWRITES,
-    bria_fibo,
-    cogview4,
-    is_rewritten,
-    kandinsky3,
-    lumina,
-    lumina2,
-    mochi,
-    of_fixed_length,
-    outdated,
-    qwen_image,
-    z_image,
-)
+from diffkiln.record import patches
+from diffkiln.record.patches import is_patched, known_patches, of_fixed_length, outdated
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of as spec_of_folder
 from tests.end_to_end.test_families import spec_of
@@ -194,17 +183,22 @@ def test_equals_diffusers_for_empty_prompts(family, tmp_path):
             assert found <= LIMITS[family]
 
 
+def only(monkeypatch, *known):
+    """There are no other patches than these."""
+    monkeypatch.setattr(patches, "known_patches", lambda: known)
+
+
 def unzeroed(pipe, prompt, device=None, max_sequence_length=512, **_):
-    """Wan's rewrite without its point: what the text encoder gives for the padding stays."""
+    """Wan's patch without its point: what the text encoder gives for the padding stays."""
     tokens = pipe.tokenizer(
         prompt, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
     )
     return pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
 
 
-def test_a_rewrite_of_a_call_that_is_wrong_is_found(tmp_path, monkeypatch):
-    wrong = replace(REWRITES[0], replacement=unzeroed)
-    monkeypatch.setattr(lengths, "REWRITES", (wrong,))
+def test_a_patch_of_a_call_that_is_wrong_is_found(tmp_path, monkeypatch):
+    (patch,) = wan.PLUGIN.patches
+    only(monkeypatch, replace(patch, replacement=unzeroed, around=False))
     with pytest.raises(VerifyError, match="the recorded call of WanPipeline differs from the pipeline's own"):
         diffkiln.compile(spec_of("wan", tmp_path), tmp_path / "bundle")
 
@@ -214,9 +208,9 @@ def test_a_mask_that_counts_the_padding_is_found(tmp_path, monkeypatch):
         embeds, mask = right(*args, **kwargs)
         return embeds, torch.ones_like(mask)
 
-    (rewrite,) = qwen_image.REWRITES
-    right = rewrite.replacement
-    monkeypatch.setattr(lengths, "REWRITES", (replace(rewrite, replacement=ones),))
+    (patch,) = prompts.PATCHES
+    right = patch.replacement
+    only(monkeypatch, replace(patch, replacement=ones))
     with pytest.raises(VerifyError, match="the recorded call of QwenImagePipeline differs"):
         diffkiln.compile(spec_of("qwen_image", tmp_path), tmp_path / "bundle")
 
@@ -233,8 +227,8 @@ def test_a_component_that_sees_the_padding_is_found(tmp_path, monkeypatch):
 
 
 def test_a_position_that_is_off_by_one_is_found(tmp_path, monkeypatch):
-    right = lumina2._image_ids
-    monkeypatch.setattr(lumina2, "_image_ids", lambda lengths, *size: right(lengths + 1, *size))
+    right = lumina._image_ids
+    monkeypatch.setattr(lumina, "_image_ids", lambda lengths, *size: right(lengths + 1, *size))
     with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
         diffkiln.compile(spec_of("lumina2", tmp_path), tmp_path / "bundle")
 
@@ -255,8 +249,8 @@ def test_a_mean_over_the_padding_is_found(tmp_path, monkeypatch):
     def mean_of_all(self, x, context, context_mask):
         return x + self.attention(context.mean(dim=1, keepdim=True), context, context_mask).squeeze(1)
 
-    *others, pool = kandinsky3.REWRITES
-    monkeypatch.setattr(lengths, "REWRITES", (*others, replace(pool, replacement=mean_of_all)))
+    *others, pool, _ = kandinsky.PLUGIN.patches
+    only(monkeypatch, *others, replace(pool, replacement=mean_of_all))
     with pytest.raises(VerifyError, match="component 'unet' at a fixed length: output 0 differs"):
         diffkiln.compile(spec_for("kandinsky3", tmp_path), tmp_path / "bundle")
 
@@ -266,9 +260,9 @@ def test_a_token_of_the_padding_that_counts_is_found(tmp_path, monkeypatch):
         embeds, layers, none = right(*args, **kwargs)
         return torch.cat([embeds[..., :-1], torch.ones_like(embeds[..., :1])], dim=-1), layers, none
 
-    embeds, forward = bria_fibo.REWRITES
+    *_, embeds, forward = bria.PLUGIN.patches
     right = embeds.replacement
-    monkeypatch.setattr(lengths, "REWRITES", (replace(embeds, replacement=all_count), forward))
+    only(monkeypatch, replace(embeds, replacement=all_count), forward)
     with pytest.raises(VerifyError, match="the recorded call of BriaFiboPipeline differs"):
         diffkiln.compile(spec_for("bria_fibo", tmp_path), tmp_path / "bundle")
 
@@ -280,8 +274,8 @@ def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
         seen = torch.ones_like(attention_mask)
         return mochi._attend(self, attn, hidden_states, encoder_hidden_states, seen, image_rotary_emb)
 
-    embeds, attend = mochi.REWRITES
-    monkeypatch.setattr(lengths, "REWRITES", (embeds, replace(attend, replacement=unmasked)))
+    embeds, attend = mochi.PLUGIN.patches
+    only(monkeypatch, embeds, replace(attend, replacement=unmasked))
     with pytest.raises(VerifyError, match="component 'transformer' at a fixed length: output 0 differs"):
         diffkiln.compile(spec_for("mochi", tmp_path), tmp_path / "bundle")
 
@@ -301,7 +295,7 @@ def test_large_components_in_other_types_are_verified_too(family, tmp_path, monk
     diffkiln.compile(spec, tmp_path / "bundle")
     assert set(compared) == {torch.float32}
     lists = {"qwen_image": set(), "lumina2": {3}, "z_image": {3}, "cogview4": {1}, "mochi": {1}}
-    kept = [[name.rpartition(".")[0] for name, _ in repeated_blocks(twin)] for twin in twins if is_rewritten(twin)]
+    kept = [[name.rpartition(".")[0] for name, _ in repeated_blocks(twin)] for twin in twins if is_patched(twin)]
     assert {len(names) for names in kept} == {len(set(names)) for names in kept} == lists[family]
 
 
@@ -347,8 +341,7 @@ def test_a_family_that_has_no_fixed_length_is_refused_with_the_reason(tmp_path):
 
 
 def test_another_text_of_a_method_that_is_refused_is_not_said_to_be_recorded(monkeypatch):
-    others = tuple(replace(rewrite, prints={rewrite.method: "another"}) for rewrite in REWRITES)
-    monkeypatch.setattr(lengths, "REWRITES", others)
+    only(monkeypatch, *(replace(patch, prints={patch.method: "another"}) for patch in known_patches()))
     assert "Kandinsky5" not in outdated(CALLS["kandinsky5_video"].build())
     told = outdated(CALLS["longcat_image"].build())
     assert "diffusers' LongCatImagePipeline._encode_prompt" in told
@@ -378,8 +371,7 @@ def test_engines_that_do_not_fit_diffusers_own_call_are_told(tmp_path):
 
 
 def test_another_text_of_the_method_is_refused_and_told(tmp_path, monkeypatch):
-    others = tuple(replace(rewrite, prints={rewrite.method: "another"}) for rewrite in REWRITES)
-    monkeypatch.setattr(lengths, "REWRITES", others)
+    only(monkeypatch, *(replace(patch, prints={patch.method: "another"}) for patch in known_patches()))
     told = r"another version of diffusers' WanPipeline\._get_t5_prompt_embeds.*on_unrecordable"
     with pytest.raises(DataDependent, match=told):
         diffkiln.compile(spec_of("wan", tmp_path), tmp_path / "bundle")

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.families import Family
+from diffkiln.record.patches import Padding, Patch, resized
 
 #: What diffusers fills a batch up to a multiple of.
 _MULTIPLE = 16
@@ -126,7 +127,7 @@ def _attend(
     return joint[:, text:], joint[:, :text]
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """Both components follow the prompt's length."""
     text = _text_length(fixed["max_sequence_length"])
     pad_id = pipe.tokenizer.pad_token_id
@@ -147,27 +148,20 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"text_encoder": Padding(pad_tokens, last, last), "transformer": Padding(pad_embeds)}
 
 
-REWRITES = (
-    Rewrite(
-        owners=(
-            "pipelines.cogview4.pipeline_cogview4:CogView4Pipeline",
-            "pipelines.cogview4.pipeline_cogview4_control:CogView4ControlPipeline",
+PLUGIN = Family(
+    patches=(
+        Patch(
+            {"_get_glm_embeds": "b972e019c36127fa"},
+            _get_glm_embeds,
+            known_in="CogView4Pipeline CogView4ControlPipeline",
+            paddings=_paddings,
         ),
-        method="_get_glm_embeds",
-        prints={"_get_glm_embeds": "b972e019c36127fa"},
-        replacement=_get_glm_embeds,
-    ),
-    Rewrite(
-        owners=("models.transformers.transformer_cogview4:CogView4Transformer2DModel",),
-        method="forward",
-        prints={"forward": "6508bc5705ac2dd1", "CogView4TransformerBlock.forward": "835e852928102bff"},
-        replacement=_forward,
-        around=True,
-    ),
-    Rewrite(
-        owners=("models.transformers.transformer_cogview4:CogView4AttnProcessor",),
-        method="__call__",
-        prints={"__call__": "763821f8b00860fb"},
-        replacement=_attend,
+        Patch(
+            {"forward": "6508bc5705ac2dd1", "CogView4TransformerBlock.forward": "835e852928102bff"},
+            _forward,
+            known_in="CogView4Transformer2DModel",
+            around=True,
+        ),
+        Patch({"__call__": "763821f8b00860fb"}, _attend, known_in="CogView4AttnProcessor"),
     ),
 )

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Rewrite
-from diffkiln.record.text import Quoting
+from diffkiln.families import Family
+from diffkiln.record.patches import Patch
+from diffkiln.record.text import Ruled
 
 
 def _rewire_prompt(_self: Any, *_args: Any, **_kwargs: Any) -> list[str]:
@@ -25,7 +26,7 @@ def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
     """The same tokens between the same template; the runtime takes the prompt apart."""
     told = {"add_special_tokens": False, "return_tensors": "pt"}
     tokens = self.tokenizer(
-        [Quoting(text) for text in prompt],
+        [Ruled(text, quotations="characters") for text in prompt],
         padding="max_length",
         max_length=self.tokenizer_max_length,
         truncation=True,
@@ -39,20 +40,9 @@ def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
     return hidden[:, first.shape[1] : -last.shape[1]]
 
 
-_OWNERS = ("pipelines.longcat_image.pipeline_longcat_image:LongCatImagePipeline",)
-
-REWRITES = (
-    Rewrite(
-        owners=_OWNERS,
-        method="_encode_prompt",
-        prints={"_encode_prompt": "7b1f1a32a185f50e"},
-        replacement=_encode_prompt,
-    ),
-    Rewrite(
-        owners=_OWNERS,
-        method="rewire_prompt",
-        prints={"rewire_prompt": "868c97cb0badeb95"},
-        replacement=_rewire_prompt,
-        refuses=True,
+PLUGIN = Family(
+    patches=(
+        Patch({"_encode_prompt": "7b1f1a32a185f50e"}, _encode_prompt, known_in="LongCatImagePipeline"),
+        Patch({"rewire_prompt": "868c97cb0badeb95"}, _rewire_prompt, known_in="LongCatImagePipeline", refuses=True),
     ),
 )

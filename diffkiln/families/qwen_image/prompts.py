@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffkiln.errors import RecordError
-from diffkiln.record.lengths.rewriting import Padding, Rewrite, resized
+from diffkiln.record.patches import Padding, Patch, resized
 
 
 def _encode_prompt(
@@ -55,7 +55,7 @@ def _text_length(pipe: Any, max_sequence_length: int) -> int:
     return pipe.prompt_template_encode_start_idx + min(max_sequence_length, pipe.tokenizer_max_length)
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """Both components follow the prompt's length."""
     text = _text_length(pipe, fixed["max_sequence_length"])
     length = text - pipe.prompt_template_encode_start_idx
@@ -88,21 +88,18 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     }
 
 
-REWRITES = (
-    Rewrite(
-        owners=(
-            "pipelines.qwenimage.pipeline_qwenimage:QwenImagePipeline",
-            "pipelines.qwenimage.pipeline_qwenimage_img2img:QwenImageImg2ImgPipeline",
-            "pipelines.qwenimage.pipeline_qwenimage_inpaint:QwenImageInpaintPipeline",
-            "pipelines.qwenimage.pipeline_qwenimage_controlnet:QwenImageControlNetPipeline",
-            "pipelines.qwenimage.pipeline_qwenimage_controlnet_inpaint:QwenImageControlNetInpaintPipeline",
-        ),
-        method="encode_prompt",
-        prints={
+PATCHES = (
+    Patch(
+        {
             "encode_prompt": "4cc93fb6792a8967",
             "_get_qwen_prompt_embeds": "66eceb75cb9ea32d",
             "_extract_masked_hidden": "c1c5a9cc25e1ed0c",
         },
-        replacement=_encode_prompt,
+        _encode_prompt,
+        known_in=(
+            "QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline "
+            "QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline"
+        ),
+        paddings=_paddings,
     ),
 )

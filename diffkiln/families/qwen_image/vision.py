@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.record.lengths.rewriting import Rewrite
+from diffkiln.record.patches import Patch
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,35 +53,24 @@ def _attend(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-_MODULE = "models.qwen2_5_vl.modeling_qwen2_5_vl"
-
-REWRITES = (
-    Rewrite(
-        library="transformers",
-        owners=(f"{_MODULE}:Qwen2_5_VLModel",),
-        method="forward",
-        prints={
+PATCHES = (
+    Patch(
+        {
             "forward": "971e540da3cd8303",
             "get_image_features": "3be50ff2e7181acb",
             "get_placeholder_mask": "a02007ef3cdd6b4f",
             "compute_3d_position_ids": "c81e25693ccfca40",
             "Qwen2_5_VisionTransformerPretrainedModel.forward": "e71361c82c550238",
         },
-        replacement=_forward,
+        _forward,
+        known_in="Qwen2_5_VLModel",
         around=True,
     ),
-    Rewrite(
-        library="transformers",
-        owners=(f"{_MODULE}:Qwen2_5_VLVisionAttention",),
-        method="forward",
-        prints={"forward": "73bafba8a509f6b2"},
-        replacement=_attend,
-        around=True,
-    ),
+    Patch({"forward": "73bafba8a509f6b2"}, _attend, known_in="Qwen2_5_VLVisionAttention", around=True),
 )
 
 
-def is_replaced() -> bool:
-    """Whether the methods are replaced now, as they are those that the rewrites were made for."""
-    methods = [getattr(owner, rewrite.method) for rewrite in REWRITES for owner in rewrite.classes()]
-    return all(method.__module__ == __name__ for method in methods)
+def is_replaced(text_encoder: torch.nn.Module) -> bool:
+    """Returns True if the encoder's methods are replaced now, as they are those that the patches were made for."""
+    forwards = {type(part).forward for part in text_encoder.modules()}
+    return sum(forward.__module__ == __name__ for forward in forwards) == len(PATCHES)

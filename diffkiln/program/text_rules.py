@@ -1,0 +1,87 @@
+"""What is done to a prompt on its way to a tokenizer, as the texts of a program name it. The lists are closed: what a
+bundle may name is part of its format."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from diffkiln.errors import MissingDependency
+
+
+def _ftfy(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError:
+        raise MissingDependency("this bundle cleans its prompts with ftfy: pip install ftfy") from None
+    return ftfy.fix_text(text)
+
+
+#: What a pipeline may do to a whole prompt, in the order in which pipelines do it.
+TRANSFORMS: dict[str, Callable[[str], str]] = {
+    "ftfy": _ftfy,
+    "html_unescape": lambda text: html.unescape(html.unescape(text)),
+    "strip": str.strip,
+    "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
+    "lower": str.lower,
+}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What stands between a pair of marks is tokenized character by character, with the marks, and the rest as it is.
+
+    Attributes:
+        pairs: the opening and the closing mark of each pair.
+        within_words: no mark where it stands between two letters.
+        shown: the rule as listings of programs have it.
+    """
+
+    pairs: tuple[str, ...]
+    within_words: str
+    shown: str
+
+    @cached_property
+    def word(self) -> re.Pattern[str]:
+        """A word that holds no mark, though it looks like one."""
+        return re.compile(f"[a-zA-Z]+{re.escape(self.within_words)}[a-zA-Z]+")
+
+    @cached_property
+    def _marked(self) -> re.Pattern[str]:
+        marked = (f"{first}[^{''.join(sorted({first, last}))}]*?{last}" for first, last in self.pairs)
+        return re.compile(f"({'|'.join(marked)})")
+
+    def pieces(self, prompt: str) -> list[str]:
+        """Returns the parts of a prompt that are tokenized one by one.
+
+        As diffusers' `split_quotation`, but for prompts that have several different words with an apostrophe within:
+        there diffusers puts some of them in the place of the others, in an order that follows Python's hash seed.
+        """
+        hidden = prompt
+        for word in set(self.word.findall(prompt)):
+            hidden = hidden.replace(word, word.replace(self.within_words, "\x00"))
+        found: list[str] = []
+        for part in self._marked.split(hidden):
+            shown = part.replace("\x00", self.within_words)
+            if self._marked.match(shown):
+                found += shown
+            elif shown:
+                found.append(shown)
+        return found
+
+
+#: How a prompt is taken apart: the key of a text, what it says → the rule. A key is a feature of the bundle, too.
+RULES: Mapping[str, Mapping[str, Spelling]] = {
+    "quotations": {
+        "characters": Spelling(("''", '""', "\u2018\u2019", "\u201c\u201d"), "'", "quotations by character"),
+    }
+}
+
+
+def rules_of(text: Mapping[str, Any]) -> list[Spelling]:
+    """Returns the rules that a text names. Names that are none are refused before (diffkiln.runtime.texts)."""
+    return [rule for key, rules in RULES.items() for name, rule in rules.items() if text.get(key) == name]

@@ -1,0 +1,209 @@
+"""Methods whose shapes follow the prompt's length, replaced by others of a fixed length while a call is recorded.
+
+The families (diffkiln.families) bring the patches. A patch is made for one text of a method, and is found by the
+method's name and that text among the classes that a pipeline is made of, so that derived pipelines have it too. Where
+the libraries have another text nothing is replaced, and the recording stops where the method reads the length.
+
+What the patches claim is verified at every build (diffkiln.compiler.verify): the call bit for bit, components within
+rounding.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+from diffkiln.plugins import plugins
+from diffkiln.record.processors import processors_of
+
+
+def whole(tensor: Any, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
+    """Returns the tensor as it is."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How the arguments of one component differ between diffusers and the program.
+
+    Attributes:
+        pad: diffusers' own (args, kwargs) → the program's, at the fixed length. Bit for bit what the program gives.
+        cut: a tensor of the program's result, and diffusers' own (args, kwargs) → the tensor as diffusers has it.
+        used: a tensor of diffusers' result or of the program's, and diffusers' own (args, kwargs) → the part of it that
+            the call uses, the same for both.
+    """
+
+    pad: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    cut: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = whole
+    used: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = whole
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One method at a fixed length.
+
+    Attributes:
+        prints: the name of the method, and of the others that the patch stands for, with the `fingerprint` of each. A
+            method of another class of the same module is "Class.name"; a space is between texts that all fit.
+        replacement: a function that takes the method's place.
+        known_in: names of classes, with spaces between, that have the method in the tested releases. No match depends
+            on them: they say which method changed when nothing fits (`outdated`), and where the tests look.
+        around: the replacement takes the method, and gives what takes its place and calls it.
+        refuses: the replacement does nothing but say why the method is not recorded.
+        paddings: of a pipeline's method: a pipeline and the keywords of its call, with defaults → how the arguments of
+            its components differ.
+    """
+
+    prints: Mapping[str, str]
+    replacement: Callable[..., Any]
+    known_in: str = ""
+    around: bool = False
+    refuses: bool = False
+    paddings: Callable[[Any, Mapping[str, Any]], dict[str, Padding]] | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return next(iter(self.prints))
+
+    def fits(self, owner: type, kind: type) -> bool:
+        """Returns True if the patch was made for these methods: that of `owner`, and those that `kind` calls with it.
+
+        Args:
+            owner: the class that has the method.
+            kind: the same class, or one that is derived from it and may have others of the methods.
+        """
+        prints = self.prints.items()
+        return all(fingerprint(self._stands_for(owner, kind, name)) in known.split() for name, known in prints)
+
+    def _stands_for(self, owner: type, kind: type, name: str) -> Any:
+        other, _, method = name.rpartition(".")
+        if other:
+            return vars(getattr(sys.modules[owner.__module__], other, object)).get(method)
+        return vars(owner).get(name) if name == self.method else inspect.getattr_static(kind, name, None)
+
+    def made_for(self, owner: type) -> Callable[..., Any]:
+        """Returns what takes the method's place in this class."""
+        return self.replacement(getattr(owner, self.method)) if self.around else self.replacement
+
+
+def known_patches() -> tuple[Patch, ...]:
+    """Returns the patches of all families."""
+    families = (plugin.load() for plugin in plugins("families").values())
+    return tuple(patch for family in families for patch in family.patches)
+
+
+@contextlib.contextmanager
+def fixed_lengths(part: Any) -> Iterator[None]:
+    """While it lasts, a pipeline or a module has a fixed length where its shapes follow the prompt's."""
+    patches = {(owner, patch.method): patch for owner, patch in _fitting(_parts(part))}
+    with contextlib.ExitStack() as stack:
+        for (owner, method), patch in patches.items():
+            stack.enter_context(mock.patch.object(owner, method, patch.made_for(owner)))
+        yield
+
+
+def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+    """Returns how a pipeline's program calls components with other arguments than diffusers does, by their names.
+
+    Args:
+        pipe: the pipeline.
+        fixed: the keywords of its call, with defaults.
+    """
+    found = (patch.paddings for _, patch in _fitting([pipe]) if patch.paddings)
+    padded = next(found, None)
+    return padded(pipe, fixed) if padded else {}
+
+
+def is_patched(module: torch.nn.Module) -> bool:
+    """Returns True if `fixed_lengths` replaces a method of a component, or of an attention processor in it."""
+    return any(_fitting([module, *processors_of(module).values()]))
+
+
+def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
+    """Returns the components that a program calls at another length than diffusers, or that compute at another one.
+
+    Not those in which only the attention differs: their blocks are called as diffusers calls them.
+    """
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {name for name, module in modules.items() if any(_fitting([module]))} | paddings(pipe, fixed).keys()
+
+
+def outdated(pipe: Any) -> str:
+    """Names the methods of a pipeline and its components that have a patch, made for another text of them, such as
+    "diffusers' WanPipeline.encode_prompt"; "" if there are none."""
+    names = [
+        f"{owner.__module__.partition('.')[0]}' {owner.__name__}.{patch.method}"
+        for owner, kind, patch in _named(_parts(pipe))
+        if owner.__name__ in patch.known_in.split() and not patch.refuses and not patch.fits(owner, kind)
+    ]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _fitting(parts: Iterable[Any]) -> Iterator[tuple[type, Patch]]:
+    """The classes of these objects that have a method with a patch that fits."""
+    return ((owner, patch) for owner, kind, patch in _named(parts) if patch.fits(owner, kind))
+
+
+def _named(parts: Iterable[Any]) -> Iterator[tuple[type, type, Patch]]:
+    """Each class that has a method of a patch's name, and the class of the object that is derived from it."""
+    patches: dict[str, list[Patch]] = {}
+    for patch in known_patches():
+        patches.setdefault(patch.method, []).append(patch)
+    for kind in dict.fromkeys(map(type, parts)):
+        for owner in kind.__mro__:
+            for method in sorted(vars(owner).keys() & patches.keys()):
+                for patch in patches[method]:
+                    yield owner, kind, patch
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    """A module and all within it, attention processors too; or a pipeline and all its components."""
+    if isinstance(part, torch.nn.Module):
+        yield from part.modules()
+        yield from processors_of(part).values()
+        return
+    yield part
+    for component in getattr(part, "components", {}).values():
+        yield from _parts(component)
+
+
+@functools.cache
+def fingerprint(function: Any) -> str:
+    """Returns a digest of a function's code: its text without comments, docstring, annotations and decorators.
+
+    "" where there is no such text.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+    except (OSError, SyntaxError, TypeError):
+        return ""
+    if not isinstance(tree, ast.FunctionDef):
+        return ""
+    tree.decorator_list, tree.returns = [], None
+    for argument in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs):
+        argument.annotation = None
+    if ast.get_docstring(tree) is not None:
+        tree.body = tree.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def resized(
+    tensor: torch.Tensor, length: int, value: float = 0, side: Literal["left", "right"] = "right"
+) -> torch.Tensor:
+    """[batch, length, …]: cut, or filled with `value`, on one side of the second dimension."""
+    missing = length - tensor.shape[1]
+    sides = (missing, 0) if side == "left" else (0, missing)
+    return functional.pad(tensor, (*([0, 0] * (tensor.ndim - 2)), *sides), value=value)

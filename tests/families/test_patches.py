@@ -1,0 +1,169 @@
+"""Methods of the libraries that are replaced while a call is recorded: made for one text of them, only for so long."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+
+from diffkiln.errors import DataDependent
+from diffkiln.families import z_image
+from diffkiln.models.quiet import quiet_libraries
+from diffkiln.record import patches
+from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
+from tests.coverage.calls import CALLS
+
+
+def named(name):
+    """The class of this name in diffusers or transformers, of which not all are exported."""
+    exported = getattr(diffusers, name, None) or getattr(transformers, name, None)
+    modules = [module for key, module in sys.modules.items() if key.startswith(("diffusers.", "transformers."))]
+    return exported or next(vars(module)[name] for module in modules if name in vars(module))
+
+
+@pytest.mark.parametrize("patch", known_patches(), ids=lambda patch: f"{patch.known_in.split()[0]}.{patch.method}")
+def test_patches_are_made_for_the_libraries_that_are_installed(patch):
+    assert patch.known_in
+    for kind in map(named, patch.known_in.split()):
+        assert patch.fits(kind, kind), kind
+
+
+@pytest.mark.parametrize("patch", known_patches(), ids=lambda patch: f"{patch.known_in.split()[0]}.{patch.method}")
+def test_every_text_that_a_patch_fits_is_one_of_the_libraries(patch):
+    texts = {text for known in patch.prints.values() for text in known.split()}
+    kinds = [named(name) for name in patch.known_in.split()]
+    found = {fingerprint(patch._stands_for(kind, kind, name)) for kind in kinds for name in patch.prints}
+    assert found == texts
+
+
+@pytest.mark.parametrize("name", ["ChronoEditPipeline", "WanAnimatePipeline", "BriaFiboEditPipeline"])
+def test_a_pipeline_with_the_text_of_another_family_needs_no_list(name):
+    kind = named(name)
+    assert [patch for patch in known_patches() if patch.method in vars(kind) and patch.fits(kind, kind)]
+
+
+def test_control_nets_that_take_captions_of_every_length_are_refused():
+    pipe = SimpleNamespace(components={"controlnet": None})
+    with pytest.raises(DataDependent, match="captions that are as long as each prompt"):
+        z_image.PLUGIN.patches[0].replacement(pipe, "a fox")
+
+
+class OfAnother(WanPipeline):
+    """A pipeline of another package, which no list names."""
+
+
+@pytest.fixture(scope="module")
+def wan():
+    with quiet_libraries():
+        return CALLS["wan"].build()
+
+
+def test_methods_are_replaced_only_while_it_lasts(wan):
+    before = WanPipeline._get_t5_prompt_embeds
+    with fixed_lengths(wan):
+        assert WanPipeline._get_t5_prompt_embeds is not before
+    assert WanPipeline._get_t5_prompt_embeds is before
+
+
+def test_a_derived_pipeline_needs_no_list(wan):
+    before = WanPipeline._get_t5_prompt_embeds
+    with fixed_lengths(OfAnother(**wan.components)):
+        assert OfAnother._get_t5_prompt_embeds is not before
+    assert OfAnother._get_t5_prompt_embeds is before
+
+
+def test_only_the_classes_of_the_pipeline_are_looked_at():
+    before = WanPipeline._get_t5_prompt_embeds
+    with fixed_lengths(torch.nn.Linear(1, 1)):
+        assert WanPipeline._get_t5_prompt_embeds is before
+
+
+def test_a_replacement_may_call_the_method_whose_place_it_takes(wan, monkeypatch):
+    def around(original):
+        return lambda self, *args: (original, args)
+
+    before = WanPipeline.encode_prompt
+    prints = {"encode_prompt": fingerprint(before)}
+    monkeypatch.setattr(patches, "known_patches", lambda: (Patch(prints, around, around=True),))
+    with fixed_lengths(wan):
+        assert WanPipeline.encode_prompt(None, 1) == (before, (1,))
+    assert WanPipeline.encode_prompt is before
+
+
+class Base:
+    def encode(self):
+        return self.inner() + 1
+
+    def inner(self):
+        return 1
+
+
+class Same(Base):
+    pass
+
+
+class OtherInner(Base):
+    def inner(self):
+        return 2
+
+
+class CallsBase(Base):
+    def encode(self):
+        return 10 * super().encode()
+
+
+@pytest.fixture
+def of_base(monkeypatch):
+    """There is one patch, of `Base.encode`, which pads a component."""
+    prints = {name: fingerprint(vars(Base)[name]) for name in ("encode", "inner")}
+    padded = {"component": object()}
+    patch = Patch(prints, lambda self: 7, known_in="Base", paddings=lambda pipe, fixed: padded)
+    monkeypatch.setattr(patches, "known_patches", lambda: (patch,))
+    return padded
+
+
+def test_the_methods_are_those_that_an_object_has(of_base):
+    """A derived class may have another one of those that the patch stands for, or call its base's."""
+    for kind, expected in ((Base, 7), (Same, 7), (OtherInner, 3), (CallsBase, 70)):
+        with fixed_lengths(kind()):
+            assert kind().encode() == expected
+        assert paddings(kind(), {}) == (of_base if expected != 3 else {})
+    assert [Base().encode(), Same().encode(), OtherInner().encode(), CallsBase().encode()] == [2, 2, 3, 20]
+
+
+def test_another_text_is_told_by_the_names_of_the_classes(of_base):
+    assert outdated(Base()) == outdated(Same()) == ""
+    assert outdated(OtherInner()) == "tests' Base.encode"
+
+
+def test_fingerprints_tell_code_and_not_words():
+    class First:
+        def method(self, a: int) -> int:
+            """Words."""
+            return a + 1  # more words
+
+    class Second:
+        def method(self, a):
+            return a + 1
+
+    class Third:
+        def method(self, a):
+            return a + 2
+
+    prints = [fingerprint(kind.method) for kind in (First, Second, Third)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_has_no_text_has_no_fingerprint():
+    assert {fingerprint(thing) for thing in (None, len, lambda: 1, object.__init__, property(len))} == {""}
+
+
+def test_tensors_are_cut_and_filled_on_either_side():
+    row = torch.tensor([[1, 2]])
+    assert [resized(row, length, 9).tolist() for length in (1, 2, 3)] == [[[1]], [[1, 2]], [[1, 2, 9]]]
+    assert [resized(row, length, 9, "left").tolist() for length in (1, 3)] == [[[2]], [[9, 1, 2]]]
