@@ -2,6 +2,7 @@
 
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
 from diffkiln.program.batches import DOUBLED, HALVED, is_rebatched
+from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
 from diffkiln.program.ir import (
     ATTENTION,
     CALL,
@@ -19,11 +20,9 @@ from diffkiln.program.ir import (
     Program,
     Ref,
     TensorType,
-    drop_dead,
     engine_types,
     map_refs,
     refs,
-    rename_values,
     weight_in,
 )
 from diffkiln.program.listing import listing, module_listing
@@ -36,6 +35,8 @@ from diffkiln.program.serial import (
     program_to_json,
 )
 from diffkiln.program.verify import verify, verify_call_types, verify_module, verify_types
+
+drop_dead, rename_values = prune, rename
 
 __all__ = [
     "ATTENTION",
@@ -50,6 +51,7 @@ __all__ = [
     "SDPA",
     "STEP",
     "Arg",
+    "Builder",
     "DType",
     "Device",
     "Input",
@@ -60,6 +62,7 @@ __all__ = [
     "Program",
     "Ref",
     "TensorType",
+    "caller_of",
     "drop_dead",
     "dumps",
     "engine_types",
@@ -73,9 +76,12 @@ __all__ = [
     "module_to_json",
     "program_from_json",
     "program_to_json",
+    "prune",
     "read_attention",
     "refs",
+    "rename",
     "rename_values",
+    "split_off",
     "verify",
     "verify_call_types",
     "verify_module",

@@ -13,7 +13,7 @@ Nothing here imports torch: dtypes are their names ("bfloat16"), operators are t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Operations that are not ATen operators.
@@ -25,6 +25,24 @@ class Ref:
     """The use of a value by its name, sigil included."""
 
     name: str
+
+    @property
+    def bare(self) -> str:
+        """The name without its sigil: a weight's name, a constant's key, what an argument is called."""
+        return self.name[1:]
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is an operation's result or an input."""
+        return self.name[:1] == "%"
+
+    @property
+    def is_weight(self) -> bool:
+        return self.name[:1] == "@"
+
+    @property
+    def is_constant(self) -> bool:
+        return self.name[:1] == "#"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +105,11 @@ class Input:
     type: TensorType
     source: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def ref(self) -> Ref:
+        """Its use."""
+        return Ref(self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -113,6 +136,16 @@ class Op:
     def is_aten(self) -> bool:
         return self.name.startswith("aten.")
 
+    @property
+    def results(self) -> tuple[Ref, ...]:
+        """The uses of its outputs."""
+        return tuple(map(Ref, self.outputs))
+
+    @property
+    def uses(self) -> Iterator[Ref]:
+        """The values that it takes, in order."""
+        return refs((self.args, self.kwargs))
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -133,12 +166,16 @@ class Program:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the weights, without sigil, in order of first use."""
-        return tuple(name[1:] for name in self.uses() if name.startswith("@"))
+        return tuple(ref.bare for ref in map(Ref, self.uses()) if ref.is_weight)
 
     @property
     def constants(self) -> tuple[str, ...]:
         """Keys of the constants, without sigil, in order of first use."""
-        return tuple(name[1:] for name in self.uses() if name.startswith("#"))
+        return tuple(ref.bare for ref in map(Ref, self.uses()) if ref.is_constant)
+
+    def makers(self) -> dict[str, Op]:
+        """The operation that gives each result, in order."""
+        return {name: op for op in self.ops for name in op.outputs}
 
     def uses(self) -> Iterator[str]:
         """Every value used, once, in order of first use."""
@@ -191,41 +228,3 @@ def map_refs(arg: Any, rename: Callable[[Ref], Any]) -> Any:
     if isinstance(arg, Mapping):
         return {key: map_refs(item, rename) for key, item in arg.items()}
     return arg
-
-
-def rename_values(program: Program, names: Mapping[str, str]) -> Program:
-    """The program with values renamed, wherever they stand."""
-
-    def new(name: str) -> str:
-        return names.get(name, name)
-
-    def swap(arg: Any) -> Any:
-        return map_refs(arg, lambda ref: Ref(new(ref.name)))
-
-    return replace(
-        program,
-        inputs=tuple(replace(i, name=new(i.name)) for i in program.inputs),
-        ops=tuple(
-            replace(op, args=swap(op.args), kwargs=swap(op.kwargs), outputs=tuple(map(new, op.outputs)))
-            for op in program.ops
-        ),
-        outputs=swap(program.outputs),
-        types={new(name): type_ for name, type_ in program.types.items()},
-        signature=swap(program.signature),
-    )
-
-
-def drop_dead(program: Program) -> Program:
-    """The program without operations whose results nothing uses.
-
-    Noise and the ends of steps stay: the first moves the generator, the second is seen by the caller.
-    """
-    live = {ref.name for ref in program.outputs}
-    kept: list[Op] = []
-    for op in reversed(program.ops):
-        if op.name in (NOISE, STEP) or not live.isdisjoint(op.outputs):
-            kept.append(op)
-            live.update(ref.name for ref in refs((op.args, op.kwargs)))
-    ops = tuple(reversed(kept))
-    named = live | {name for op in ops for name in op.outputs} | {i.name for i in program.inputs}
-    return replace(program, ops=ops, types={n: t for n, t in program.types.items() if n in named})

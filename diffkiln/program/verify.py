@@ -96,6 +96,18 @@ def verify(
     Raises:
         VerifyError: names the program, the operation and the rule that it breaks.
     """
+    verify_alone(program)
+    for index, op in enumerate(program.ops):
+        if not op.is_aten:
+            _verify_callee(op, _where(program, index, op), modules, regions)
+
+
+def verify_alone(program: Program) -> None:
+    """`verify` without what a program calls: for one that is being made, whose callees may not be there yet.
+
+    Raises:
+        VerifyError: as `verify`.
+    """
     if len(program.ops) > MAX_OPS:
         raise VerifyError(f"program {program.name!r} has {len(program.ops)} operations; the limit is {MAX_OPS}")
     defined = {item.name for item in program.inputs}
@@ -104,8 +116,8 @@ def verify(
     for item in program.inputs:
         _verify_input(item, program)
     for index, op in enumerate(program.ops):
-        where = f"program {program.name!r}, operation {index} ({op.name})"
-        _verify_kind(op, where, modules, regions)
+        where = _where(program, index, op)
+        _verify_kind(op, where)
         if _holds_mapping((op.args, *op.kwargs.values())):
             raise VerifyError(f"{where}: a dictionary is no argument of an operation")
         for ref in refs((op.args, op.kwargs)):
@@ -173,9 +185,11 @@ def _verify_use(name: str, program: Program, defined: set[str], where: str) -> N
         raise VerifyError(f"{where}: {name!r} is used before it is defined")
 
 
-def _verify_kind(
-    op: Op, where: str, modules: Mapping[str, Module] | None, regions: Mapping[str, Program] | None
-) -> None:
+def _where(program: Program, index: int, op: Op) -> str:
+    return f"program {program.name!r}, operation {index} ({op.name})"
+
+
+def _verify_kind(op: Op, where: str) -> None:
     if op.is_aten:
         if not allowed(op.name):
             raise VerifyError(f"{where}: this operator is not in the closed list of diffkiln.program.operators")
@@ -185,16 +199,22 @@ def _verify_kind(
         raise VerifyError(f"{where}: there is no such operation")
     if wrong := _wrong(op.attrs, _ATTRS[op.name]):
         raise VerifyError(f"{where}: it lacks a proper {wrong}")
+    if op.name in _COUNTS:
+        _verify_counts(op, *_COUNTS[op.name], where, op.name)
+
+
+def _verify_callee(
+    op: Op, where: str, modules: Mapping[str, Module] | None, regions: Mapping[str, Program] | None
+) -> None:
+    """What an operation that calls asks of its callee, and a program's level of its operations."""
     if op.name == CALL:
         callee = (modules or {}).get(op.attrs["component"])
         program = callee.programs.get(op.attrs["program"]) if callee else None
         _verify_call(op, program, where, f"component program {op.attrs['component']}/{op.attrs['program']}")
     elif op.name == REGION:
         _verify_call(op, (regions or {}).get(op.attrs["region"]), where, f"region {op.attrs['region']}")
-    elif modules is None and op.name != ATTENTION:
+    elif modules is None and op.name in (NOISE, STEP):
         raise VerifyError(f"{where}: only the call of a pipeline may hold this operation")
-    else:
-        _verify_counts(op, *_COUNTS[op.name], where, op.name)
 
 
 def _verify_kernel(op: Op, where: str) -> None:
@@ -251,7 +271,7 @@ def _verify_callees(program: Program, callee: Callable[[Op], Program | None]) ->
         target = callee(op)
         if target is None:
             continue
-        where = f"program {program.name!r}, operation {index} ({op.name})"
+        where = _where(program, index, op)
         for ref, item in zip(refs(op.args), target.inputs, strict=True):
             if program.types[ref.name] != item.type:
                 found = program.types[ref.name]
