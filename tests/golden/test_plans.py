@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from tests.passes.adapters import adapter

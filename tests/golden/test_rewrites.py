@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 import pytest
-from diffkiln.record.quiet import quiet_libraries
 
-from diffkiln.compiler import check
+from diffkiln.compiler.compile import check
+from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.program import listing
 from diffkiln.record.constants import Constants
