@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from diffkiln.program import STEP, Input, Op, Ref, refs
+from diffkiln.program import STEP, Input, Op, Ref
 from diffkiln.record.call import PROMPTS
 
 #: Operators that read nothing of their argument but its shape and type: SDXL's negative embeddings are such zeros.
@@ -56,5 +56,5 @@ def _reads_prompt(
         if name in seen or name not in made or made[name].name in (STEP, *_READ_NO_VALUES):
             continue
         seen.add(name)
-        waiting += [ref.name for ref in refs((made[name].args, made[name].kwargs))]
+        waiting += [ref.name for ref in made[name].uses]
     return False
