@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from diffkiln.bundle.versions import fits
 from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Outcome, Pass, Plan
-from diffkiln.program import ATTENTION, KERNELS, SDPA, Module, Op, Program, read_attention
+from diffkiln.program import ATTENTION, KERNELS, SDPA, Builder, Module, Op, Program, read_attention
 from diffkiln.program.attention import Kernel, call_problems, device_problem
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target, refuse
@@ -152,7 +152,13 @@ class AttentionBackend(Pass):
         return replace(recording, modules=modules), [f"{count} operations by {self.backend}"]
 
     def _rewritten(self, programs: Any) -> dict[str, Program]:
-        return {name: replace(p, ops=tuple(map(self._chosen, p.ops))) for name, p in programs.items()}
+        return {name: self._with_kernel(program) for name, program in programs.items()}
+
+    def _with_kernel(self, program: Program) -> Program:
+        edit = Builder(program)
+        for at, op in enumerate(program.ops):
+            edit.replace(at, self._chosen(op))
+        return edit.build()
 
     def _chosen(self, op: Op) -> Op:
         if op.name != SDPA:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.models.meta import haunt
-from diffkiln.program import CALL, NOISE, STEP, Module, Op, Program, Ref, TensorType, drop_dead, verify
+from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Program, Ref, TensorType, prune, verify
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -196,8 +196,8 @@ def _find_folded(programs: Sequence[Program], callees: Mapping[str, Callee], con
         for index, position in enumerate(callee.tensors):
             values = {op.args[index] for op in sites}
             ref = next(iter(values), None)
-            if len(values) == 1 and isinstance(ref, Ref) and ref.name.startswith("#"):
-                callee.folded[position] = constants.tensors[ref.name[1:]]
+            if len(values) == 1 and isinstance(ref, Ref) and ref.is_constant:
+                callee.folded[position] = constants.tensors[ref.bare]
 
 
 def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, constants: Constants) -> dict[str, Module]:
@@ -210,16 +210,14 @@ def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, cons
 def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
     """Point CALL operations at the recorded component programs, without the arguments that were folded into them."""
 
-    def linked(op: Op) -> Op:
-        if op.name != CALL:
-            return op
-        callee = callees[op.attrs["program"]]
-        args = tuple(
-            arg for arg, position in zip(op.args, callee.tensors, strict=True) if position not in callee.folded
-        )
-        return replace(op, args=args, attrs={"component": callee.component, "program": callee.program})
-
-    return drop_dead(replace(program, ops=tuple(map(linked, program.ops))))
+    edit = Builder(program)
+    for at, op in enumerate(program.ops):
+        if op.name == CALL:
+            callee = callees[op.attrs["program"]]
+            given = zip(op.args, callee.tensors, strict=True)
+            args = tuple(arg for arg, position in given if position not in callee.folded)
+            edit.replace(at, replace(op, args=args, attrs={"component": callee.component, "program": callee.program}))
+    return prune(edit.build())
 
 
 __all__ = ["Recording", "record", "record_once"]
