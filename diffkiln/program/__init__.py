@@ -36,8 +36,6 @@ from diffkiln.program.serial import (
 )
 from diffkiln.program.verify import verify, verify_call_types, verify_module, verify_types
 
-drop_dead, rename_values = prune, rename
-
 __all__ = [
     "ATTENTION",
     "CALL",
@@ -63,7 +61,6 @@ __all__ = [
     "Ref",
     "TensorType",
     "caller_of",
-    "drop_dead",
     "dumps",
     "engine_types",
     "fingerprint",
@@ -80,7 +77,6 @@ __all__ = [
     "read_attention",
     "refs",
     "rename",
-    "rename_values",
     "split_off",
     "verify",
     "verify_call_types",

@@ -57,8 +57,8 @@ def test_loop_that_has_no_arithmetic_is_refused(families):
     recording = recorded(with_steps(families, "flux", 3))
     from dataclasses import replace
 
-    from diffkiln.program import drop_dead
+    from diffkiln.program import prune
 
-    calls = [{"call": drop_dead(replace(recording.calls[0]["call"], ops=recording.calls[0]["call"].ops[:1]))}]
+    calls = [{"call": prune(replace(recording.calls[0]["call"], ops=recording.calls[0]["call"].ops[:1]))}]
     with pytest.raises(ValueError, match="nothing between the denoiser's calls"):
         between_calls(replace(recording, calls=calls))
