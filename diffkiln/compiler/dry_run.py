@@ -6,7 +6,7 @@ without a GPU. The runtime's own executor runs the call; each component and each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from diffkiln.compiler.legality import INT_MAX
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
-from diffkiln.program import ATTENTION, REGION, SDPA, Input, Module, Op, Program, TensorType, weight_in
+from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType, weight_of_call
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import Graphs
@@ -150,7 +150,7 @@ class _Weights:
     """A weight store whose weights have types and no data."""
 
     def __init__(self, recording: Recording) -> None:
-        self._weights = {name: _empty(_types_of(module)) for name, module in recording.modules.items()}
+        self._weights = {name: _empty(dict(module.weight_types())) for name, module in recording.modules.items()}
         calls = [program for programs in recording.calls for program in programs.values()]
         self._read = _empty({name: program.types[f"@{name}"] for program in calls for name in program.weights})
 
@@ -158,7 +158,7 @@ class _Weights:
         return component, "all"
 
     def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._read[f"{component}/{weight}"]
+        return self._read[weight_of_call(component, weight)]
 
     def get(self, key: Key) -> Mapping[str, torch.Tensor]:
         return self._weights[key[0]]
@@ -256,18 +256,8 @@ def _attention(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
     return attend
 
 
-def _types_of(module: Module) -> Iterator[tuple[str, TensorType]]:
-    """Every weight that a component's programs and their regions read, with its type."""
-    for program in module.programs.values():
-        yield from ((name, program.types[f"@{name}"]) for name in program.weights)
-        for op in program.ops:
-            if op.name == REGION:
-                region = module.regions[op.attrs["region"]]
-                yield from ((weight_in(op, name), region.types[f"@{name}"]) for name in region.weights)
-
-
-def _empty(types: Any) -> dict[str, torch.Tensor]:
-    return {name: _tensor(kind) for name, kind in dict(types).items()}
+def _empty(types: Mapping[str, TensorType]) -> dict[str, torch.Tensor]:
+    return {name: _tensor(kind) for name, kind in types.items()}
 
 
 def _tensor(kind: TensorType) -> torch.Tensor:

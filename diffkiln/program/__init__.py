@@ -1,8 +1,9 @@
 """The program: a pipeline's call, its components and their regions as data. No torch."""
 
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
-from diffkiln.program.batches import DOUBLED, HALVED, is_rebatched
+from diffkiln.program.batches import is_rebatched
 from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
+from diffkiln.program.calls import GIVEN, Given
 from diffkiln.program.ir import (
     ATTENTION,
     CALL,
@@ -22,8 +23,10 @@ from diffkiln.program.ir import (
     TensorType,
     engine_types,
     map_refs,
+    owner_of,
     refs,
     weight_in,
+    weight_of_call,
 )
 from diffkiln.program.listing import listing, module_listing
 from diffkiln.program.serial import (
@@ -39,8 +42,7 @@ from diffkiln.program.verify import verify, verify_call_types, verify_module, ve
 __all__ = [
     "ATTENTION",
     "CALL",
-    "DOUBLED",
-    "HALVED",
+    "GIVEN",
     "KERNELS",
     "NATIVE",
     "NOISE",
@@ -52,6 +54,7 @@ __all__ = [
     "Builder",
     "DType",
     "Device",
+    "Given",
     "Input",
     "Layout",
     "MemoryFormat",
@@ -71,6 +74,7 @@ __all__ = [
     "module_from_json",
     "module_listing",
     "module_to_json",
+    "owner_of",
     "program_from_json",
     "program_to_json",
     "prune",
@@ -83,4 +87,5 @@ __all__ = [
     "verify_module",
     "verify_types",
     "weight_in",
+    "weight_of_call",
 ]

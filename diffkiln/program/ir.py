@@ -12,7 +12,7 @@ Nothing here imports torch: dtypes are their names ("bfloat16"), operators are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,11 @@ class Input:
         """Its use."""
         return Ref(self.name)
 
+    @property
+    def argument(self) -> str:
+        """What it is called in Python: inputs are named after the parameters that they were recorded for."""
+        return self.ref.bare
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -153,6 +158,8 @@ class Program:
 
     `texts` are the text templates of a call. `signature` describes how Python calls what was recorded:
     {"args": […], "kwargs": {…}, "result": …} with `Ref`s for tensors, so that a region can stand in for its module.
+    `batch` is "doubled" or "halved" for a component's program at another batch than its pipeline calls it with.
+    `recorded_from` is the class of a region's block, where the region was recorded and not read.
     """
 
     name: str
@@ -162,6 +169,8 @@ class Program:
     types: Mapping[str, TensorType]
     texts: tuple[Mapping[str, Any], ...] = ()
     signature: Mapping[str, Any] = field(default_factory=dict)
+    batch: str = ""
+    recorded_from: str = field(default="", compare=False)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -195,6 +204,15 @@ class Module:
     programs: Mapping[str, Program]
     regions: Mapping[str, Program] = field(default_factory=dict)
 
+    def weight_types(self, without: Collection[str] = ()) -> Iterator[tuple[str, TensorType]]:
+        """Every weight that its programs read, and the regions that they call, but those `without`; with its type."""
+        for program in self.programs.values():
+            yield from ((name, program.types[f"@{name}"]) for name in program.weights)
+            for op in program.ops:
+                if op.name == REGION and op.attrs["region"] not in without:
+                    region = self.regions[op.attrs["region"]]
+                    yield from ((weight_in(op, name), region.types[f"@{name}"]) for name in region.weights)
+
 
 def engine_types(region: Program) -> dict[str, TensorType]:
     """What a region's engine takes, in order: its inputs, its weights and its constants, by their names in it."""
@@ -203,8 +221,21 @@ def engine_types(region: Program) -> dict[str, TensorType]:
 
 
 def weight_in(op: Op, weight: str) -> str:
-    """The name in its component of a weight of the region that a REGION operation calls."""
+    """What a weight of the program that a REGION or CALL operation calls is named where the operation stands."""
+    if op.name == CALL:
+        return weight_of_call(op.attrs["component"], weight)
     return f"{op.attrs['instance']}.{weight}" if op.attrs["instance"] else weight
+
+
+def weight_of_call(component: str, weight: str) -> str:
+    """The name in a call of a component's weight that the call reads itself."""
+    return f"{component}/{weight}"
+
+
+def owner_of(weight: str) -> tuple[str, str]:
+    """The component of such a weight, and its name there."""
+    component, _, name = weight.partition("/")
+    return component, name
 
 
 def refs(arg: Any) -> Iterator[Ref]:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.models.meta import haunt
-from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Program, Ref, TensorType, prune, verify
+from diffkiln.program import CALL, GIVEN, NOISE, STEP, Builder, Given, Module, Program, Ref, TensorType, prune, verify
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -62,10 +62,10 @@ class Rebatched:
 class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
-    `callees` are the ways in which components are called, by "component/program". `reason` says why nothing was
+    `callees` are the ways in which components are called, by component and program. `reason` says why nothing was
     recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors. `pipe` is the
     ghost that was recorded for the `requests`, for passes that record a component anew; `batches` are the programs that
-    they made so, by "component/program".
+    they made so, by component and program.
     """
 
     calls: list[dict[str, Program]]
@@ -73,12 +73,12 @@ class Recording:
     constants: Constants
     fixed: list[dict[str, Any]]
     notices: list[str] = field(default_factory=list)
-    callees: Mapping[str, Callee] = field(default_factory=dict)
+    callees: Mapping[tuple[str, str], Callee] = field(default_factory=dict)
     reason: str = ""
     fake: FakeTensorMode = field(default_factory=FakeTensorMode)
     pipe: Any = None
     requests: tuple[Request, ...] = ()
-    batches: Mapping[str, Rebatched] = field(default_factory=dict)
+    batches: Mapping[tuple[str, str], Rebatched] = field(default_factory=dict)
 
 
 def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
@@ -122,7 +122,7 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
         for program in programs.values():
             verify(program, modules=modules)
     fixed = [defaults(pipe, request) for request in requests]
-    ways = {f"{callee.component}/{callee.program}": callee for callee in callees.values()}
+    ways = {(callee.component, callee.program): callee for callee in callees.values()}
     return Recording(calls, modules, constants, fixed, notices, ways, fake=fake, pipe=pipe, requests=tuple(requests))
 
 
@@ -158,10 +158,10 @@ def _record_variant(
     programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:
         with contextlib.suppress(Unread):
-            programs["call+negative"] = free(once({}, True), True)
+            programs[Given(negative=True).name] = free(once({}, True), True)
     if "latents" in parameters:
-        for name in list(programs):
-            told = "negative" in name
+        for given in [GIVEN[name] for name in programs]:
+            told = given.negative
             program = _first_that_records(
                 lambda type_, told=told: once({}, told, type_), _latents_types(programs["call"])
             )
@@ -171,7 +171,7 @@ def _record_variant(
                 )
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
-            programs[f"{name}+latents"] = free(program, told, latents)
+            programs[replace(given, latents=True).name] = free(program, told, latents)
     return programs
 
 

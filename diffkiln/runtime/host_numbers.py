@@ -45,9 +45,9 @@ def _with_number(op: Op, types: dict[str, TensorType]) -> Op:
     first, second, *rest = op.args
     if not (isinstance(first, Ref) and isinstance(second, Ref)):
         return op
-    numbers = [arg for arg in (first, second) if arg.name[0] == "#" and not types[arg.name].shape]
+    numbers = [arg for arg in (first, second) if arg.is_constant and not types[arg.name].shape]
     if len(numbers) != 1:
         return op
-    here = Ref(f"#{_HOST}{numbers[0].name[1:]}")
+    here = Ref(f"#{_HOST}{numbers[0].bare}")
     types[here.name] = types[numbers[0].name]
     return replace(op, args=(*(here if arg == numbers[0] else arg for arg in (first, second)), *rest))

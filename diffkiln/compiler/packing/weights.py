@@ -13,7 +13,7 @@ from diffkiln.compiler.packing.packed import Packed
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
-from diffkiln.program import REGION, weight_in
+from diffkiln.program import owner_of
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
 from diffkiln.spec import Offload
@@ -28,15 +28,10 @@ def weights_used(recording: Recording, held: Collection[str] = ()) -> dict[str, 
     """
     used: dict[str, set[str]] = {name: set() for name in recording.modules}
     for name, module in recording.modules.items():
-        for program in module.programs.values():
-            used[name].update(program.weights)
-            for op in program.ops:
-                if op.name == REGION and name not in held:
-                    region = module.regions[op.attrs["region"]]
-                    used[name].update(weight_in(op, weight) for weight in region.weights)
+        used[name].update(weight for weight, _ in module.weight_types(module.regions if name in held else ()))
     for programs in recording.calls:
         for weight in (weight for program in programs.values() for weight in program.weights):
-            component, _, name = weight.partition("/")
+            component, name = owner_of(weight)
             used.setdefault(component, set()).add(name)
     return {name: frozenset(weights) for name, weights in used.items()}
 

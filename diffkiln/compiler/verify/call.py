@@ -22,7 +22,7 @@ from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.weights import weights_of
-from diffkiln.program import Module, Program
+from diffkiln.program import Module, Program, owner_of, weight_of_call
 from diffkiln.record.call import Request, component_methods, defaults
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, record_component
@@ -110,7 +110,7 @@ class Verification:
         patched: list[tuple[torch.nn.Module, str]] = []
         try:
             for weight, value in read.items():
-                component, _, name = weight.partition("/")
+                component, name = owner_of(weight)
                 path, _, leaf = name.rpartition(".")
                 owner = self._pipe.components[component].get_submodule(path)
                 table = owner._parameters if leaf in owner._parameters else owner._buffers
@@ -165,7 +165,7 @@ class Verification:
 
     def give(self, component: str, program: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same for a CALL operation, which leaves out the arguments that were folded."""
-        callee = self._recording.callees[f"{component}/{program}"]
+        callee = self._recording.callees[component, program]
         leaves, values = list(callee.leaves), iter(tensors)
         for position in callee.tensors:
             leaves[position] = callee.folded[position] if position in callee.folded else next(values)
@@ -187,7 +187,7 @@ class Verification:
         if recorded is None:
             return
         for program in recorded.programs:
-            callee = self._recording.callees[f"{name}/{program}"]
+            callee = self._recording.callees[name, program]
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
             if is_rewritten(module) or seen[0].padding:
@@ -206,7 +206,7 @@ class Verification:
             return frozenset()
         if _nbytes(module) <= WHOLE_UP_TO:
             return frozenset(block for block, _ in repeated_blocks(module))
-        each = is_rewritten(module) or any(key.startswith(f"{name}/") for key in recording.batches)
+        each = is_rewritten(module) or any(component == name for component, _ in recording.batches)
         each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
@@ -265,7 +265,7 @@ class _NoStore:
         self._read = read
 
     def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._read[f"{component}/{weight}"]
+        return self._read[weight_of_call(component, weight)]
 
     def follow(self, _schedule: Any) -> _NoStore:
         return self

@@ -131,8 +131,8 @@ def _carried(blocks: Sequence[Op], regions: Mapping[str, Program]) -> Mapping[tu
                 found.setdefault((before.attrs["region"], index), places[name])
     for op in blocks:
         if len(op.outputs) == 1:
-            names = [item.name for item in regions[op.attrs["region"]].inputs]
-            slot = names.index("%hidden_states") if "%hidden_states" in names else 0
+            names = [item.argument for item in regions[op.attrs["region"]].inputs]
+            slot = names.index("hidden_states") if "hidden_states" in names else 0
             found.setdefault((op.attrs["region"], 0), slot)
     return found
 

@@ -103,7 +103,7 @@ class _Joints:
             (one,), (two,) = refs(first.args[source.arg]), refs(second.args[source.arg])
             if not source.follows and one != two:
                 raise ValueError(
-                    f"{item.ref.bare} of {self._component} does not follow the batch, and the two calls of a step give "
+                    f"{item.argument} of {self._component} does not follow the batch, and the two calls of a step give "
                     "it different values"
                 )
             args.append(self._cat(one, two, item.type, at) if source.follows else one)
