@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.packing import tokenizers_of
 from diffkiln.errors import BuildError, SpecError
 from diffkiln.interpreter.aten import Interpreter
@@ -177,37 +178,10 @@ class _Real:
     def _executor(self, splits: Mapping[str, Split]) -> Executor:
         component = self._calibrate.component
         module = self.recording.modules[component]
-        more = {p.name: p for part in splits.values() for p in (part.keeping, part.reusing) if p is not None}
+        more = {name: program for part in splits.values() for name, program in part.programs.items()}
         modules = {**self.recording.modules, component: replace(module, programs={**module.programs, **more})}
-        store: Any = _InMemory(self.weights)
+        store: Any = InMemory(self.weights)
         return Executor(modules, store, self.recording.constants.tensors, {}, torch.device("cpu"))
-
-
-class _InMemory:
-    """A weight store, and its cursor, of components that are in memory already."""
-
-    def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self._weights = weights
-
-    def key_of(self, component: str, _weight: str) -> tuple[str, str]:
-        return component, ""
-
-    def get(self, key: tuple[str, str]) -> Mapping[str, torch.Tensor]:
-        return self._weights[key[0]]
-
-    enter = get
-
-    def leave(self, key: tuple[str, str]) -> None:
-        pass
-
-    def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._weights[component][weight]
-
-    def follow(self, _schedule: Any) -> _InMemory:
-        return self
-
-    def close(self) -> None:
-        pass
 
 
 # -- what reuse costs --
@@ -247,14 +221,12 @@ class _Traced:
 
     def __init__(self, call: Program, component: str, splits: Mapping[str, Split]) -> None:
         self._call = call
-        self.steps: list[list[_Site]] = []
-        edit = Builder(call, outputs=())
-        for at, (step, lane) in lanes_of(call, component).place.items():
+        lanes, edit = lanes_of(call, component), Builder(call, outputs=())
+        self.steps: list[list[_Site]] = [[] for _ in lanes.sites]
+        for at, (step, lane) in lanes.place.items():
             op, part = call.ops[at], splits[call.ops[at].attrs["program"]]
             keeping = with_kept(edit, op, part, f"%traced.{step}.{lane}")
             edit.replace(at, keeping)
-            if step == len(self.steps):
-                self.steps.append([])
             self.steps[step].append(_Site(at, op, part, keeping.results[-part.kept :]))
         self._tails = [self._tail(sites) for sites in self.steps]
         wanted: dict[Ref, None] = {}

@@ -30,7 +30,6 @@ from diffkiln.compiler.packing import (
     pack_licences,
     pack_programs,
     pack_report,
-    weights_used,
 )
 from diffkiln.compiler.stages import Progress, Steps
 from diffkiln.compiler.verify import Verification
@@ -214,11 +213,11 @@ def compile(
                 with steps(f"compile the blocks of {request.component}"):
                     pack_engines(writer, packed, request, checked.targets, engines)
         held = frozenset(request.component for request in checked.plan.compile if request.holds_weights)
-        used = weights_used(recording, held)
+        used = recording.weight_types(held)
         for name in checked.plan.modules:
             with steps(f"weights of {name}"):
                 packed.weights[name] = stream_weights(
-                    checked, name, writer, packed, verification, used.get(name, frozenset()), engines
+                    checked, name, writer, packed, verification, frozenset(used.get(name, ())), engines
                 )
         with steps("publish"):
             identity = writer.publish(

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.legality import INT_MAX
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
-from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType, weight_of_call
+from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import Graphs
@@ -88,7 +89,8 @@ class _DryExecutor(Executor):
     def __init__(
         self, recording: Recording, constants: Mapping[str, torch.Tensor], graphs: str | None, where: _Where
     ) -> None:
-        modules, store = recording.modules, _Weights(recording)
+        modules, types = recording.modules, recording.weight_types()
+        store = InMemory({name: {key: _tensor(kind) for key, kind in own.items()} for name, own in types.items()})
         recorded = Graphs(graphs, GPU, lambda run: ((lambda: None), run())) if graphs else None
         super().__init__(modules, store, constants, {}, GPU, graphs=recorded)  # type: ignore[arg-type]
         self.special = {**self.special, ATTENTION: _attention, SDPA: _attention}
@@ -144,35 +146,6 @@ class _Region:
         count = len(self._region.inputs)
         weights = dict(zip(self._region.weights, flat[count:], strict=False))
         return self._replay(flat[:count], weights, self._executor.constants)
-
-
-class _Weights:
-    """A weight store whose weights have types and no data."""
-
-    def __init__(self, recording: Recording) -> None:
-        self._weights = {name: _empty(dict(module.weight_types())) for name, module in recording.modules.items()}
-        calls = [program for programs in recording.calls for program in programs.values()]
-        self._read = _empty({name: program.types[f"@{name}"] for program in calls for name in program.weights})
-
-    def key_of(self, component: str, weight: str) -> Key:
-        return component, "all"
-
-    def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._read[weight_of_call(component, weight)]
-
-    def get(self, key: Key) -> Mapping[str, torch.Tensor]:
-        return self._weights[key[0]]
-
-    enter = get
-
-    def leave(self, key: Key) -> None:
-        """Keeps the weights."""
-
-    def follow(self, schedule: Sequence[Key]) -> _Weights:
-        return self
-
-    def close(self) -> None:
-        """Keeps the weights."""
 
 
 class _Watch(TorchDispatchMode):
@@ -254,10 +227,6 @@ def _attention(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         return [query.new_empty((*query.shape[:-1], value.shape[-1]))]
 
     return attend
-
-
-def _empty(types: Mapping[str, TensorType]) -> dict[str, torch.Tensor]:
-    return {name: _tensor(kind) for name, kind in types.items()}
 
 
 def _tensor(kind: TensorType) -> torch.Tensor:

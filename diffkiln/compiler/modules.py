@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkiln.compiler.packing.engines import place_of
 from diffkiln.compiler.verify import compare_component
 from diffkiln.errors import BuildError, CallError, Incompatible, RecordError, SpecError
 from diffkiln.exporters.artefact import Artefact, Lowering
@@ -83,7 +84,7 @@ def compile_module(
     constants = Constants()
     callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
-    place, weights = _place(machine), dict(weights_of(module))
+    place, weights = place_of(machine), dict(weights_of(module))
     engines: dict[str, Engine] = {}
     artefacts: dict[str, Artefact] = {}
     for region in recorded.regions.values():
@@ -218,13 +219,6 @@ def _machine(target: str | Target) -> Target:
     if found.device == "cpu" and (missing := missing_flags(found.isa)):
         raise Incompatible(f"{found.name}: this machine lacks {', '.join(sorted(missing))}. Choose a lower level")
     return found
-
-
-def _place(target: Target) -> torch.device | None:
-    """Where the target's engines run on this machine; None where it cannot run them."""
-    if target.device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda") if capability() == target.capability else None
 
 
 class _Elsewhere:

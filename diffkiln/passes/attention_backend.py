@@ -152,13 +152,7 @@ class AttentionBackend(Pass):
         return replace(recording, modules=modules), [f"{count} operations by {self.backend}"]
 
     def _rewritten(self, programs: Any) -> dict[str, Program]:
-        return {name: self._with_kernel(program) for name, program in programs.items()}
-
-    def _with_kernel(self, program: Program) -> Program:
-        edit = Builder(program)
-        for at, op in enumerate(program.ops):
-            edit.replace(at, self._chosen(op))
-        return edit.build()
+        return {name: Builder(program).map(self._chosen).build() for name, program in programs.items()}
 
     def _chosen(self, op: Op) -> Op:
         if op.name != SDPA:

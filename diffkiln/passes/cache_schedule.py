@@ -307,8 +307,10 @@ class CacheSchedule(Pass):
             calls.append(woven)
         if not reuses:
             raise ValueError(f"no step that calls {self.component} would reuse one before it")
-        programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
-        module = replace(module, programs={**module.programs, **programs})
+        programs = dict(module.programs)
+        for part in splits.values():
+            programs |= part.programs
+        module = replace(module, programs=programs)
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
 
     def splits(self, recording: Recording) -> dict[str, Split]:
@@ -331,12 +333,6 @@ class CacheSchedule(Pass):
         if not kept:
             raise ValueError(f"{self.method} finds nothing to keep in {program.name} of {self.component}")
         return split(program, kept)
-
-
-def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
-    yield part.keeping.name, part.keeping
-    if part.reusing is not None:
-        yield part.reusing.name, part.reusing
 
 
 def _layers_up(module: Any) -> int:

@@ -3,7 +3,6 @@
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
 from diffkiln.program.batches import is_rebatched
 from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
-from diffkiln.program.calls import GIVEN, Given
 from diffkiln.program.ir import (
     ATTENTION,
     CALL,
@@ -42,7 +41,6 @@ from diffkiln.program.verify import verify, verify_call_types, verify_module, ve
 __all__ = [
     "ATTENTION",
     "CALL",
-    "GIVEN",
     "KERNELS",
     "NATIVE",
     "NOISE",
@@ -54,7 +52,6 @@ __all__ = [
     "Builder",
     "DType",
     "Device",
-    "Given",
     "Input",
     "Layout",
     "MemoryFormat",

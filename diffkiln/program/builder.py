@@ -17,20 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from diffkiln.program.ir import (
-    NOISE,
-    REGION,
-    STEP,
-    Arg,
-    Input,
-    Op,
-    Program,
-    Ref,
-    TensorType,
-    map_refs,
-    weight_in,
-)
-from diffkiln.program.verify import verify_alone
+from diffkiln.program.ir import NOISE, REGION, STEP, Arg, Input, Op, Program, Ref, TensorType, map_refs, weight_in
+from diffkiln.program.verify import verify
 
 _T = TypeVar("_T")
 
@@ -108,11 +96,6 @@ class Builder:
         outputs = tuple(self._fresh(wish, type_) for wish, type_ in results.items())
         return Op(name, args, outputs, kwargs or {}, attrs or {})
 
-    def with_results(self, op: Op, results: Mapping[str, TensorType], **attrs: Any) -> Op:
-        """An operation that gives more values after its own, with some attributes changed."""
-        more = tuple(self._fresh(wish, type_) for wish, type_ in results.items())
-        return replace(op, outputs=(*op.outputs, *more), attrs={**op.attrs, **attrs})
-
     def insert(self, at: int, *ops: Op) -> None:
         """Puts operations before the one at a place, and after what was inserted there earlier."""
         self._before.setdefault(at, []).extend(ops)
@@ -126,6 +109,12 @@ class Builder:
         """Puts operations in the place of one; with none, removes it."""
         self._ops[at] = list(ops)
         self._note(ops)
+
+    def map(self, change: Callable[[Op], Op]) -> Builder:
+        """Replaces every operation by what `change` gives for it."""
+        for at, op in enumerate(self.program.ops):
+            self.replace(at, change(op))
+        return self
 
     def rename_result(self, at: int, name: str, wish: str) -> None:
         """Gives a result another name where it is made, and only there: what uses `name` waits for its new maker."""
@@ -158,7 +147,7 @@ class Builder:
         names = {item.name: f"%in.{index}" for index, item in enumerate(part.inputs)}
         names |= {name: f"%{index}" for index, name in enumerate(part.makers())}
         outlined = rename(part, names)
-        verify_alone(outlined)
+        verify(outlined, alone=True)
         name, attrs = call(outlined)
         args, results = tuple(item.ref for item in part.inputs), tuple(ref.name for ref in part.outputs)
         for place in places:
@@ -182,7 +171,7 @@ class Builder:
             types=self._types | {item.name: item.type for item in self._inputs},
         )
         built = _with_types_in_use(built)
-        verify_alone(built)
+        verify(built, alone=True)
         return built
 
     def _lines(self) -> Iterator[Op]:
@@ -257,16 +246,16 @@ def split_off(program: Program, places: Sequence[int], outputs: tuple[Ref, ...] 
         VerifyError: one of them needs what another one makes that comes between.
     """
     part = _part(program, places, outputs)
-    verify_alone(part)
+    verify(part, alone=True)
     return part
 
 
 def caller_of(program: Program) -> Program:
     """A program of the same inputs and outputs that is one call of the region of its name."""
     edit = Builder(program, ops=(), outputs=())
-    results = {f"%result.{index}": program.types[ref.name] for index, ref in enumerate(program.outputs)}
     args = tuple(item.ref for item in program.inputs)
-    call = edit.op(REGION, args, results, attrs={"region": program.name, "instance": ""})
+    attrs = {"region": program.name, "instance": ""}
+    call = edit.op(REGION, args, program.results("%result"), attrs=attrs)
     edit.append(call)
     edit.add_outputs(*call.results)
     return edit.build()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What the caller gives: negative prompts of its own, and latents to begin with."""
 
     negative: bool = False
@@ -21,6 +18,4 @@ class Given:
 
 
 #: By the program's name.
-GIVEN: Mapping[str, Given] = {
-    given.name: given for given in itertools.starmap(Given, itertools.product((False, True), repeat=2))
-}
+GIVEN = {given.name: given for given in (Given(), Given(True), Given(False, True), Given(True, True))}

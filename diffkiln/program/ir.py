@@ -12,6 +12,7 @@ Nothing here imports torch: dtypes are their names ("bfloat16"), operators are t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +36,6 @@ class Ref:
     def is_computed(self) -> bool:
         """Whether it is an operation's result or an input."""
         return self.name[:1] == "%"
-
-    @property
-    def is_weight(self) -> bool:
-        return self.name[:1] == "@"
 
     @property
     def is_constant(self) -> bool:
@@ -175,12 +172,16 @@ class Program:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the weights, without sigil, in order of first use."""
-        return tuple(ref.bare for ref in map(Ref, self.uses()) if ref.is_weight)
+        return tuple(name[1:] for name in self.uses() if name[0] == "@")
 
     @property
     def constants(self) -> tuple[str, ...]:
         """Keys of the constants, without sigil, in order of first use."""
-        return tuple(ref.bare for ref in map(Ref, self.uses()) if ref.is_constant)
+        return tuple(name[1:] for name in self.uses() if name[0] == "#")
+
+    def results(self, stem: str) -> dict[str, TensorType]:
+        """The types of its outputs, numbered after a stem: what an operation that calls it gives."""
+        return {f"{stem}.{index}": self.types[ref.name] for index, ref in enumerate(self.outputs)}
 
     def makers(self) -> dict[str, Op]:
         """The operation that gives each result, in order."""
@@ -189,11 +190,10 @@ class Program:
     def uses(self) -> Iterator[str]:
         """Every value used, once, in order of first use."""
         seen: set[str] = set()
-        for group in (*((op.args, *op.kwargs.values()) for op in self.ops), self.outputs):
-            for ref in refs(tuple(group)):
-                if ref.name not in seen:
-                    seen.add(ref.name)
-                    yield ref.name
+        for ref in itertools.chain(*(op.uses for op in self.ops), self.outputs):
+            if ref.name not in seen:
+                seen.add(ref.name)
+                yield ref.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ def verify(
     *,
     modules: Mapping[str, Module] | None = None,
     regions: Mapping[str, Program] | None = None,
+    alone: bool = False,
 ) -> None:
     """Check that `program` is well formed.
 
@@ -92,21 +93,10 @@ def verify(
         program: any of the three levels.
         modules: the components that CALL operations may name; None when the program is not a call.
         regions: the regions that REGION operations may name; None when the program is not a component.
+        alone: while it is being made, and what it calls may not be there yet, do not look at that.
 
     Raises:
         VerifyError: names the program, the operation and the rule that it breaks.
-    """
-    verify_alone(program)
-    for index, op in enumerate(program.ops):
-        if not op.is_aten:
-            _verify_callee(op, _where(program, index, op), modules, regions)
-
-
-def verify_alone(program: Program) -> None:
-    """`verify` without what a program calls: for one that is being made, whose callees may not be there yet.
-
-    Raises:
-        VerifyError: as `verify`.
     """
     if len(program.ops) > MAX_OPS:
         raise VerifyError(f"program {program.name!r} has {len(program.ops)} operations; the limit is {MAX_OPS}")
@@ -116,11 +106,13 @@ def verify_alone(program: Program) -> None:
     for item in program.inputs:
         _verify_input(item, program)
     for index, op in enumerate(program.ops):
-        where = _where(program, index, op)
+        where = f"program {program.name!r}, operation {index} ({op.name})"
         _verify_kind(op, where)
+        if not alone:
+            _verify_callee(op, where, modules, regions)
         if _holds_mapping((op.args, *op.kwargs.values())):
             raise VerifyError(f"{where}: a dictionary is no argument of an operation")
-        for ref in refs((op.args, op.kwargs)):
+        for ref in op.uses:
             _verify_use(ref.name, program, defined, where)
         for name in op.outputs:
             if not name.startswith("%") or name in defined or name not in program.types:
@@ -183,10 +175,6 @@ def _verify_use(name: str, program: Program, defined: set[str], where: str) -> N
         raise VerifyError(f"{where}: {name!r} is not a value name")
     if name.startswith("%") and name not in defined:
         raise VerifyError(f"{where}: {name!r} is used before it is defined")
-
-
-def _where(program: Program, index: int, op: Op) -> str:
-    return f"program {program.name!r}, operation {index} ({op.name})"
 
 
 def _verify_kind(op: Op, where: str) -> None:
@@ -271,7 +259,7 @@ def _verify_callees(program: Program, callee: Callable[[Op], Program | None]) ->
         target = callee(op)
         if target is None:
             continue
-        where = _where(program, index, op)
+        where = f"program {program.name!r}, operation {index} ({op.name})"
         for ref, item in zip(refs(op.args), target.inputs, strict=True):
             if program.types[ref.name] != item.type:
                 found = program.types[ref.name]

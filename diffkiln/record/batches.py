@@ -16,8 +16,9 @@ import torch
 from diffkiln.errors import RecordError
 from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.program import CALL, GIVEN, Builder, Module, Program, TensorType
+from diffkiln.program import CALL, Builder, Module, Program, TensorType
 from diffkiln.program.batches import DOUBLED, HALVED, named_with
+from diffkiln.program.calls import GIVEN
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.images import twice_the_images
 from diffkiln.record.lengths import fixed_lengths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.models.meta import haunt
-from diffkiln.program import CALL, GIVEN, NOISE, STEP, Builder, Given, Module, Program, Ref, TensorType, prune, verify
+from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
+from diffkiln.program.calls import GIVEN, Given
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -79,6 +80,19 @@ class Recording:
     pipe: Any = None
     requests: tuple[Request, ...] = ()
     batches: Mapping[tuple[str, str], Rebatched] = field(default_factory=dict)
+
+    def weight_types(self, held: Collection[str] = ()) -> dict[str, dict[str, TensorType]]:
+        """By component, the weights that programs read, and their types. Those of regions of components that are
+        `held` are left out: their engines have them."""
+        found = {
+            name: dict(module.weight_types(module.regions if name in held else ()))
+            for name, module in self.modules.items()
+        }
+        for call in (call for calls in self.calls for call in calls.values()):
+            for weight in call.weights:
+                component, name = owner_of(weight)
+                found.setdefault(component, {})[name] = call.types[f"@{weight}"]
+        return found
 
 
 def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
@@ -171,7 +185,7 @@ def _record_variant(
                 )
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
-            programs[replace(given, latents=True).name] = free(program, told, latents)
+            programs[given._replace(latents=True).name] = free(program, told, latents)
     return programs
 
 
@@ -210,14 +224,15 @@ def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, cons
 def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
     """Point CALL operations at the recorded component programs, without the arguments that were folded into them."""
 
-    edit = Builder(program)
-    for at, op in enumerate(program.ops):
-        if op.name == CALL:
-            callee = callees[op.attrs["program"]]
-            given = zip(op.args, callee.tensors, strict=True)
-            args = tuple(arg for arg, position in given if position not in callee.folded)
-            edit.replace(at, replace(op, args=args, attrs={"component": callee.component, "program": callee.program}))
-    return prune(edit.build())
+    def linked(op: Op) -> Op:
+        if op.name != CALL:
+            return op
+        callee = callees[op.attrs["program"]]
+        given = zip(op.args, callee.tensors, strict=True)
+        args = tuple(arg for arg, position in given if position not in callee.folded)
+        return replace(op, args=args, attrs={"component": callee.component, "program": callee.program})
+
+    return prune(Builder(program).map(linked).build())
 
 
 __all__ = ["Recording", "record", "record_once"]

@@ -14,7 +14,8 @@ from diffkiln.errors import CallError
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import active, applied
 from diffkiln.interpreter.aten import dtype_of
-from diffkiln.program import Given, Program
+from diffkiln.program import Program
+from diffkiln.program.calls import Given
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels
 from diffkiln.runtime.images import check_output_type, convert

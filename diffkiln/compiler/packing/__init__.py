@@ -6,7 +6,7 @@ from diffkiln.compiler.packing.licences import pack_licences
 from diffkiln.compiler.packing.packed import Packed, as_json
 from diffkiln.compiler.packing.programs import every_program, pack_programs, tokenizers_of
 from diffkiln.compiler.packing.report import manifest_of, pack_report
-from diffkiln.compiler.packing.weights import WeightsPacker, as_stored, weights_used
+from diffkiln.compiler.packing.weights import WeightsPacker, as_stored
 
 __all__ = [
     "Packed",
@@ -21,5 +21,4 @@ __all__ = [
     "pack_programs",
     "pack_report",
     "tokenizers_of",
-    "weights_used",
 ]

@@ -207,7 +207,7 @@ def _try_out(
     told = []
     if artefact.autotuned is False:
         told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
-    if (device := _place(target)) is None:
+    if (device := place_of(target)) is None:
         told.append("were not tried: this machine cannot run them")
     for what in told:
         if (notice := f"the engines for {target.name} {what}") not in notices:
@@ -220,7 +220,7 @@ def _try_out(
     return learned_by(loaded)
 
 
-def _place(target: Target) -> torch.device | None:
+def place_of(target: Target) -> torch.device | None:
     """Where this machine can run engines for a target; None if it cannot."""
     if target.device == "cuda":
         return torch.device("cuda") if capability() == target.capability else None

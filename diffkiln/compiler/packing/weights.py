@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import safetensors.torch
 import torch
@@ -13,27 +13,8 @@ from diffkiln.compiler.packing.packed import Packed
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
-from diffkiln.program import owner_of
-from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
 from diffkiln.spec import Offload
-
-
-def weights_used(recording: Recording, held: Collection[str] = ()) -> dict[str, frozenset[str]]:
-    """By component, the weights that programs read; the others serve `as_diffusers` only.
-
-    Args:
-        recording: what was recorded.
-        held: components whose engines hold the weights of their regions themselves.
-    """
-    used: dict[str, set[str]] = {name: set() for name in recording.modules}
-    for name, module in recording.modules.items():
-        used[name].update(weight for weight, _ in module.weight_types(module.regions if name in held else ()))
-    for programs in recording.calls:
-        for weight in (weight for program in programs.values() for weight in program.weights):
-            component, name = owner_of(weight)
-            used.setdefault(component, set()).add(name)
-    return {name: frozenset(weights) for name, weights in used.items()}
 
 
 class WeightsPacker:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.program import GIVEN, Given, Program
+from diffkiln.program import Program
+from diffkiln.program.calls import GIVEN, Given
 from diffkiln.record.call import NEGATIVES, PROMPTS, Request
 
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))

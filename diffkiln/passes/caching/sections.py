@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from diffkiln.program import REGION, Builder, Op, Program, Ref, prune, refs
+from diffkiln.program import REGION, Builder, Op, Program, Ref, TensorType, prune, refs
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Split:
     reusing: Program | None
     takes: tuple[int, ...]
     kept: int
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """Both by name, as far as there are two."""
+        return {program.name: program for program in (self.keeping, self.reusing) if program is not None}
+
+    @property
+    def kept_types(self) -> list[TensorType]:
+        return [self.keeping.types[ref.name] for ref in self.keeping.outputs[-self.kept :]]
 
 
 def split(program: Program, kept: Sequence[Kept]) -> Split:

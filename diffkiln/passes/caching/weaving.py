@@ -21,8 +21,17 @@ class Lanes:
     A step with two calls, with and without the prompt, has two lanes, each with what it keeps.
     """
 
-    steps: int
-    place: Mapping[int, tuple[int, int]]  # index of a CALL operation → (step, lane)
+    sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return len(self.sites)
+
+    @property
+    def place(self) -> Mapping[int, tuple[int, int]]:
+        """The step and the lane of each call, by its place."""
+        return {at: (step, lane) for step, sites in enumerate(self.sites) for lane, at in enumerate(sites)}
 
 
 def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
@@ -31,23 +40,17 @@ def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
     Where the call marks no steps, each call is one; where there are a multiple of the `wanted` number of steps, that
     many calls are one.
     """
-    place: dict[int, tuple[int, int]] = {}
-    marked = any(op.name == STEP for op in call.ops)
-    if not marked:
-        sites = [i for i, op in enumerate(call.ops) if op.name == CALL and op.attrs["component"] == component]
-        per = len(sites) // wanted if wanted and len(sites) % wanted == 0 else 1
-        place = {site: divmod(index, max(per, 1)) for index, site in enumerate(sites)}
-        return Lanes(len({step for step, _ in place.values()}), place)
-    segment, numbers, counts = 0, {}, {}
-    for index, op in enumerate(call.ops):
+    steps: list[list[int]] = [[]]
+    for at, op in enumerate(call.ops):
         if op.name == STEP:
-            segment += 1
+            steps.append([])
         elif op.name == CALL and op.attrs["component"] == component:
-            step = numbers.setdefault(segment, len(numbers))
-            lane = counts.get(segment, 0)
-            counts[segment] = lane + 1
-            place[index] = (step, lane)
-    return Lanes(len(numbers), place)
+            steps[-1].append(at)
+    if len(steps) == 1:
+        (sites,) = steps
+        per = len(sites) // wanted if wanted and sites and len(sites) % wanted == 0 else 1
+        steps = [sites[at : at + per] for at in range(0, len(sites), per)]
+    return Lanes(tuple(tuple(sites) for sites in steps if sites))
 
 
 def weave(
@@ -75,12 +78,8 @@ def weave(
             edit.replace(at, keeping)
             past.insert(0, (step, keeping.results[-part.kept :]))
             continue
-        taken = [
-            _foretold(
-                edit, at, step, [(then, kept[number]) for then, kept in past[: order + 1]], f"{stem}.foretold.{number}"
-            )
-            for number in range(part.kept)
-        ]
+        recent = past[: order + 1]
+        taken = [_foretold(edit, at, step, recent, number, f"{stem}.foretold") for number in range(part.kept)]
         if part.reusing is not None:
             args = (*(op.args[position] for position in part.takes), *taken)
             edit.replace(at, replace(op, args=args, attrs={**op.attrs, "program": part.reusing.name}))
@@ -93,9 +92,10 @@ def weave(
 
 def with_kept(edit: Builder, op: Op, part: Split, stem: str) -> Op:
     """A call of the keeping program in the place of one of the whole: what it keeps comes after its results."""
-    given = part.keeping.outputs[-part.kept :]
-    fresh = {f"{stem}.kept.{number}": part.keeping.types[ref.name] for number, ref in enumerate(given)}
-    return edit.with_results(op, fresh, program=part.keeping.name)
+    fresh = {f"{stem}.kept.{number}": type_ for number, type_ in enumerate(part.kept_types)}
+    attrs = {**op.attrs, "program": part.keeping.name}
+    kept = edit.op(op.name, op.args, fresh, attrs=attrs)
+    return replace(kept, outputs=(*op.outputs, *kept.outputs))
 
 
 def coefficients(step: int, known: Sequence[int]) -> list[float]:
@@ -118,16 +118,16 @@ def coefficients(step: int, known: Sequence[int]) -> list[float]:
     return weights
 
 
-def _foretold(edit: Builder, at: int, step: int, past: Sequence[tuple[int, Ref]], stem: str) -> Ref:
+def _foretold(edit: Builder, at: int, step: int, past: Sequence[_Past], number: int, stem: str) -> Ref:
     """The kept value as it is at this step: the last one, or what the last ones foretell."""
-    values = [value for _, value in past]
+    values = [kept[number] for _, kept in past]
     if len(values) == 1:
         return values[0]
     type_, weights = edit.type_of(values[0]), coefficients(step, [then for then, _ in past])
-    sums = [edit.op("aten.mul.Tensor", (values[0], weights[0]), {f"{stem}.0": type_})]
+    sums = [edit.op("aten.mul.Tensor", (values[0], weights[0]), {f"{stem}.{number}.0": type_})]
     for index, (value, weight) in enumerate(zip(values[1:], weights[1:], strict=True), 1):
         args = (*sums[-1].results, value)
-        sums.append(edit.op("aten.add.Tensor", args, {f"{stem}.{index}": type_}, {"alpha": weight}))
+        sums.append(edit.op("aten.add.Tensor", args, {f"{stem}.{number}.{index}": type_}, {"alpha": weight}))
     edit.insert(at, *sums)
     return sums[-1].results[0]
 
@@ -135,11 +135,12 @@ def _foretold(edit: Builder, at: int, step: int, past: Sequence[tuple[int, Ref]]
 def _keep_only_what_is_read(call: Program, splits: Mapping[str, Split]) -> Program:
     """A step whose kept values nothing reads calls the whole program as it was."""
     whole = {part.keeping.name: (name, part.kept) for name, part in splits.items()}
-    read, edit = set(call.uses()), Builder(call)
-    for at, op in enumerate(call.ops):
-        if op.name != CALL or op.attrs["program"] not in whole:
-            continue
-        name, kept = whole[op.attrs["program"]]
-        if read.isdisjoint(op.outputs[-kept:]):
-            edit.replace(at, replace(op, outputs=op.outputs[:-kept], attrs={**op.attrs, "program": name}))
-    return prune(edit.build())
+    read = set(call.uses())
+
+    def plain(op: Op) -> Op:
+        name, kept = whole.get(op.attrs["program"], ("", 0)) if op.name == CALL else ("", 0)
+        if not kept or not read.isdisjoint(op.outputs[-kept:]):
+            return op
+        return replace(op, outputs=op.outputs[:-kept], attrs={**op.attrs, "program": name})
+
+    return prune(Builder(call).map(plain).build())

@@ -28,7 +28,7 @@ class Halves:
     """
 
     def __init__(self, edit: Builder, constants: Constants) -> None:
-        self._edit, self._constants = edit, constants
+        self._edit, self._constants, self._type = edit, constants, edit.type_of
         self._known: dict[tuple[str, int], Ref] = {}
         self._same: dict[tuple[object, ...], Ref] = {}
 
@@ -38,9 +38,6 @@ class Halves:
         if key not in self._known:
             self._known[key] = self._constant(ref, which) if ref.is_constant else self._computed(ref, which, at)
         return self._known[key]
-
-    def _type(self, ref: Ref) -> TensorType:
-        return self._edit.type_of(ref)
 
     def _constant(self, ref: Ref, which: int) -> Ref:
         half = self._constants.tensors[ref.bare].chunk(2)[which]

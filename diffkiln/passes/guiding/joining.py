@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from diffkiln.passes.caching import lanes_of
 from diffkiln.passes.guiding.prompts import prompt_lane
 from diffkiln.program import Builder, Op, Program, Ref, TensorType, prune, refs
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Rebatched
-
-
-def pairs_of(call: Program, component: str, wanted: int | None) -> list[tuple[int, ...]]:
-    """For each step the places of its calls of a component."""
-    steps: dict[int, list[int]] = {}
-    for index, (step, _) in sorted(lanes_of(call, component, wanted).place.items()):
-        steps.setdefault(step, []).append(index)
-    return [tuple(places) for places in steps.values()]
 
 
 def join(
@@ -88,8 +79,7 @@ class _Joints:
 
     def _prompt(self, pair: Sequence[Op]) -> int:
         lanes = [tuple(refs(op.args)) for op in pair]
-        call = self._edit.program
-        found = prompt_lane(lanes, self._edit.makers, call.inputs, call.texts)
+        found = prompt_lane(lanes, self._edit)
         if found is None:
             raise ValueError(f"which of the two calls of {self._component} in a step has the prompt cannot be told")
         return found
@@ -107,8 +97,7 @@ class _Joints:
                     "it different values"
                 )
             args.append(self._cat(one, two, item.type, at) if source.follows else one)
-        stem = f"%{self._component}.{step}.joined"
-        results = {f"{stem}.{index}": program.types[ref.name] for index, ref in enumerate(program.outputs)}
+        results = program.results(f"%{self._component}.{step}.joined")
         call = self._edit.op(first.name, tuple(args), results, attrs={**first.attrs, "program": doubled.program})
         halves = zip(call.results, first.outputs, second.outputs, strict=True)
         return [call, *(Op("aten.chunk.default", (result, 2), (one, two)) for result, one, two in halves)]

@@ -53,10 +53,10 @@ class _Parts:
 
     def put(self, step: int, at: int, guided: bool) -> None:
         """Puts the calls of a step, and its results put together, in the place of the one call."""
-        call, op = self._edit.program, self._edit.program.ops[at]
+        op = self._edit.program.ops[at]
         half = self._halved[op.attrs["program"]]
         lanes = [self._args(at, half, which) for which in (0, 1)]
-        prompt = prompt_lane(lanes, self._edit.makers, call.inputs, call.texts)
+        prompt = prompt_lane(lanes, self._edit)
         if prompt is None:
             raise ValueError(
                 f"{self._component} is not guided by a doubled batch, or which half of it has the prompt cannot be told"
@@ -83,7 +83,6 @@ class _Parts:
         return args
 
     def _call_of(self, step: int, op: Op, half: Rebatched, args: Sequence[Ref], prompt: bool) -> Op:
-        program = half.recorded.programs[half.program]
         stem = f"%{self._component}.{step}.{'prompt' if prompt else 'negative'}"
-        results = {f"{stem}.{index}": program.types[ref.name] for index, ref in enumerate(program.outputs)}
+        results = half.recorded.programs[half.program].results(stem)
         return self._edit.op(op.name, tuple(args), results, attrs={**op.attrs, "program": half.program})
