@@ -88,7 +88,7 @@ def calibrated(
     measure = _metric(calibrate, metrics, run)
     if not any(op.name == STEP for op in run.call.ops):
         raise BuildError(f"calibrate: the call of {type(pipe).__name__} does not tell where its steps end")
-    count = lanes_of(run.call, calibrate.component).steps
+    count = len(lanes_of(run.call, calibrate.component).sites)
     if count < 2 or (calibrate.computed or 1) >= count:
         raise BuildError(f"calibrate: {calibrate.component} is called in {count} steps, so none would reuse")
     costs = _costs(run, splits, calibrate.component)

@@ -299,7 +299,7 @@ class CacheSchedule(Pass):
             woven: dict[str, Program] = {}
             for name, call in programs.items():
                 lanes = lanes_of(call, self.component, fixed.get("num_inference_steps"))
-                mask = self.mask(lanes.steps)
+                mask = self.mask(len(lanes.sites))
                 reuses = reuses or not all(mask)
                 woven[name] = weave(call, self.component, lanes, mask, splits, self._order)
                 if _told(mask) not in notes:

@@ -22,9 +22,6 @@ from diffkiln.program.verify import verify
 
 _T = TypeVar("_T")
 
-#: Names the operation that calls a program which was outlined: the program → (operation, its attributes).
-Caller = Callable[[Program], tuple[str, Mapping[str, Any]]]
-
 
 class Builder:
     """Edits of one program.
@@ -137,11 +134,11 @@ class Builder:
         for name, ref in zip(call.outputs, placed.outputs, strict=True):
             self.replace_uses(name, ref)
 
-    def outline(self, places: Sequence[int], call: Caller) -> None:
+    def outline(self, places: Sequence[int], call: Callable[[Program], tuple[str, Mapping[str, Any]]]) -> None:
         """Puts one operation in the place of several that follow each other, which become a program of their own.
 
-        That takes everything as an input, weights and constants too, and its values are numbered in order. So runs
-        that compute the same give equal programs.
+        That takes everything as an input, weights and constants too, and its values are numbered in order: runs that
+        compute the same give equal programs. `call` is given it, and gives the operation's name and attributes.
         """
         part = _part(self.program, places, closed=True)
         names = {item.name: f"%in.{index}" for index, item in enumerate(part.inputs)}
@@ -157,11 +154,7 @@ class Builder:
     # -- the end --
 
     def build(self) -> Program:
-        """The edited program, with the types of what it uses and no others.
-
-        Raises:
-            VerifyError: an edit left it malformed.
-        """
+        """The edited program, with the types of what it uses and no others. Raises `VerifyError` if it is malformed."""
         built = replace(
             self.program,
             inputs=tuple(self._inputs),
@@ -235,15 +228,9 @@ def prune(program: Program) -> Program:
 
 
 def split_off(program: Program, places: Sequence[int], outputs: tuple[Ref, ...] | None = None) -> Program:
-    """Some operations as a program of the values that they take from the others, and give to them.
+    """The operations at some places, in order, as a program of what they take from the others.
 
-    Args:
-        program: the whole.
-        places: of the operations, in order.
-        outputs: what it gives instead.
-
-    Raises:
-        VerifyError: one of them needs what another one makes that comes between.
+    It gives what others read of them, or the `outputs`.
     """
     part = _part(program, places, outputs)
     verify(part, alone=True)
@@ -255,7 +242,7 @@ def caller_of(program: Program) -> Program:
     edit = Builder(program, ops=(), outputs=())
     args = tuple(item.ref for item in program.inputs)
     attrs = {"region": program.name, "instance": ""}
-    call = edit.op(REGION, args, program.results("%result"), attrs=attrs)
+    call = edit.op(REGION, args, program.result_types("%result"), attrs=attrs)
     edit.append(call)
     edit.add_outputs(*call.results)
     return edit.build()

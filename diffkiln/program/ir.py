@@ -12,7 +12,6 @@ Nothing here imports torch: dtypes are their names ("bfloat16"), operators are t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +34,11 @@ class Ref:
     @property
     def is_computed(self) -> bool:
         """Whether it is an operation's result or an input."""
-        return self.name[:1] == "%"
+        return self.name.startswith("%")
 
     @property
     def is_constant(self) -> bool:
-        return self.name[:1] == "#"
+        return self.name.startswith("#")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +171,14 @@ class Program:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the weights, without sigil, in order of first use."""
-        return tuple(name[1:] for name in self.uses() if name[0] == "@")
+        return tuple(name[1:] for name in self.uses() if name.startswith("@"))
 
     @property
     def constants(self) -> tuple[str, ...]:
         """Keys of the constants, without sigil, in order of first use."""
-        return tuple(name[1:] for name in self.uses() if name[0] == "#")
+        return tuple(name[1:] for name in self.uses() if name.startswith("#"))
 
-    def results(self, stem: str) -> dict[str, TensorType]:
+    def result_types(self, stem: str) -> dict[str, TensorType]:
         """The types of its outputs, numbered after a stem: what an operation that calls it gives."""
         return {f"{stem}.{index}": self.types[ref.name] for index, ref in enumerate(self.outputs)}
 
@@ -190,10 +189,11 @@ class Program:
     def uses(self) -> Iterator[str]:
         """Every value used, once, in order of first use."""
         seen: set[str] = set()
-        for ref in itertools.chain(*(op.uses for op in self.ops), self.outputs):
-            if ref.name not in seen:
-                seen.add(ref.name)
-                yield ref.name
+        for group in (*(op.uses for op in self.ops), self.outputs):
+            for ref in group:
+                if ref.name not in seen:
+                    seen.add(ref.name)
+                    yield ref.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,6 @@ _TYPE = re.compile(r"([A-Za-z_]\w*)\[((?:\d{1,18}(?:,\d{1,18})*)?)\]", re.ASCII)
 MAX_DEPTH = 64
 
 
-def type_to_json(type_: TensorType) -> str:
-    return str(type_)
-
-
 def type_from_json(text: Any) -> TensorType:
     found = _TYPE.fullmatch(text) if isinstance(text, str) else None
     if found is None:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,17 +176,14 @@ def _record_variant(
             programs[Given(negative=True).name] = free(once({}, True), True)
     if "latents" in parameters:
         for given in [GIVEN[name] for name in programs]:
-            told = given.negative
-            program = _first_that_records(
-                lambda type_, told=told: once({}, told, type_), _latents_types(programs["call"])
-            )
+            program = _first_that_records(partial(once, {}, given.negative), _latents_types(programs["call"]))
             if program is None:
                 notices.append(
                     "a caller's own latents are not supported: the call takes them in no shape that it shows"
                 )
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
-            programs[given._replace(latents=True).name] = free(program, told, latents)
+            programs[given._replace(latents=True).name] = free(program, given.negative, latents)
     return programs
 
 

@@ -24,11 +24,6 @@ class Lanes:
     sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
 
     @property
-    def steps(self) -> int:
-        """How many there are."""
-        return len(self.sites)
-
-    @property
     def place(self) -> Mapping[int, tuple[int, int]]:
         """The step and the lane of each call, by its place."""
         return {at: (step, lane) for step, sites in enumerate(self.sites) for lane, at in enumerate(sites)}

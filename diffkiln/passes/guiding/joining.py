@@ -97,7 +97,7 @@ class _Joints:
                     "it different values"
                 )
             args.append(self._cat(one, two, item.type, at) if source.follows else one)
-        results = program.results(f"%{self._component}.{step}.joined")
+        results = program.result_types(f"%{self._component}.{step}.joined")
         call = self._edit.op(first.name, tuple(args), results, attrs={**first.attrs, "program": doubled.program})
         halves = zip(call.results, first.outputs, second.outputs, strict=True)
         return [call, *(Op("aten.chunk.default", (result, 2), (one, two)) for result, one, two in halves)]

@@ -84,5 +84,5 @@ class _Parts:
 
     def _call_of(self, step: int, op: Op, half: Rebatched, args: Sequence[Ref], prompt: bool) -> Op:
         stem = f"%{self._component}.{step}.{'prompt' if prompt else 'negative'}"
-        results = half.recorded.programs[half.program].results(stem)
+        results = half.recorded.programs[half.program].result_types(stem)
         return self._edit.op(op.name, tuple(args), results, attrs={**op.attrs, "program": half.program})

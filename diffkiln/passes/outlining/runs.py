@@ -90,7 +90,7 @@ def _runs(places: Iterable[int]) -> list[list[int]]:
 
 def _computes(op: Op) -> bool:
     """Whether an operation does more than look at its argument in another way."""
-    return op.is_aten and not any(result.alias_info for result in overload(op.name)._schema.returns)
+    return not any(result.alias_info for result in overload(op.name)._schema.returns)
 
 
 def is_number_of(op: Op, wanted: Any) -> bool:

@@ -12,10 +12,9 @@ import torch
 
 from diffkiln.passes.outlining.runs import Runs, is_number_of
 from diffkiln.program import CALL, STEP, Builder, Device, DType, Module, Op, Program, Ref, TensorType, caller_of
+from diffkiln.program.schedule import SCHEDULER
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
-
-SCHEDULER = "scheduler"
 
 _NUMBER, _KIND = TensorType("float64", ()), {"dtype": DType("float64"), "device": Device()}
 
