@@ -3,7 +3,7 @@
     edit = Builder(call)
     scaled = edit.op("aten.mul.Tensor", (latents, 2.0), {"%scaled": type_})
     edit.insert(3, scaled)
-    edit.replace_uses("%latents", *scaled.results)
+    edit.replace_uses("%noise", *scaled.results)
     program = edit.build()
 
 A program is never changed: `build` gives a new one, which is verified. Places are indices of the operations of the
@@ -72,7 +72,7 @@ class Builder:
         self._outputs += refs
 
     def replace_uses(self, name: str, by: Ref) -> None:
-        """Has everything that uses one value use another."""
+        """Has everything that uses one value use another, also what this edit puts in."""
         by = self.current(by)
         if by.name != name:
             self._instead = {old: by if ref.name == name else ref for old, ref in self._instead.items()}

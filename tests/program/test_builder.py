@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import diffkiln
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import (
@@ -255,6 +258,25 @@ def test_the_caller_of_a_program_takes_and_gives_what_it_does():
     verify_types(caller, {"whole": region})
     assert ([op.name for op in caller.ops], caller.inputs) == ([REGION], region.inputs)
     assert caller.outputs == (Ref("%result.0"),)
+
+
+#: What makes programs: the recorder, the reader, and the sizes that programs of one family share.
+MAKERS = {"record/tape.py", "program/serial.py", "program/sizes.py", "program/builder.py"}
+
+
+def test_nothing_else_writes_operations_or_types_into_a_program():
+    root = Path(diffkiln.__file__).parent
+    found: set[str] = set()
+    for file in root.rglob("*.py"):
+        if root / "exporters" in file.parents:  # an example to compile
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            fields = {keyword.arg for keyword in node.keywords}
+            if node.func.id == "Program" or (node.func.id == "replace" and fields & {"ops", "types"}):
+                found.add(file.relative_to(root).as_posix())
+    assert found <= MAKERS
 
 
 # -- random programs --
