@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import BundleWriter
+from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.legality import is_schedule
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
@@ -25,10 +26,10 @@ from diffkiln.models.meta import load_module
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
+from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave, with_kept
 from diffkiln.passes.program.cache_schedule import CacheSchedule
 from diffkiln.passes.program.calibrate import Calibrate
-from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
+from diffkiln.program import CALL, STEP, Builder, Op, Program, Ref, split_off
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.pipeline import CompiledPipeline
@@ -116,7 +117,7 @@ def calibrated(
     measure = _metric(calibrate, metrics, run)
     if not any(op.name == STEP for op in run.call.ops):
         raise BuildError(f"calibrate: the call of {type(pipe).__name__} does not tell where its steps end")
-    count = lanes_of(run.call, calibrate.component).steps
+    count = len(lanes_of(run.call, calibrate.component).sites)
     if count < 2 or (calibrate.computed or 1) >= count:
         raise BuildError(f"calibrate: {calibrate.component} is called in {count} steps, so none would reuse")
     costs = _costs(run, splits, calibrate.component)
@@ -206,37 +207,10 @@ class _Real:
     def _executor(self, splits: Mapping[str, Split]) -> Executor:
         component = self._calibrate.component
         module = self.recording.modules[component]
-        more = {p.name: p for part in splits.values() for p in (part.keeping, part.reusing) if p is not None}
+        more = {name: program for part in splits.values() for name, program in part.programs.items()}
         modules = {**self.recording.modules, component: replace(module, programs={**module.programs, **more})}
-        store: Any = _InMemory(self.weights)
+        store: Any = InMemory(self.weights)
         return Executor(modules, store, self.recording.constants.tensors, {}, torch.device("cpu"))
-
-
-class _InMemory:
-    """A weight store, and its cursor, of components that are in memory already."""
-
-    def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self._weights = weights
-
-    def key_of(self, component: str, _weight: str) -> tuple[str, str]:
-        return component, ""
-
-    def get(self, key: tuple[str, str]) -> Mapping[str, torch.Tensor]:
-        return self._weights[key[0]]
-
-    enter = get
-
-    def leave(self, key: tuple[str, str]) -> None:
-        pass
-
-    def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._weights[component][weight]
-
-    def follow(self, _schedule: Any) -> _InMemory:
-        return self
-
-    def close(self) -> None:
-        pass
 
 
 # -- what reuse costs --
@@ -261,9 +235,10 @@ def _costs(run: _Real, splits: Mapping[str, Split], component: str) -> list[list
 class _Site:
     """One call of the component within a step."""
 
+    at: int
     op: Op
     part: Split
-    kept: tuple[str, ...]
+    kept: tuple[Ref, ...]
 
 
 class _Traced:
@@ -275,51 +250,31 @@ class _Traced:
 
     def __init__(self, call: Program, component: str, splits: Mapping[str, Split]) -> None:
         self._call = call
-        place = lanes_of(call, component).place
-        self.steps: list[list[_Site]] = []
-        ops: list[Op] = []
-        types = dict(call.types)
-        for index, op in enumerate(call.ops):
-            if index not in place:
-                ops.append(op)
-                continue
-            step, lane = place[index]
-            part = splits[op.attrs["program"]]
-            kept = tuple(f"%traced.{step}.{lane}.{number}" for number in range(part.kept))
-            given = part.keeping.outputs[-part.kept :]
-            types |= {name: part.keeping.types[ref.name] for name, ref in zip(kept, given, strict=True)}
-            attrs = {**op.attrs, "program": part.keeping.name}
-            ops.append(replace(op, outputs=(*op.outputs, *kept), attrs=attrs))
-            if step == len(self.steps):
-                self.steps.append([])
-            self.steps[step].append(_Site(op, part, kept))
-        self._tails = [self._tail(step) for step in range(len(self.steps))]
-        wanted: dict[str, None] = {}
+        lanes, edit = lanes_of(call, component), Builder(call, outputs=())
+        self.steps: list[list[_Site]] = [[] for _ in lanes.sites]
+        for at, (step, lane) in lanes.place.items():
+            op, part = call.ops[at], splits[call.ops[at].attrs["program"]]
+            keeping = with_kept(edit, op, part, f"%traced.{step}.{lane}")
+            edit.replace(at, keeping)
+            self.steps[step].append(_Site(at, op, part, keeping.results[-part.kept :]))
+        self._tails = [self._tail(sites) for sites in self.steps]
+        wanted: dict[Ref, None] = {}
         for sites, tail in zip(self.steps, self._tails, strict=True):
-            arguments = [ref.name for site in sites for ref in site.op.args if isinstance(ref, Ref)]
             made = {name for site in sites for name in site.op.outputs}
-            read = [item.name for item in tail.inputs if item.name not in made]
-            every = [*(name for site in sites for name in site.kept), *arguments, *read, tail.outputs[0].name]
-            wanted |= dict.fromkeys(name for name in every if name.startswith("%"))
-        self.names = tuple(wanted)
-        self.program = replace(call, ops=tuple(ops), outputs=tuple(map(Ref, self.names)), types=types)
+            kept = [ref for site in sites for ref in site.kept]
+            arguments = [ref for site in sites for ref in site.op.uses if ref.is_computed]
+            read = [item.ref for item in tail.inputs if item.name not in made]
+            wanted |= dict.fromkeys([*kept, *arguments, *read, *tail.outputs])
+        self.names = tuple(ref.name for ref in wanted)
+        edit.add_outputs(*wanted)
+        self.program = edit.build()
 
-    def _tail(self, step: int) -> Program:
+    def _tail(self, sites: Sequence[_Site]) -> Program:
         """From the component's results to the latents at the step's end."""
-        own = {id(site.op) for site in self.steps[step]}
-        last = max(index for index, op in enumerate(self._call.ops) if id(op) in own)
-        end = next(
-            (i for i in range(last, len(self._call.ops)) if self._call.ops[i].name == STEP), len(self._call.ops) - 1
-        )
-        first = min(index for index, op in enumerate(self._call.ops) if id(op) in own)
-        ops = [op for op in self._call.ops[first:end] if op.name != CALL]
-        made = {name for op in ops for name in op.outputs}
-        latents = next(iter(refs(self._call.ops[end].args)))
-        used = {ref.name: None for op in ops for ref in refs((op.args, op.kwargs))} | {latents.name: None}
-        inputs = tuple(
-            Input(name, self._call.types[name]) for name in used if name.startswith("%") and name not in made
-        )
-        return Program(f"step {step}", inputs, tuple(ops), (latents,), self._call.types)
+        ops, first, last = self._call.ops, sites[0].at, sites[-1].at
+        end = next((at for at in range(last, len(ops)) if ops[at].name == STEP), len(ops) - 1)
+        places = [at for at in range(first, end) if ops[at].name != CALL]
+        return split_off(self._call, places, tuple(ops[end].uses)[:1])
 
     def latents(self, values: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
         """The latents after a step, float64."""
@@ -329,13 +284,12 @@ class _Traced:
         """How the latents after `step` differ from what they were, if it reuses what `kept` kept; float64."""
         constants = run.recording.constants.tensors
 
-        def value(arg: Any) -> torch.Tensor:
-            return constants[arg.name[1:]] if arg.name.startswith("#") else values[arg.name]
+        def value(ref: Ref) -> torch.Tensor:
+            return constants[ref.bare] if ref.is_constant else values[ref.name]
 
         changed: dict[str, torch.Tensor] = {}
         for source, site in zip(self.steps[kept], self.steps[step], strict=True):
-            arguments = [value(arg) for arg in site.op.args]
-            given = run.reuse(site.part, arguments, [values[name] for name in source.kept])
+            given = run.reuse(site.part, list(map(value, site.op.uses)), list(map(value, source.kept)))
             changed |= dict(zip(site.op.outputs, given, strict=True))
         tail = self._tails[step]
         inputs = [changed[item.name] if item.name in changed else values[item.name] for item in tail.inputs]

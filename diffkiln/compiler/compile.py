@@ -27,7 +27,6 @@ from diffkiln.compiler.packing import (
     pack_licences,
     pack_programs,
     pack_report,
-    weights_used,
 )
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Progress, Stages
@@ -141,10 +140,10 @@ def _with_engines_and_weights(
             with stages(f"compile the blocks of {request.component}"):
                 plan = plan.packing(engines.component(request, plan.targets))
     held = frozenset(request.component for request in plan.state.compile if request.holds_weights)
-    used = weights_used(plan.recording, held)
+    used = plan.recording.weight_types(held)
     for name in plan.state.modules:
         with stages(f"weights of {name}"):
-            packed = stream_weights(plan, name, writer, engines, verification, used.get(name, frozenset()))
+            packed = stream_weights(plan, name, writer, engines, verification, frozenset(used.get(name, ())))
             plan = plan.packing(packed)
     return plan
 

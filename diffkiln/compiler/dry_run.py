@@ -6,7 +6,7 @@ without a GPU. The runtime's own executor runs the call; each component and each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.legality import INT_MAX
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
-from diffkiln.program import ATTENTION, REGION, SDPA, Input, Module, Op, Program, TensorType, weight_in
+from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import Graphs
@@ -88,7 +89,8 @@ class _DryExecutor(Executor):
     def __init__(
         self, recording: Recording, constants: Mapping[str, torch.Tensor], graphs: str | None, where: _Where
     ) -> None:
-        modules, store = recording.modules, _Weights(recording)
+        modules, types = recording.modules, recording.weight_types()
+        store = InMemory({name: {key: _tensor(kind) for key, kind in own.items()} for name, own in types.items()})
         recorded = Graphs(graphs, GPU, lambda run: ((lambda: None), run())) if graphs else None
         super().__init__(modules, store, constants, {}, GPU, graphs=recorded)  # type: ignore[arg-type]
         self.special = {**self.special, ATTENTION: _attention, SDPA: _attention}
@@ -144,35 +146,6 @@ class _Region:
         count = len(self._region.inputs)
         weights = dict(zip(self._region.weights, flat[count:], strict=False))
         return self._replay(flat[:count], weights, self._executor.constants)
-
-
-class _Weights:
-    """A weight store whose weights have types and no data."""
-
-    def __init__(self, recording: Recording) -> None:
-        self._weights = {name: _empty(_types_of(module)) for name, module in recording.modules.items()}
-        calls = [program for programs in recording.calls for program in programs.values()]
-        self._read = _empty({name: program.types[f"@{name}"] for program in calls for name in program.weights})
-
-    def key_of(self, component: str, weight: str) -> Key:
-        return component, "all"
-
-    def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._read[f"{component}/{weight}"]
-
-    def get(self, key: Key) -> Mapping[str, torch.Tensor]:
-        return self._weights[key[0]]
-
-    enter = get
-
-    def leave(self, key: Key) -> None:
-        """Keeps the weights."""
-
-    def follow(self, schedule: Sequence[Key]) -> _Weights:
-        return self
-
-    def close(self) -> None:
-        """Keeps the weights."""
 
 
 class _Watch(TorchDispatchMode):
@@ -254,20 +227,6 @@ def _attention(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         return [query.new_empty((*query.shape[:-1], value.shape[-1]))]
 
     return attend
-
-
-def _types_of(module: Module) -> Iterator[tuple[str, TensorType]]:
-    """Every weight that a component's programs and their regions read, with its type."""
-    for program in module.programs.values():
-        yield from ((name, program.types[f"@{name}"]) for name in program.weights)
-        for op in program.ops:
-            if op.name == REGION:
-                region = module.regions[op.attrs["region"]]
-                yield from ((weight_in(op, name), region.types[f"@{name}"]) for name in region.weights)
-
-
-def _empty(types: Any) -> dict[str, torch.Tensor]:
-    return {name: _tensor(kind) for name, kind in dict(types).items()}
 
 
 def _tensor(kind: TensorType) -> torch.Tensor:

@@ -125,11 +125,7 @@ class CompiledModule:
         self.program: Program = recorded.programs[callee.program]
         self._callee, self._engines, self._constants = callee, engines, constants
         self._expected = key_of(callee.leaves, callee.structure)
-        names = dict.fromkeys(self.program.weights)
-        for op in self.program.ops:
-            if op.name == REGION:
-                names |= dict.fromkeys(weight_in(op, weight) for weight in self.regions[op.attrs["region"]].weights)
-        self._weights = {name: weight_getter(module, name) for name in names}
+        self._weights = {name: weight_getter(module, name) for name in dict(recorded.weight_types())}
         self._interpreter = Interpreter(self.program, special={REGION: self._region})
         self._now: Mapping[str, torch.Tensor] = {}
 

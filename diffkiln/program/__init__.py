@@ -1,7 +1,8 @@
 """The program: a pipeline's call, its components and their regions as data. No torch."""
 
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
-from diffkiln.program.batches import DOUBLED, HALVED, is_rebatched
+from diffkiln.program.batches import is_rebatched
+from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
 from diffkiln.program.ir import (
     ATTENTION,
     CALL,
@@ -19,12 +20,12 @@ from diffkiln.program.ir import (
     Program,
     Ref,
     TensorType,
-    drop_dead,
     engine_types,
     map_refs,
+    owner_of,
     refs,
-    rename_values,
     weight_in,
+    weight_of_call,
 )
 from diffkiln.program.listing import listing, module_listing
 from diffkiln.program.serial import (
@@ -40,8 +41,6 @@ from diffkiln.program.verify import verify, verify_call_types, verify_module, ve
 __all__ = [
     "ATTENTION",
     "CALL",
-    "DOUBLED",
-    "HALVED",
     "KERNELS",
     "NATIVE",
     "NOISE",
@@ -50,6 +49,7 @@ __all__ = [
     "SDPA",
     "STEP",
     "Arg",
+    "Builder",
     "DType",
     "Device",
     "Input",
@@ -60,7 +60,7 @@ __all__ = [
     "Program",
     "Ref",
     "TensorType",
-    "drop_dead",
+    "caller_of",
     "dumps",
     "engine_types",
     "fingerprint",
@@ -71,14 +71,18 @@ __all__ = [
     "module_from_json",
     "module_listing",
     "module_to_json",
+    "owner_of",
     "program_from_json",
     "program_to_json",
+    "prune",
     "read_attention",
     "refs",
-    "rename_values",
+    "rename",
+    "split_off",
     "verify",
     "verify_call_types",
     "verify_module",
     "verify_types",
     "weight_in",
+    "weight_of_call",
 ]

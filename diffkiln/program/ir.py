@@ -12,8 +12,8 @@ Nothing here imports torch: dtypes are their names ("bfloat16"), operators are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Operations that are not ATen operators.
@@ -25,6 +25,20 @@ class Ref:
     """The use of a value by its name, sigil included."""
 
     name: str
+
+    @property
+    def bare(self) -> str:
+        """The name without its sigil: a weight's name, a constant's key, what an argument is called."""
+        return self.name[1:]
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is an operation's result or an input."""
+        return self.name.startswith("%")
+
+    @property
+    def is_constant(self) -> bool:
+        return self.name.startswith("#")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +101,16 @@ class Input:
     type: TensorType
     source: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def ref(self) -> Ref:
+        """Its use."""
+        return Ref(self.name)
+
+    @property
+    def argument(self) -> str:
+        """What it is called in Python: inputs are named after the parameters that they were recorded for."""
+        return self.ref.bare
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -113,6 +137,16 @@ class Op:
     def is_aten(self) -> bool:
         return self.name.startswith("aten.")
 
+    @property
+    def results(self) -> tuple[Ref, ...]:
+        """The uses of its outputs."""
+        return tuple(map(Ref, self.outputs))
+
+    @property
+    def uses(self) -> Iterator[Ref]:
+        """The values that it takes, in order."""
+        return refs((self.args, self.kwargs))
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -120,6 +154,8 @@ class Program:
 
     `texts` are the text templates of a call. `signature` describes how Python calls what was recorded:
     {"args": […], "kwargs": {…}, "result": …} with `Ref`s for tensors, so that a region can stand in for its module.
+    `batch` is "doubled" or "halved" for a component's program at another batch than its pipeline calls it with.
+    `recorded_from` is the class of a region's block, where the region was recorded and not read.
     """
 
     name: str
@@ -129,6 +165,8 @@ class Program:
     types: Mapping[str, TensorType]
     texts: tuple[Mapping[str, Any], ...] = ()
     signature: Mapping[str, Any] = field(default_factory=dict)
+    batch: str = ""
+    recorded_from: str = field(default="", compare=False)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -140,11 +178,19 @@ class Program:
         """Keys of the constants, without sigil, in order of first use."""
         return tuple(name[1:] for name in self.uses() if name.startswith("#"))
 
+    def result_types(self, stem: str) -> dict[str, TensorType]:
+        """The types of its outputs, numbered after a stem: what an operation that calls it gives."""
+        return {f"{stem}.{index}": self.types[ref.name] for index, ref in enumerate(self.outputs)}
+
+    def makers(self) -> dict[str, Op]:
+        """The operation that gives each result, in order."""
+        return {name: op for op in self.ops for name in op.outputs}
+
     def uses(self) -> Iterator[str]:
         """Every value used, once, in order of first use."""
         seen: set[str] = set()
-        for group in (*((op.args, *op.kwargs.values()) for op in self.ops), self.outputs):
-            for ref in refs(tuple(group)):
+        for group in (*(op.uses for op in self.ops), self.outputs):
+            for ref in group:
                 if ref.name not in seen:
                     seen.add(ref.name)
                     yield ref.name
@@ -158,6 +204,15 @@ class Module:
     programs: Mapping[str, Program]
     regions: Mapping[str, Program] = field(default_factory=dict)
 
+    def weight_types(self, without: Collection[str] = ()) -> Iterator[tuple[str, TensorType]]:
+        """Every weight that its programs read, and the regions that they call, but those `without`; with its type."""
+        for program in self.programs.values():
+            yield from ((name, program.types[f"@{name}"]) for name in program.weights)
+            for op in program.ops:
+                if op.name == REGION and op.attrs["region"] not in without:
+                    region = self.regions[op.attrs["region"]]
+                    yield from ((weight_in(op, name), region.types[f"@{name}"]) for name in region.weights)
+
 
 def engine_types(region: Program) -> dict[str, TensorType]:
     """What a region's engine takes, in order: its inputs, its weights and its constants, by their names in it."""
@@ -166,8 +221,21 @@ def engine_types(region: Program) -> dict[str, TensorType]:
 
 
 def weight_in(op: Op, weight: str) -> str:
-    """The name in its component of a weight of the region that a REGION operation calls."""
+    """What a weight of the program that a REGION or CALL operation calls is named where the operation stands."""
+    if op.name == CALL:
+        return weight_of_call(op.attrs["component"], weight)
     return f"{op.attrs['instance']}.{weight}" if op.attrs["instance"] else weight
+
+
+def weight_of_call(component: str, weight: str) -> str:
+    """The name in a call of a component's weight that the call reads itself."""
+    return f"{component}/{weight}"
+
+
+def owner_of(weight: str) -> tuple[str, str]:
+    """The component of such a weight, and its name there."""
+    component, _, name = weight.partition("/")
+    return component, name
 
 
 def refs(arg: Any) -> Iterator[Ref]:
@@ -191,41 +259,3 @@ def map_refs(arg: Any, rename: Callable[[Ref], Any]) -> Any:
     if isinstance(arg, Mapping):
         return {key: map_refs(item, rename) for key, item in arg.items()}
     return arg
-
-
-def rename_values(program: Program, names: Mapping[str, str]) -> Program:
-    """The program with values renamed, wherever they stand."""
-
-    def new(name: str) -> str:
-        return names.get(name, name)
-
-    def swap(arg: Any) -> Any:
-        return map_refs(arg, lambda ref: Ref(new(ref.name)))
-
-    return replace(
-        program,
-        inputs=tuple(replace(i, name=new(i.name)) for i in program.inputs),
-        ops=tuple(
-            replace(op, args=swap(op.args), kwargs=swap(op.kwargs), outputs=tuple(map(new, op.outputs)))
-            for op in program.ops
-        ),
-        outputs=swap(program.outputs),
-        types={new(name): type_ for name, type_ in program.types.items()},
-        signature=swap(program.signature),
-    )
-
-
-def drop_dead(program: Program) -> Program:
-    """The program without operations whose results nothing uses.
-
-    Noise and the ends of steps stay: the first moves the generator, the second is seen by the caller.
-    """
-    live = {ref.name for ref in program.outputs}
-    kept: list[Op] = []
-    for op in reversed(program.ops):
-        if op.name in (NOISE, STEP) or not live.isdisjoint(op.outputs):
-            kept.append(op)
-            live.update(ref.name for ref in refs((op.args, op.kwargs)))
-    ops = tuple(reversed(kept))
-    named = live | {name for op in ops for name in op.outputs} | {i.name for i in program.inputs}
-    return replace(program, ops=ops, types={n: t for n, t in program.types.items() if n in named})

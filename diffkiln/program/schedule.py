@@ -12,7 +12,7 @@ from diffkiln.program.ir import CALL, REGION, STEP, Module, Program
 ALL, SOME, NONE, ANOTHER = "●", "◐", "○", "·"
 
 #: The component that is what lies between a denoiser's calls, where that is compiled (diffkiln.passes.outlining).
-_ARITHMETIC = "scheduler"
+SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def schedule(call: Program, modules: Mapping[str, Module], component: str) -> li
     for op in call.ops:
         if op.name == CALL and op.attrs["component"] == component:
             counted.update(calls=1, blocks=sizes[op.attrs["program"]])
-        elif op.name == CALL and op.attrs["component"] != _ARITHMETIC:
+        elif op.name == CALL and op.attrs["component"] != SCHEDULER:
             counted["others"] += 1
         elif op.name == STEP:
             done = (counted[name] for name in ("calls", "blocks", "others"))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from diffkiln.errors import ManifestInvalid
+from diffkiln.program.batches import batch_of
 from diffkiln.program.ir import (
     Arg,
     Device,
@@ -36,10 +37,6 @@ _TYPE = re.compile(r"([A-Za-z_]\w*)\[((?:\d{1,18}(?:,\d{1,18})*)?)\]", re.ASCII)
 
 #: Deeper than any program nests; a guard against hostile files.
 MAX_DEPTH = 64
-
-
-def type_to_json(type_: TensorType) -> str:
-    return str(type_)
 
 
 def type_from_json(text: Any) -> TensorType:
@@ -201,7 +198,8 @@ def program_from_json(data: Any) -> Program:
         outputs = tuple(Ref(_is(str, name)) for name in _is(list, data["outputs"]))
         texts = tuple(_text_from_json(text) for text in data.get("texts", ()))
         signature = {key: arg_from_json(value) for key, value in data.get("signature", {}).items()}
-        return Program(_is(str, data["name"]), inputs, ops, outputs, types, texts, signature)
+        name = _is(str, data["name"])
+        return Program(name, inputs, ops, outputs, types, texts, signature, batch_of(name))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not a program: {type(error).__name__} {error}") from error
 

@@ -85,6 +85,7 @@ def verify(
     *,
     modules: Mapping[str, Module] | None = None,
     regions: Mapping[str, Program] | None = None,
+    alone: bool = False,
 ) -> None:
     """Check that `program` is well formed.
 
@@ -92,6 +93,7 @@ def verify(
         program: any of the three levels.
         modules: the components that CALL operations may name; None when the program is not a call.
         regions: the regions that REGION operations may name; None when the program is not a component.
+        alone: while it is being made, and what it calls may not be there yet, do not look at that.
 
     Raises:
         VerifyError: names the program, the operation and the rule that it breaks.
@@ -105,10 +107,12 @@ def verify(
         _verify_input(item, program)
     for index, op in enumerate(program.ops):
         where = f"program {program.name!r}, operation {index} ({op.name})"
-        _verify_kind(op, where, modules, regions)
+        _verify_kind(op, where)
+        if not alone:
+            _verify_callee(op, where, modules, regions)
         if _holds_mapping((op.args, *op.kwargs.values())):
             raise VerifyError(f"{where}: a dictionary is no argument of an operation")
-        for ref in refs((op.args, op.kwargs)):
+        for ref in op.uses:
             _verify_use(ref.name, program, defined, where)
         for name in op.outputs:
             if not name.startswith("%") or name in defined or name not in program.types:
@@ -173,9 +177,7 @@ def _verify_use(name: str, program: Program, defined: set[str], where: str) -> N
         raise VerifyError(f"{where}: {name!r} is used before it is defined")
 
 
-def _verify_kind(
-    op: Op, where: str, modules: Mapping[str, Module] | None, regions: Mapping[str, Program] | None
-) -> None:
+def _verify_kind(op: Op, where: str) -> None:
     if op.is_aten:
         if not allowed(op.name):
             raise VerifyError(f"{where}: this operator is not in the closed list of diffkiln.program.operators")
@@ -185,16 +187,22 @@ def _verify_kind(
         raise VerifyError(f"{where}: there is no such operation")
     if wrong := _wrong(op.attrs, _ATTRS[op.name]):
         raise VerifyError(f"{where}: it lacks a proper {wrong}")
+    if op.name in _COUNTS:
+        _verify_counts(op, *_COUNTS[op.name], where, op.name)
+
+
+def _verify_callee(
+    op: Op, where: str, modules: Mapping[str, Module] | None, regions: Mapping[str, Program] | None
+) -> None:
+    """What an operation that calls asks of its callee, and a program's level of its operations."""
     if op.name == CALL:
         callee = (modules or {}).get(op.attrs["component"])
         program = callee.programs.get(op.attrs["program"]) if callee else None
         _verify_call(op, program, where, f"component program {op.attrs['component']}/{op.attrs['program']}")
     elif op.name == REGION:
         _verify_call(op, (regions or {}).get(op.attrs["region"]), where, f"region {op.attrs['region']}")
-    elif modules is None and op.name != ATTENTION:
+    elif modules is None and op.name in (NOISE, STEP):
         raise VerifyError(f"{where}: only the call of a pipeline may hold this operation")
-    else:
-        _verify_counts(op, *_COUNTS[op.name], where, op.name)
 
 
 def _verify_kernel(op: Op, where: str) -> None:

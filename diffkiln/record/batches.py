@@ -16,7 +16,9 @@ import torch
 from diffkiln.errors import RecordError
 from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.program import CALL, DOUBLED, HALVED, Module, Program, TensorType
+from diffkiln.program import CALL, Builder, Module, Program, TensorType
+from diffkiln.program.batches import DOUBLED, HALVED, named_with
+from diffkiln.program.calls import GIVEN
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.images import twice_the_images
 from diffkiln.record.patches import fixed_lengths
@@ -42,7 +44,7 @@ def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Reco
     every = [callee for callee in recording.callees.values() if callee.component == component]
     with fixed_lengths(recording.pipe):
         recorded = record_component([*every, *fresh.values()], recording.fake, recording.constants)
-    recorded = _named(recorded, fresh, DOUBLED if double else HALVED)
+    recorded = _at_batch(recorded, fresh, DOUBLED if double else HALVED)
     found = {
         old.program: Rebatched(
             old.program,
@@ -56,8 +58,8 @@ def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Reco
     }
     for one in found.values():
         _check_results(recorded.programs[one.of], recorded.programs[one.program], double, component)
-    callees = {f"{component}/{callee.program}": callee for callee in fresh.values()}
-    batches = {f"{component}/{one.program}": one for one in found.values()}
+    callees = {(component, callee.program): callee for callee in fresh.values()}
+    batches = {(component, one.program): one for one in found.values()}
     return replace(
         recording,
         modules={**recording.modules, component: recorded},
@@ -72,10 +74,10 @@ def _with_twice_the_prompts(recording: Recording, component: str) -> dict[str, C
     for request, programs in zip(recording.requests, recording.calls, strict=True):
         for name, call in programs.items():
             before = _calls(call, component)
-            if "latents" in name or set(before) <= found.keys():
+            if GIVEN[name].latents or set(before) <= found.keys():
                 continue
             twice = replace(request, batch_size=2 * request.batch_size, images=twice_the_images(request.images))
-            program, callees = record_once(recording, twice, "negative" in name)
+            program, callees = record_once(recording, twice, GIVEN[name].negative)
             after = _calls(program, component)
             if len(after) != len(before):
                 raise RecordError(
@@ -179,14 +181,12 @@ def _sources(old: Callee, new: Callee, follows: Sequence[bool], recording: Recor
     return tuple(sources)
 
 
-def _named(module: Module, fresh: Mapping[str, Callee], suffix: str) -> Module:
+def _at_batch(module: Module, fresh: Mapping[str, Callee], batch: str) -> Module:
     """The module with the new programs named after those whose batch they change."""
-    names = {callee.program: f"{old}{suffix}" for old, callee in fresh.items()}
-    for callee in fresh.values():
-        callee.program = names[callee.program]
-    programs = {
-        names.get(name, name): replace(program, name=names.get(name, name)) for name, program in module.programs.items()
-    }
+    programs = dict(module.programs)
+    for old, callee in fresh.items():
+        program, callee.program = programs.pop(callee.program), named_with(old, batch)
+        programs[callee.program] = Builder(program, name=callee.program, batch=batch).build()
     return replace(module, programs=programs)
 
 

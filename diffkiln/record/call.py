@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.models.weights import weights_of
-from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, drop_dead
+from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, prune, weight_of_call
 from diffkiln.program.images import IMAGES
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, run_shapes
@@ -84,7 +84,9 @@ class CallRecorder:
         self._casts = Casts(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
         weights = [
-            (f"{name}/{weight}", tensor) for name, module in modules.items() for weight, tensor in weights_of(module)
+            (weight_of_call(name, weight), tensor)
+            for name, module in modules.items()
+            for weight, tensor in weights_of(module)
         ]
         self._new_tape = partial(Tape, fake, constants, weights, f"the call of {type(pipe).__name__}")
 
@@ -288,7 +290,7 @@ def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> P
         return replace(item, source={**item.source, "text": order[item.source["text"]]})
 
     texts = tuple(program.texts[index] for index in sorted(live))
-    return drop_dead(replace(program, inputs=tuple(moved(item) for item in inputs), texts=texts))
+    return prune(replace(program, inputs=tuple(moved(item) for item in inputs), texts=texts))
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:

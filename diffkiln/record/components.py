@@ -236,10 +236,10 @@ class _Regions:
         """The name of the region; blocks that compute the same share one."""
         mark = fingerprint(program)
         if mark not in self._by_print:
-            count = sum(name.split("-")[0] == class_name for name in self.programs)
+            count = sum(region.recorded_from == class_name for region in self.programs.values())
             name = class_name if not count else f"{class_name}-{count + 1}"
             self._by_print[mark] = name
-            self.programs[name] = replace(program, name=name)
+            self.programs[name] = replace(program, name=name, recorded_from=class_name)
         return self._by_print[mark]
 
 

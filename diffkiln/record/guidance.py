@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from diffkiln.errors import RecordError
-from diffkiln.interpreter.aten import dtype_name
-from diffkiln.program import Arg, Device, DType, Input, Op, Program, Ref, TensorType, drop_dead
+from diffkiln.program import Arg, Builder, Device, DType, Op, Program, Ref, TensorType, prune
 
 KEYWORD = "guidance_scale"
-_NAME = f"%{KEYWORD}"
 
 
 class _Differs(Exception):
@@ -54,13 +52,14 @@ def free_guidance(
         return program
     if free is None:
         return program
+    *others, own = free.inputs
     known = source or _source(program, record, scale, constants)
-    return replace(free, inputs=tuple(replace(i, source=known) if i.name == _NAME else i for i in free.inputs))
+    return Builder(free, inputs=(*others, replace(own, source=known))).build()
 
 
 def source_of(program: Program) -> Mapping[str, Any] | None:
     """Where the scale of a program comes from, if it is an input."""
-    return next((item.source for item in program.inputs if item.name == _NAME), None)
+    return next((item.source for item in program.inputs if item.source.get("keyword") == KEYWORD), None)
 
 
 def _source(program: Program, record: Any, scale: float, constants: Any) -> dict[str, Any]:
@@ -79,64 +78,59 @@ def _merge(
     """One program of two, with the scale as an input; None where they do not differ at all."""
     if len(a.ops) != len(b.ops) or a.outputs != b.outputs or a.inputs != b.inputs:
         raise _Differs
-    ops: list[Op] = []
-    filled: dict[str, tuple[str, Op]] = {}
-    used = False
+    merging = _Merging(a, scales, constants)
+    for at, (p, q) in enumerate(zip(a.ops, b.ops, strict=True)):
+        merging.merge(at, p, q)
+    return prune(merging.edit.build()) if merging.used else None
 
-    def join(x: Arg, y: Arg) -> Arg:
-        nonlocal used
+
+class _Merging:
+    """A program that gets the scale as an input.
+
+    Attributes:
+        edit: of the program.
+        used: whether anything reads the scale.
+    """
+
+    def __init__(self, program: Program, scales: tuple[float, float], constants: Mapping[str, torch.Tensor]) -> None:
+        self.edit, self.used = Builder(program), False
+        self._scale = self.edit.add_input(f"%{KEYWORD}", TensorType("float64", ()))
+        self._scales, self._constants = scales, constants
+        self._filled: dict[Ref, Ref] = {}
+
+    def merge(self, at: int, p: Op, q: Op) -> None:
+        """Puts one operation in the place of two that differ by the scale alone."""
+        alike = (p.name, p.outputs, dict(p.attrs)) == (q.name, q.outputs, dict(q.attrs))
+        if not alike or p.kwargs.keys() != q.kwargs.keys():
+            raise _Differs
+        args = tuple(self._merged(x, y) for x, y in zip(p.args, q.args, strict=True))
+        kwargs = {key: self._merged(x, q.kwargs[key]) for key, x in p.kwargs.items()}
+        self.edit.replace(at, replace(p, args=args, kwargs=kwargs))
+
+    def _merged(self, x: Arg, y: Arg) -> Arg:
         if isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y):
-            return tuple(join(p, q) for p, q in zip(x, y, strict=True))
+            return tuple(self._merged(p, q) for p, q in zip(x, y, strict=True))
         if type(x) is type(y) and x == y:
             return x
-        if isinstance(x, (int, float)) and isinstance(y, (int, float)) and (x, y) == scales:
-            used = True
-            return Ref(_NAME)
-        if isinstance(x, Ref) and isinstance(y, Ref) and x.name.startswith("#") and y.name.startswith("#"):
-            used = True
-            return Ref(_filled(x, y, scales, constants, filled, a).name)
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)) and (x, y) == self._scales:
+            self.used = True
+            return self._scale
+        if isinstance(x, Ref) and isinstance(y, Ref) and x.is_constant and y.is_constant:
+            self.used = True
+            return self._full(x, y)
         raise _Differs
 
-    for p, q in zip(a.ops, b.ops, strict=True):
-        if (p.name, p.outputs, dict(p.attrs)) != (
-            q.name,
-            q.outputs,
-            dict(q.attrs),
-        ) or p.kwargs.keys() != q.kwargs.keys():
-            raise _Differs
-        args = tuple(join(x, y) for x, y in zip(p.args, q.args, strict=True))
-        kwargs = {key: join(x, q.kwargs[key]) for key, x in p.kwargs.items()}
-        ops.append(replace(p, args=args, kwargs=kwargs))
-    if not used:
-        return None
-    type_ = TensorType("float64", ())
-    types = dict(a.types) | {_NAME: type_} | {op.outputs[0]: a.types[key] for key, op in filled.values()}
-    inputs = (*a.inputs, Input(_NAME, type_))
-    head = tuple(op for _, op in filled.values())
-    return drop_dead(replace(a, inputs=inputs, ops=(*head, *ops), types=types))
-
-
-def _filled(
-    x: Ref,
-    y: Ref,
-    scales: tuple[float, float],
-    constants: Mapping[str, torch.Tensor],
-    filled: dict[str, tuple[str, Op]],
-    program: Program,
-) -> Ref:
-    """The result of an operation that fills a tensor with the scale, in place of a constant that is just that."""
-    for ref, scale in zip((x, y), scales, strict=True):
-        tensor = constants[ref.name[1:]]
-        if not torch.equal(tensor, torch.full_like(tensor, scale)):
-            raise _Differs
-    if x.name not in filled:
-        tensor = constants[x.name[1:]]
-        name = f"%scale{len(filled)}"
-        op = Op(
-            "aten.full.default",
-            (tuple(tensor.shape), Ref(_NAME)),
-            (name,),
-            {"dtype": DType(dtype_name(tensor.dtype)), "device": Device()},
-        )
-        filled[x.name] = (x.name, op)
-    return Ref(filled[x.name][1].outputs[0])
+    def _full(self, x: Ref, y: Ref) -> Ref:
+        """The result of an operation that fills a tensor with the scale, in place of a constant that is just that."""
+        for ref, scale in zip((x, y), self._scales, strict=True):
+            tensor = self._constants[ref.bare]
+            if not torch.equal(tensor, torch.full_like(tensor, scale)):
+                raise _Differs
+        if x not in self._filled:
+            type_ = self.edit.type_of(x)
+            kind = {"dtype": DType(type_.dtype), "device": Device()}
+            result = {f"%scale{len(self._filled)}": type_}
+            full = self.edit.op("aten.full.default", (type_.shape, self._scale), result, kind)
+            self.edit.insert(0, full)
+            (self._filled[x],) = full.results
+        return self._filled[x]

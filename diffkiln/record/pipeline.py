@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.models.meta import haunt
-from diffkiln.program import CALL, NOISE, STEP, Module, Op, Program, Ref, TensorType, drop_dead, verify
+from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
+from diffkiln.program.calls import GIVEN, Given
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -62,10 +64,10 @@ class Rebatched:
 class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
-    `callees` are the ways in which components are called, by "component/program". `reason` says why nothing was
+    `callees` are the ways in which components are called, by component and program. `reason` says why nothing was
     recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors. `pipe` is the
     ghost that was recorded for the `requests`, for passes that record a component anew; `batches` are the programs that
-    they made so, by "component/program".
+    they made so, by component and program.
     """
 
     calls: list[dict[str, Program]]
@@ -73,12 +75,25 @@ class Recording:
     constants: Constants
     fixed: list[dict[str, Any]]
     notices: list[str] = field(default_factory=list)
-    callees: Mapping[str, Callee] = field(default_factory=dict)
+    callees: Mapping[tuple[str, str], Callee] = field(default_factory=dict)
     reason: str = ""
     fake: FakeTensorMode = field(default_factory=FakeTensorMode)
     pipe: Any = None
     requests: tuple[Request, ...] = ()
-    batches: Mapping[str, Rebatched] = field(default_factory=dict)
+    batches: Mapping[tuple[str, str], Rebatched] = field(default_factory=dict)
+
+    def weight_types(self, held: Collection[str] = ()) -> dict[str, dict[str, TensorType]]:
+        """By component, the weights that programs read, and their types. Those of regions of components that are
+        `held` are left out: their engines have them."""
+        found = {
+            name: dict(module.weight_types(module.regions if name in held else ()))
+            for name, module in self.modules.items()
+        }
+        for call in (call for calls in self.calls for call in calls.values()):
+            for weight in call.weights:
+                component, name = owner_of(weight)
+                found.setdefault(component, {})[name] = call.types[f"@{weight}"]
+        return found
 
 
 def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
@@ -122,7 +137,7 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
         for program in programs.values():
             verify(program, modules=modules)
     fixed = [defaults(pipe, request) for request in requests]
-    ways = {f"{callee.component}/{callee.program}": callee for callee in callees.values()}
+    ways = {(callee.component, callee.program): callee for callee in callees.values()}
     return Recording(calls, modules, constants, fixed, notices, ways, fake=fake, pipe=pipe, requests=tuple(requests))
 
 
@@ -158,20 +173,17 @@ def _record_variant(
     programs["call"] = free(once({}, False), False)
     if "negative_prompt" in parameters:
         with contextlib.suppress(Unread):
-            programs["call+negative"] = free(once({}, True), True)
+            programs[Given(negative=True).name] = free(once({}, True), True)
     if "latents" in parameters:
-        for name in list(programs):
-            told = "negative" in name
-            program = _first_that_records(
-                lambda type_, told=told: once({}, told, type_), _latents_types(programs["call"])
-            )
+        for given in [GIVEN[name] for name in programs]:
+            program = _first_that_records(partial(once, {}, given.negative), _latents_types(programs["call"]))
             if program is None:
                 notices.append(
                     "a caller's own latents are not supported: the call takes them in no shape that it shows"
                 )
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
-            programs[f"{name}+latents"] = free(program, told, latents)
+            programs[given._replace(latents=True).name] = free(program, given.negative, latents)
     return programs
 
 
@@ -196,8 +208,8 @@ def _find_folded(programs: Sequence[Program], callees: Mapping[str, Callee], con
         for index, position in enumerate(callee.tensors):
             values = {op.args[index] for op in sites}
             ref = next(iter(values), None)
-            if len(values) == 1 and isinstance(ref, Ref) and ref.name.startswith("#"):
-                callee.folded[position] = constants.tensors[ref.name[1:]]
+            if len(values) == 1 and isinstance(ref, Ref) and ref.is_constant:
+                callee.folded[position] = constants.tensors[ref.bare]
 
 
 def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, constants: Constants) -> dict[str, Module]:
@@ -214,12 +226,11 @@ def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
         if op.name != CALL:
             return op
         callee = callees[op.attrs["program"]]
-        args = tuple(
-            arg for arg, position in zip(op.args, callee.tensors, strict=True) if position not in callee.folded
-        )
+        given = zip(op.args, callee.tensors, strict=True)
+        args = tuple(arg for arg, position in given if position not in callee.folded)
         return replace(op, args=args, attrs={"component": callee.component, "program": callee.program})
 
-    return drop_dead(replace(program, ops=tuple(map(linked, program.ops))))
+    return prune(Builder(program).map(linked).build())
 
 
 __all__ = ["Recording", "record", "record_once"]

@@ -35,7 +35,7 @@ from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.nests import map_tensors, same_geometry, tensors_in
 from diffkiln.interpreter.portable import evaluate, portable_numpy
-from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, drop_dead
+from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, prune
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
 from diffkiln.record.selecting import SELECTS, by_position
@@ -148,7 +148,7 @@ class Tape(TorchDispatchMode):
         """The recorded program, without what is dead."""
         refs = tuple(self._tensor(tensor) for tensor in outputs)
         types = dict(self.types)
-        return drop_dead(Program(name, tuple(self.inputs), tuple(self.ops), refs, types, **fields))
+        return prune(Program(name, tuple(self.inputs), tuple(self.ops), refs, types, **fields))
 
     def is_marked(self, tensor: Any) -> bool:
         """Whether the tensor depends on the request."""

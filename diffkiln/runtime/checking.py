@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from diffkiln.errors import ManifestInvalid
 from diffkiln.guards.limits import Limits
 from diffkiln.interpreter.aten import type_of
-from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, weight_in
+from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, owner_of
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types
 from diffkiln.runtime.accelerator import accelerator, available
@@ -64,29 +64,17 @@ def check_stored(
     programs = [*calls]
     for name, module in modules.items():
         programs += [*module.programs.values(), *module.regions.values()]
-        for weight, declared in _weights_of(name, module, inside):
+        own = {region for component, region in inside if component == name}
+        for weight, declared in module.weight_types(own):
             _compare(f"the weight {weight!r} of component {name!r}", stored(name, weight), declared)
     for call in calls:
         for weight in call.weights:
-            component, _, rest = weight.partition("/")
+            component, rest = owner_of(weight)
             _compare(f"the weight {weight!r} of the call", stored(component, rest), call.types[f"@{weight}"])
     for program in programs:
         for key in program.constants:
             found = type_of(constants[key]) if key in constants else None
             _compare(f"the constant {key!r} of {program.name!r}", found, program.types[f"#{key}"])
-
-
-def _weights_of(
-    component: str, module: Module, inside: Collection[tuple[str, str]]
-) -> Iterator[tuple[str, TensorType]]:
-    for program in module.programs.values():
-        for weight in program.weights:
-            yield weight, program.types[f"@{weight}"]
-        for op in program.ops:
-            if op.name == REGION and (component, op.attrs["region"]) not in inside:
-                region = module.regions[op.attrs["region"]]
-                for weight in region.weights:
-                    yield weight_in(op, weight), region.types[f"@{weight}"]
 
 
 def _compare(what: str, found: TensorType | None, declared: TensorType) -> None:

@@ -15,7 +15,7 @@ from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.guards import forks
 from diffkiln.interpreter.aten import Interpreter, Special, dtype_of
 from diffkiln.interpreter.gpu_forms import gpu_forms
-from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, weight_in
+from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, owner_of, weight_in
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights
 from diffkiln.runtime.graphs import Graphs
@@ -197,8 +197,7 @@ class Executor:
 
     def _weights(self, program: Program) -> dict[str, torch.Tensor]:
         """Those that a call takes itself."""
-        parts = {name: name.partition("/") for name in program.weights}
-        return {name: self.store.peek(component, weight) for name, (component, _, weight) in parts.items()}
+        return {name: self.store.peek(*owner_of(name)) for name in program.weights}
 
     def _special(self) -> Mapping[str, Special]:
         return {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}

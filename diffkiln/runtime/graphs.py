@@ -12,8 +12,7 @@ copy. Weights must stay where they are: with offloading they do not, so a spec c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, Incompatible
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import Interpreter, Special
-from diffkiln.program import NOISE, STEP, Input, Op, Program, Ref, refs
+from diffkiln.program import NOISE, STEP, Op, Program, split_off
 from diffkiln.runtime.accelerator import CudaCapture
 
 log = get_logger(__name__)
@@ -59,30 +58,11 @@ def cut(call: Program, unit: str) -> list[Piece]:
     start = 0
     for stop in (*sorted(stops), len(call.ops)):
         if start < stop:
-            pieces.append(Piece(_part(call, start, stop), host=False))
+            pieces.append(Piece(split_off(call, range(start, stop)), host=False))
         if stop < len(call.ops):
-            pieces.append(Piece(_part(call, stop, stop + 1), host=True))
+            pieces.append(Piece(split_off(call, [stop]), host=True))
         start = stop + 1
     return pieces
-
-
-def _part(call: Program, start: int, stop: int) -> Program:
-    """Some operations of a call as a program of the values that they take from before and leave for after."""
-    ops = call.ops[start:stop]
-    made = {name for op in ops for name in op.outputs}
-    taken = dict.fromkeys(name for name in _read(ops) if name[0] == "%" and name not in made)
-    later = {*_read(call.ops[stop:]), *(ref.name for ref in call.outputs)}
-    return replace(
-        call,
-        inputs=tuple(Input(name, call.types[name]) for name in taken),
-        ops=ops,
-        outputs=tuple(Ref(name) for op in ops for name in op.outputs if name in later),
-        texts=(),
-    )
-
-
-def _read(ops: Sequence[Op]) -> Iterator[str]:
-    return (ref.name for op in ops for ref in refs((op.args, op.kwargs)))
 
 
 class Graphs:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from diffkiln.program import Op, Program, Ref, TensorType
+from diffkiln.program import Builder, Op, Program, Ref
 
 #: Operators that take one operand on the host if it is a single number and the other operand is on the device.
 ARITHMETIC = frozenset({"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor"})
@@ -35,19 +35,17 @@ def read_on_host(program: Program, device: torch.device) -> Program:
     """
     if device.type == "cpu":
         return program
-    types = dict(program.types)
-    ops = tuple(_with_number(op, types) if op.name in ARITHMETIC else op for op in program.ops)
-    return replace(program, ops=ops, types=types)
+    edit = Builder(program)
+    return edit.map(lambda op: _with_number(op, edit) if op.name in ARITHMETIC else op).build()
 
 
-def _with_number(op: Op, types: dict[str, TensorType]) -> Op:
+def _with_number(op: Op, edit: Builder) -> Op:
     """The operation with its number on the host, if exactly one of its operands is a constant of one number."""
     first, second, *rest = op.args
     if not (isinstance(first, Ref) and isinstance(second, Ref)):
         return op
-    numbers = [arg for arg in (first, second) if arg.name[0] == "#" and not types[arg.name].shape]
+    numbers = [arg for arg in (first, second) if arg.is_constant and not edit.type_of(arg).shape]
     if len(numbers) != 1:
         return op
-    here = Ref(f"#{_HOST}{numbers[0].name[1:]}")
-    types[here.name] = types[numbers[0].name]
+    here = edit.constant(f"{_HOST}{numbers[0].bare}", edit.type_of(numbers[0]))
     return replace(op, args=(*(here if arg == numbers[0] else arg for arg in (first, second)), *rest))

@@ -15,6 +15,7 @@ from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import active, applied
 from diffkiln.interpreter.aten import dtype_of
 from diffkiln.program import Program
+from diffkiln.program.calls import Given
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.image_end import image_list, pixels
 from diffkiln.runtime.images import check_output_type, convert
@@ -173,11 +174,8 @@ class CompiledPipeline:
         raise CallError(refused or no_variant(self.class_name, self.variants, batch, others))
 
     def _program(self, variant: CompiledVariant, prompts: Mapping[str, list[str]], latents: bool) -> Program:
-        name = "call"
-        if any(keyword.startswith(NEGATIVE) for keyword in prompts) and "call+negative" in variant.programs:
-            name += "+negative"
-        if latents:
-            name += "+latents"
+        negative = any(keyword.startswith(NEGATIVE) for keyword in prompts)
+        name = Given(negative and Given(negative=True).name in variant.programs, latents).name
         if name not in variant.programs:
             raise CallError(
                 f"latents: this bundle was not compiled to take them (it has {', '.join(variant.programs)})"
@@ -208,7 +206,7 @@ class CompiledPipeline:
             else:
                 value = latents
             if isinstance(value, torch.Tensor) and tuple(value.shape) != item.type.shape:
-                raise CallError(f"{item.name[1:]}: shape {tuple(value.shape)}, this variant takes {item.type.shape}")
+                raise CallError(f"{item.argument}: shape {tuple(value.shape)}, this variant takes {item.type.shape}")
             yield value.to(dtype_of(item.type.dtype)) if isinstance(value, torch.Tensor) else value
 
     def _check_step_inputs(self, fixed: Mapping[str, Any]) -> None:

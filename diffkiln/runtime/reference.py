@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffkiln.interpreter.aten import Interpreter, Special, dtype_of, overload
 from diffkiln.interpreter.gpu_forms import gpu_forms
-from diffkiln.program import ATTENTION, SDPA, DType, Op, Program, Ref
+from diffkiln.program import ATTENTION, SDPA, Builder, DType, Op, Program, Ref
 
 #: Types that are computed in float32 instead. What is stored in fewer bits, such as float8, keeps its type.
 NARROW = frozenset({"float16", "bfloat16"})
@@ -39,7 +39,7 @@ def replay_in_float32(
     """
     special: dict[str, Special] = {ATTENTION: _attention, **gpu_forms(device)}
     special |= {name: lambda op: _typed(op, region) for name in _TYPED}
-    run = Interpreter(replace(region, ops=tuple(map(_in_float32, region.ops))), device, special)
+    run = Interpreter(Builder(region).map(_in_float32).build(), device, special)
     return run(
         [_widened(tensor) for tensor in inputs],
         {name: _widened(tensor) for name, tensor in weights.items()},

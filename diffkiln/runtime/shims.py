@@ -125,7 +125,7 @@ def arguments(region: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     _match(region.signature["kwargs"], given, "arguments", found)
     for item in region.inputs:
         if type_of(found[item.name]) != item.type:
-            raise Mismatch(f"{item.name[1:]} is {type_of(found[item.name])}, compiled for {item.type}")
+            raise Mismatch(f"{item.argument} is {type_of(found[item.name])}, compiled for {item.type}")
     return found
 
 

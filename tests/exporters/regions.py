@@ -33,7 +33,7 @@ from diffkiln.program import (
     Ref,
     TensorType,
     refs,
-    rename_values,
+    rename,
     verify,
 )
 from diffkiln.spec.targets import GPUS, Target
@@ -77,7 +77,7 @@ class Writer:
 
 def _as_inputs(program: Program) -> Program:
     """With weights and constants renamed to values, so that they can be passed as inputs."""
-    return rename_values(program, {i.name: "%in_" + i.name[1:] for i in program.inputs})
+    return rename(program, {i.name: "%in_" + i.name[1:] for i in program.inputs})
 
 
 def block(dim: int = 32, heads: int = 2, tokens: int = 16) -> Program:

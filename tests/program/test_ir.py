@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from diffkiln.program import Input, Op, Ref, TensorType, drop_dead, map_refs, refs, rename_values, verify
+from diffkiln.program import Input, Op, Ref, TensorType, map_refs, prune, refs, rename, verify
 from tests.program.programs import BLOCK, BODY, F4, MODULE, PIPELINE
 
 
@@ -21,7 +21,7 @@ def test_references_are_found_in_nests():
 
 
 def test_renaming_reaches_inputs_results_types_and_the_signature():
-    renamed = rename_values(BLOCK, {"%x": "%y", "%2": "%out"})
+    renamed = rename(BLOCK, {"%x": "%y", "%2": "%out"})
     verify(renamed)
     assert renamed.inputs[0].name == "%y"
     assert renamed.outputs == (Ref("%out"),)
@@ -33,11 +33,11 @@ def test_renaming_reaches_inputs_results_types_and_the_signature():
 
 def test_dead_operations_go_and_noise_and_steps_stay():
     lazy = replace(PIPELINE, outputs=(Ref("%1"),))
-    assert [op.name for op in drop_dead(lazy).ops] == [op.name for op in PIPELINE.ops]  # the step needs them all
+    assert [op.name for op in prune(lazy).ops] == [op.name for op in PIPELINE.ops]  # the step needs them all
     unused = replace(
         BODY, ops=(*BODY.ops, Op("aten.neg.default", (Ref("%x"),), ("%9",))), types={**BODY.types, "%9": F4}
     )
-    assert drop_dead(unused) == BODY
+    assert prune(unused) == BODY
 
 
 def test_types_print_shortly_and_count_elements():

@@ -27,7 +27,7 @@ def test_the_pipeline_says_which_inputs_follow_the_batch(families):
         recording = record(checked.pipe, checked.requests, Constants())
         more, found = rebatch(recording, "transformer", double=True)
     doubled = found["transformer"]
-    callee = more.callees["transformer/transformer.doubled"]
+    callee = more.callees["transformer", "transformer.doubled"]
     folded = [follows for follows, at in zip(doubled.follows, callee.tensors, strict=True) if at in callee.folded]
     assert folded == [False, False]  # the positions of the text and of the image
     program = more.modules["transformer"].programs["transformer.doubled"]

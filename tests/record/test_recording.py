@@ -53,7 +53,7 @@ def test_every_component_that_is_called_has_a_verified_program():
 
 def test_callees_are_found_by_component_and_program():
     made = recording("flux")
-    called = {f"{op.attrs['component']}/{op.attrs['program']}" for op in made.calls[0]["call"].ops if op.name == CALL}
+    called = {(op.attrs["component"], op.attrs["program"]) for op in made.calls[0]["call"].ops if op.name == CALL}
     assert called <= set(made.callees)
 
 

@@ -5,7 +5,7 @@ from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.licences import pack_licences
 from diffkiln.compiler.packing.programs import every_program, pack_programs
 from diffkiln.compiler.packing.report import manifest_of, pack_report
-from diffkiln.compiler.packing.weights import WeightsPacker, as_stored, weights_used
+from diffkiln.compiler.packing.weights import WeightsPacker, as_stored
 
 __all__ = [
     "EnginesPacker",
@@ -17,5 +17,4 @@ __all__ = [
     "pack_licences",
     "pack_programs",
     "pack_report",
-    "weights_used",
 ]

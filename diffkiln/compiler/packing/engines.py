@@ -139,8 +139,8 @@ def _origin(component: torch.nn.Module | None, region: Program) -> str:
     if component is None:
         return ""
     kinds = {type(block).__name__: type(block) for _, block in repeated_blocks(component)}
-    # Regions of one class that differ have numbers; one that is no block is of the component itself.
-    kind = kinds.get(region.name.split("-")[0], type(component))
+    # A region that is no block is of the component itself.
+    kind = kinds.get(region.recorded_from, type(component))
     try:
         line = inspect.getsourcelines(kind)[1]
     except (OSError, TypeError):  # a class without a file

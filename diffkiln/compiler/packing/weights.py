@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import safetensors.torch
 import torch
@@ -13,32 +13,8 @@ from diffkiln.compiler.packed import Packed
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
-from diffkiln.program import REGION, weight_in
-from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
 from diffkiln.spec import Offload
-
-
-def weights_used(recording: Recording, held: Collection[str] = ()) -> dict[str, frozenset[str]]:
-    """By component, the weights that programs read; the others serve `as_diffusers` only.
-
-    Args:
-        recording: what was recorded.
-        held: components whose engines hold the weights of their regions themselves.
-    """
-    used: dict[str, set[str]] = {name: set() for name in recording.modules}
-    for name, module in recording.modules.items():
-        for program in module.programs.values():
-            used[name].update(program.weights)
-            for op in program.ops:
-                if op.name == REGION and name not in held:
-                    region = module.regions[op.attrs["region"]]
-                    used[name].update(weight_in(op, weight) for weight in region.weights)
-    for programs in recording.calls:
-        for weight in (weight for program in programs.values() for weight in program.weights):
-            component, _, name = weight.partition("/")
-            used.setdefault(component, set()).add(name)
-    return {name: frozenset(weights) for name, weights in used.items()}
 
 
 class WeightsPacker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.compiler.verify.cases import TEXTS, cases_of, noise_like
 from diffkiln.compiler.verify.comparing import difference, same
@@ -21,8 +22,8 @@ from diffkiln.errors import CallError, VerifyError
 from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.weights import weights_of
-from diffkiln.program import Module, Program
+from diffkiln.passes.manager import nbytes
+from diffkiln.program import Module, Program, owner_of
 from diffkiln.record.call import Request, component_methods, defaults
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, record_component
@@ -102,20 +103,22 @@ class Verification:
                 f"{_shown(keywords)}: {difference(expected, found)}"
             )
 
-    def _call_weights(self, programs: Any) -> dict[str, torch.Tensor]:
-        """Values for the weights that the call itself reads."""
-        names = {name for program in programs for name in program.weights}
-        types = {name: program.types[f"@{name}"] for program in programs for name in program.weights}
-        return {name: noise_like(types[name], name.encode()).abs() for name in sorted(names)}
+    def _call_weights(self, programs: Iterable[Program]) -> dict[str, dict[str, torch.Tensor]]:
+        """Values for the weights that the call itself reads, by component."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for own, weight in ((program, weight) for program in programs for weight in program.weights):
+            component, name = owner_of(weight)
+            value = noise_like(own.types[f"@{weight}"], weight.encode())
+            found.setdefault(component, {})[name] = value.abs()
+        return found
 
     @contextmanager
-    def _stand_ins(self, read: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def _stand_ins(self, read: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """The ghost with stand-ins for its components, and values for the weights that the call itself reads."""
         places: list[tuple[dict[str, Any], str, Any]] = []
         patched: list[tuple[torch.nn.Module, str]] = []
         try:
-            for weight, value in read.items():
-                component, _, name = weight.partition("/")
+            for component, name, value in ((key, *item) for key, own in read.items() for item in own.items()):
                 path, _, leaf = name.rpartition(".")
                 owner = self._pipe.components[component].get_submodule(path)
                 table = owner._parameters if leaf in owner._parameters else owner._buffers
@@ -170,7 +173,7 @@ class Verification:
 
     def give(self, component: str, program: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same for a CALL operation, which leaves out the arguments that were folded."""
-        callee = self._recording.callees[f"{component}/{program}"]
+        callee = self._recording.callees[component, program]
         leaves, values = list(callee.leaves), iter(tensors)
         for position in callee.tensors:
             leaves[position] = callee.folded[position] if position in callee.folded else next(values)
@@ -192,7 +195,7 @@ class Verification:
         if recorded is None:
             return
         for program in recorded.programs:
-            callee = self._recording.callees[f"{name}/{program}"]
+            callee = self._recording.callees[name, program]
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
             if is_patched(module) or seen[0].padding:
@@ -209,9 +212,9 @@ class Verification:
         recorded = self._recording.modules.get(name)
         if recorded is None:
             return frozenset()
-        if _nbytes(module) <= WHOLE_UP_TO:
+        if nbytes(module) <= WHOLE_UP_TO:
             return frozenset(block for block, _ in repeated_blocks(module))
-        each = is_patched(module) or any(key.startswith(f"{name}/") for key in recording.batches)
+        each = is_patched(module) or any(component == name for component, _ in recording.batches)
         each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
@@ -223,7 +226,7 @@ class Verification:
         """
         each = is_patched(module)  # as its code joins what several lists of blocks give
         with fixed_lengths(module):
-            if _nbytes(module) <= WHOLE_UP_TO:
+            if nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:
                 self._check_twin(callee, module, leaves, each)
@@ -244,9 +247,9 @@ class Verification:
 class _StandInExecutor(Executor):
     """The runtime's executor with stand-ins for the components."""
 
-    def __init__(self, verification: Verification, read: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, verification: Verification, read: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         recording = verification._recording
-        super().__init__(recording.modules, _NoStore(read), recording.constants.tensors, {}, CPU)  # type: ignore[arg-type]
+        super().__init__(recording.modules, InMemory(read), recording.constants.tensors, {}, CPU)  # type: ignore[arg-type]
         self._verification = verification
 
     def component(self, name: str, program: str) -> Any:
@@ -261,22 +264,6 @@ class _StandIn:
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return self._verification.give(self._name, self._program, tensors)
-
-
-class _NoStore:
-    """A weight store that holds nothing but the weights that the call itself reads."""
-
-    def __init__(self, read: Mapping[str, torch.Tensor]) -> None:
-        self._read = read
-
-    def peek(self, component: str, weight: str) -> torch.Tensor:
-        return self._read[f"{component}/{weight}"]
-
-    def follow(self, _schedule: Any) -> _NoStore:
-        return self
-
-    def close(self) -> None:
-        pass
 
 
 def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> bool:
@@ -300,10 +287,6 @@ def _unheard(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 def _shown(keywords: Mapping[str, Any]) -> str:

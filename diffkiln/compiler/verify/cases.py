@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import Program
+from diffkiln.program.calls import GIVEN, Given
 from diffkiln.record.call import NEGATIVES, PROMPTS, Request
 
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
@@ -58,14 +59,14 @@ def _prompted(
     second = [keyword for keyword in PROMPTS[1:] if _asks_for(call, keyword)]
     if second:
         yield prompts(texts[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
-    if negative := programs.get("call+negative"):
+    if negative := programs.get(Given(negative=True).name):
         words = [keyword for keyword in NEGATIVES[:1] if _asks_for(negative, keyword)]
         for seed, text in enumerate(texts, 5):
             yield prompts(texts[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
-    for name in ("call+latents", "call+negative+latents"):
-        if name in programs:
+    for name, given in GIVEN.items():
+        if given.latents and name in programs:
             (item,) = [item for item in programs[name].inputs if item.source.get("keyword") == "latents"]
-            more = prompts("blurred", "negative_prompt") if "negative" in name else {}
+            more = prompts("blurred", "negative_prompt") if given.negative else {}
             yield prompts(texts[1]) | more | {"latents": noise_like(item.type, name.encode())}, 8
 
 

@@ -38,11 +38,10 @@ def check_rows(recording: Recording, name: str, module: torch.nn.Module, verific
     Raises:
         VerifyError: they differ.
     """
-    for key, other in recording.batches.items():
-        component, _, program = key.partition("/")
+    for (component, program), other in recording.batches.items():
         if component != name:
             continue
-        new, old = recording.callees[key], recording.callees[f"{name}/{other.of}"]
+        new, old = recording.callees[name, program], recording.callees[name, other.of]
         given = verification.given(name, other.of)
         whole, halves = _joined(new, other, given) if other.double else _parted(old, new, other, given[0])
         verification.check_program(new, module, other.recorded, whole if other.double else halves[0])

@@ -4,7 +4,7 @@
 from diffkiln.passes.caching.choosing import cheapest
 from diffkiln.passes.caching.sections import Kept, Split, deep_features, outputs_of, residuals, split
 from diffkiln.passes.caching.steps import Mask, evenly, every, magnitude, symbols
-from diffkiln.passes.caching.weaving import Lanes, lanes_of, weave
+from diffkiln.passes.caching.weaving import Lanes, lanes_of, weave, with_kept
 
 __all__ = [
     "Kept",
@@ -22,4 +22,5 @@ __all__ = [
     "split",
     "symbols",
     "weave",
+    "with_kept",
 ]

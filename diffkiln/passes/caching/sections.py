@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from diffkiln.program import REGION, Input, Op, Program, Ref, drop_dead, map_refs, refs
+from diffkiln.program import REGION, Builder, Op, Program, Ref, TensorType, prune, refs
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ class Split:
     takes: tuple[int, ...]
     kept: int
 
+    @property
+    def programs(self) -> dict[str, Program]:
+        """Both by name, as far as there are two."""
+        return {program.name: program for program in (self.keeping, self.reusing) if program is not None}
+
+    @property
+    def kept_types(self) -> list[TensorType]:
+        return [self.keeping.types[ref.name] for ref in self.keeping.outputs[-self.kept :]]
+
 
 def split(program: Program, kept: Sequence[Kept]) -> Split:
     """Cut a component's program where values are kept."""
@@ -44,54 +53,37 @@ def split(program: Program, kept: Sequence[Kept]) -> Split:
 
 
 def _keeping(program: Program, kept: Sequence[Kept]) -> Program:
-    ops, types, outputs = list(program.ops), dict(program.types), list(program.outputs)
+    edit = Builder(program, name=f"{program.name}.keeping")
     for index, item in enumerate(kept):
-        name = item.value
+        given = Ref(item.value)
         if item.base is not None:
-            name = f"%kept.{index}"
-            types[name] = types[item.value]
-            ops.append(Op("aten.sub.Tensor", (Ref(item.value), Ref(item.base)), (name,)))
-        outputs.append(Ref(name))
-    return replace(program, name=f"{program.name}.keeping", ops=tuple(ops), outputs=tuple(outputs), types=types)
+            type_ = program.types[item.value]
+            residual = edit.op("aten.sub.Tensor", (given, Ref(item.base)), {f"%kept.{index}": type_})
+            edit.append(residual)
+            (given,) = residual.results
+        edit.add_outputs(given)
+    return edit.build()
 
 
 def _reusing(program: Program, kept: Sequence[Kept]) -> tuple[Program | None, tuple[int, ...]]:
-    types, inputs = dict(program.types), [Input(f"%kept.{i}", program.types[k.value]) for i, k in enumerate(kept)]
-    given = {item.value: (source.name, item.base) for item, source in zip(kept, inputs, strict=True)}
-    types |= {item.name: item.type for item in inputs}
-    ops: list[Op] = []
-    for op in program.ops:
-        replaced = [name for name in op.outputs if name in given]
-        unread = {name: f"{name}.unread" for name in replaced}
-        types |= {new: types[old] for old, new in unread.items()}
-        ops.append(replace(op, outputs=tuple(unread.get(name, name) for name in op.outputs)))
-        for name in replaced:
-            source, base = given[name]
-            if base is not None:
-                ops.append(Op("aten.add.Tensor", (Ref(base), Ref(source)), (name,)))
-    same = {value: source for value, (source, base) in given.items() if base is None}
-
-    def renamed(arg: object) -> object:
-        return map_refs(arg, lambda ref: Ref(same.get(ref.name, ref.name)))
-
-    reusing = drop_dead(
-        replace(
-            program,
-            name=f"{program.name}.reusing",
-            inputs=(*program.inputs, *inputs),
-            ops=tuple(replace(op, args=renamed(op.args), kwargs=renamed(op.kwargs)) for op in ops),
-            outputs=tuple(renamed(program.outputs)),  # type: ignore[arg-type]
-            types=types,
-        )
-    )
-    if not reusing.ops and [ref.name for ref in reusing.outputs] == [item.name for item in inputs]:
+    edit = Builder(program, name=f"{program.name}.reusing")
+    places = {name: at for at, op in enumerate(program.ops) for name in op.outputs}
+    sources: list[Ref] = []
+    for index, item in enumerate(kept):
+        source, at = edit.add_input(f"%kept.{index}", program.types[item.value]), places[item.value]
+        edit.rename_result(at, item.value, f"{item.value}.unread")
+        sources.append(source)
+        if item.base is None:
+            edit.replace_uses(item.value, source)
+        else:
+            edit.insert(at + 1, Op("aten.add.Tensor", (Ref(item.base), source), (item.value,)))
+    reusing = prune(edit.build())
+    if not reusing.ops and list(reusing.outputs) == sources:
         return None, ()
     used = set(reusing.uses())
     takes = tuple(index for index, item in enumerate(program.inputs) if item.name in used)
-    inputs = [*(program.inputs[index] for index in takes), *inputs]
-    named = used | {item.name for item in inputs} | {name for op in reusing.ops for name in op.outputs}
-    types = {name: type_ for name, type_ in reusing.types.items() if name in named}
-    return replace(reusing, inputs=tuple(inputs), types=types), takes
+    inputs = (*(program.inputs[index] for index in takes), *reusing.inputs[len(program.inputs) :])
+    return Builder(reusing, inputs=inputs).build(), takes
 
 
 # -- what may be kept --
@@ -112,7 +104,7 @@ def residuals(program: Program, regions: Mapping[str, Program], front: int, back
     carried = _carried(blocks, regions)
     made = {name: (op, index) for op in inside for index, name in enumerate(op.outputs)}
     outer = [op for op in program.ops if id(op) not in {id(block) for block in inside}]
-    read = {ref.name for op in outer for ref in refs((op.args, op.kwargs))} | {ref.name for ref in program.outputs}
+    read = {ref.name for op in outer for ref in op.uses} | {ref.name for ref in program.outputs}
 
     def origin(name: str) -> str | None:
         while name in made:
@@ -120,8 +112,7 @@ def residuals(program: Program, regions: Mapping[str, Program], front: int, back
             slot = carried.get((op.attrs["region"], index))
             if slot is None:
                 return None
-            (ref,) = refs(op.args[slot])
-            name = ref.name
+            name = list(op.uses)[slot].name
         return name
 
     kept: list[Kept] = []
@@ -143,14 +134,14 @@ def _carried(blocks: Sequence[Op], regions: Mapping[str, Program]) -> Mapping[tu
     for before, after in itertools.pairwise(blocks):
         if before.attrs["region"] != after.attrs["region"]:
             continue
-        places = {ref.name: slot for slot, arg in enumerate(after.args) for ref in refs(arg)}
+        places = {ref.name: slot for slot, ref in enumerate(after.uses)}
         for index, name in enumerate(before.outputs):
             if name in places:
                 found.setdefault((before.attrs["region"], index), places[name])
     for op in blocks:
         if len(op.outputs) == 1:
-            names = [item.name for item in regions[op.attrs["region"]].inputs]
-            slot = names.index("%hidden_states") if "%hidden_states" in names else 0
+            names = [item.argument for item in regions[op.attrs["region"]].inputs]
+            slot = names.index("hidden_states") if "hidden_states" in names else 0
             found.setdefault((op.attrs["region"], 0), slot)
     return found
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 from diffkiln.passes.caching.sections import Split
 from diffkiln.passes.caching.steps import Mask
-from diffkiln.program import CALL, STEP, Op, Program, Ref, TensorType, drop_dead, map_refs
+from diffkiln.program import CALL, STEP, Builder, Op, Program, Ref, prune
+
+#: A step that computed, and what it kept.
+_Past = tuple[int, tuple[Ref, ...]]
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,12 @@ class Lanes:
     A step with two calls, with and without the prompt, has two lanes, each with what it keeps.
     """
 
-    steps: int
-    place: Mapping[int, tuple[int, int]]  # index of a CALL operation → (step, lane)
+    sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
+
+    @property
+    def place(self) -> Mapping[int, tuple[int, int]]:
+        """The step and the lane of each call, by its place."""
+        return {at: (step, lane) for step, sites in enumerate(self.sites) for lane, at in enumerate(sites)}
 
 
 def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
@@ -28,23 +35,17 @@ def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
     Where the call marks no steps, each call is one; where there are a multiple of the `wanted` number of steps, that
     many calls are one.
     """
-    place: dict[int, tuple[int, int]] = {}
-    marked = any(op.name == STEP for op in call.ops)
-    if not marked:
-        sites = [i for i, op in enumerate(call.ops) if op.name == CALL and op.attrs["component"] == component]
-        per = len(sites) // wanted if wanted and len(sites) % wanted == 0 else 1
-        place = {site: divmod(index, max(per, 1)) for index, site in enumerate(sites)}
-        return Lanes(len({step for step, _ in place.values()}), place)
-    segment, numbers, counts = 0, {}, {}
-    for index, op in enumerate(call.ops):
+    steps: list[list[int]] = [[]]
+    for at, op in enumerate(call.ops):
         if op.name == STEP:
-            segment += 1
+            steps.append([])
         elif op.name == CALL and op.attrs["component"] == component:
-            step = numbers.setdefault(segment, len(numbers))
-            lane = counts.get(segment, 0)
-            counts[segment] = lane + 1
-            place[index] = (step, lane)
-    return Lanes(len(numbers), place)
+            steps[-1].append(at)
+    if len(steps) == 1:
+        (sites,) = steps
+        per = len(sites) // wanted if wanted and sites and len(sites) % wanted == 0 else 1
+        steps = [sites[at : at + per] for at in range(0, len(sites), per)]
+    return Lanes(tuple(tuple(sites) for sites in steps if sites))
 
 
 def weave(
@@ -60,43 +61,36 @@ def weave(
         splits: of the component's programs, by name.
         order: of the Taylor polynomial through what was kept; 0 reuses the last.
     """
-    place = lanes.place
-    history: dict[tuple[int, str], list[tuple[int, tuple[Ref, ...]]]] = {}
-    types, ops = dict(call.types), []
-    renamed: dict[str, Ref] = {}
-
-    def now(arg: object) -> object:
-        return map_refs(arg, lambda ref: renamed.get(ref.name, ref))
-
-    for index, op in enumerate(call.ops):
-        op = replace(op, args=now(op.args), kwargs=now(op.kwargs))  # type: ignore[arg-type]
-        if index not in place:
-            ops.append(op)
-            continue
-        step, lane = place[index]
-        whole = op.attrs["program"]
-        part = splits[whole]
-        past = history.setdefault((lane, whole), [])
+    edit = Builder(call)
+    history: dict[tuple[int, str], list[_Past]] = {}
+    for at, (step, lane) in lanes.place.items():
+        op = call.ops[at]
+        part = splits[op.attrs["program"]]
+        past = history.setdefault((lane, op.attrs["program"]), [])
         stem = f"%{component}.{step}.{lane}"
         if mask[step] or not past:
-            fresh = tuple(f"{stem}.kept.{number}" for number in range(part.kept))
-            given = [ref.name for ref in part.keeping.outputs[-part.kept :]]
-            types |= {name: part.keeping.types[kept] for name, kept in zip(fresh, given, strict=True)}
-            attrs = {**op.attrs, "program": part.keeping.name}
-            ops.append(replace(op, outputs=(*op.outputs, *fresh), attrs=attrs))
-            past.insert(0, (step, tuple(map(Ref, fresh))))
+            keeping = with_kept(edit, op, part, stem)
+            edit.replace(at, keeping)
+            past.insert(0, (step, keeping.results[-part.kept :]))
             continue
-        taken = [
-            _foretold(step, number, past[: order + 1], f"{stem}.foretold.{number}", types, ops)
-            for number in range(part.kept)
-        ]
-        if part.reusing is None:
-            renamed |= dict(zip(op.outputs, taken, strict=True))
+        recent = past[: order + 1]
+        taken = [_foretold(edit, at, step, recent, number, f"{stem}.foretold") for number in range(part.kept)]
+        if part.reusing is not None:
+            args = (*(op.args[position] for position in part.takes), *taken)
+            edit.replace(at, replace(op, args=args, attrs={**op.attrs, "program": part.reusing.name}))
             continue
-        args = (*(op.args[position] for position in part.takes), *taken)
-        ops.append(replace(op, args=args, attrs={**op.attrs, "program": part.reusing.name}))
-    outputs = tuple(now(call.outputs))  # type: ignore[arg-type]
-    return _keep_only_what_is_read(replace(call, ops=tuple(ops), outputs=outputs, types=types), splits)
+        edit.replace(at)
+        for name, kept in zip(op.outputs, taken, strict=True):
+            edit.replace_uses(name, kept)
+    return _keep_only_what_is_read(edit.build(), splits)
+
+
+def with_kept(edit: Builder, op: Op, part: Split, stem: str) -> Op:
+    """A call of the keeping program in the place of one of the whole: what it keeps comes after its results."""
+    fresh = {f"{stem}.kept.{number}": type_ for number, type_ in enumerate(part.kept_types)}
+    attrs = {**op.attrs, "program": part.keeping.name}
+    kept = edit.op(op.name, op.args, fresh, attrs=attrs)
+    return replace(kept, outputs=(*op.outputs, *kept.outputs))
 
 
 def coefficients(step: int, known: Sequence[int]) -> list[float]:
@@ -119,28 +113,18 @@ def coefficients(step: int, known: Sequence[int]) -> list[float]:
     return weights
 
 
-def _foretold(
-    step: int,
-    number: int,
-    past: Sequence[tuple[int, tuple[Ref, ...]]],
-    name: str,
-    types: dict[str, TensorType],
-    ops: list[Op],
-) -> Ref:
+def _foretold(edit: Builder, at: int, step: int, past: Sequence[_Past], number: int, stem: str) -> Ref:
     """The kept value as it is at this step: the last one, or what the last ones foretell."""
     values = [kept[number] for _, kept in past]
     if len(values) == 1:
         return values[0]
-    weights = coefficients(step, [at for at, _ in past])
-    total = f"{name}.0"
-    ops.append(Op("aten.mul.Tensor", (values[0], weights[0]), (total,)))
-    types[total] = types[values[0].name]
+    type_, weights = edit.type_of(values[0]), coefficients(step, [then for then, _ in past])
+    sums = [edit.op("aten.mul.Tensor", (values[0], weights[0]), {f"{stem}.{number}.0": type_})]
     for index, (value, weight) in enumerate(zip(values[1:], weights[1:], strict=True), 1):
-        added = f"{name}.{index}"
-        ops.append(Op("aten.add.Tensor", (Ref(total), value), (added,), {"alpha": weight}))
-        types[added] = types[total]
-        total = added
-    return Ref(total)
+        args = (*sums[-1].results, value)
+        sums.append(edit.op("aten.add.Tensor", args, {f"{stem}.{number}.{index}": type_}, {"alpha": weight}))
+    edit.insert(at, *sums)
+    return sums[-1].results[0]
 
 
 def _keep_only_what_is_read(call: Program, splits: Mapping[str, Split]) -> Program:
@@ -149,11 +133,9 @@ def _keep_only_what_is_read(call: Program, splits: Mapping[str, Split]) -> Progr
     read = set(call.uses())
 
     def plain(op: Op) -> Op:
-        if op.name != CALL or op.attrs["program"] not in whole:
-            return op
-        name, kept = whole[op.attrs["program"]]
-        if not read.isdisjoint(op.outputs[-kept:]):
+        name, kept = whole.get(op.attrs["program"], ("", 0)) if op.name == CALL else ("", 0)
+        if not kept or not read.isdisjoint(op.outputs[-kept:]):
             return op
         return replace(op, outputs=op.outputs[:-kept], attrs={**op.attrs, "program": name})
 
-    return drop_dead(replace(call, ops=tuple(map(plain, call.ops))))
+    return prune(Builder(call).map(plain).build())

@@ -3,8 +3,8 @@ of half the batch (`halves`), and the calls that take each other's place (`joini
 programs and know nothing of models."""
 
 from diffkiln.passes.guiding.halves import Halves
-from diffkiln.passes.guiding.joining import join, pairs_of
+from diffkiln.passes.guiding.joining import join
 from diffkiln.passes.guiding.parting import part
 from diffkiln.passes.guiding.prompts import prompt_lane
 
-__all__ = ["Halves", "join", "pairs_of", "part", "prompt_lane"]
+__all__ = ["Halves", "join", "part", "prompt_lane"]

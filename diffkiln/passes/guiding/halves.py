@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from diffkiln.program import Arg, Op, Program, Ref, TensorType, map_refs, refs
+from diffkiln.program import Arg, Builder, Op, Ref, TensorType, map_refs, refs
 from diffkiln.record.constants import Constants
 
 #: Operators that give each row of a batch what they would give it alone: half of the result is theirs for the halves.
@@ -21,61 +20,43 @@ _ROW_BY_ROW = frozenset(
 
 
 class Halves:
-    """Halves of the first dimension of a call's values. Each is written once.
+    """Halves of the first dimension of a call's values. Each is written once, where it is first needed.
 
     Args:
-        call: whose values are halved.
+        edit: of the call whose values are halved.
         constants: where halves of constants go.
-
-    Attributes:
-        ops: what has been written and not been taken yet.
-        types: of what has been written.
-        made: every operation of the call, and those that were written, by results.
     """
 
-    def __init__(self, call: Program, constants: Constants) -> None:
-        self._call, self._constants = call, constants
-        self.made = {name: op for op in call.ops for name in op.outputs}
-        self.types: dict[str, TensorType] = {}
-        self.ops: list[Op] = []
+    def __init__(self, edit: Builder, constants: Constants) -> None:
+        self._edit, self._constants, self._type = edit, constants, edit.type_of
         self._known: dict[tuple[str, int], Ref] = {}
         self._same: dict[tuple[object, ...], Ref] = {}
 
-    def take(self) -> list[Op]:
-        """The operations that were written since the last time."""
-        taken, self.ops = self.ops, []
-        return taken
-
-    def half(self, ref: Ref, which: int) -> Ref:
-        """The first half of a value, or the second."""
+    def half(self, ref: Ref, which: int, at: int) -> Ref:
+        """The first half of a value, or the second, for the operation at a place."""
         key = ref.name, which
         if key not in self._known:
-            self._known[key] = self._constant(ref, which) if ref.name.startswith("#") else self._computed(ref, which)
+            self._known[key] = self._constant(ref, which) if ref.is_constant else self._computed(ref, which, at)
         return self._known[key]
 
-    def _type(self, ref: Ref) -> TensorType:
-        return self.types.get(ref.name) or self._call.types[ref.name]
-
     def _constant(self, ref: Ref, which: int) -> Ref:
-        half = self._constants.tensors[ref.name[1:]].chunk(2)[which]
-        found = Ref(f"#{self._constants.add(half)}")
-        self.types[found.name] = _halved(self._type(ref))
-        return found
+        half = self._constants.tensors[ref.bare].chunk(2)[which]
+        return self._edit.constant(self._constants.add(half), _halved(self._type(ref)))
 
-    def _computed(self, ref: Ref, which: int) -> Ref:
-        op = self.made.get(ref.name)
+    def _computed(self, ref: Ref, which: int, at: int) -> Ref:
+        op = self._edit.makers.get(ref.name)
         if op is not None:
             if op.name in ("aten.cat.default", "aten.concat.default") and (parts := self._parts(op, ref, which)):
-                return parts[0] if len(parts) == 1 else self._write(op, (tuple(parts),), ref, which)
+                return parts[0] if len(parts) == 1 else self._write(op, (tuple(parts),), ref, which, at)
             if op.name == "aten.repeat.default" and self._is_repeated_twice(op, ref):
                 (source,) = refs(op.args)
                 return source
             if op.name in _ROW_BY_ROW and self._is_row_by_row(op, ref):
-                args = map_refs(op.args, lambda arg: self.half(arg, which) if self._follows(arg, ref) else arg)
-                return self._write(op, args, ref, which)
+                args = map_refs(op.args, lambda arg: self.half(arg, which, at) if self._follows(arg, ref) else arg)
+                return self._write(op, args, ref, which, at)
         size = self._type(ref).shape[0] // 2
         slice_ = Op("aten.slice.Tensor", (), ())
-        return self._write(slice_, (ref, 0, which * size, (which + 1) * size), ref, which)
+        return self._write(slice_, (ref, 0, which * size, (which + 1) * size), ref, which, at)
 
     def _parts(self, op: Op, ref: Ref, which: int) -> list[Ref]:
         """The parts of a concatenation that make up a half of it; none where it is of another dimension or cut."""
@@ -108,16 +89,14 @@ class Halves:
         shape, whole = self._type(arg).shape, self._type(ref).shape
         return len(shape) == len(whole) and shape[0] == whole[0]
 
-    def _write(self, op: Op, args: tuple[Arg, ...], ref: Ref, which: int) -> Ref:
+    def _write(self, op: Op, args: tuple[Arg, ...], ref: Ref, which: int, at: int) -> Ref:
         """One operation that gives a half; both halves are one value where they are computed from the same."""
         key = (op.name, args, tuple(sorted(op.kwargs.items(), key=lambda item: item[0])))
         if key not in self._same:
-            name = f"{ref.name}.half.{which}"
-            written = replace(op, args=args, outputs=(name,))
-            self.ops.append(written)
-            self.made[name] = written
-            self.types[name] = _halved(self._type(ref))
-            self._same[key] = Ref(name)
+            result = {f"{ref.name}.half.{which}": _halved(self._type(ref))}
+            written = self._edit.op(op.name, args, result, op.kwargs, op.attrs)
+            self._edit.insert(at, written)
+            (self._same[key],) = written.results
         return self._same[key]
 
 
@@ -125,22 +104,12 @@ def _halved(type_: TensorType) -> TensorType:
     return replace(type_, shape=(type_.shape[0] // 2, *type_.shape[1:]))
 
 
-def without_chunks(ops: Iterable[Op], halves: dict[str, tuple[Ref, Ref]]) -> Iterable[Op]:
-    """The operations, with the halves of a value in the place of what would cut it in two again."""
-    renamed: dict[str, Ref] = {}
-
-    def now(arg: object) -> Any:
-        return map_refs(arg, lambda ref: renamed.get(ref.name, ref))
-
-    for op in ops:
-        args, kwargs = now((op.args, op.kwargs))
-        source = args[0] if args and isinstance(args[0], Ref) else None
-        if (
-            op.name == "aten.chunk.default"
-            and args[1:] in ((2,), (2, 0))
-            and source is not None
-            and source.name in halves
-        ):
-            renamed |= dict(zip(op.outputs, halves[source.name], strict=True))
-            continue
-        yield replace(op, args=args, kwargs=kwargs)
+def without_chunks(edit: Builder, halves: Mapping[str, tuple[Ref, Ref]]) -> None:
+    """Has the halves of a value stand in the place of what would cut it in two again."""
+    for at, op in enumerate(edit.program.ops):
+        if op.name == "aten.chunk.default" and op.args[1:] in ((2,), (2, 0)):
+            (source,) = refs(op.args)
+            if source.name in halves:
+                edit.replace(at)
+                for name, half in zip(op.outputs, halves[source.name], strict=True):
+                    edit.replace_uses(name, half)

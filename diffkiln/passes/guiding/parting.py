@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from diffkiln.passes.guiding.halves import Halves, without_chunks
 from diffkiln.passes.guiding.prompts import prompt_lane
-from diffkiln.program import Op, Program, Ref, TensorType, drop_dead, refs
+from diffkiln.program import Builder, Op, Program, Ref, prune, refs
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Rebatched
 
@@ -35,66 +34,55 @@ def part(
     Raises:
         ValueError: which half has the prompt cannot be told.
     """
-    parts = _Parts(call, component, halved, constants)
-    steps = {place: step for step, place in enumerate(places)}
-    ops: list[Op] = []
-    for index, op in enumerate(call.ops):
-        step = steps.get(index)
-        if step is None or (guided[step] and not in_two):
-            ops.append(op)
-        else:
-            ops += parts.ops_of(step, op, guided[step])
-    types = {**call.types, **parts.types, **parts.halves.types}
-    whole = replace(call, ops=tuple(ops), types=types)
-    return drop_dead(replace(whole, ops=tuple(without_chunks(whole.ops, parts.given))))
+    edit = Builder(call)
+    parts = _Parts(edit, component, halved, constants)
+    for step, at in enumerate(places):
+        if in_two or not guided[step]:
+            parts.put(step, at, guided[step])
+    without_chunks(edit, parts.given)
+    return prune(edit.build())
 
 
 class _Parts:
     """What takes the place of a call of a doubled batch. `given` are the halves of its results."""
 
-    def __init__(self, call: Program, component: str, halved: Mapping[str, Rebatched], constants: Constants) -> None:
-        self._call, self._component, self._halved = call, component, halved
-        self.halves = Halves(call, constants)
+    def __init__(self, edit: Builder, component: str, halved: Mapping[str, Rebatched], constants: Constants) -> None:
+        self._edit, self._component, self._halved = edit, component, halved
+        self._halves = Halves(edit, constants)
         self.given: dict[str, tuple[Ref, Ref]] = {}
-        self.types: dict[str, TensorType] = {}
 
-    def ops_of(self, step: int, op: Op, guided: bool) -> list[Op]:
+    def put(self, step: int, at: int, guided: bool) -> None:
+        """Puts the calls of a step, and its results put together, in the place of the one call."""
+        op = self._edit.program.ops[at]
         half = self._halved[op.attrs["program"]]
-        lanes = [self._args(op, half, which) for which in (0, 1)]
-        prompt = prompt_lane(lanes, self.halves.made, self._call.inputs, self._call.texts)
+        lanes = [self._args(at, half, which) for which in (0, 1)]
+        prompt = prompt_lane(lanes, self._edit)
         if prompt is None:
             raise ValueError(
                 f"{self._component} is not guided by a doubled batch, or which half of it has the prompt cannot be told"
             )
-        written = self.halves.take()
-        results: dict[int, list[Ref]] = {}
         # The prompt's comes first, so that it is the same lane in steps that have no other.
-        for which in (prompt, 1 - prompt) if guided else (prompt,):
-            call, results[which] = self._call_of(step, op, half, lanes[which], which == prompt)
-            written.append(call)
+        which_run = (prompt, 1 - prompt) if guided else (prompt,)
+        calls = {which: self._call_of(step, op, half, lanes[which], which == prompt) for which in which_run}
+        together: list[Op] = []
         for index, name in enumerate(op.outputs):
-            first, second = (results.get(which, results[prompt])[index] for which in (0, 1))
+            first, second = (calls.get(which, calls[prompt]).results[index] for which in (0, 1))
             self.given[name] = first, second
-            written.append(Op("aten.cat.default", ((first, second),), (name,)))
-        return written
+            together.append(Op("aten.cat.default", ((first, second),), (name,)))
+        self._edit.replace(at, *calls.values(), *together)
 
-    def _args(self, op: Op, half: Rebatched, which: int) -> list[Ref]:
-        args: list[Ref] = []
-        program = half.recorded.programs[half.program]
-        for source, item in zip(half.inputs, program.inputs, strict=True):
+    def _args(self, at: int, half: Rebatched, which: int) -> list[Ref]:
+        op, args = self._edit.program.ops[at], list[Ref]()
+        for source, item in zip(half.inputs, half.recorded.programs[half.program].inputs, strict=True):
             if source.arg is None:
                 assert source.halves is not None
-                args.append(Ref(f"#{source.halves[which]}"))
-                self.types[args[-1].name] = item.type
+                args.append(self._edit.constant(source.halves[which], item.type))
                 continue
             (whole,) = refs(op.args[source.arg])
-            args.append(self.halves.half(whole, which) if source.follows else whole)
+            args.append(self._halves.half(whole, which, at) if source.follows else whole)
         return args
 
-    def _call_of(self, step: int, op: Op, half: Rebatched, args: Sequence[Ref], prompt: bool) -> tuple[Op, list[Ref]]:
-        program = half.recorded.programs[half.program]
-        word = "prompt" if prompt else "negative"
-        names = tuple(f"%{self._component}.{step}.{word}.{index}" for index in range(len(program.outputs)))
-        self.types |= {name: program.types[ref.name] for name, ref in zip(names, program.outputs, strict=True)}
-        attrs = {**op.attrs, "program": half.program}
-        return Op(op.name, tuple(args), names, attrs=attrs), list(map(Ref, names))
+    def _call_of(self, step: int, op: Op, half: Rebatched, args: Sequence[Ref], prompt: bool) -> Op:
+        stem = f"%{self._component}.{step}.{'prompt' if prompt else 'negative'}"
+        results = half.recorded.programs[half.program].result_types(stem)
+        return self._edit.op(op.name, tuple(args), results, attrs={**op.attrs, "program": half.program})

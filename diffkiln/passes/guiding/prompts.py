@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from diffkiln.program import STEP, Input, Op, Ref, refs
+from diffkiln.program import STEP, Builder, Ref
 from diffkiln.record.call import PROMPTS
 
 #: Operators that read nothing of their argument but its shape and type: SDXL's negative embeddings are such zeros.
@@ -14,12 +14,7 @@ _READ_NO_VALUES = frozenset(
 )
 
 
-def prompt_lane(
-    lanes: Sequence[Sequence[Ref]],
-    made: Mapping[str, Op],
-    inputs: Sequence[Input],
-    texts: Sequence[Mapping[str, object]],
-) -> int | None:
+def prompt_lane(lanes: Sequence[Sequence[Ref]], edit: Builder) -> int | None:
     """The lane, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is none.
 
     What both lanes are given, such as the latents, is not looked at, and what comes from an earlier step through its
@@ -27,26 +22,21 @@ def prompt_lane(
 
     Args:
         lanes: the arguments of both, in the same order.
-        made: the operations of the call by their results.
-        inputs: of the call.
-        texts: of the call.
+        edit: of the call.
     """
     own = [
         [arg for arg, other in zip(lane, lanes[1 - index], strict=True) if arg != other]
         for index, lane in enumerate(lanes)
     ]
-    told = [_reads_prompt(args, made, inputs, texts) for args in own]
+    told = [_reads_prompt(args, edit) for args in own]
     return told.index(True) if told.count(True) == 1 else None
 
 
-def _reads_prompt(
-    args: Sequence[Ref], made: Mapping[str, Op], inputs: Sequence[Input], texts: Sequence[Mapping[str, object]]
-) -> bool:
-    tokens = {item.name: item.source["text"] for item in inputs if item.source.get("kind") == "tokens"}
+def _reads_prompt(args: Sequence[Ref], edit: Builder) -> bool:
+    call, made = edit.program, edit.makers
+    tokens = {item.name: item.source["text"] for item in call.inputs if item.source.get("kind") == "tokens"}
     prompts = {
-        index
-        for index, text in enumerate(texts)
-        if any(row.get("keyword") in PROMPTS for row in text["rows"])  # type: ignore[attr-defined]
+        index for index, text in enumerate(call.texts) if any(row.get("keyword") in PROMPTS for row in text["rows"])
     }
     waiting, seen = [ref.name for ref in args], set[str]()
     while waiting:
@@ -56,5 +46,5 @@ def _reads_prompt(
         if name in seen or name not in made or made[name].name in (STEP, *_READ_NO_VALUES):
             continue
         seen.add(name)
-        waiting += [ref.name for ref in refs((made[name].args, made[name].kwargs))]
+        waiting += [ref.name for ref in made[name].uses]
     return False

@@ -6,32 +6,25 @@ the steps of a denoising loop, which differ by their constants, are one region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from diffkiln.interpreter.aten import overload
-from diffkiln.program import REGION, Arg, Input, Module, Op, Program, Ref, TensorType, fingerprint, map_refs, refs
+from diffkiln.program import REGION, Builder, Module, Op, Program, Ref, fingerprint
 
 #: An engine is worth its call where it fuses at least this many operators that compute.
 _WORTH = 2
 
-#: Makes the operation that calls a region by its name: (region, arguments, results) → operation.
-Caller = Callable[[str, tuple[Ref, ...], tuple[str, ...]], Op]
-
 #: A number among an operator's arguments as a value, where that computes the same; else None.
-Lift = Callable[[Op, int | float], Ref | None]
+Lift = Callable[[Builder, Op, float], Ref | None]
 
 
 def between_blocks(module: Module) -> Module:
     """The component with its runs of operators as regions, beside those of its blocks."""
-    runs = Runs("between", lambda name, args, results: Op(REGION, args, results, attrs=_region(name)))
+    runs = Runs("between", lambda name: (REGION, {"region": name, "instance": ""}))
     programs = {name: runs.outlined(program, range(len(program.ops))) for name, program in module.programs.items()}
     return replace(module, programs=programs, regions={**module.regions, **runs.regions})
-
-
-def _region(name: str) -> dict[str, str]:
-    return {"region": name, "instance": ""}
 
 
 class Runs:
@@ -39,14 +32,16 @@ class Runs:
 
     Args:
         stem: of the regions' names.
-        caller: makes the operation that takes a run's place.
+        caller: the name of a region → the operation that calls it, and its attributes.
         lift: makes inputs of numbers.
 
     Attributes:
         regions: by name.
     """
 
-    def __init__(self, stem: str, caller: Caller, lift: Lift | None = None) -> None:
+    def __init__(
+        self, stem: str, caller: Callable[[str], tuple[str, dict[str, str]]], lift: Lift | None = None
+    ) -> None:
         self.regions: dict[str, Program] = {}
         self._stem, self._caller, self._lift = stem, caller, lift
         self._known: dict[str, str] = {}
@@ -54,59 +49,14 @@ class Runs:
     def outlined(self, program: Program, where: range, fixed: Callable[[Op], bool] = lambda op: False) -> Program:
         """The program with a call in the place of each run within `where` that is worth one. `fixed` operations stay
         as they are."""
-        ops: list[Op] = []
-        types = dict(program.types)
-        for run in _runs(program, where, fixed):
-            if sum(map(_computes, run)) < _WORTH:
-                ops += run
-                continue
-            inside = {id(op) for op in run}
-            outside = [op for op in program.ops if id(op) not in inside]
-            read = {ref.name for op in outside for ref in refs((op.args, op.kwargs))}
-            read |= {ref.name for ref in program.outputs}
-            results = tuple(name for op in run for name in op.outputs if name in read)
-            region, args = self._region(run, results, types)
-            ops.append(self._caller(region, args, results))
-        named = {name for op in ops for name in op.outputs} | {item.name for item in program.inputs}
-        done = replace(program, ops=tuple(ops))
-        kept = named | set(done.uses())
-        return replace(done, types={name: type_ for name, type_ in types.items() if name in kept})
-
-    def _region(
-        self, run: Sequence[Op], results: Sequence[str], types: dict[str, TensorType]
-    ) -> tuple[str, tuple[Ref, ...]]:
-        """The name of the region that computes a run, and what it is called with here."""
-        made = {name: f"%{index}" for index, name in enumerate(name for op in run for name in op.outputs)}
-        taken: dict[str, str] = {}
-        args: list[Ref] = []
-
-        def value(ref: Ref) -> Ref:
-            if ref.name in made:
-                return Ref(made[ref.name])
-            if ref.name not in taken:
-                taken[ref.name] = f"%in.{len(taken)}"
-                args.append(ref)
-            return Ref(taken[ref.name])
-
-        def own(op: Op, arg: Arg) -> Arg:
-            if self._lift and isinstance(arg, float) and (lifted := self._lift(op, arg)):
-                types[lifted.name] = TensorType("float64", ())
-                return value(lifted)
-            return map_refs(arg, value)
-
-        ops = tuple(
-            replace(
-                op,
-                args=tuple(own(op, arg) for arg in op.args),
-                kwargs=map_refs(op.kwargs, value),
-                outputs=tuple(made[name] for name in op.outputs),
-            )
-            for op in run
-        )
-        inputs = tuple(Input(taken[ref.name], types[ref.name]) for ref in args)
-        kinds = {item.name: item.type for item in inputs} | {new: types[old] for old, new in made.items()}
-        program = Program("", inputs, ops, tuple(Ref(made[name]) for name in results), kinds)
-        return self._name(program), tuple(args)
+        may = [at for at in where if program.ops[at].is_aten and not fixed(program.ops[at])]
+        runs = [run for run in _runs(may) if sum(_computes(program.ops[at]) for at in run) >= _WORTH]
+        if self._lift:
+            program = _lifted(program, runs, self._lift)
+        edit = Builder(program)
+        for run in runs:
+            edit.outline(run, lambda region: self._caller(self._name(region)))
+        return edit.build()
 
     def _name(self, program: Program) -> str:
         mark = fingerprint(program)
@@ -117,24 +67,30 @@ class Runs:
         return self._known[mark]
 
 
-def _runs(program: Program, where: range, fixed: Callable[[Op], bool]) -> Iterator[list[Op]]:
-    """The operations in order, those that may be outlined together in lists as long as can be, others alone."""
-    run: list[Op] = []
-    for index, op in enumerate(program.ops):
-        if index in where and op.is_aten and not fixed(op):
-            run.append(op)
-            continue
-        if run:
-            yield run
-        run = []
-        yield [op]
-    if run:
-        yield run
+def _lifted(program: Program, runs: Sequence[Sequence[int]], lift: Lift) -> Program:
+    """The program with values in the place of the runs' numbers, where those compute the same."""
+    edit = Builder(program)
+    for at in (at for run in runs for at in run):
+        op = program.ops[at]
+        args = [(lift(edit, op, arg) or arg) if isinstance(arg, float) else arg for arg in op.args]
+        edit.replace(at, replace(op, args=tuple(args)))
+    return edit.build()
+
+
+def _runs(places: Iterable[int]) -> list[list[int]]:
+    """Places that follow each other, in lists as long as can be."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and runs[-1][-1] == place - 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _computes(op: Op) -> bool:
     """Whether an operation does more than look at its argument in another way."""
-    return op.is_aten and not any(result.alias_info for result in overload(op.name)._schema.returns)
+    return not any(result.alias_info for result in overload(op.name)._schema.returns)
 
 
 def is_number_of(op: Op, wanted: Any) -> bool:

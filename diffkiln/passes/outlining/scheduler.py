@@ -6,18 +6,17 @@ step is handed over, so a solver of one step needs one or two engines, however m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from diffkiln.passes.outlining.runs import Runs, is_number_of
-from diffkiln.passes.outlining.whole import caller_of
-from diffkiln.program import CALL, STEP, Device, DType, Module, Op, Program, Ref, TensorType, refs
+from diffkiln.program import CALL, STEP, Builder, Device, DType, Module, Op, Program, Ref, TensorType, caller_of
+from diffkiln.program.schedule import SCHEDULER
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
 
-SCHEDULER = "scheduler"
+_NUMBER, _KIND = TensorType("float64", ()), {"dtype": DType("float64"), "device": Device()}
 
 
 def between_calls(recording: Recording) -> Recording:
@@ -27,7 +26,7 @@ def between_calls(recording: Recording) -> Recording:
         ValueError: there is none that is worth an engine.
     """
     numbers = _Numbers(recording.constants)
-    runs = Runs("step", lambda name, args, results: Op(CALL, args, results, attrs=_program(name)), numbers.lift)
+    runs = Runs("step", lambda name: (CALL, {"component": SCHEDULER, "program": name}), numbers.lift)
     calls: list[dict[str, Program]] = []
     for programs in recording.calls:
         calls.append({})
@@ -40,10 +39,6 @@ def between_calls(recording: Recording) -> Recording:
     programs = {name: caller_of(region) for name, region in runs.regions.items()}
     component = Module(SCHEDULER, programs, runs.regions)
     return replace(recording, calls=calls, modules={**recording.modules, SCHEDULER: component})
-
-
-def _program(name: str) -> dict[str, str]:
-    return {"component": SCHEDULER, "program": name}
 
 
 def _loop(call: Program) -> range:
@@ -63,52 +58,43 @@ class _Numbers:
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants
-        self._scalars: Mapping[str, str] = {}
-        self._call: Program | None = None
+        self._scalars: tuple[Ref, ...] = ()
 
     def as_tensors(self, call: Program, where: range) -> tuple[Program, range]:
         """The call with a tensor of no dimensions in the place of each number that a caller gives, where operators of
         the loop take one for the other; and where the loop is now."""
-        self._call = call
-        given = [item.name for item in call.inputs if item.source.get("kind") == "scalar"]
-        made = {name: f"{name}.tensor" for name in given}
-        types = dict(call.types) | {tensor: TensorType("float64", ()) for tensor in made.values()}
-        kind = {"dtype": DType("float64"), "device": Device()}
-        head = [Op("aten.full.default", ((), Ref(name)), (tensor,), kind) for name, tensor in made.items()]
-
-        def swapped(op: Op) -> Op:
-            args = tuple(
-                Ref(made[arg.name]) if isinstance(arg, Ref) and arg.name in made and self._may(op, arg) else arg
-                for arg in op.args
-            )
-            return replace(op, args=args)
-
-        ops = [swapped(op) if index in where and op.is_aten else op for index, op in enumerate(call.ops)]
-        used = {ref.name for op in ops for ref in refs(op.args)}
-        head = [op for op in head if op.outputs[0] in used]
-        self._scalars = dict.fromkeys(given, "")
-        moved = range(where.start + len(head), where.stop + len(head))
-        self._call = replace(call, ops=(*head, *ops), types=types)
-        return self._call, moved
+        edit = Builder(call)
+        self._scalars = tuple(item.ref for item in call.inputs if item.source.get("kind") == "scalar")
+        made = {
+            ref: edit.op("aten.full.default", ((), ref), {f"{ref.name}.tensor": _NUMBER}, _KIND)
+            for ref in self._scalars
+        }
+        read: set[Ref] = set()
+        for at in (at for at in where if call.ops[at].is_aten):
+            op = call.ops[at]
+            swapped = {arg for arg in op.args if isinstance(arg, Ref) and arg in made and _may(edit, op, arg)}
+            read |= swapped
+            args = (made[arg].results[0] if isinstance(arg, Ref) and arg in swapped else arg for arg in op.args)
+            edit.replace(at, replace(op, args=tuple(args)))
+        head = [op for ref, op in made.items() if ref in read]
+        edit.insert(0, *head)
+        return edit.build(), range(where.start + len(head), where.stop + len(head))
 
     def stays(self, op: Op) -> bool:
         """Whether an operation takes a caller's number as a number: an engine takes tensors alone."""
-        return any(ref.name in self._scalars for ref in refs((op.args, op.kwargs)))
+        return any(ref in self._scalars for ref in op.uses)
 
-    def lift(self, op: Op, number: float) -> Ref | None:
-        if not self._may(op, number):
+    def lift(self, edit: Builder, op: Op, number: float) -> Ref | None:
+        if not _may(edit, op, number):
             return None
-        return Ref(f"#{self._constants.add(torch.tensor(number, dtype=torch.float64))}")
+        return edit.constant(self._constants.add(torch.tensor(number, dtype=torch.float64)), _NUMBER)
 
-    def _may(self, op: Op, number: object) -> bool:
-        """Whether a tensor of no dimensions computes the same as the number: beside one with dimensions that has the
-        result's type."""
-        assert self._call is not None
-        if not is_number_of(op, number):
-            return False
-        types = self._call.types
-        others: Sequence[TensorType] = [
-            types[arg.name] for arg in op.args if isinstance(arg, Ref) and arg is not number
-        ]
-        result = types[op.outputs[0]].dtype
-        return "float" in result and any(kind.shape and kind.dtype == result for kind in others)
+
+def _may(edit: Builder, op: Op, number: object) -> bool:
+    """Whether a tensor of no dimensions computes the same as the number: beside one with dimensions that has the
+    result's type."""
+    if not is_number_of(op, number):
+        return False
+    others = [edit.type_of(arg) for arg in op.args if isinstance(arg, Ref) and arg is not number]
+    result = edit.type_of(op.results[0]).dtype
+    return "float" in result and any(kind.shape and kind.dtype == result for kind in others)

@@ -15,7 +15,7 @@ from diffkiln.errors import Incompatible, Problem
 from diffkiln.interpreter.attention import by_kernel
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
-from diffkiln.program import ATTENTION, KERNELS, NATIVE, SDPA, Module, Op, Program, read_attention
+from diffkiln.program import ATTENTION, KERNELS, NATIVE, SDPA, Builder, Module, Op, Program, read_attention
 from diffkiln.program.attention import Kernel, call_problems, device_problem
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target, refuse
@@ -159,7 +159,7 @@ class AttentionBackend(ProgramPass):
         return replace(recording, modules=modules), [f"{count} operations by {self.backend}"]
 
     def _rewritten(self, programs: Any) -> dict[str, Program]:
-        return {name: replace(p, ops=tuple(map(self._chosen, p.ops))) for name, p in programs.items()}
+        return {name: Builder(program).map(self._chosen).build() for name, program in programs.items()}
 
     def _chosen(self, op: Op) -> Op:
         if op.name != SDPA:

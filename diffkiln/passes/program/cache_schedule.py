@@ -301,7 +301,7 @@ class CacheSchedule(ProgramPass):
             woven: dict[str, Program] = {}
             for name, call in programs.items():
                 lanes = lanes_of(call, self.component, fixed.get("num_inference_steps"))
-                mask = self.mask(lanes.steps)
+                mask = self.mask(len(lanes.sites))
                 reuses = reuses or not all(mask)
                 woven[name] = weave(call, self.component, lanes, mask, splits, self._order)
                 if _told(mask) not in notes:
@@ -309,8 +309,10 @@ class CacheSchedule(ProgramPass):
             calls.append(woven)
         if not reuses:
             raise ValueError(f"no step that calls {self.component} would reuse one before it")
-        programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
-        module = replace(module, programs={**module.programs, **programs})
+        programs = dict(module.programs)
+        for part in splits.values():
+            programs |= part.programs
+        module = replace(module, programs=programs)
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
 
     def splits(self, recording: Recording) -> dict[str, Split]:
@@ -333,12 +335,6 @@ class CacheSchedule(ProgramPass):
         if not kept:
             raise ValueError(f"{self.method} finds nothing to keep in {program.name} of {self.component}")
         return split(program, kept)
-
-
-def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
-    yield part.keeping.name, part.keeping
-    if part.reusing is not None:
-        yield part.reusing.name, part.reusing
 
 
 def _layers_up(module: Any) -> int:

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from diffkiln.errors import Incompatible, Problem, RecordError
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
-from diffkiln.passes.caching import symbols
-from diffkiln.passes.guiding import join, pairs_of, part
+from diffkiln.passes.caching import lanes_of, symbols
+from diffkiln.passes.guiding import join, part
 from diffkiln.passes.registry import Placed
 from diffkiln.program import STEP, Module, Program, is_rebatched
 from diffkiln.record.batches import rebatch
@@ -134,7 +134,7 @@ class Guidance(ProgramPass):
             raise ValueError(f"the call never calls {self.component}")
         wanted = [fixed.get("num_inference_steps") for fixed in recording.fixed]
         found = zip(recording.calls, wanted, strict=True)
-        places = [{name: pairs_of(call, self.component, n) for name, call in calls.items()} for calls, n in found]
+        places = [{name: lanes_of(call, self.component, n).sites for name, call in calls.items()} for calls, n in found]
         twice = any(_of_two(steps) for each in places for steps in each.values())
         if self.batch == "doubled" and not twice:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffkiln.program.ir import TensorType
-from diffkiln.program.operators.promotion import category, complex_of, floating, promote, real_of, result_dtype
+from diffkiln.program.operators.promotion import complex_of, floating, promote, real_of, result_dtype
 from diffkiln.program.operators.table import (
     Number,
     broadcast,
@@ -310,8 +310,3 @@ def _cross(self: Any, other: Any, dim: Any = None) -> TensorType:
 @operator("linalg_cross")
 def _linalg_cross(self: Any, other: Any, *, dim: Any = -1) -> TensorType:
     return _cross(self, other, dim)
-
-
-def is_integer(type_: TensorType) -> bool:
-    """Returns True if elements are integers or booleans."""
-    return category(type_.dtype) <= 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from diffkiln.passes.guiding import join, pairs_of, prompt_lane
-from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, TensorType
+from diffkiln.passes.caching import lanes_of
+from diffkiln.passes.guiding import join, prompt_lane
+from diffkiln.program import CALL, STEP, Builder, Input, Op, Program, Ref, TensorType
 from diffkiln.record.constants import Constants
 
 TYPE = TensorType("float32", (1, 2))
@@ -31,7 +32,7 @@ def end(name: str, out: str) -> Op:
 
 
 def joined(call: Program, guided: bool) -> list[str]:
-    made = join(call, "net", pairs_of(call, "net", 1), [guided], {}, Constants())
+    made = join(call, "net", lanes_of(call, "net", 1).sites, [guided], {}, Constants())
     return [f"{op.outputs[0]} = {op.name}({', '.join(ref.name for ref in op.args)})" for op in made.ops]  # type: ignore[union-attr]
 
 
@@ -77,4 +78,4 @@ def test_two_calls_with_the_prompt_are_refused():
 
 def test_zeros_of_the_prompts_shape_are_no_prompt():
     zeros = op("zeros_like.default", "%z", "%t0")
-    assert prompt_lane([[Ref("%z")], [Ref("%t0")]], {"%z": zeros}, INPUTS, TEXTS) == 1
+    assert prompt_lane([[Ref("%z")], [Ref("%t0")]], Builder(program(zeros))) == 1
