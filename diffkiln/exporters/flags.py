@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
-from diffkiln.exporters.options import Weightless
+from diffkiln.exporters.options import UNBROKEN, WEIGHTLESS, Options
 from diffkiln.spec import Strict, Target
 
 
@@ -38,12 +38,15 @@ class Flags(Strict):
 FLAGS = tuple(sorted(Flags.model_fields))
 
 
-class Inductors(Weightless):
-    """The options of a backend that Inductor works for."""
+class Inductors(Options):
+    """The options of a backend that Inductor works for: its flags."""
 
     lowers: ClassVar[tuple[str, ...]] = FLAGS
 
+    fullgraph: Annotated[bool, UNBROKEN] = True
     flags: Flags | None = Field(None, description="Flags of torch's Inductor, by its own names.")
+    weights: Annotated[str | None, WEIGHTLESS] = None
+    weight_budget_gb: Annotated[float | None, WEIGHTLESS] = None
 
     def lowered(self) -> dict[str, Any]:
         return self.flags.model_dump(exclude_none=True) if self.flags else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,7 +22,8 @@ class Lacks:
 
 #: The mark of `fullgraph` where engines are built ahead of time.
 UNBROKEN = Lacks("an engine that is built ahead of time has no graph breaks")
-_WEIGHTLESS = Lacks("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
+#: That of `weights` and `weight_budget_gb` where weights are inputs alone.
+WEIGHTLESS = Lacks("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
 
 
 class Options(Strict):
@@ -50,10 +51,3 @@ class Options(Strict):
     def problems(self, component: str, module: torch.nn.Module | None, target: Target, where: str) -> Iterator[Problem]:
         """Yields options that would decide nothing for this component and target; `where` is the pass's JSON path."""
         yield from ()
-
-
-class Weightless(Options):
-    """The options of a backend whose engines take all weights as inputs."""
-
-    weights: Annotated[str | None, _WEIGHTLESS] = None
-    weight_budget_gb: Annotated[float | None, _WEIGHTLESS] = None

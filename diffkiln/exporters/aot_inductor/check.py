@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,16 +12,9 @@ from diffkiln.exporters.aot_inductor.absent_gpu import torch_problem
 from diffkiln.exporters.base import Exporter
 from diffkiln.exporters.cuda import broken_promises, cuda_problems, gpu_is_here
 from diffkiln.exporters.flags import Inductors
-from diffkiln.exporters.options import UNBROKEN
 from diffkiln.interpreter.inductor import ISAS
 from diffkiln.program import Program
 from diffkiln.spec.targets import Target
-
-
-class AotInductorOptions(Inductors):
-    """Inductor's flags."""
-
-    fullgraph: Annotated[bool, UNBROKEN] = True
 
 
 class AotInductor(Exporter):
@@ -30,7 +23,7 @@ class AotInductor(Exporter):
     name: ClassVar[str] = "aot_inductor"
     builder = "diffkiln.exporters.aot_inductor.build"
     summary = "writes native code for a CPU or a GPU, which need not be in this machine."
-    options = AotInductorOptions
+    options = Inductors
     examples: ClassVar = (
         {"name": "compile", "component": "transformer", "backend": name, "scope": "blocks"},
         {"name": "compile", "component": "vae", "scope": "whole", "flags": {"conv_1x1_as_mm": True}},

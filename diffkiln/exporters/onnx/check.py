@@ -14,7 +14,7 @@ from diffkiln.errors import Problem
 from diffkiln.exporters._onnx.needs import EXPORTING, missing_modules
 from diffkiln.exporters.base import Exporter
 from diffkiln.exporters.flags import Flags
-from diffkiln.exporters.options import UNBROKEN, Lacks, Options, Weightless
+from diffkiln.exporters.options import UNBROKEN, WEIGHTLESS, Lacks, Options
 from diffkiln.program import Program, refs
 from diffkiln.program.pairs import PARTS, pair_problems
 from diffkiln.spec import Runtime
@@ -38,13 +38,13 @@ _MOVES = frozenset(
 _FLAGLESS = Lacks("they are Inductor's, and ONNX Runtime has none of them", "Remove them")
 
 
-class OnnxOptions(Weightless):
+class OnnxOptions(Options):
     """None."""
 
-    flags: Annotated[Flags | None, Lacks("they are Inductor's, and ONNX Runtime has none of them", "Remove them")] = (
-        None
-    )
     fullgraph: Annotated[bool, UNBROKEN] = True
+    flags: Annotated[Flags | None, _FLAGLESS] = None
+    weights: Annotated[str | None, WEIGHTLESS] = None
+    weight_budget_gb: Annotated[float | None, WEIGHTLESS] = None
 
 
 class Onnx(Exporter):

@@ -40,8 +40,8 @@ class TensorrtOptions(Options):
 
     lowers: ClassVar = ("weights", "weight_budget")
 
-    flags: Annotated[Flags | None, Lacks("they are Inductor's, and TensorRT has none of them", "Remove them")] = None
     fullgraph: Annotated[bool, UNBROKEN] = True
+    flags: Annotated[Flags | None, Lacks("they are Inductor's, and TensorRT has none of them", "Remove them")] = None
     weights: Literal["input", "engine"] | None = Field(
         None,
         description="For tensorrt. input: the bundle passes the weights to the engine. engine: the engine holds them, "

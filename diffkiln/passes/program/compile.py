@@ -144,7 +144,7 @@ class Compile(ProgramPass):
 def _of_one(name: str) -> Any:
     """The pass with the options of one backend."""
     exporter = plugins.load("exporters", name)
-    model = create_model("Compile", __base__=(Compile, exporter.options), __doc__=Compile.__doc__)
+    model = create_model("Compile", __base__=(exporter.options, Compile), __doc__=Compile.__doc__)
     model.exporter = exporter
     return model
 
@@ -153,7 +153,10 @@ def _of_one(name: str) -> Any:
 def _of_all(names: tuple[str, ...]) -> Any:
     """The pass with the options that some backend has: it describes them, and refuses the name of any other backend."""
     backends = [plugins.load("exporters", name) for name in names]
-    own = [field for backend in backends for field in backend.options.model_fields.items() if field[1].description]
+    own: dict[str, Any] = {}
+    for backend in backends:
+        fields = backend.options.model_fields.items()
+        own |= {name: (field.annotation, field) for name, field in fields if field.description}
     wholes = ", ".join(f"whole for {backend.name}" for backend in backends if backend.whole)
     described = {
         "backend": (Literal[names], Field(DEFAULT, description=_BACKEND)),
@@ -161,7 +164,7 @@ def _of_all(names: tuple[str, ...]) -> Any:
             Compile.model_fields["scope"].annotation,
             Field(None, description=_SCOPE.format(f"{wholes}, blocks for the others.")),
         ),
-        **{name: (field.annotation, field) for name, field in own},
+        **own,
     }
     doc = " ".join(f"`{backend.name}` {backend.summary}" for backend in backends)
     model = create_model("Compile", __base__=Compile, __doc__=f"{cleandoc(str(Compile.__doc__))}\n\n{doc}", **described)
