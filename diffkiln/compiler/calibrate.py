@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import BundleWriter
-from diffkiln.compiler.legality import is_schedule
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Stages
@@ -26,7 +25,7 @@ from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave
-from diffkiln.passes.program.cache_schedule import CacheSchedule
+from diffkiln.passes.program.cache_schedule import Fixed, Listed
 from diffkiln.passes.program.calibrate import Calibrate
 from diffkiln.program import CALL, STEP, Input, Op, Program, Ref, refs
 from diffkiln.record.pipeline import Recording
@@ -75,17 +74,17 @@ def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], s
         if not isinstance(item.step, Calibrate) or not plan.recording.calls:
             continue
         component = item.step.component
-        place = next(place for place in plan.placed if is_schedule(place, component))
+        after = [place for place in plan.placed if place.step.component == component]
+        place = next(place for place in after if "calibrated" in place.step.takes)
         with stages(f"calibrate the schedule of {component}"), quiet_libraries():
             modules = {name: load_module(plan.source, name, plan.dtype) for name in plan.state.modules}
             for name, module in modules.items():
                 manager.apply(module, name, plan.placed)
-            assert isinstance(place.step, CacheSchedule)
+            assert isinstance(place.step, Listed)
             with manager.guarded(item), row_scales():
                 evidence = calibrated(plan.recording, plan.pipe, modules, item.step, place.step, metrics)
         writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
-        chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
-        plan = plan.choosing(place, chosen)
+        plan = plan.choosing(place, place.step.with_steps(evidence.mask))
     return plan
 
 
@@ -94,7 +93,7 @@ def calibrated(
     pipe: Any,
     modules: Mapping[str, torch.nn.Module],
     calibrate: Calibrate,
-    schedule: CacheSchedule,
+    schedule: Fixed,
     metrics: Mapping[str, Metric],
 ) -> Evidence:
     """Choose the steps of a schedule.

@@ -9,11 +9,8 @@ from diffkiln.errors import Problem
 from diffkiln.interpreter.cuda import broken_promises
 from diffkiln.passes.base import Pass, State
 from diffkiln.passes.model.vae import VAE
-from diffkiln.passes.program.cache_schedule import CacheSchedule
-from diffkiln.passes.program.calibrate import Calibrate
 from diffkiln.passes.program.compile import Compile
 from diffkiln.passes.registry import Placed
-from diffkiln.program.images import IMAGES
 from diffkiln.spec import Spec, Target
 
 #: Backends whose engines hold code of this torch's CUDA, and are linked with its libraries.
@@ -31,8 +28,7 @@ def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target])
     return [
         *_ignored(spec, targets),
         *_unrecordable(spec, placed),
-        *_lonely_calibrations(placed),
-        *_calibrations_without_images(spec, placed),
+        *(problem for item in placed for problem in item.step.check_beside(spec, steps, item.where)),
         *_without_fallback(spec, placed),
         *_promises(spec, steps, targets),
     ]
@@ -59,11 +55,6 @@ def too_large(plan: State, placed: Sequence[Placed], targets: Sequence[Target]) 
                 "upsamples to no more",
                 f'Add {{"name": "vae", "component": "{name}", "tiling": true}} to "passes", or draw fewer at once.',
             )
-
-
-def is_schedule(place: Placed, component: str) -> bool:
-    """Whether it is the caching schedule of this component."""
-    return isinstance(place.step, CacheSchedule) and place.step.component == component
 
 
 def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
@@ -95,25 +86,6 @@ def _unrecordable(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
         if item.step.weights == "engine":
             reason = "TensorRT brings its engine's weights in from the host, and a CUDA graph holds addresses"
             yield Problem(f"{item.where}.weights", reason, 'Set it to "input", or remove "cuda_graphs".')
-
-
-def _lonely_calibrations(placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Calibrations that nothing follows."""
-    mend = 'Add a cache_schedule with "steps": "calibrated".'
-    for item in placed:
-        if isinstance(item.step, Calibrate) and not any(is_schedule(other, item.step.component) for other in placed):
-            yield Problem(item.where, "no cache_schedule of the component would use it", mend)
-
-
-def _calibrations_without_images(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Calibrations of calls that take more than prompts."""
-    calls = [variant.call for variant in spec.variants]
-    if not any(call.get(keyword) is not None for call in calls for keyword in IMAGES):
-        return
-    for item in placed:
-        if isinstance(item.step, Calibrate):
-            reason = "calibrate draws from prompts alone, and the call takes images"
-            yield Problem(item.where, reason, "Give the steps of the schedule themselves.")
 
 
 def _without_fallback(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
