@@ -135,7 +135,8 @@ class Fixed(CacheSchedule):
             calls.append(woven)
         if not reuses:
             raise ValueError(f"no step that calls {self.component} would reuse one before it")
-        programs = {name: program for part in splits.values() for name, program in _programs(part, module)}
+        parts = [program for part in splits.values() for program in (part.keeping, part.reusing)]
+        programs = {program.name: program for program in parts if program is not None}
         module = replace(module, programs={**module.programs, **programs})
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
 
@@ -214,12 +215,6 @@ class ByInterval(Listed):
         if self.interval is None:
             return super().mask(count)
         return every(count, self.interval, self.start, self.end)
-
-
-def _programs(part: Split, module: Module) -> Iterator[tuple[str, Program]]:
-    yield part.keeping.name, part.keeping
-    if part.reusing is not None:
-        yield part.reusing.name, part.reusing
 
 
 def _told(mask: Mask) -> str:
