@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 class Fact:
     """What a pass established of a component, such as `qkv_fused(transformer)`.
 
-    `by` names the pass, and `reason` says what it means to a pass that it makes illegal, where that pass cannot know.
+    `by` names the pass. `kind` is one word for several facts that make the same illegal, and `reason` says why this one
+    does, which the pass that is illegal cannot know.
     """
 
     name: str
     component: str
     by: str = field(default="", compare=False)
+    kind: str = field(default="", compare=False)
     reason: str = field(default="", compare=False)
 
     def __str__(self) -> str:
@@ -190,9 +192,10 @@ class Pass(Strict):
         if problems:
             return problems
         for fact in sorted(plan.facts, key=str):
-            if fact.component == self.component and fact.name in self.requires_not:
+            refused = self.requires_not.get(fact.name) or self.requires_not.get(fact.kind)
+            if fact.component == self.component and refused:
                 after = f"{self.name} cannot follow {fact.by}: " if fact.by else f"{self.name} after {fact}: "
-                problems.append(Problem(where, after + (fact.reason or self.requires_not[fact.name])))
+                problems.append(Problem(where, after + (fact.reason or refused)))
         return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:

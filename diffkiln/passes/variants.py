@@ -47,6 +47,11 @@ class Variant(Pass):
         """Returns the fields that are the model's alone."""
         return [name for name in cls.model_fields if name not in ("component", *cls.told_by)]
 
+    def options(self) -> dict[str, Any]:
+        """The options as JSON, without those that are not given; those that tell models apart come first."""
+        written = self.model_dump(mode="json", exclude_none=True)
+        return {name: written[name] for name in ("component", *self.told_by, *written)}
+
     @classmethod
     def no_such_field(cls, name: str) -> tuple[str, str]:
         """Returns the reason and the mend where a spec gives an option that the model does not have."""

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from diffkiln.bundle.manifest import PassRow
 from diffkiln.cli import main
-from diffkiln.errors import SpecError
+from diffkiln.errors import Incompatible, SpecError
 from diffkiln.passes.registry import option_models, pass_class, read_passes
 from diffkiln.passes.variants import constant
+from diffkiln.runtime.diffusers.building import pass_of
 from diffkiln.spec import PassEntry, json_schema
 from tests.spec.conftest import EXAMPLE
 from tests.spec.test_schema import fits
@@ -94,3 +96,46 @@ def test_the_json_of_a_pass_has_one_schema_a_method(name, capsys):
     assert main(["passes", name, "--json"]) == 0
     (schema,) = json.loads(capsys.readouterr().out).values()
     assert len(schema["oneOf"]) == len(pass_class(name).variants())
+
+
+_STEPS = {"start": 1, "end": 0}
+#: What a spec says, and what a manifest holds beside it and the component.
+WRITTEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"method": "mask", "steps": [1, 0]}, {"dynamic": False, "keep": "output"}),
+    ({"method": "fora", "interval": 2}, {"dynamic": False, **_STEPS}),
+    ({"method": "fora", "steps": [1, 0]}, {"dynamic": False, **_STEPS}),
+    ({"method": "first_block", "interval": 2}, {"dynamic": False, **_STEPS}),
+    ({"method": "dbcache", "steps": "calibrated"}, {"dynamic": False, **_STEPS, "front": 1, "back": 0}),
+    ({"method": "taylorseer", "interval": 2}, {"dynamic": False, **_STEPS, "keep": "output", "order": 1}),
+    (
+        {"method": "magcache", "ratios": [1.0, 0.5]},
+        {"dynamic": False, "threshold": 0.06, "max_reused": 3, "retention": 0.2},
+    ),
+    ({"method": "deepcache", "interval": 2}, {"dynamic": False, **_STEPS, "depth": 1}),
+    ({"method": "first_block", "dynamic": True, "threshold": 0.1}, {}),
+    ({"method": "seacache", "dynamic": True, "threshold": 0.1}, {}),
+    ({"method": "pab", "dynamic": True, "interval": 2}, {}),
+    ({"method": "fastercache", "dynamic": True, "interval": 2}, {}),
+    ({"type": "int8_weight_only"}, {"backend": "torchao"}),
+    ({"type": "int4_weight_only"}, {"backend": "torchao", "group_size": 64}),
+    ({"type": "float8_dynamic"}, {"backend": "torchao", "granularity": "per_row"}),
+    ({"backend": "bitsandbytes", "type": "int8"}, {}),
+    ({"backend": "bitsandbytes", "type": "nf4"}, {"double_quant": False}),
+    ({"backend": "quanto", "type": "int8"}, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "more"), WRITTEN, ids=str)
+def test_a_manifest_holds_what_was_given_and_the_defaults_of_the_method(given, more):
+    name = "cache_schedule" if "method" in given else "quantize"
+    patterns = {} if "method" in given else {"include": ["*"], "exclude": []}
+    (item,) = read_passes([PassEntry.model_validate({"name": name, "component": "unet", **given})])
+    assert item.step.options() == {"component": "unet", **given, **more, **patterns}
+
+
+def test_a_method_of_a_bundle_that_is_not_known_is_told():
+    row = PassRow(name="quantize", version=1, options={"backend": "torchao", "type": "int9"}, changed=True)
+    with pytest.raises(Incompatible, match="cannot put into diffusers what quantize did: there is no type 'int9'"):
+        pass_of(row)
+    known = row.model_copy(update={"options": {"backend": "torchao", "type": "int8_dynamic"}})
+    assert pass_of(known) is pass_class("quantize").variants()["int8_dynamic of torchao"]

@@ -92,7 +92,8 @@ class Quantize(Variant, ModelPass):
     def provides(self) -> Iterable[Fact]:
         yield Fact("quantized", self.component, self.name)
         if self.uncompiled:
-            yield Fact("uncompilable", self.component, self.name, self.uncompiled)
+            name = f"quantized_by_{constant(type(self), 'backend')}"
+            yield Fact(name, self.component, self.name, "uncompilable", self.uncompiled)
 
     @classmethod
     def missing(cls) -> str:

@@ -52,10 +52,6 @@ class CacheSchedule(Variant, ProgramPass):
             return Problem(f"{where}.dynamic", f"diffusers has no hook that decides {method} at each step", "Remove it")
         return Problem(f"{where}.method", f"{method} decides at each step, in diffusers only", 'Add "dynamic": true')
 
-    def options(self) -> dict[str, Any]:
-        """The options as JSON, without those that are not given."""
-        return self.model_dump(mode="json", exclude_none=True)
-
     def provides(self) -> Iterable[Fact]:
         yield Fact("scheduled", self.component, self.name)
 
