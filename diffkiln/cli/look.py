@@ -77,7 +77,7 @@ def passes_(names: tuple[str, ...], as_json: bool) -> None:
     """
     needs_compiler()
     from diffkiln.passes.registry import option_models
-    from diffkiln.spec import suggest
+    from diffkiln.spec import options_schema, suggest
 
     models = option_models()
     for name in names:
@@ -86,7 +86,7 @@ def passes_(names: tuple[str, ...], as_json: bool) -> None:
             raise click.BadParameter(f"there is no pass {name!r}. {mend}", param_hint="PASS")
     shown = {name: model for name, model in models.items() if name in names or not names}
     if as_json:
-        print_json({name: model.model_json_schema() for name, model in shown.items()})
+        print_json({name: options_schema(model) for name, model in shown.items()})
         return
     if not names:
         show("A spec lists the passes of one component in this order.\n")

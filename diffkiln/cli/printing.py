@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,20 +285,42 @@ def word(value: Any) -> str:
 
 
 def print_pass(name: str, model: type[Pass]) -> None:
-    """Prints a pass: its options with defaults and choices, the passes it cannot follow, and examples."""
+    """Prints a pass: its options with defaults and choices, the passes it cannot follow, and examples.
+
+    Of a pass with several methods each is printed with the options that are its own.
+    """
     show(f"{name}: {model.summary}")
-    properties = model.model_json_schema()["properties"]
-    for field, info in model.model_fields.items():
-        default = "required" if info.is_required() else f"default {_default(info)}"
-        choices = properties[field].get("enum")
-        among = f" One of {', '.join(map(str, choices))}." if choices else ""
-        show(f"    {field}  ({default})")
-        show(_indented(f"{info.description}{among}", 8))
+    _print_options(model, model.model_fields, 4)
+    for variant in model.variants().values():
+        _print_variant(variant, variant.model_fields.keys() - model.model_fields.keys())
     for fact, reason in model.requires_not.items():
         show(_indented(f"not after {fact}: {reason}", 4))
     for example in model.examples:
         show(_indented(f"example: {json.dumps(example)}", 4))
     show()
+
+
+def _print_variant(model: type[Pass], own: Set[str]) -> None:
+    """Prints the fields that tell a method apart as a spec has them, a sentence about it, and its other options."""
+    properties = model.model_json_schema()["properties"]
+    constants = {field: properties[field]["const"] for field in own if "const" in properties[field]}
+    # What is false is so by itself.
+    written = [field for field in sorted(constants, reverse=True) if constants[field]]
+    apart = [f'"{field}": {json.dumps(constants[field])}' for field in written]
+    sentence = " ".join((model.__doc__ or "").partition("\n\n")[0].split())
+    show(_indented(f"{', '.join(apart)}: {sentence}", 4))
+    _print_options(model, own - constants.keys(), 8)
+
+
+def _print_options(model: type[Pass], names: Collection[str], by: int) -> None:
+    properties = model.model_json_schema()["properties"]
+    for field, info in model.model_fields.items():
+        if field in names:
+            default = "required" if info.is_required() else f"default {_default(info)}"
+            choices = properties[field].get("enum")
+            among = f" One of {', '.join(map(str, choices))}." if choices else ""
+            show(_indented(f"{field}  ({default})", by))
+            show(_indented(f"{info.description}{among}", by + 4))
 
 
 def _indented(text: str, by: int) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from diffkiln.bundle import BundleWriter
 from diffkiln.compiler.in_memory import InMemory
-from diffkiln.compiler.legality import is_schedule
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Stages
@@ -26,9 +25,8 @@ from diffkiln.models.meta import load_module
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
+from diffkiln.passes.base import Pass
 from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave, with_kept
-from diffkiln.passes.program.cache_schedule import CacheSchedule
-from diffkiln.passes.program.calibrate import Calibrate
 from diffkiln.program import CALL, STEP, Builder, Op, Program, Ref, split_off
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
@@ -38,6 +36,28 @@ from diffkiln.runtime.variants import CompiledVariant
 
 #: Gives a number for images [prompts, …] from 0 to 1, float32, and the prompts that they were drawn for.
 Metric = Callable[[torch.Tensor, Sequence[str]], float]
+
+
+class Calibration(Protocol):
+    """What a pass that has a schedule's steps chosen says of it; `texts` are its prompts."""
+
+    component: str
+    seed: int
+    computed: int | None
+    tried: int
+    metric: str
+    at_least: float | None
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+    def options(self) -> dict[str, Any]: ...
+
+
+class Schedule(Protocol):
+    """The pass whose steps are chosen."""
+
+    def splits(self, recording: Recording) -> dict[str, Split]: ...
+    def with_steps(self, mask: Mask) -> Pass: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ class Evidence:
     costs: list[list[float]]
     measured: Mapping[Mask, float]
 
-    def as_json(self, calibrate: Calibrate) -> dict[str, Any]:
+    def as_json(self, calibrate: Calibration) -> dict[str, Any]:
         tried = [{"steps": list(map(int, mask)), "metric": _short(value)} for mask, value in self.measured.items()]
         return {
             **calibrate.options(),
@@ -73,20 +93,21 @@ def _short(value: float) -> float:
 def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], stages: Stages) -> Plan:
     """The plan with the steps of schedules chosen, by the real pipeline; what was measured goes into the bundle."""
     for item in plan.placed:
-        if not isinstance(item.step, Calibrate) or not plan.recording.calls:
+        if not plan.recording.calls or not any(fact.name == "calibrated" for fact in item.step.provides()):
             continue
+        calibration: Any = item.step
         component = item.step.component
-        place = next(place for place in plan.placed if is_schedule(place, component))
+        after = [place for place in plan.placed if place.step.component == component]
+        place = next(place for place in after if "calibrated" in place.step.takes)
+        schedule: Any = place.step
         with stages(f"calibrate the schedule of {component}"), quiet_libraries():
             modules = {name: load_module(plan.source, name, plan.dtype) for name in plan.state.modules}
             for name, module in modules.items():
                 manager.apply(module, name, plan.placed)
-            assert isinstance(place.step, CacheSchedule)
             with manager.guarded(item), row_scales():
-                evidence = calibrated(plan.recording, plan.pipe, modules, item.step, place.step, metrics)
-        writer.write(f"calibration/{component}.json", as_json(evidence.as_json(item.step)), "doc")
-        chosen = place.step.model_copy(update={"steps": tuple(int(step) for step in evidence.mask)})
-        plan = plan.choosing(place, chosen)
+                evidence = calibrated(plan.recording, plan.pipe, modules, calibration, schedule, metrics)
+        writer.write(f"calibration/{component}.json", as_json(evidence.as_json(calibration)), "doc")
+        plan = plan.choosing(place, schedule.with_steps(evidence.mask))
     return plan
 
 
@@ -94,8 +115,8 @@ def calibrated(
     recording: Recording,
     pipe: Any,
     modules: Mapping[str, torch.nn.Module],
-    calibrate: Calibrate,
-    schedule: CacheSchedule,
+    calibrate: Calibration,
+    schedule: Schedule,
     metrics: Mapping[str, Metric],
 ) -> Evidence:
     """Choose the steps of a schedule.
@@ -133,7 +154,7 @@ def calibrated(
     return Evidence(max(tried, key=value), costs, measured)
 
 
-def _metric(calibrate: Calibrate, metrics: Mapping[str, Metric], run: _Real) -> Metric:
+def _metric(calibrate: Calibration, metrics: Mapping[str, Metric], run: _Real) -> Metric:
     if calibrate.metric in metrics:
         return metrics[calibrate.metric]
     if calibrate.metric != "psnr":
@@ -148,7 +169,7 @@ def _metric(calibrate: Calibrate, metrics: Mapping[str, Metric], run: _Real) -> 
     return psnr
 
 
-def _fewest(costs: list[list[float]], value: Callable[[Mask], float], calibrate: Calibrate) -> int:
+def _fewest(costs: list[list[float]], value: Callable[[Mask], float], calibrate: Calibration) -> int:
     """The fewest computed steps whose images keep the metric: by halving, since more steps give better images."""
     floor, count = float(calibrate.at_least or 0.0), len(costs)
     low, high, best = 1, count, float("-inf")
@@ -172,7 +193,7 @@ class _Real:
     """The recorded call with real weights, for every prompt."""
 
     def __init__(
-        self, recording: Recording, pipe: Any, modules: Mapping[str, torch.nn.Module], calibrate: Calibrate
+        self, recording: Recording, pipe: Any, modules: Mapping[str, torch.nn.Module], calibrate: Calibration
     ) -> None:
         self.recording, self._calibrate = recording, calibrate
         self.weights = {name: dict(weights_of(module)) for name, module in modules.items()}

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Sequence
 from diffkiln.errors import Problem
 from diffkiln.passes.base import State
 from diffkiln.passes.model.vae import VAE
-from diffkiln.passes.program.cache_schedule import CacheSchedule
-from diffkiln.passes.program.calibrate import Calibrate
 from diffkiln.passes.program.compile import Compile
 from diffkiln.passes.registry import Placed
-from diffkiln.program.images import IMAGES
 from diffkiln.spec import Spec, Target
 
 #: The most values that torch's nearest upsampling makes on a GPU. Beyond it raises; with channels last it gives zeros.
@@ -23,10 +20,10 @@ _IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt
 
 def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> list[Problem]:
     """Everything that the parts of a spec ask of each other, and of this machine's CUDA, in vain."""
+    steps = [item.step for item in placed]
     return [
         *_ignored(spec, targets),
-        *_lonely_calibrations(placed),
-        *_calibrations_without_images(spec, placed),
+        *(problem for item in placed for problem in item.step.check_beside(spec, steps, item.where)),
         *_of_engines(spec, placed, targets),
     ]
 
@@ -54,11 +51,6 @@ def too_large(plan: State, placed: Sequence[Placed], targets: Sequence[Target]) 
             )
 
 
-def is_schedule(place: Placed, component: str) -> bool:
-    """Whether it is the caching schedule of this component."""
-    return isinstance(place.step, CacheSchedule) and place.step.component == component
-
-
 def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
     """What the runtime section asks for and the targets would ignore."""
     if any(target.device != "cpu" for target in targets):
@@ -72,25 +64,6 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
     if runtime.cuda_graphs is not None:
         reason = "a graph is of a GPU's launches, and a CPU has none"
         yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
-
-
-def _lonely_calibrations(placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Calibrations that nothing follows."""
-    mend = 'Add a cache_schedule with "steps": "calibrated".'
-    for item in placed:
-        if isinstance(item.step, Calibrate) and not any(is_schedule(other, item.step.component) for other in placed):
-            yield Problem(item.where, "no cache_schedule of the component would use it", mend)
-
-
-def _calibrations_without_images(spec: Spec, placed: Sequence[Placed]) -> Iterator[Problem]:
-    """Calibrations of calls that take more than prompts."""
-    calls = [variant.call for variant in spec.variants]
-    if not any(call.get(keyword) is not None for call in calls for keyword in IMAGES):
-        return
-    for item in placed:
-        if isinstance(item.step, Calibrate):
-            reason = "calibrate draws from prompts alone, and the call takes images"
-            yield Problem(item.where, reason, "Give the steps of the schedule themselves.")
 
 
 def _of_engines(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffkiln import plugins
-from diffkiln.errors import Problem
+from diffkiln.errors import Problem, SpecError
 from diffkiln.program import Module
-from diffkiln.spec import Strict, Target, suggest
+from diffkiln.spec import Spec, Strict, Target, problems_from, suggest
 
 if TYPE_CHECKING:
     from diffkiln.record.pipeline import Recording
@@ -27,11 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fact:
-    """What a pass established of a component, such as `qkv_fused(transformer)`; `by` names the pass."""
+    """What a pass established of a component, such as `qkv_fused(transformer)`.
+
+    `by` names the pass. `kind` is one word for several facts that make the same illegal, and `reason` says why this one
+    does, which the pass that is illegal cannot know.
+    """
 
     name: str
     component: str
     by: str = field(default="", compare=False)
+    kind: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}({self.component})"
@@ -124,7 +130,8 @@ class Pass(Strict):
     `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know;
     `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
     it is given modules in which some blocks have data and the others are ghosts; `before` and `after`, the passes of
-    the same component that it must stand before or after, each with the reason, "*" for all others.
+    the same component that it must stand before or after, each with the reason, "*" for all others; `takes`, facts of
+    earlier passes that are there for its sake.
     """
 
     name: ClassVar[str]
@@ -138,6 +145,7 @@ class Pass(Strict):
     needs_all: ClassVar[str] = ""
     before: ClassVar[Mapping[str, str]] = {}
     after: ClassVar[Mapping[str, str]] = {}
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
@@ -148,6 +156,37 @@ class Pass(Strict):
         Without options, or where they choose what there is not: a model with all fields, for schema and help.
         """
         return cls
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Pass]]:
+        """Returns the options models of a pass with several methods by what a user calls each; most have none."""
+        return {}
+
+    @classmethod
+    def variant(cls, options: Mapping[str, Any], where: str = "") -> type[Pass]:
+        """Returns the model that has these options: the pass itself, unless it has variants.
+
+        Args:
+            options: of a spec or a manifest.
+            where: their JSON path.
+
+        Raises:
+            SpecError: they name no variant.
+        """
+        return cls
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], where: str) -> Pass:
+        """Returns the pass with these options of a spec, which stand at the JSON path `where`.
+
+        Raises:
+            SpecError: some are wrong; says all of them.
+        """
+        model = cls.model_for(options)
+        try:
+            return model.model_validate(options)
+        except ValidationError as error:
+            raise SpecError(problems=problems_from(error, model, where)) from None
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         """The pass with the files that it names found and looked at; relative paths start from `base`.
@@ -163,10 +202,15 @@ class Pass(Strict):
         if problems:
             return problems
         for fact in sorted(plan.facts, key=str):
-            if fact.component == self.component and fact.name in self.requires_not:
+            refused = self.requires_not.get(fact.name) or self.requires_not.get(fact.kind)
+            if fact.component == self.component and refused:
                 after = f"{self.name} cannot follow {fact.by}: " if fact.by else f"{self.name} after {fact}: "
-                problems.append(Problem(where, after + self.requires_not[fact.name]))
+                problems.append(Problem(where, after + (fact.reason or refused)))
         return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
+
+    def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
+        """What the rest of the spec makes illegal, of which `others` are all passes."""
+        return ()
 
     def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         """The pass's own objections to this component."""

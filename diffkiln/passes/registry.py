@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from pydantic import ValidationError
 
 from diffkiln import plugins
 from diffkiln.errors import Problem, SpecError
 from diffkiln.passes.base import Pass
 from diffkiln.passes.order import ORDER
-from diffkiln.spec import PassEntry, problems_from, suggest
+from diffkiln.spec import PassEntry, suggest
 
 
 @dataclass(frozen=True)
@@ -89,39 +88,45 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
             problems.append(Problem(f"{where}.name", f"there is no pass {entry.name!r}", mend))
             continue
         cls = known[entry.name]
-        for key, options in _spread(cls, entry.options, where, problems):
+        try:
+            spread = _spread(cls, entry.options, where)
+        except SpecError as error:
+            problems += error.problems
+            continue
+        for key, options in spread.items():
             at = f"{where}.mapping.{key}" if key else where
-            model = cls.model_for(options)
             try:
-                placed.append(Placed(index, model.model_validate(options), key))
-            except ValidationError as error:
-                problems += problems_from(error, model, at)
+                placed.append(Placed(index, cls.read(options, at), key))
+            except SpecError as error:
+                problems += error.problems
     if problems:
         raise SpecError(problems=problems)
     return placed
 
 
-def _spread(
-    cls: type[Pass], options: dict[str, Any], where: str, problems: list[Problem]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The options of each component of a mapping, with those beside it as defaults; or the options as they are."""
+def _spread(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The options of each component of a mapping, with those beside it as defaults; under "" those without a mapping.
+
+    Raises:
+        SpecError: the mapping is none of components.
+    """
     if "mapping" not in options or not cls.maps:
-        yield "", options
-        return
+        return {"": options}
     common = {key: value for key, value in options.items() if key != "mapping"}
     mapping = options["mapping"]
     if "component" in common:
-        problems.append(Problem(f"{where}.component", "names one component beside a mapping of several", "Remove it."))
-    elif not isinstance(mapping, dict) or not mapping or not all(isinstance(row, dict) for row in mapping.values()):
-        reason = 'must give options for each component, such as {"transformer": {"type": "int8_weight_only"}}'
-        problems.append(Problem(f"{where}.mapping", reason))
-    else:
-        for component, row in mapping.items():
-            if "component" in row:
-                reason = "names a component again, which is the key of the mapping already"
-                problems.append(Problem(f"{where}.mapping.{component}.component", reason, "Remove it."))
-            else:
-                yield component, {**common, **row, "component": component}
+        problem = Problem(f"{where}.component", "names one component beside a mapping of several", "Remove it.")
+        raise SpecError(problems=[problem])
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(row, dict) for row in mapping.values()):
+        example = next(json.dumps(entry["mapping"]) for entry in cls.examples if "mapping" in entry)
+        raise SpecError(
+            problems=[Problem(f"{where}.mapping", f"must give options for each component, such as {example}")]
+        )
+    reason = "names a component again, which is the key of the mapping already"
+    twice = [component for component, row in mapping.items() if "component" in row]
+    if twice:
+        raise SpecError(problems=[Problem(f"{where}.mapping.{name}.component", reason, "Remove it.") for name in twice])
+    return {component: {**common, **row, "component": component} for component, row in mapping.items()}
 
 
 #: What counts the steps that the scheduler makes.

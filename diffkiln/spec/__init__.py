@@ -3,8 +3,8 @@
 from diffkiln.spec.migrate import migrate
 from diffkiln.spec.model import Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
 from diffkiln.spec.parse import parse_spec
-from diffkiln.spec.problems import problems_from, refuse, suggest
-from diffkiln.spec.schema import json_schema
+from diffkiln.spec.problems import problems_from, refuse, show, suggest
+from diffkiln.spec.schema import json_schema, options_schema
 from diffkiln.spec.strict import Conflict, Json, Strict, as_tuple, freeze
 from diffkiln.spec.targets import CPU_FLAGS, CPUS, GPUS, TARGETS, Target, find_gpu, resolve_target, resolve_targets
 
@@ -29,10 +29,12 @@ __all__ = [
     "freeze",
     "json_schema",
     "migrate",
+    "options_schema",
     "parse_spec",
     "problems_from",
     "refuse",
     "resolve_target",
     "resolve_targets",
+    "show",
     "suggest",
 ]

@@ -128,7 +128,7 @@ def _problem(detail: ErrorDetails, place: _Place, prefix: str) -> Problem:
     if kind == "missing":
         return Problem(where, "this field is missing", _describe(place.owner, str(place.path[-1])))
     if kind == "extra_forbidden":
-        return Problem(where, "there is no such field", _mend_field(place.owner, str(place.path[-1])))
+        return Problem(where, *_no_such_field(place.owner, str(place.path[-1])))
     if kind in ("literal_error", "enum"):
         return _not_a_choice(where, value, context["expected"])
     if kind == "union_tag_invalid":
@@ -151,6 +151,13 @@ def _describe(owner: type[BaseModel] | None, name: str) -> str:
     field = _fields(owner).get(name)
     description = (field.description or "") if field else ""
     return f"Add it: {' '.join(description.split())}" if description else "Add it"
+
+
+def _no_such_field(owner: type[BaseModel] | None, name: str) -> tuple[str, str]:
+    """The reason and the mend; a model may have words of its own for it."""
+    if words := getattr(owner, "no_such_field", None):
+        return words(name)
+    return "there is no such field", _mend_field(owner, name)
 
 
 def _mend_field(owner: type[BaseModel] | None, name: str) -> str:

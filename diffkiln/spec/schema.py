@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,14 +17,20 @@ _REF = "#/$defs/{model}"
 
 
 def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """JSON Schema 2020-12 of a spec whose passes are those named in `pass_options`, each with its options' model."""
-    models = [Spec, PassEntry, *dict.fromkeys(pass_options.values())]
+    """JSON Schema 2020-12 of a spec whose passes are those named in `pass_options`, each with its options' model.
+
+    A model with `variants` stands for all of them.
+    """
+    variants = {name: _variants(model) for name, model in sorted(pass_options.items())}
+    models = [Spec, PassEntry, *dict.fromkeys(model for several in variants.values() for model in several)]
     names, schema = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     definitions: dict[str, Any] = schema["$defs"]
     defined = {model: definitions[names[model, "validation"]["$ref"].removeprefix("#/$defs/")] for model in models}
-    entries = [
-        _entry(name, defined[model], getattr(model, "maps", False)) for name, model in sorted(pass_options.items())
-    ]
+    entries: list[dict[str, Any]] = []
+    for name, several in variants.items():
+        entries += [_entry(name, defined[model]) for model in several]
+        if getattr(pass_options[name], "maps", False):
+            entries.append(_mapping(name, entries[-len(several) :]))
     if entries:
         defined[PassEntry].clear()
         defined[PassEntry].update({"title": "Pass", "oneOf": entries})
@@ -33,36 +39,68 @@ def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     return {"$schema": DIALECT, "$id": SCHEMA_ID, **whole, "$defs": _used(definitions, whole)}
 
 
-def _entry(name: str, options: dict[str, Any], maps: bool) -> dict[str, Any]:
-    """The schema of one pass in a spec: the constant name, and the fields of its options.
+def options_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema of the options of a pass: of each method, where it has several."""
+    several = _variants(model)
+    if several == [model]:
+        return model.model_json_schema()
+    return {"title": model.__name__, "oneOf": [variant.model_json_schema() for variant in several]}
 
-    One that `maps` takes a mapping of components to options in the place of one component.
-    """
+
+def _variants(model: Any) -> list[type[BaseModel]]:
+    """The models of a pass with several methods, or the one model."""
+    return list(model.variants().values()) if getattr(model, "variants", dict)() else [model]
+
+
+def _entry(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one pass in a spec: the constant name, and the fields of its options."""
     described = {"description": options["description"]} if "description" in options else {}
     rest = {
         key: value for key, value in options.items() if key not in ("title", "description", "properties", "required")
     }
-    fields, required = options.get("properties", {}), list(options.get("required", ()))
-    entry = {
+    return {
         "title": name,
         **described,
         **rest,
         "type": "object",
-        "properties": {"name": {"const": name}, **fields},
-        "required": ["name", *required],
+        "properties": {"name": {"const": name}, **options.get("properties", {})},
+        "required": ["name", *options.get("required", ())],
         "additionalProperties": False,
     }
-    if maps:
-        own = {key: value for key, value in fields.items() if key != "component"}
-        entry["properties"]["mapping"] = {
-            "type": "object",
-            "description": "Options for each of several components, in the place of one component.",
-            "minProperties": 1,
-            "additionalProperties": {"type": "object", "properties": own, "additionalProperties": False},
-        }
-        entry["required"] = ["name"]
-        entry["oneOf"] = [{"required": required}, {"required": ["mapping"]}]
-    return entry
+
+
+def _mapping(name: str, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The schema of a mapping of components to options of one of these entries, in the place of one component.
+
+    Options that stand beside the mapping are for all components, so that none is required in either place.
+    """
+    fields: dict[str, Any] = {}
+    for entry in entries:
+        for key, field in entry["properties"].items():
+            fields[key] = _either(fields[key], field) if key in fields else field
+    own = {key: field for key, field in fields.items() if key not in ("name", "component")}
+    mapping = {
+        "type": "object",
+        "description": "Options for each of several components, in the place of one component.",
+        "minProperties": 1,
+        "additionalProperties": {"type": "object", "properties": own, "additionalProperties": False},
+    }
+    return {
+        "title": name,
+        "type": "object",
+        "properties": {"name": {"const": name}, "mapping": mapping, **own},
+        "required": ["name", "mapping"],
+        "additionalProperties": False,
+    }
+
+
+def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that two models have: either's values, where both take some values only."""
+    values = [value for field in (one, other) for value in field.get("enum", [field.get("const")])]
+    if one == other or None in values:
+        return one
+    rest = {key: value for key, value in one.items() if key not in ("const", "enum", "default")}
+    return {**rest, "enum": list(dict.fromkeys(values))}
 
 
 def _name_gpus(field: dict[str, Any]) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from diffkiln.bundle import Manifest, Requires
-from diffkiln.passes.program.cache_schedule import DYNAMIC, OPTIONS
-from diffkiln.passes.quantizers import quantizer
-from diffkiln.passes.registry import option_models, read_passes
+from diffkiln.passes.registry import option_models, pass_class, read_passes
+from diffkiln.passes.variants import constant
 from diffkiln.spec import PassEntry
 from diffkiln.spec.model import Inputs, Offload, Runtime, Source, Spec, TargetSpec
 from tests.docs.examples import blocks, values
@@ -24,7 +23,10 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"\w+", (ROOT / "docs" / name).read_text()))
 
 
-@pytest.mark.parametrize("model", [Spec, Source, TargetSpec, Inputs, Runtime, Offload, *option_models().values()])
+PASSES = [model for cls in option_models().values() for model in (cls, *cls.variants().values())]
+
+
+@pytest.mark.parametrize("model", [Spec, Source, TargetSpec, Inputs, Runtime, Offload, *PASSES])
 def test_every_field_of_a_spec_is_explained(model):
     assert set(model.model_fields) <= _words("spec.md")
 
@@ -65,12 +67,11 @@ def test_the_examples_of_schedules_are_read():
     read_passes([PassEntry.model_validate(item) for item in entries])
 
 
-def test_every_method_of_a_schedule_is_explained():
-    text = (ROOT / "docs" / "schedules.md").read_text()
-    assert all(f"`{method}`" in text for method in (*OPTIONS, *DYNAMIC))
-
-
-def test_every_type_of_quantization_is_explained():
-    text = (ROOT / "docs" / "passes.md").read_text()
-    for backend in ("torchao", "bitsandbytes", "quanto"):
-        assert all(f"`{kind}`" in text for kind in quantizer(backend).options)
+@pytest.mark.parametrize(("name", "document"), [("cache_schedule", "schedules.md"), ("quantize", "passes.md")])
+def test_every_method_and_its_options_are_explained(name, document):
+    text = (ROOT / "docs" / document).read_text()
+    models = pass_class(name).variants().values()
+    assert models
+    for model in models:
+        told = [constant(model, field) for field in model.told_by if field in ("method", "type", "backend")]
+        assert all(f"`{word}`" in text for word in (*told, *set(model.own_fields()) - {"include", "exclude"}))

@@ -14,6 +14,10 @@ from diffkiln.errors import IllegalPlan, Incompatible, SpecError
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.caching import every
+from diffkiln.passes.program.cache_schedule import CacheSchedule
+from diffkiln.passes.registry import pass_class, read_passes
+from diffkiln.passes.variants import constant
+from diffkiln.spec import PassEntry
 from tests.end_to_end.test_families import spec_of
 from tests.passes.caching import definitions
 from tests.passes.caching.definitions import Run
@@ -190,13 +194,30 @@ WRONG = {
     "another method's option": (
         {"method": "fora", "interval": 2, "depth": 2},
         "$.passes[0].depth",
-        "nothing about",
+        "fora has no option depth. It has interval, start, end, steps.",
     ),
     "both": ({"method": "fora", "interval": 2, "steps": [1] * 6}, "$.passes[0].interval", "beside steps"),
     "dynamic without being asked": ({"method": "pab", "interval": 2}, "$.passes[0].method", "at each step"),
     "no dynamic form": ({"method": "fora", "interval": 2, "dynamic": True}, "$.passes[0].dynamic", "no hook"),
-    "dynamic without threshold": ({"method": "first_block", "dynamic": True}, "$.passes[0].threshold", "is needed"),
-    "no such method": ({"method": "teacache"}, "$.passes[0].method", "mask"),
+    "dynamic without threshold": ({"method": "first_block", "dynamic": True}, "$.passes[0].threshold", "is missing"),
+    "no such method": (
+        {"method": "tailorseer"},
+        "$.passes[0].method",
+        "method 'tailorseer'. Did you mean \"taylorseer\"?",
+    ),
+    "a method like no other": (
+        {"method": "x"},
+        "$.passes[0].method",
+        "no method 'x'. There are mask, fora, first_block,",
+    ),
+    "no method": ({"interval": 2}, "$.passes[0].method", "is missing"),
+    "a method that is no text": ({"method": 5}, "$.passes[0].method", "must be text, not 5"),
+    "dynamic that is no boolean": (
+        {"method": "pab", "interval": 2, "dynamic": 1},
+        "$.passes[0].dynamic",
+        "must be true or false, not 1",
+    ),
+    "mask without steps": ({"method": "mask"}, "$.passes[0].steps", "is missing"),
 }
 
 
@@ -318,3 +339,34 @@ def test_a_pipeline_that_tells_the_hooks_nothing_is_refused_with_them(families, 
     built = diffkiln.compile(made, tmp_path / "bundle")
     with quiet_libraries(), pytest.raises(Incompatible, match="which of its calls is which, which taylorseer needs"):
         diffkiln.load(built.path, as_diffusers=True)
+
+
+SCHEDULES = pass_class("cache_schedule").variants()
+FOREIGN = [
+    (called, option)
+    for called, model in SCHEDULES.items()
+    for option in sorted({name for other in SCHEDULES.values() for name in other.own_fields()} - {*model.own_fields()})
+]
+
+
+@pytest.mark.parametrize(("called", "option"), FOREIGN, ids="-".join)
+def test_every_option_of_every_other_method_is_refused_by_name(called, option):
+    model = SCHEDULES[called]
+    given = {field: constant(model, field) for field in model.told_by}
+    given |= {"steps": (1, 0), "interval": 2, "ratios": (1.0, 1.0), "threshold": 0.1}
+    given = {name: value for name, value in given.items() if name in model.model_fields}
+    if "interval" in given:
+        given.pop("steps", None)
+    entry = {"name": "cache_schedule", "component": "transformer", **given}
+    assert isinstance(read_passes([PassEntry.model_validate(entry)])[0].step, model)
+    with pytest.raises(SpecError) as caught:
+        read_passes([PassEntry.model_validate(entry | {option: 2})])
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.reason) == (f"$.passes[0].{option}", f"{called} has no option {option}")
+    # A null gives nothing, and so changes nothing.
+    assert read_passes([PassEntry.model_validate(entry | {option: None})])
+
+
+def test_methods_are_schedules():
+    assert all(issubclass(model, CacheSchedule) for model in SCHEDULES.values())
+    assert len(SCHEDULES) == 11

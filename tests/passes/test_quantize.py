@@ -1,10 +1,15 @@
 """quantize: every backend and type, chosen by patterns, mapped to components."""
 
+import re
+
 import pytest
 import torch
 
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.passes import manager
+from diffkiln.passes.model.quantize import Quantize
+from diffkiln.passes.registry import pass_class
+from diffkiln.passes.variants import constant
 from tests.passes.plans import A100, CPU, H200, both, checked, ghost, placed, real, types
 
 INT8 = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
@@ -106,7 +111,7 @@ def test_four_bits_of_rows_that_are_no_multiple_of_a_block():
 
 @pytest.mark.parametrize("backend", ["bitsandbytes", "quanto"])
 def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch, backend):
-    monkeypatch.setattr("diffkiln.passes.quantizers.base.find_spec", lambda _: None)
+    monkeypatch.setattr("diffkiln.passes.model.quantize.base.find_spec", lambda _: None)
     plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=rf"is not installed\. pip install 'diffkiln\[{backend}\]'") as caught:
         checked(plan, _entry(backend, "int8"))
@@ -270,3 +275,43 @@ def test_notes_say_how_much_was_quantized():
     _, report = manager.run(plan, checked(plan, INT8))
     layers = sum(isinstance(part, torch.nn.Linear) for part in real("flux", "transformer").modules())
     assert report[0].notes[0].startswith(f"{layers} linear layers, ")
+
+
+KINDS = pass_class("quantize").variants()
+FOREIGN = [
+    (called, option)
+    for called, model in KINDS.items()
+    for option in sorted({name for other in KINDS.values() for name in other.own_fields()} - {*model.own_fields()})
+]
+
+
+@pytest.mark.parametrize(("called", "option"), FOREIGN, ids="-".join)
+def test_every_option_of_every_other_type_is_refused_by_name(called, option):
+    entry = _entry(*(constant(KINDS[called], field) for field in KINDS[called].told_by))
+    assert isinstance(placed(entry)[0].step, KINDS[called])
+    with pytest.raises(SpecError) as caught:
+        placed(entry | {option: True})
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.reason) == (f"$.passes[0].{option}", f"{called} has no option {option}")
+    assert problem.mend.startswith("It has include, exclude")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "told"),
+    [
+        ({"backend": "torcho", "type": "int8"}, "backend", "no backend 'torcho'. Did you mean \"torchao\"?"),
+        ({"backend": "quanto"}, "type", "this field is missing. Add it: Type of the quantized weights"),
+        ({"backend": "quanto", "type": "int9"}, "type", "no type 'int9'. Did you mean \"int8\"?"),
+        ({"type": "nf4"}, "type", 'nf4 is no type of torchao. Set "backend": "bitsandbytes", or choose one of int8_'),
+        ({"type": ["nf4"]}, "type", 'must be text, not ["nf4"]'),
+    ],
+)
+def test_an_unknown_type_is_refused_with_the_nearest(options, where, told):
+    with pytest.raises(SpecError, match=re.escape(told)) as caught:
+        placed({"name": "quantize", "component": "transformer", **options})
+    assert [problem.where for problem in caught.value.problems] == [f"$.passes[0].{where}"]
+
+
+def test_types_are_quantize():
+    assert all(issubclass(model, Quantize) for model in KINDS.values())
+    assert len(KINDS) == 9

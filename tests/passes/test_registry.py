@@ -25,7 +25,7 @@ def test_the_order_names_every_built_in_pass_once():
 @pytest.mark.parametrize("name", ORDER)
 def test_pass_has_its_file_its_kind_and_its_test(name):
     cls, folder = pass_class(name), Path(passes.__file__).parent
-    kind = "model" if (folder / "model" / f"{name}.py").is_file() else "program"
+    kind = next(kind for kind in ("model", "program") if list((folder / kind).glob(f"{name}*")))
     assert cls.__module__ == f"diffkiln.passes.{kind}.{name}"
     assert issubclass(cls, ModelPass if kind == "model" else ProgramPass)
     assert cls.name == name
@@ -33,7 +33,8 @@ def test_pass_has_its_file_its_kind_and_its_test(name):
 
 
 def test_options_are_described():
-    for name, model in option_models().items():
+    models = [(name, model) for name, cls in option_models().items() for model in (cls, *cls.variants().values())]
+    for name, model in models:
         for field, info in model.model_fields.items():
             assert info.description, f"{name}.{field}"
 

@@ -23,7 +23,7 @@ from diffkiln.models.licences import CARD
 from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
-from diffkiln.passes.quantizers.base import is_ghost
+from diffkiln.passes.layers import is_ghost
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
 #: layer, what of the adapter, after the library's own conversion.

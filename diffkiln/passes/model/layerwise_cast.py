@@ -11,7 +11,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Cast, store
 from diffkiln.passes.base import Fact, ModelPass, State
-from diffkiln.passes.model.quantize import is_quantized
+from diffkiln.passes.layers import is_quantized
 from diffkiln.spec import Target
 from diffkiln.spec.expressions import Expressions
 

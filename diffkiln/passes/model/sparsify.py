@@ -11,8 +11,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Sparse24, matching, store
 from diffkiln.passes.base import Fact, ModelPass, State
-from diffkiln.passes.model.quantize import linear_layers
-from diffkiln.passes.quantizers.base import is_ghost
+from diffkiln.passes.layers import is_ghost, linear_layers
 from diffkiln.spec import Target
 
 #: The first GPUs with sparse tensor cores.

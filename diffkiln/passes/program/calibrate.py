@@ -12,7 +12,8 @@ from pydantic import Field, PrivateAttr
 
 from diffkiln.errors import Problem, SourceError
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, State
-from diffkiln.spec import Conflict, Target, refuse
+from diffkiln.program.images import IMAGES
+from diffkiln.spec import Conflict, Spec, Target, refuse
 
 #: A prompts file is read whole; one that is larger is something else.
 _MAX_BYTES = 2**20
@@ -91,6 +92,14 @@ class Calibrate(ProgramPass):
 
     def provides(self) -> Iterable[Fact]:
         return [Fact("calibrated", self.component, self.name)]
+
+    def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
+        if not any(other.component == self.component and "calibrated" in other.takes for other in others):
+            mend = 'Add a cache_schedule with "steps": "calibrated".'
+            yield Problem(where, "no cache_schedule of the component would use it", mend)
+        if any(variant.call.get(keyword) is not None for variant in spec.variants for keyword in IMAGES):
+            reason = "calibrate draws from prompts alone, and the call takes images"
+            yield Problem(where, reason, "Give the steps of the schedule themselves.")
 
     def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in plan.denoisers:

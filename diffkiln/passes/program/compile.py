@@ -16,7 +16,6 @@ from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, ProgramPass, State
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
-from diffkiln.passes.quantizers.bitsandbytes import BitsAndBytes
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Runtime, Target, refuse
 
@@ -38,7 +37,7 @@ class Compile(ProgramPass):
     summary: ClassVar[str] = "compile a component ahead of time: its repeated blocks or all of it"
     after: ClassVar = {"*": "engines are built from what the other passes leave"}
     requires_not: ClassVar = {
-        "quantized_by_bitsandbytes": BitsAndBytes.compiles,
+        "uncompilable": "an earlier pass left layers that no engine can hold",
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
         "blocks, or do not compile the component",
         "gguf": "GGUF's layers are unpacked by operations that an engine would repeat at every call. Quantize the "

@@ -22,7 +22,7 @@ from diffkiln import plugins
 from diffkiln.bundle import GroupRow, PassRow, Verified
 from diffkiln.bundle.configurations import fetches_code
 from diffkiln.bundle.layout import LAYERS
-from diffkiln.errors import Incompatible, IntegrityError, MissingDependency
+from diffkiln.errors import Incompatible, IntegrityError, MissingDependency, SpecError
 from diffkiln.guards.building import bounded_building
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.layers import store_as_described
@@ -84,14 +84,23 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
 
 
 def pass_of(row: PassRow) -> Any:
-    """The pass of a manifest's row. Raises `MissingDependency` where the distribution that brings it is not there."""
+    """The pass of a manifest's row, and of its methods the one that the options name.
+
+    Raises:
+        MissingDependency: the distribution that brings the pass is not there.
+        Incompatible: this diffkiln has no such method.
+    """
     known = plugins.plugins("passes")
     if row.name not in known:
         raise MissingDependency(
             f"this bundle was made with the pass {row.name!r}, and no installed package brings it. Install that "
             "package, or load the bundle without as_diffusers"
         )
-    return known[row.name].load()
+    try:
+        return known[row.name].load().variant(row.options)
+    except SpecError as error:
+        reason = error.problems[0].reason
+        raise Incompatible(f"this diffkiln cannot put into diffusers what {row.name} did: {reason}") from None
 
 
 def _read_layers(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import diffkiln
 from diffkiln.errors import IllegalPlan
 from diffkiln.interpreter.layers import scaled
 from diffkiln.interpreter.layers.torchao import quantize_linear
-from diffkiln.passes.quantizers import torchao
+from diffkiln.passes.model.quantize import torchao
 from tests.conftest import DIGITS
 
 
