@@ -10,7 +10,7 @@ import pytest
 
 import diffkiln
 from diffkiln.passes.manager import nbytes
-from diffkiln.passes.model.quantize import linear_layers
+from diffkiln.passes.model.quantize.base import linear_layers
 from diffkiln.spec import as_tuple, parse_spec, resolve_targets
 
 SPECS = sorted((Path(__file__).parents[2] / "examples" / "specs").glob("*.json"))

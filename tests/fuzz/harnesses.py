@@ -30,8 +30,8 @@ from diffkiln.program import Module, Program, fingerprint, program_from_json, pr
 from diffkiln.program.inference import infer_types, peak_memory
 from diffkiln.program.operators import nbytes
 from diffkiln.runtime.compatibility import check_manifest
-from diffkiln.runtime.loading import choose_target
 from diffkiln.runtime.opening import read_constants, read_modules, read_variant
+from diffkiln.runtime.targets import choose_target
 from diffkiln.runtime.weights import read_header
 from diffkiln.spec import parse_spec
 from tests.fuzz import bundles, directories, mutate

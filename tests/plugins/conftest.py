@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln import plugins
+from diffkiln.passes import registry
 
 HERE = Path(__file__).parent
 
@@ -40,3 +41,4 @@ def backend(backend_distribution: Path) -> Iterator[Path]:
 def _look_again() -> None:
     importlib.invalidate_caches()
     plugins.plugins.cache_clear()
+    registry.pass_classes.cache_clear()

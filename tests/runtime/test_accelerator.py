@@ -17,7 +17,7 @@ import diffkiln.runtime
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import VerifyError
 from diffkiln.runtime import accelerator as module
-from diffkiln.runtime import arrival, loading, targets
+from diffkiln.runtime import arrival, loading, opening, targets
 from diffkiln.runtime.accelerator import Cuda, accelerator, indexed
 from diffkiln.runtime.engines import check_inputs
 from diffkiln.runtime.executor import Executor
@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_that_is_told(monkeypa
 def test_what_comparisons_took_is_given_back_before_weights_come(digits_bundle, monkeypatch, checked: bool) -> None:
     released: list[str] = []
     there = SimpleNamespace(release=lambda: released.append("given back"))
-    monkeypatch.setattr(loading, "accelerator", lambda place: there)
+    monkeypatch.setattr(opening, "accelerator", lambda place: there)
     monkeypatch.setattr(arrival, "WeightStore", lambda *given: released.append("weights") or WeightStore(*given))
     with loading.load(digits_bundle, device="cpu", check_engines=checked) as pipe:
         assert isinstance(pipe.executor, Executor)

@@ -17,7 +17,7 @@ import torch
 import diffkiln
 from diffkiln.bundle import dump_manifest, open_bundle, sha256_bytes
 from diffkiln.errors import DigestMismatch, Incompatible, NativeCodeRefused, VerifyError
-from diffkiln.runtime import compatibility, loading
+from diffkiln.runtime import compatibility, loading, opening
 
 ROOT = Path(loading.__file__).parents[1]
 
@@ -70,7 +70,7 @@ def test_a_device_that_the_engines_are_not_for_is_refused(digits_bundle):
 
 def test_native_code_of_others_is_refused_and_never_opened(copy, monkeypatch, tmp_path, elsewhere):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
-    monkeypatch.setattr(loading, "engine_class", lambda _: pytest.fail("native code was reached"))
+    monkeypatch.setattr(opening, "engine_class", lambda _: pytest.fail("native code was reached"))
     with pytest.raises(NativeCodeRefused, match="allow_native"):
         diffkiln.load(copy)
     assert temporary(elsewhere) == []
@@ -80,7 +80,7 @@ def test_a_failed_self_test_leaves_nothing_behind(digits_bundle, monkeypatch, el
     def fail(*_):
         raise VerifyError("differs")
 
-    monkeypatch.setattr(loading, "self_test", fail)
+    monkeypatch.setattr(opening, "self_test", fail)
     with pytest.raises(VerifyError):
         diffkiln.load(digits_bundle, check_engines=True)
     assert temporary(elsewhere) == []
@@ -96,7 +96,7 @@ def stranger(monkeypatch, tmp_path):
 def tried(monkeypatch):
     """The engines that were compared with their replay."""
     paths = []
-    monkeypatch.setattr(loading, "self_test", lambda *arguments: paths.append(arguments[-1]))
+    monkeypatch.setattr(opening, "self_test", lambda *arguments: paths.append(arguments[-1]))
     return paths
 
 
@@ -116,7 +116,7 @@ def test_an_engine_that_failed_is_tried_again_at_the_next_load(digits_bundle, mo
     def fail(*_):
         raise VerifyError("differs")
 
-    monkeypatch.setattr(loading, "self_test", fail)
+    monkeypatch.setattr(opening, "self_test", fail)
     for _ in range(2):
         with pytest.raises(VerifyError):
             diffkiln.load(digits_bundle, allow_native=True)
@@ -126,7 +126,7 @@ def test_native_code_is_not_reached_before_all_weights_are_hashed(copy, monkeypa
     """Those that no program reads come last."""
     path = next(copy.glob("weights/vae/*unused*"))
     damage(path)
-    monkeypatch.setattr(loading, "engine_class", lambda _: pytest.fail("native code was reached"))
+    monkeypatch.setattr(opening, "engine_class", lambda _: pytest.fail("native code was reached"))
     with pytest.raises(DigestMismatch, match=path.name):
         diffkiln.load(copy)
 

@@ -257,7 +257,7 @@ def test_a_bundle_for_a_gpu_on_a_machine_without_one_fails_with_one_sentence(
     as_diffusers: bool,
 ) -> None:
     monkeypatch.setattr(targets, "capability", lambda: None)
-    monkeypatch.setattr("diffkiln.runtime.loading.engine_class", lambda _: pytest.fail("an engine was reached"))
+    monkeypatch.setattr("diffkiln.runtime.opening.engine_class", lambda _: pytest.fail("an engine was reached"))
     runtime = {"device": "cuda", "gpus": {"cpu-x86-64-v3": {"sm": "sm_90"}}}
     rewritten(copy, lambda manifest: manifest.model_copy(update={"runtime": manifest.runtime | runtime}))
     with pytest.raises(Incompatible) as caught:
