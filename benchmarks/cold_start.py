@@ -68,7 +68,7 @@ def main() -> None:
         bundle = diffkiln.compile(DIGITS / "spec.json", Path(folder) / "bundle").path
         for way in list(WAYS)[:3]:
             start(way, bundle)  # the files into the page cache
-        for index in range(options.runs):
+        for index in range(options.segments):
             for way in list(WAYS)[:: 1 if index % 2 == 0 else -1]:
                 if way != "compile_repeated_blocks" or index < options.compile_runs:
                     seconds[way].append(start(way, bundle))

@@ -140,7 +140,7 @@ def seconds(*command: str, runs: int = 7) -> list[float]:
     return values
 
 
-def check_rows() -> list[tuple[str, str, str]]:
+def check_batches() -> list[tuple[str, str, str]]:
     rows = []
     for name, (spec, pipeline) in CHECKED.items():
         told = [measured(spec, pipeline, None, "check only") for _ in range(3)]
@@ -247,7 +247,7 @@ def main() -> None:
         ("memory after recording it", f"{max(told['peak'] for told in flux) / 1e9:.2f} GB", ""),
         ("recording the digits pipeline, 8 steps", f"{median([told['record'] for told in small]):.2f} s", "≤ 5 s"),
     ]
-    rows += check_rows()
+    rows += check_batches()
     if not options.without_compile:
         with tempfile.TemporaryDirectory() as folder:
             rows += compile_rows(Path(folder))

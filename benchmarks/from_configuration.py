@@ -53,8 +53,8 @@ def main() -> None:
             checked = check(spec(options))
         with watch("record"), quiet_libraries():
             recording = record(checked.pipe, checked.requests, Constants())
-            manager.check_recording(recording, checked.placed, checked.targets)
-            recording, _ = manager.rewrite(recording, checked.placed)
+            manager.check_recording(recording, checked.listed, checked.targets)
+            recording, _ = manager.rewrite(recording, checked.listed)
         engines = EnginesPacker(writer, EngineCache(Path(folder) / "cache"), recording, checked.state.modules)
         (request,) = checked.state.compile
         with watch("compile the blocks, and try each engine on random weights"):

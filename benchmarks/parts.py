@@ -92,7 +92,7 @@ def show(what: str, pipes: Mapping[str, Any], found: Mapping[str, Sequence[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
-    runs = parser.parse_args().runs
+    runs = parser.parse_args().segments
     print(f"# What is compiled\n\n{machine()}; {torch.get_num_threads()} threads\n")
     print(f"examples/digits, float32, 8 steps, resident, {runs} runs each after 3.\n")
     with tempfile.TemporaryDirectory() as folder:

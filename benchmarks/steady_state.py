@@ -119,7 +119,7 @@ def main() -> None:
     described = machine()
     with tempfile.TemporaryDirectory() as folder:
         ways = pipelines(Path(folder))
-        seconds = images(options.runs, ways)
+        seconds = images(options.segments, ways)
         direct, wrapped, whole = engine_overhead(ways["bundle, resident"])
         compiled, eager = median(seconds["compile_repeated_blocks"]), median(seconds["eager diffusers"])
         rows = [

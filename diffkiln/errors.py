@@ -45,15 +45,20 @@ from diffkiln.guards.printable import MAX_MESSAGE, printable
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where (a JSON path such as `$.passes[1].type`), why, and the mend."""
+    """One thing that is wrong: where (a JSON path such as `$.passes[1].type`), why, and the hint."""
 
     where: str
     reason: str
-    mend: str = ""
+    hint: str = ""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.reason}" if self.where else self.reason
-        return f"{text}. {self.mend}" if self.mend else text
+        return f"{text}. {self.hint}" if self.hint else text
+
+    @property
+    def mend(self) -> str:
+        """The hint, as it was called in earlier versions."""
+        return self.hint
 
 
 class DiffkilnError(Exception):
@@ -75,7 +80,7 @@ class SpecError(DiffkilnError):
     exit_code = 2
 
 
-def found_together(*looks: Callable[[], Any]) -> list[Any]:
+def gather_problems(*looks: Callable[[], Any]) -> list[Any]:
     """What each look returns; where several raise `SpecError`, one with the problems of all, and else the one."""
     found: list[Any] = []
     errors: list[SpecError] = []

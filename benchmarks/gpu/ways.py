@@ -62,7 +62,7 @@ class Setting:
 
 def pipeline(setting: Setting, place: str | None = None) -> Any:
     """diffusers' own pipeline, its weights drawn as a bundle's are."""
-    from diffkiln.models.meta import ghost_pipeline, load_module
+    from diffkiln.models.meta import load_module, meta_pipeline
     from diffkiln.models.opening import open_source
     from diffkiln.models.quiet import quiet_libraries
     from diffkiln.spec.model import Source
@@ -70,7 +70,7 @@ def pipeline(setting: Setting, place: str | None = None) -> Any:
     place = place or setting.device
     with quiet_libraries():
         source = open_source(Source(**setting.source()), Path())
-        pipe = ghost_pipeline(source, "bfloat16")
+        pipe = meta_pipeline(source, "bfloat16")
         for name in source.modules:
             pipe.register_modules(**{name: load_module(source, name, "bfloat16").to(place)})
     pipe.set_progress_bar_config(disable=True)

@@ -54,27 +54,27 @@ class Results:
     def __init__(self, path: Path) -> None:
         self._path = path
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.runs = [Run(**row) for row in rows if "round" in row]
+        self.segments = [Run(**row) for row in rows if "round" in row]
         self.prepared = [Prepared(**row) for row in rows if "round" not in row]
 
     def add(self, record: Run | Prepared) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if isinstance(record, Run):
-            self.runs.append(record)
+            self.segments.append(record)
         else:
             self.prepared.append(record)
 
     def forget(self, ways: Iterable[str], pipelines: Iterable[str]) -> None:
         """Drops the runs of these ways, so that they are measured again. What was prepared stays."""
         gone = {(pipeline, way) for pipeline in pipelines for way in ways}
-        self.runs = [run for run in self.runs if (run.pipeline, run.way) not in gone]
-        lines = [json.dumps(asdict(record)) for record in (*self.prepared, *self.runs)]
+        self.segments = [run for run in self.segments if (run.pipeline, run.way) not in gone]
+        lines = [json.dumps(asdict(record)) for record in (*self.prepared, *self.segments)]
         self._path.write_text("".join(line + "\n" for line in lines))
 
     def has(self, pipeline: str, way: str, number: int) -> bool:
         """Returns True if the run is there, or need not be tried since the way has failed."""
-        mine = [run for run in self.runs if (run.pipeline, run.way) == (pipeline, way)]
+        mine = [run for run in self.segments if (run.pipeline, run.way) == (pipeline, way)]
         return any(run.round == number or run.failed for run in mine)
 
     def preparation(self, pipeline: str, way: str) -> Prepared | None:
@@ -89,7 +89,7 @@ def render(results: Results, pipeline: str, ways: Sequence[str]) -> str:
     for way in ways:
         prepared = results.preparation(pipeline, way)
         runs = _by_round(results, pipeline, way)
-        reasons = [run.failed for run in results.runs if (run.pipeline, run.way) == (pipeline, way) and run.failed]
+        reasons = [run.failed for run in results.segments if (run.pipeline, run.way) == (pipeline, way) and run.failed]
         if prepared is not None and prepared.failed:
             reasons.append(prepared.failed)
         if reasons:
@@ -117,7 +117,7 @@ def render(results: Results, pipeline: str, ways: Sequence[str]) -> str:
 
 def _by_round(results: Results, pipeline: str, way: str) -> dict[int, Run]:
     """The good runs of a way by round; round 0, which warms caches, does not count."""
-    mine = [run for run in results.runs if (run.pipeline, run.way) == (pipeline, way)]
+    mine = [run for run in results.segments if (run.pipeline, run.way) == (pipeline, way)]
     return {run.round: run for run in mine if run.round and not run.failed}
 
 

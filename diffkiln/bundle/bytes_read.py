@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from diffkiln.bundle import openat
+from diffkiln.bundle import safe_open
 from diffkiln.bundle.digest import Progress, chunks
 from diffkiln.bundle.hashed import Stamp
 from diffkiln.bundle.manifest import FileRow
@@ -33,7 +33,7 @@ def check_unwritten(path: str, before: Stamp, now: Stamp) -> None:
 
 def chunks_of(path: str, descriptor: int) -> Iterator[bytes]:
     """The file's bytes; what goes wrong with reading them is said of `path`, and nothing else is."""
-    with openat.explained(path):
+    with safe_open.explained(path):
         yield from chunks(descriptor)
 
 

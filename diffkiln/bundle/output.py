@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffkiln.bundle.digest import sha256_bytes
 from diffkiln.bundle.manifest import FORMAT_NAME, MANIFEST, MAX_MANIFEST_BYTES
-from diffkiln.bundle.openat import resolve_parent
+from diffkiln.bundle.safe_open import resolve_parent
 from diffkiln.bundle.staging import explain
 from diffkiln.bundle.state import state_dir
 from diffkiln.errors import BuildError, MissingDependency, OutputBusy, PathEscape, SpecError

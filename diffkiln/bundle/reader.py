@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from diffkiln.bundle import hashed, openat
+from diffkiln.bundle import hashed, safe_open
 from diffkiln.bundle.digest import Progress
 from diffkiln.bundle.manifest import (
     MANIFEST,
@@ -134,7 +134,7 @@ def open_bundle(
     manifest, and whatever `parse_manifest` raises.
     """
     resolved = _real_directory(path)
-    root = openat.open_root(resolved)
+    root = safe_open.open_root(resolved)
     try:
         data = _read_manifest(resolved, root)
         identity = bundle_id(data)
@@ -149,22 +149,22 @@ def open_bundle(
 
 
 def _real_directory(path: str | os.PathLike[str]) -> Path:
-    mend = "Give the directory that `diffkiln compile -o` wrote"
+    hint = "Give the directory that `diffkiln compile -o` wrote"
     try:
-        resolved = openat.resolve_parent(path)
+        resolved = safe_open.resolve_parent(path)
         mode = os.lstat(resolved).st_mode
     except (OSError, ValueError, RuntimeError) as error:  # not there, NUL in the name, a loop of links
         reason = "there is no such directory" if isinstance(error, FileNotFoundError) else error
-        raise IntegrityError(f"{str(path)!r} is not a diffkiln bundle: {reason}. {mend}") from error
+        raise IntegrityError(f"{str(path)!r} is not a diffkiln bundle: {reason}. {hint}") from error
     if stat.S_ISLNK(mode):
         raise PathEscape(f"{resolved} is a symbolic link; give the directory that it points to")
     if not stat.S_ISDIR(mode):
-        raise IntegrityError(f"{resolved} is not a diffkiln bundle: it is {openat.kind(mode)}. {mend}")
+        raise IntegrityError(f"{resolved} is not a diffkiln bundle: it is {safe_open.kind(mode)}. {hint}")
     return resolved
 
 
 def _read_manifest(path: Path, root: int) -> bytes:
-    with openat.explained(str(path)):
+    with safe_open.explained(str(path)):
         names = {MANIFEST, MANIFEST_DIGEST}.intersection(os.listdir(root))
     if not names:
         raise IntegrityError(
@@ -174,12 +174,12 @@ def _read_manifest(path: Path, root: int) -> bytes:
     if missing := {MANIFEST, MANIFEST_DIGEST} - names:
         raise Incomplete(f"{path}: {missing.pop()} is missing. Fetch or build the bundle again")
     try:
-        data = openat.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
+        data = safe_open.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
     except (Incomplete, PathEscape):
         raise
     except IntegrityError as error:
         raise ManifestInvalid(str(error)) from error
-    stated = openat.read_small(root, MANIFEST_DIGEST, 1024)
+    stated = safe_open.read_small(root, MANIFEST_DIGEST, 1024)
     if stated != digest_line(data):
         raise DigestMismatch(
             f"{path}: {MANIFEST} is not the one that {MANIFEST_DIGEST} names. Fetch or build the bundle again"
@@ -189,17 +189,17 @@ def _read_manifest(path: Path, root: int) -> bytes:
 
 def _targets_here(root: int, manifest: Manifest) -> tuple[str, ...]:
     try:
-        data = openat.read_small(root, PARTIAL, MAX_PARTIAL_BYTES)
+        data = safe_open.read_small(root, PARTIAL, MAX_PARTIAL_BYTES)
     except Incomplete:
         return engine_targets(manifest)
     return parse_partial(data, manifest)
 
 
 def _read_signature(root: int, manifest: bytes) -> Signature | None:
-    with openat.explained("."):
+    with safe_open.explained("."):
         if SIGNATURE not in os.listdir(root):
             return None
-    return parse_signature(openat.read_small(root, SIGNATURE, MAX_SIGNATURE_BYTES), manifest)
+    return parse_signature(safe_open.read_small(root, SIGNATURE, MAX_SIGNATURE_BYTES), manifest)
 
 
 def digest_line(manifest: bytes) -> bytes:
@@ -224,14 +224,14 @@ def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileRow]) -> None:
                 pending.append(path)
             elif path in rows or path in RESERVED:
                 shared = path in rows and rows[path].role == "weights"
-                openat.check_plain(path, status, bundle if shared else None)
+                safe_open.check_plain(path, status, bundle if shared else None)
                 seen.add(path)
                 _check_size(rows.get(path), status.st_size)
             elif path in directories:
-                raise PathEscape(f"{path!r} is {openat.kind(status.st_mode)}, not a directory")
+                raise PathEscape(f"{path!r} is {safe_open.kind(status.st_mode)}, not a directory")
             else:
                 raise UnexpectedFile(
-                    f"{path!r} is {openat.kind(status.st_mode)} that the manifest does not name. "
+                    f"{path!r} is {safe_open.kind(status.st_mode)} that the manifest does not name. "
                     "Remove it, or fetch the bundle again"
                 )
     if missing := sorted(rows.keys() - seen):
@@ -242,10 +242,10 @@ def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileRow]) -> None:
 
 
 def _entries(root: int, directory: str) -> list[tuple[str, os.stat_result]]:
-    descriptor = openat.open_directory(root, directory)
+    descriptor = safe_open.open_directory(root, directory)
     prefix = f"{directory}/" if directory else ""
     try:
-        with openat.explained(directory or "."), os.scandir(descriptor) as entries:
+        with safe_open.explained(directory or "."), os.scandir(descriptor) as entries:
             return [(prefix + entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
     finally:
         os.close(descriptor)

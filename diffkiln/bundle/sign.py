@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from diffkiln.bundle import openat
+from diffkiln.bundle import safe_open
 from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
 from diffkiln.bundle.reader import open_bundle
@@ -36,9 +36,9 @@ def sign_bundle(
         if bundle.signature is not None and not force:
             raise SpecError(f"{bundle.path} is signed already; pass --force to replace the signature")
         with bundle.verify(progress):
-            root = openat.open_root(bundle.path)
+            root = safe_open.open_root(bundle.path)
             try:
-                manifest = openat.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
+                manifest = safe_open.read_small(root, MANIFEST, MAX_MANIFEST_BYTES)
                 if sha256_bytes(manifest) != bundle.id:
                     raise DigestMismatch(f"{bundle.path}: {MANIFEST} changed while it was being signed")
                 data = signer(manifest)

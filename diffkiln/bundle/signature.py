@@ -101,10 +101,10 @@ def parse_signature(data: bytes, manifest: bytes) -> Signature:
         payload = strict_json.loads(file.dsseEnvelope.payload, max_bytes=MAX_SIGNATURE_BYTES)
         signed = _Statement.model_validate(payload).predicate.resources[0].digest
     except strict_json.StrictJSONError as error:
-        raise SignatureInvalid(f"{SIGNATURE}: {error}. {_MEND}") from error
+        raise SignatureInvalid(f"{SIGNATURE}: {error}. {_HINT}") from error
     except ValidationError as error:
         found = "; ".join(map(str, problems(error)))
-        raise SignatureInvalid(f"{SIGNATURE} is not the signature of a {MANIFEST}: {found}. {_MEND}") from error
+        raise SignatureInvalid(f"{SIGNATURE} is not the signature of a {MANIFEST}: {found}. {_HINT}") from error
     if signed != (found := sha256_bytes(manifest)):
         raise SignatureInvalid(
             f"{SIGNATURE} is of the bundle {signed[:64]!r}, and {MANIFEST} is that of {found}: one of them was "
@@ -122,7 +122,7 @@ def _of(material: _Material, raw: dict[str, Any], manifest: bytes) -> Signature:
     data = json.dumps(raw).encode()
     given = [part for part in (material.publicKey, material.x509CertificateChain, material.certificate) if part]
     if len(given) != 1:
-        raise SignatureInvalid(f"{SIGNATURE} names {len(given)} keys or certificates instead of one. {_MEND}")
+        raise SignatureInvalid(f"{SIGNATURE} names {len(given)} keys or certificates instead of one. {_HINT}")
     if material.publicKey is not None:
         return Signature(data, manifest, "key", material.publicKey.rawBytes, material.publicKey.hint)
     if material.x509CertificateChain is not None:
@@ -163,4 +163,4 @@ def key_of_pem(pem: bytes) -> bytes:
     return der
 
 
-_MEND = "Fetch the bundle again, or sign it again with `diffkiln sign --force`"
+_HINT = "Fetch the bundle again, or sign it again with `diffkiln sign --force`"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from diffkiln.bundle import openat
+from diffkiln.bundle import safe_open
 from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, mismatch
 from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
@@ -92,8 +92,8 @@ class Verified:
             raise IntegrityError(f"{path!r} is native code: it is handed out by native_copy alone")
         descriptor = self._weights[path][0] if path in self._weights else self._open(path)
         try:
-            with openat.explained(path):
-                data = openat.read_up_to(descriptor, row.size + 1)
+            with safe_open.explained(path):
+                data = safe_open.read_up_to(descriptor, row.size + 1)
         finally:
             if path not in self._weights:
                 os.close(descriptor)
@@ -304,7 +304,7 @@ class Verified:
 
     def _fill(self, path: str, descriptor: int, view: memoryview, offset: int) -> None:
         for _ in range(_LOOKS):
-            for _ in openat.filled(path, descriptor, view, offset):
+            for _ in safe_open.filled(path, descriptor, view, offset):
                 pass
             if self._is_untouched(path):
                 return
@@ -315,7 +315,7 @@ class Verified:
         digest = hashlib.sha256()
         head = memoryview(bytearray(offset))
         for part, start in ((head, 0), (view, offset)):
-            for piece in openat.filled(path, descriptor, part, start, _PIECE):
+            for piece in safe_open.filled(path, descriptor, part, start, _PIECE):
                 digest.update(piece)
                 if progress is not None:
                     progress(len(piece))
@@ -333,7 +333,7 @@ class Verified:
     def _open(self, path: str) -> int:
         self._check_open()
         shared = self._rows[path].role == "weights"
-        return openat.open_file(self._root, path, self.path if shared else None)
+        return safe_open.open_file(self._root, path, self.path if shared else None)
 
     def _row(self, path: str) -> FileRow:
         self._check_open()

@@ -68,7 +68,7 @@ def check_(spec: Path, as_json: bool) -> None:
     except DiffkilnError as error:
         if not as_json:
             raise
-        problems = [{"where": p.where, "reason": p.reason, "mend": p.mend} for p in error.problems]
+        problems = [{"where": p.where, "reason": p.reason, "mend": p.hint} for p in error.problems]
         print_json({"ok": False, "error": type(error).__name__, "message": str(error), "problems": problems})
         raise SystemExit(error.exit_code) from None
     if as_json:

@@ -62,8 +62,8 @@ def pull_(
         try:
             return fitting_targets(manifest)
         except Incompatible as error:
-            mend = "To pull for another machine, name its target with --target, or take all with --all-targets"
-            raise Incompatible(f"{error}\n{mend}", problems=error.problems) from error
+            hint = "To pull for another machine, name its target with --target, or take all with --all-targets"
+            raise Incompatible(f"{error}\n{hint}", problems=error.problems) from error
 
     received = 0
 

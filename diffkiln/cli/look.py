@@ -82,8 +82,8 @@ def passes_(names: tuple[str, ...], as_json: bool) -> None:
     models = option_models()
     for name in names:
         if name not in models:
-            mend = suggest(name, models) or f"There are {', '.join(models)}."
-            raise click.BadParameter(f"there is no pass {name!r}. {mend}", param_hint="PASS")
+            hint = suggest(name, models) or f"There are {', '.join(models)}."
+            raise click.BadParameter(f"there is no pass {name!r}. {hint}", param_hint="PASS")
     shown = {name: model for name, model in models.items() if name in names or not names}
     if as_json:
         print_json({name: options_schema(model) for name, model in shown.items()})

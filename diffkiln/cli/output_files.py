@@ -17,10 +17,10 @@ ARRAY, VIDEO = ".npy", ".mp4"
 
 #: What pictures are called in a sentence; the others are written too.
 _NAMED = ".png, .jpg, .webp, .gif, .npy or .mp4"
-Form = Literal["pil", "np"]
+StorageFormat = Literal["pil", "np"]
 
 
-def form_for(output: Path, videos: bool | None = None) -> Form:
+def format_for(output: Path, videos: bool | None = None) -> StorageFormat:
     """Returns the `output_type` that a call must have for a file of this name.
 
     Args:

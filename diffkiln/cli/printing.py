@@ -111,7 +111,7 @@ def print_plan(plan: Plan) -> None:
     ]
     print_table(("component", "class", "weights", "after passes"), rows)
     for ran in plan.report:
-        done = f"{ran.placed.where} {ran.placed.step.name} {ran.placed.step.component}: {'; '.join(ran.notes)}"
+        done = f"{ran.listed.where} {ran.listed.step.name} {ran.listed.step.component}: {'; '.join(ran.notes)}"
         show(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
     for notice in plan.notices:
         show(_indented(f"note: {notice}", 0))
@@ -132,9 +132,9 @@ def plan_json(plan: Plan) -> Mapping[str, Any]:
         },
         "passes": [
             {
-                "where": ran.placed.where,
-                "name": ran.placed.step.name,
-                "component": ran.placed.step.component,
+                "where": ran.listed.where,
+                "name": ran.listed.step.name,
+                "component": ran.listed.step.component,
                 "notes": ran.notes,
                 "bytes_after": ran.nbytes,
             }

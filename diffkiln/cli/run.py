@@ -14,7 +14,7 @@ import click
 
 from diffkiln.cli.group import FILE
 from diffkiln.cli.image_files import read_images
-from diffkiln.cli.output_files import form_for, save
+from diffkiln.cli.output_files import format_for, save
 from diffkiln.cli.printing import Watch, show
 from diffkiln.cli.trust import POLICY, hashed_bytes
 from diffkiln.guards.limits import Limits
@@ -100,14 +100,14 @@ def run_(
     diffkiln run bundle --prompt "a red fox" --set eta=0.5 -o fox.png
     diffkiln run bundle --prompt "a fox runs" -o fox.mp4
     """
-    form_for(output)  # before anything is opened or loaded
+    format_for(output)  # before anything is opened or loaded
     given = {name: value for name, value in keywords.items() if value is not None}
     given |= _settings(settings, taken=given)
     given |= {"prompt": _one_or_list(prompt)} | read_images(image)
     if negative_prompt:
         given["negative_prompt"] = _one_or_list(negative_prompt)
     call = _call_of(bundle)
-    given["output_type"] = form_for(output, _videos(call))
+    given["output_type"] = format_for(output, _videos(call))
     if as_diffusers:  # whose own defaults are other sizes
         given = _fixed_in_the_first_variant(bundle) | given
     import torch
@@ -216,8 +216,8 @@ def _refuse_unknown(pipe: Any, given: Mapping[str, Any]) -> None:
     if unknown := [keyword for keyword in given if keyword not in known]:
         from diffkiln.spec import suggest
 
-        mend = suggest(unknown[0], known) or f"It takes {', '.join(name for name in known if name != 'self')}"
-        raise click.UsageError(f"{type(pipe).__name__} has no keyword {unknown[0]}. {mend}")
+        hint = suggest(unknown[0], known) or f"It takes {', '.join(name for name in known if name != 'self')}"
+        raise click.UsageError(f"{type(pipe).__name__} has no keyword {unknown[0]}. {hint}")
 
 
 def _call_of(path: Path) -> Program | None:

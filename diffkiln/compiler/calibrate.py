@@ -26,7 +26,7 @@ from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import Pass
-from diffkiln.passes.caching import Mask, Split, cheapest, evenly, lanes_of, weave, with_kept
+from diffkiln.passes.caching import Mask, Split, apply_schedule, call_sites_of, cheapest, evenly, with_kept
 from diffkiln.program import CALL, STEP, Builder, Op, Program, Ref, split_off
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
@@ -92,18 +92,18 @@ def _short(value: float) -> float:
 
 def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], stages: Stages) -> Plan:
     """The plan with the steps of schedules chosen, by the real pipeline; what was measured goes into the bundle."""
-    for item in plan.placed:
+    for item in plan.listed:
         if not plan.recording.calls or not any(fact.name == "calibrated" for fact in item.step.provides()):
             continue
         calibration: Any = item.step
         component = item.step.component
-        after = [place for place in plan.placed if place.step.component == component]
+        after = [place for place in plan.listed if place.step.component == component]
         place = next(place for place in after if "calibrated" in place.step.takes)
         schedule: Any = place.step
         with stages(f"calibrate the schedule of {component}"), quiet_libraries():
             modules = {name: load_module(plan.source, name, plan.dtype) for name in plan.state.modules}
             for name, module in modules.items():
-                manager.apply(module, name, plan.placed)
+                manager.apply(module, name, plan.listed)
             with manager.guarded(item), row_scales():
                 evidence = calibrated(plan.recording, plan.pipe, modules, calibration, schedule, metrics)
         writer.write(f"calibration/{component}.json", as_json(evidence.as_json(calibration)), "doc")
@@ -123,7 +123,7 @@ def calibrated(
 
     Args:
         recording: of the call, not rewritten.
-        pipe: the ghost, for its tokenizers.
+        pipe: the meta model, for its tokenizers.
         modules: every component with its weights, after the passes.
         calibrate: the prompts, and what is wanted.
         schedule: whose steps are to be chosen.
@@ -138,7 +138,7 @@ def calibrated(
     measure = _metric(calibrate, metrics, run)
     if not any(op.name == STEP for op in run.call.ops):
         raise BuildError(f"calibrate: the call of {type(pipe).__name__} does not tell where its steps end")
-    count = len(lanes_of(run.call, calibrate.component).sites)
+    count = len(call_sites_of(run.call, calibrate.component).sites)
     if count < 2 or (calibrate.computed or 1) >= count:
         raise BuildError(f"calibrate: {calibrate.component} is called in {count} steps, so none would reuse")
     costs = _costs(run, splits, calibrate.component)
@@ -204,7 +204,11 @@ class _Real:
     def images(self, mask: Mask | None, splits: Mapping[str, Split]) -> torch.Tensor:
         """What the call draws, with a schedule or without: [prompts, …] from 0 to 1."""
         component = self._calibrate.component
-        call = self.call if mask is None else weave(self.call, component, lanes_of(self.call, component), mask, splits)
+        call = (
+            self.call
+            if mask is None
+            else apply_schedule(self.call, component, call_sites_of(self.call, component), mask, splits)
+        )
         return torch.cat([self.run(call, splits, index)[0].float() for index in range(len(self._calibrate.texts))])
 
     def run(self, call: Program, splits: Mapping[str, Split], prompt: int) -> list[torch.Tensor]:
@@ -271,11 +275,11 @@ class _Traced:
 
     def __init__(self, call: Program, component: str, splits: Mapping[str, Split]) -> None:
         self._call = call
-        lanes, edit = lanes_of(call, component), Builder(call, outputs=())
-        self.steps: list[list[_Site]] = [[] for _ in lanes.sites]
-        for at, (step, lane) in lanes.place.items():
+        call_sites, edit = call_sites_of(call, component), Builder(call, outputs=())
+        self.steps: list[list[_Site]] = [[] for _ in call_sites.sites]
+        for at, (step, branch) in call_sites.place.items():
             op, part = call.ops[at], splits[call.ops[at].attrs["program"]]
-            keeping = with_kept(edit, op, part, f"%traced.{step}.{lane}")
+            keeping = with_kept(edit, op, part, f"%traced.{step}.{branch}")
             edit.replace(at, keeping)
             self.steps[step].append(_Site(at, op, part, keeping.results[-part.kept :]))
         self._tails = [self._tail(sites) for sites in self.steps]

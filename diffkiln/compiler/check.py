@@ -11,10 +11,10 @@ from typing import Any
 
 from diffkiln.compiler.legality import problems_of, too_large
 from diffkiln.compiler.plan import Plan
-from diffkiln.errors import found_together
+from diffkiln.errors import gather_problems
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
-from diffkiln.models.meta import ghost_pipeline
+from diffkiln.models.meta import meta_pipeline
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
 from diffkiln.passes import manager
@@ -49,24 +49,24 @@ def check(spec: SpecLike, *, base: str | Path | None = None, limits: Limits | No
 def _check(spec: SpecLike, base: str | Path | None) -> Plan:
     parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
     home = _base(spec, base)
-    placed, targets, source = found_together(
+    listed, targets, source = gather_problems(
         lambda: read_passes(parsed.passes),
         lambda: resolve_targets(parsed),
         lambda: open_source(parsed.source, home),
     )
-    placed = tuple(replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in placed)
-    pipe = ghost_pipeline(source, parsed.source.dtype)
+    listed = tuple(replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in listed)
+    pipe = meta_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = tuple(requests_of(parsed, pipe))
     state = _state(parsed, source, pipe, requests)
     before = {name: manager.nbytes(module) for name, module in state.modules.items()}
-    found = [*problems_of(parsed, placed, targets), *too_large(state, placed, targets)]
-    state, report = manager.run(state, placed, targets, found)
+    found = [*problems_of(parsed, listed, targets), *too_large(state, listed, targets)]
+    state, report = manager.run(state, listed, targets, found)
     if state.scheduler is not None:
         pipe.register_modules(scheduler=state.scheduler)
-    after = before | {ran.placed.step.component: ran.nbytes for ran in report if ran.placed.step.component in before}
+    after = before | {ran.listed.step.component: ran.nbytes for ran in report if ran.listed.step.component in before}
     return Plan(
-        parsed, targets, source, requests, placed, placed, pipe, state, tuple(report), before, after,
+        parsed, targets, source, requests, listed, listed, pipe, state, tuple(report), before, after,
         tuple(source.notices),
     )  # fmt: skip
 
@@ -92,8 +92,8 @@ def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Reques
 def collection_paused() -> Iterator[None]:
     """While it lasts, cyclic garbage is left alone.
 
-    The ghosts and tokenizers are hundreds of thousands of objects that live, and Python looks through all of them again
-    and again while they are made: a fifth of a check.
+    The meta models and tokenizers are hundreds of thousands of objects that live, and Python looks through all of them
+    again and again while they are made: a fifth of a check.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -2,7 +2,7 @@
 
     spec ─check─▶ plan ─model passes─▶ ─record─▶ program ─program passes─▶ ─exporters─▶ bundle
 
-Nothing before the weights needs them: the pipeline that is checked, transformed and recorded is a *ghost*, whose
+Nothing before the weights needs them: the pipeline that is checked, transformed and recorded is a *meta model*, whose
 tensors have shapes and no data. Weights are then streamed through the same passes, a few blocks at a time.
 
 Each stage takes a plan and returns a new one.
@@ -109,11 +109,11 @@ def _recorded(plan: Plan) -> Plan:
         recording = record(plan.pipe, plan.requests, Constants())
     except RecordError as error:
         if plan.spec.runtime.on_unrecordable != "diffusers":
-            mend = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
-            raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {mend}") from error
+            hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
+            raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
         told = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
         return replace(plan, recording=Recording([], {}, Constants(), [], reason=str(error))).noting(told)
-    manager.check_recording(recording, plan.placed, plan.targets)
+    manager.check_recording(recording, plan.listed, plan.targets)
     plan = replace(plan, recording=recording).noting(recording.notices)
     fixed = {name for each in recording.fixed for name in of_fixed_length(plan.pipe, each)}
     return plan.noting(
@@ -125,8 +125,8 @@ def _recorded(plan: Plan) -> Plan:
 
 def _rewritten(plan: Plan) -> Plan:
     """The plan with its programs as the passes leave them."""
-    recording, notices = manager.rewrite(plan.recording, plan.placed)
-    notices += notices_of(plan.placed, plan.compiled, recording.modules)
+    recording, notices = manager.rewrite(plan.recording, plan.listed)
+    notices += notices_of(plan.listed, plan.compiled, recording.modules)
     return replace(plan, recording=recording).noting(notices)
 
 

@@ -36,7 +36,7 @@ GPU = torch.device("cuda:0")
 
 #: Operators whose result decides what the host does next, or how large the next tensor is: the host waits for the GPU.
 _READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim"})
-_MEND = "Report this with the spec; a target that is a CPU does not need it"
+_HINT = "Report this with the spec; a target that is a CPU does not need it"
 
 
 def dry_run(recording: Recording, graphs: str | None = None) -> None:
@@ -179,7 +179,7 @@ class _Watch(TorchDispatchMode):
     def _refusal(self, func: Any, given: Sequence[torch.Tensor], reason: str) -> VerifyError:
         shown = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}" for t in given)
         return VerifyError(
-            f"{self._where.program}: {func} of {shown or 'no tensor'} does not run on a GPU: {reason}. {_MEND}"
+            f"{self._where.program}: {func} of {shown or 'no tensor'} does not run on a GPU: {reason}. {_HINT}"
         )
 
 
@@ -223,7 +223,7 @@ def _attention(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         masks = [item for item in (*rest, named.get("attn_mask")) if isinstance(item, torch.Tensor)]
         for tensor in (key, value, *masks):
             if tensor.device != query.device:
-                raise VerifyError(f"attention takes tensors on {query.device} and {tensor.device}. {_MEND}")
+                raise VerifyError(f"attention takes tensors on {query.device} and {tensor.device}. {_HINT}")
         return [query.new_empty((*query.shape[:-1], value.shape[-1]))]
 
     return attend

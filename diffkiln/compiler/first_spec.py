@@ -18,7 +18,7 @@ import torch
 from diffkiln.errors import SpecError
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.models.folder import LEFT_OUT, entries, read_folder, read_index, source_error
-from diffkiln.models.meta import ghost_pipeline
+from diffkiln.models.meta import meta_pipeline
 from diffkiln.models.opening import HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.source import SourceModel
@@ -83,7 +83,7 @@ def first_spec(
     configured = _Configuration(folder, *read_folder(folder, weights=False, pipeline=wishes.pipeline))
     if wishes.pipeline:
         source["pipeline"] = wishes.pipeline
-    pipe = ghost_pipeline(configured)
+    pipe = meta_pipeline(configured)
     plan = State(configured.class_name, {name: pipe.components[name] for name in configured.modules})
     notices = list(configured.notices)
     dtype = _dtype(targets)
@@ -176,8 +176,8 @@ def _from_hub(repo: str, revision: str) -> tuple[Path, dict[str, Any]]:
 def _named(name: str) -> Target:
     target = TARGETS.get(name) or find_gpu(name)
     if target is None:
-        mend = suggest(name, TARGETS) or "`diffkiln targets` lists them"
-        raise SpecError(f"there is no target {name!r}. {mend}")
+        hint = suggest(name, TARGETS) or "`diffkiln targets` lists them"
+        raise SpecError(f"there is no target {name!r}. {hint}")
     return target
 
 

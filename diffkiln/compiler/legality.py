@@ -9,7 +9,7 @@ from diffkiln.errors import Problem
 from diffkiln.passes.base import State
 from diffkiln.passes.model.vae import VAE
 from diffkiln.passes.program.compile import Compile
-from diffkiln.passes.registry import Placed
+from diffkiln.passes.registry import ListedPass
 from diffkiln.spec import Spec, Target
 
 #: The most values that torch's nearest upsampling makes on a GPU. Beyond it raises; with channels last it gives zeros.
@@ -18,21 +18,21 @@ INT_MAX = 2**31 - 1
 _IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
 
 
-def problems_of(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> list[Problem]:
+def problems_of(spec: Spec, listed: Sequence[ListedPass], targets: Sequence[Target]) -> list[Problem]:
     """Everything that the parts of a spec ask of each other, and of this machine's CUDA, in vain."""
-    steps = [item.step for item in placed]
+    steps = [item.step for item in listed]
     return [
         *_ignored(spec, targets),
-        *(problem for item in placed for problem in item.step.check_beside(spec, steps, item.where)),
-        *_of_engines(spec, placed, targets),
+        *(problem for item in listed for problem in item.step.check_beside(spec, steps, item.where)),
+        *_of_engines(spec, listed, targets),
     ]
 
 
-def too_large(plan: State, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+def too_large(plan: State, listed: Sequence[ListedPass], targets: Sequence[Target]) -> Iterator[Problem]:
     """Images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
     if all(target.device == "cpu" for target in targets):
         return
-    in_parts = {item.step.component: item.step for item in placed if isinstance(item.step, VAE)}
+    in_parts = {item.step.component: item.step for item in listed if isinstance(item.step, VAE)}
     for name, module in plan.modules.items():
         channels = getattr(getattr(module, "config", None), "block_out_channels", None)
         parts = in_parts.get(name)
@@ -66,9 +66,9 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
         yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
 
 
-def _of_engines(spec: Spec, placed: Sequence[Placed], targets: Sequence[Target]) -> Iterator[Problem]:
+def _of_engines(spec: Spec, listed: Sequence[ListedPass], targets: Sequence[Target]) -> Iterator[Problem]:
     """What the runtime section asks for, and the targets promise to make do with, and engines do not allow."""
-    compiled = [(item.step, item.where) for item in placed if isinstance(item.step, Compile)]
+    compiled = [(item.step, item.where) for item in listed if isinstance(item.step, Compile)]
     for step, where in compiled:
         yield from step.check_runtime(spec.runtime, where)
     promises: list[Problem] = []

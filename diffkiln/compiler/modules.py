@@ -20,7 +20,7 @@ from diffkiln.exporters.base import exporter, input_specs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.interpreter.aten import Interpreter, type_of
-from diffkiln.models.meta import emptied, haunt
+from diffkiln.models.meta import emptied, make_fake
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.outlining import between_blocks, whole
 from diffkiln.passes.program.compile import DEFAULT
@@ -29,9 +29,9 @@ from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
 from diffkiln.record.structure import flatten, key_of, unflatten
 from diffkiln.runtime.compatibility import capability, missing_flags
+from diffkiln.runtime.engine_blocks import weight_getter
 from diffkiln.runtime.engines import Engine, engine
 from diffkiln.runtime.self_test import self_test
-from diffkiln.runtime.shims import weight_getter
 from diffkiln.spec import TARGETS, Target, find_gpu, suggest
 
 _SCOPES: Mapping[str, Callable[[Module], Module]] = {
@@ -191,15 +191,15 @@ def record_module(
         raise RecordError(f"{what}: {type(error).__name__}: {error}") from error
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    ghost = copy.deepcopy(module, dict(tensors))
-    haunt(emptied(ghost), fake)
+    meta = copy.deepcopy(module, dict(tensors))
+    make_fake(emptied(meta), fake)
     types = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     folded = {
         position: leaf.clone()
         for position, leaf in enumerate(leaves)
         if isinstance(leaf, torch.Tensor) and _keyword_at(position, kwargs) in fixed
     }
-    callee = Callee("module", "forward", ghost, ghost.forward, types, structure, result, folded=folded)
+    callee = Callee("module", "forward", meta, meta.forward, types, structure, result, folded=folded)
     recorded = record_component([callee], fake, constants)
     compare_component(callee, module, recorded, leaves, constants.tensors)
     return callee, recorded

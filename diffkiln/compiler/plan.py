@@ -10,7 +10,7 @@ from diffkiln.compiler.packed import Packed
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import Pass, State
 from diffkiln.passes.manager import Ran
-from diffkiln.passes.registry import Placed
+from diffkiln.passes.registry import ListedPass
 from diffkiln.record.call import Request
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
@@ -26,7 +26,7 @@ class Plan:
         source: the model, of which no weight has been read.
         requests: one call for each variant.
         asked: the passes as the spec has them.
-        placed: the passes as they run; `calibrate` gives a schedule the steps that the spec leaves open.
+        listed: the passes as they run; `calibrate` gives a schedule the steps that the spec leaves open.
         pipe: the pipeline without weights.
         state: its components as the passes leave them.
         report: what each pass does.
@@ -40,8 +40,8 @@ class Plan:
     targets: tuple[Target, ...]
     source: SourceModel
     requests: tuple[Request, ...]
-    asked: tuple[Placed, ...]
-    placed: tuple[Placed, ...]
+    asked: tuple[ListedPass, ...]
+    listed: tuple[ListedPass, ...]
     pipe: Any
     state: State
     report: tuple[Ran, ...]
@@ -69,10 +69,10 @@ class Plan:
         notices = dict.fromkeys((*self.notices, *packed.notices))
         return replace(self, packed=self.packed + packed, notices=tuple(notices))
 
-    def choosing(self, place: Placed, step: Pass) -> Plan:
+    def choosing(self, place: ListedPass, step: Pass) -> Plan:
         """The plan with another pass in one place."""
         new = replace(place, step=step)
-        placed = tuple(new if item is place else item for item in self.placed)
+        listed = tuple(new if item is place else item for item in self.listed)
         notes = step.run(self.state).notes
-        report = tuple(replace(ran, placed=new, notes=notes) if ran.placed is place else ran for ran in self.report)
-        return replace(self, placed=placed, report=report)
+        report = tuple(replace(ran, listed=new, notes=notes) if ran.listed is place else ran for ran in self.report)
+        return replace(self, listed=listed, report=report)

@@ -87,10 +87,10 @@ def strip(
     names = [target] if isinstance(target, str) else list(target)
     with Edit(bundle, output, force, progress) as edit:
         if unknown := [name for name in names if name not in edit.targets]:
-            mend = suggest(unknown[0], edit.targets)
+            hint = suggest(unknown[0], edit.targets)
             raise SpecError(
                 f"the bundle has no engines for {', '.join(map(repr, unknown))}. It has them for "
-                f"{', '.join(edit.targets)}. {mend}".rstrip()
+                f"{', '.join(edit.targets)}. {hint}".rstrip()
             )
         if not set(edit.targets) - set(names):
             raise SpecError(
@@ -133,6 +133,6 @@ def retune(
 def _known(name: str) -> Target:
     """The target of that name. Raises `SpecError`."""
     if name not in TARGETS:
-        mend = suggest(name, TARGETS) or "`diffkiln targets` lists them"
-        raise SpecError(f"there is no target {name!r}. {mend}")
+        hint = suggest(name, TARGETS) or "`diffkiln targets` lists them"
+        raise SpecError(f"there is no target {name!r}. {hint}")
     return TARGETS[name]

@@ -1,8 +1,8 @@
 """Weights on their way into the bundle: read, transformed by the passes, compared with what was compiled, written.
 
-A small component goes whole. Of a large one a *portion* is in memory at a time: what lies outside of its repeated
-blocks, then its blocks, a few at a time, those first that its verification needs. The passes run on a portion as they
-run on a ghost, since it is one but for the portion's weights. The files are the same either way.
+A small component goes whole. Of a large one a *shard* is in memory at a time: what lies outside of its repeated
+blocks, then its blocks, a few at a time, those first that its verification needs. The passes run on a shard as they
+run on a meta model, since it is one but for the shard's weights. The files are the same either way.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from diffkiln.compiler.memory import return_memory
 from diffkiln.compiler.packed import Packed
 from diffkiln.compiler.packing import EnginesPacker, WeightsPacker
 from diffkiln.compiler.plan import Plan
-from diffkiln.compiler.verify import Verification, check_rows
+from diffkiln.compiler.verify import Verification, check_batches
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.models.meta import emptied, load_module, refuse_nonfinite
-from diffkiln.models.shards import OUTSIDE, Portions, open_portions, unit_of
+from diffkiln.models.shards import OUTSIDE, Shards, open_shards, unit_of
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import CompileRequest
@@ -31,8 +31,8 @@ from diffkiln.record.pipeline import Recording
 #: Components of more bytes than this are streamed. Smaller ones are loaded whole, which is faster.
 WHOLE_UP_TO = 2 * 2**30
 
-#: Bytes of blocks, as they are loaded, that are in memory together; a larger block is a portion of its own.
-PORTION = 2**28
+#: Bytes of blocks, as they are loaded, that are in memory together; a larger block is a shard of its own.
+SHARD = 2**28
 
 #: Bytes of a component from which on it is worth the time to give its memory back.
 _LARGE = 2**27
@@ -43,12 +43,12 @@ class _Way:
     """How a component comes into memory.
 
     Attributes:
-        portions: the units of each, by the names that the passes leave.
-        load: gives the module with data in a portion, before the passes.
+        shards: the units of each, by the names that the passes leave.
+        load: gives the module with data in a shard, before the passes.
         notices: what a user should know of it.
     """
 
-    portions: list[list[str]]
+    shards: list[list[str]]
     load: Callable[[Collection[str]], torch.nn.Module]
     notices: tuple[str, ...] = ()
 
@@ -75,17 +75,17 @@ def stream_weights(
         PassError: a pass failed, or left something else than it did from configuration alone.
         VerifyError: the component differs from its program.
     """
-    ghost = plan.state.modules[name]
-    needed = verification.blocks_needed(plan.recording, name, ghost)
+    meta = plan.state.modules[name]
+    needed = verification.blocks_needed(plan.recording, name, meta)
     way = _way(plan, name, needed)
     packed = Packed(notices=way.notices)
     packer = WeightsPacker(writer, name, plan.spec.runtime.offload, used)
     trial = _Trial(name, needed, plan.recording, verification)
-    for units in way.portions:
+    for units in way.shards:
         module = _transformed(way.load(units), name, plan)
         if plan.bytes_before[name] > _LARGE:
             return_memory()
-        _same_weights(name, ghost, module)
+        _same_weights(name, meta, module)
         _have_data(name, module, units)
         trial.add(module, units)
         packer.add(module)
@@ -106,7 +106,7 @@ class _Trial:
         self._module: torch.nn.Module | None = None
 
     def add(self, module: torch.nn.Module, units: Collection[str]) -> None:
-        """Take the units of a portion; the first one's module is the one that is verified."""
+        """Take the units of a shard; the first one's module is the one that is verified."""
         if not self._missing:
             return
         if self._module is None:
@@ -116,24 +116,24 @@ class _Trial:
         self._missing.difference_update(units)
         if not self._missing:
             self._verification.check_component(self._name, self._module)
-            check_rows(self._recording, self._name, self._module, self._verification)
+            check_batches(self._recording, self._name, self._module, self._verification)
             self._module = None
 
 
 def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
-    """In portions if the component is large; a large one that must come whole is told."""
+    """In shards if the component is large; a large one that must come whole is told."""
     size = plan.bytes_before[name]
-    ghost = plan.state.modules[name]
-    found: Portions | str = ""
+    meta = plan.state.modules[name]
+    found: Shards | str = ""
     if size > WHOLE_UP_TO:
-        found = _needs_all(plan, name) or open_portions(plan.source, name, plan.dtype)
+        found = _needs_all(plan, name) or open_shards(plan.source, name, plan.dtype)
     origins = {} if isinstance(found, str) else _origins(found, plan)
-    if isinstance(found, Portions) and not origins:
+    if isinstance(found, Shards) and not origins:
         found = "a pass puts other blocks in the place of its own"
-    if isinstance(found, Portions):
-        return _in_portions(found, origins, needed)
+    if isinstance(found, Shards):
+        return _in_shards(found, origins, needed)
     notices = (f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}",) if found else ()
-    units = [OUTSIDE, *(block for block, _ in repeated_blocks(ghost))]
+    units = [OUTSIDE, *(block for block, _ in repeated_blocks(meta))]
     return _Way([units], lambda _: load_module(plan.source, name, plan.dtype), notices)
 
 
@@ -143,51 +143,51 @@ def _holding(plan: Plan, name: str) -> list[CompileRequest]:
 
 
 def _needs_all(plan: Plan, name: str) -> str:
-    """Why a pass takes the component whole only; empty if all take it in portions."""
+    """Why a pass takes the component whole only; empty if all take it in shards."""
     if _holding(plan, name):
         return "its engines hold its weights"
-    steps = [item.step for item in plan.placed if item.step.component == name]
+    steps = [item.step for item in plan.listed if item.step.component == name]
     return next((f"{step.name} {step.needs_all}" for step in steps if step.needs_all), "")
 
 
-def _origins(found: Portions, plan: Plan) -> dict[str, str]:
+def _origins(found: Shards, plan: Plan) -> dict[str, str]:
     """The blocks that the passes leave, each with the name that it had; empty if one is no block that was there."""
     module = emptied(copy.deepcopy(found.module))
     before = repeated_blocks(module)  # held until the end: an id is that of a block that lives
     names = {id(block): block_name for block_name, block in before}
-    manager.apply(module, found.name, plan.placed)
+    manager.apply(module, found.name, plan.listed)
     left = {block_name: names.get(id(block), "") for block_name, block in repeated_blocks(module)}
     return left if all(left.values()) else {}
 
 
-def _in_portions(found: Portions, origins: Mapping[str, str], needed: Collection[str]) -> _Way:
-    """What lies outside of the blocks, the blocks that are needed, and the others, in as few portions as `PORTION`
+def _in_shards(found: Shards, origins: Mapping[str, str], needed: Collection[str]) -> _Way:
+    """What lies outside of the blocks, the blocks that are needed, and the others, in as few shards as `SHARD`
     allows."""
     sizes = found.sizes()
     blocks = sorted(origins, key=lambda block: block not in needed)
-    portions: list[list[str]] = [[OUTSIDE]]
-    room = PORTION - sizes.get(OUTSIDE, 0)
+    shards: list[list[str]] = [[OUTSIDE]]
+    room = SHARD - sizes.get(OUTSIDE, 0)
     for block in blocks:
         size = sizes.get(origins[block], 0)
         if size > room:
-            portions.append([])
-            room = PORTION
-        portions[-1].append(block)
+            shards.append([])
+            room = SHARD
+        shards[-1].append(block)
         room -= size
-    return _Way(portions, lambda units: found.load([origins.get(unit, OUTSIDE) for unit in units]))
+    return _Way(shards, lambda units: found.load([origins.get(unit, OUTSIDE) for unit in units]))
 
 
 def _transformed(module: torch.nn.Module, name: str, plan: Plan) -> torch.nn.Module:
     """After the passes, with every value that it has finite."""
     refuse_nonfinite(module, name)
-    if manager.apply(module, name, plan.placed):
+    if manager.apply(module, name, plan.listed):
         refuse_nonfinite(module, name, "after the passes")
     return module
 
 
-def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) -> None:
-    """What was compiled is what will run: names, shapes and dtypes are those of the ghost."""
-    planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(ghost)}
+def _same_weights(name: str, meta: torch.nn.Module, module: torch.nn.Module) -> None:
+    """What was compiled is what will run: names, shapes and dtypes are those of the meta model."""
+    planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(meta)}
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(module)}
     if planned == found:
         return
@@ -199,7 +199,7 @@ def _same_weights(name: str, ghost: torch.nn.Module, module: torch.nn.Module) ->
 
 
 def _have_data(name: str, module: torch.nn.Module, units: Collection[str]) -> None:
-    """The passes left no weight of a portion without its data."""
+    """The passes left no weight of a shard without its data."""
     blocks = [block for block, _ in repeated_blocks(module)]
     for key, tensor in weights_of(module):
         if tensor.is_meta and unit_of(key, blocks) in units:

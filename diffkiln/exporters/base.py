@@ -75,8 +75,8 @@ class Exporter:
     def refused_facts(self, options: Options) -> Mapping[str, Problem]:
         """Returns the facts that passes establish of a component and that it cannot follow; `where` is the field."""
         reason = "an engine holds torch's operators alone, and a package computes the attention"
-        mend = "Choose a native kernel, or torch_compile with graph breaks."
-        return {"attention_by_package": Problem("", f"compile cannot follow attention_backend: {reason}", mend)}
+        hint = "Choose a native kernel, or torch_compile with graph breaks."
+        return {"attention_by_package": Problem("", f"compile cannot follow attention_backend: {reason}", hint)}
 
     def refused_type(self, dtype: str, target: Target) -> str | None:
         """Returns why weights of a type cannot be taken; None where they can, or where the recording will tell."""
@@ -120,7 +120,7 @@ class Exporter:
         impossible = list(self.target_problems(target))
         for problem in impossible or self.machine_problems(target):
             what = f"to build for {target.name}, {problem.where}: " if problem.where else ""
-            yield Problem(f"{where}.backend", what + problem.reason, problem.mend)
+            yield Problem(f"{where}.backend", what + problem.reason, problem.hint)
         for dtype in sorted({dtype_name(tensor.dtype) for tensor in module.parameters()} if module else ()):
             if not impossible and (reason := self.refused_type(dtype, target)):
                 yield self._type_problem(component, f"{reason} (its weights)", where)
@@ -135,21 +135,21 @@ class Exporter:
             yield self._type_problem(component, reason, where)
 
     def _type_problem(self, component: str, reason: str, where: str) -> Problem:
-        mend = f'Put {{"name": "cast", "component": "{component}", "dtype": "{self.computes}"}} before it.'
-        return Problem(f"{where}.backend", f"{self.name} cannot compute {component}: {reason}", mend)
+        hint = f'Put {{"name": "cast", "component": "{component}", "dtype": "{self.computes}"}} before it.'
+        return Problem(f"{where}.backend", f"{self.name} cannot compute {component}: {reason}", hint)
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> list[Problem]:
         """Returns what stands in the way of lowering a region with these lowered options. Nothing is compiled."""
-        mend = f"Cast the component to {self.computes} before it is compiled, or choose another backend."
+        hint = f"Cast the component to {self.computes} before it is compiled, or choose another backend."
         problems = [*unknown_options(options, self.options.lowers), *self.target_problems(target)]
-        problems += [Problem("", reason, mend) for reason in self.refused_types(region, target)]
+        problems += [Problem("", reason, hint) for reason in self.refused_types(region, target)]
         return problems + foreign_operators(region)
 
     def export(self, lowering: Lowering, cache: EngineCache) -> Artefact:
         """Returns the engine of a lowering: from the cache, or built in an empty folder and put there.
 
         Raises:
-            ExportError: names the region, the reason and the mend.
+            ExportError: names the region, the reason and the hint.
         """
         refused = f"the region {lowering.region.name!r} cannot be lowered by {self.name}:"
         if problems := self.check(lowering.region, lowering.target, lowering.options):
@@ -174,8 +174,8 @@ def exporter(name: str) -> Exporter:
     """
     known = plugins.plugins("exporters")
     if name not in known:
-        mend = suggest(name, known) or f"There are {', '.join(known)}"
-        raise ExportError(f"there is no backend {name!r}. {mend}")
+        hint = suggest(name, known) or f"There are {', '.join(known)}"
+        raise ExportError(f"there is no backend {name!r}. {hint}")
     return plugins.load("exporters", name)
 
 
@@ -217,5 +217,5 @@ def foreign_operators(region: Program) -> list[Problem]:
 
 def unknown_options(options: Mapping[str, Any], known: Sequence[str]) -> list[Problem]:
     """A problem for each option that the backend does not have."""
-    mend = f"It takes {', '.join(sorted(known))}." if known else "It takes none."
-    return [Problem(f"$.{name}", "the backend has no such option", mend) for name in options if name not in known]
+    hint = f"It takes {', '.join(sorted(known))}." if known else "It takes none."
+    return [Problem(f"$.{name}", "the backend has no such option", hint) for name in options if name not in known]

@@ -17,7 +17,7 @@ class Lacks:
     """Marks a field that other backends have: of this one any value but the default is refused, with this reason."""
 
     reason: str
-    mend: str = "Remove it"
+    hint: str = "Remove it"
 
 
 #: The mark of `fullgraph` where engines are built ahead of time.
@@ -42,7 +42,7 @@ class Options(Strict):
         for name, field in cls.model_fields.items():
             lack = next((mark for mark in field.metadata if isinstance(mark, Lacks)), None)
             if lack and name in given and given[name] not in (field.default, {}):
-                yield (name,), refuse(lack.reason, lack.mend)
+                yield (name,), refuse(lack.reason, lack.hint)
 
     def lowered(self) -> dict[str, Any]:
         """Returns what the exporter is given: JSON, part of the engine's cache key and of its row in the manifest."""

@@ -23,7 +23,7 @@ _MARKDOWN = re.compile(r"(^[-+=#]|[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]
 # Where what looks like an address is parted, and what parts it: renderers make links of bare addresses, and they decode
 # entities before they do.
 _ADDRESS = re.compile(r"(?i)(?<=:)(?=//)|(?<=\bwww)(?=\.)|(?=@)")
-_PARTING = "<!-- -->"
+_BREAK = "<!-- -->"
 
 
 def printable(text: str, limit: int | None = None, *, lines: bool = False) -> str:
@@ -51,7 +51,7 @@ def markdown(text: str) -> str:
     """Returns `text` as one line of Markdown that shows exactly these characters: no markup, no HTML, no link."""
     line = " ".join(printable(text, lines=True).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _ADDRESS.sub(_PARTING, _MARKDOWN.sub(r"\\\1", line))
+    return _ADDRESS.sub(_BREAK, _MARKDOWN.sub(r"\\\1", line))
 
 
 def markdown_code(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in our own words: what was asked of which repository, why it failed, and the mend.
+"""What huggingface_hub raises, in our own words: what was asked of which repository, why it failed, and the hint.
 
 Messages are made from what kind of failure it is; what a server or a library says is quoted only after every token and
 every query of a URL (which may be a signature) was taken out of it.
@@ -84,17 +84,17 @@ def _of_status(what: str, repo: str, status: int, said: str) -> HubError:
     if status in (401, 404):
         private = "the token that was given may not see it" if token else "it is private and no token was given"
         reason = f"it is not there, or {private}"
-        mend = f"Check the name {repo}, and {_LOG_IN} of an account that may see it"
+        hint = f"Check the name {repo}, and {_LOG_IN} of an account that may see it"
     elif status == 403:
         reason = "the token that was given lacks the right" if token else "no token was given"
-        mend = f"Make one with the right (to write, for a push) at {_SETTINGS}, and {_LOG_IN}"
+        hint = f"Make one with the right (to write, for a push) at {_SETTINGS}, and {_LOG_IN}"
     elif status in (409, 412):
         reason = "it was changed by someone else meanwhile"
-        mend = "Look at what it holds now, and try again"
+        hint = "Look at what it holds now, and try again"
     else:
         reason = f"the Hub refuses it: {redacted(_first_line(said)) or 'it does not say why'}"
-        mend = "Mend that, and try again"
-    return HubError(f"{what}: {reason} (status {status}). {mend}", status=status)
+        hint = "Mend that, and try again"
+    return HubError(f"{what}: {reason} (status {status}). {hint}", status=status)
 
 
 def _decisive(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:

@@ -19,8 +19,8 @@ import torch
 from diffkiln.errors import DiffkilnError, ExportError, MissingDependency
 from diffkiln.interpreter.aten import Special, dtype_of, gives_one_tensor, literal, overload
 from diffkiln.interpreter.attention import kernel_for
-from diffkiln.interpreter.gpu_forms import gpu_forms
-from diffkiln.interpreter.inductor import INDUCTOR, ISAS, quiet, told_host
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
+from diffkiln.interpreter.inductor import INDUCTOR, ISAS, host_settings, quiet
 from diffkiln.program import Op, Program, Ref, engine_types
 from diffkiln.program.convolutions import heavy_weights
 
@@ -66,7 +66,7 @@ def compiled(
     module = as_graph(region, device, special or {})
     zeros = [torch.zeros(t.shape, dtype=dtype_of(t.dtype), device=device) for t in engine_types(region).values()]
     counters = torch._dynamo.utils.counters
-    with INDUCTOR, quiet(), told_host(isa, folder), torch.inference_mode(), kernel_for(region):
+    with INDUCTOR, quiet(), host_settings(isa, folder), torch.inference_mode(), kernel_for(region):
         misses = counters["inductor"]["fxgraph_cache_miss"]
         # Its forward alone: the method that calls it is one for all graphs, and no guard would tell them apart.
         options = _options(isa, flags or {})
@@ -97,7 +97,7 @@ def as_graph(region: Program, device: torch.device, special: Mapping[str, Specia
     for op in region.ops:
         args = tuple(filled(literal(arg, device)) for arg in op.args)
         kwargs = {key: filled(literal(arg, device)) for key, arg in op.kwargs.items()}
-        own = gpu_forms(device).get(op.name)
+        own = gpu_decompositions(device).get(op.name)
         node = graph.call_function(own(op) if own else _function(op, special), args, kwargs)
         if op.is_aten and not own and gives_one_tensor(node.target):
             nodes[op.outputs[0]] = node

@@ -22,7 +22,7 @@ INDUCTOR = forks.Lock()
 
 
 @contextmanager
-def told_host(isa: str, folder: Path) -> Iterator[None]:
+def host_settings(isa: str, folder: Path) -> Iterator[None]:
     """Inductor with a cache of its own and the target's vectors, which it would otherwise find by trying compilers.
 
     Args:

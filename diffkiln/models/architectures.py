@@ -74,10 +74,10 @@ def open_architecture(name: str, seed: int, pipeline: str | None = None) -> Arch
     every = architectures()
     if name not in every:
         close = get_close_matches(name.lower(), every, n=1, cutoff=0.5)
-        mend = f"Did you mean {close[0]!r}?" if close else ""
+        hint = f"Did you mean {close[0]!r}?" if close else ""
         known = f"Known are {', '.join(every)}"
         raise source_error(
-            f"there is no architecture {name!r}", f"{mend} {known}".strip(), where="$.source.architecture"
+            f"there is no architecture {name!r}", f"{hint} {known}".strip(), where="$.source.architecture"
         )
     try:
         folder = _cached_folder(name, every[name])

@@ -94,8 +94,8 @@ def _refuse_reaching_out(file: Path) -> None:
         raise SourceError(f"{file.name}: {found}")
 
 
-def source_error(reason: str, mend: str = "", where: str = "$.source.model") -> SourceError:
-    return SourceError(problems=[Problem(where, reason, mend)])
+def source_error(reason: str, hint: str = "", where: str = "$.source.model") -> SourceError:
+    return SourceError(problems=[Problem(where, reason, hint)])
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _other_class(name: str, own: type, index: Mapping[str, Any]) -> type:
     needed = [name for name, parameter in _arguments(kind).items() if parameter.default is parameter.empty]
     lacking = [name for name in needed if name not in index and name not in LEFT_OUT]
     if lacking:
-        mend = f"Save a {name} with all its components, and give its folder as the model"
-        raise source_error(f"{name} needs {', '.join(lacking)}, which this {own.__name__} does not have", mend, where)
+        hint = f"Save a {name} with all its components, and give its folder as the model"
+        raise source_error(f"{name} needs {', '.join(lacking)}, which this {own.__name__} does not have", hint, where)
     return kind
 
 

@@ -81,5 +81,5 @@ class _Header:
         active().check("json_bytes", self._file.tell() + length, f"the header of {self._name}")
         self._file.seek(length, 1)
 
-    def _numbers(self, form: str) -> tuple[int, ...]:
-        return struct.unpack(form, self._file.read(struct.calcsize(form)))
+    def _numbers(self, storage: str) -> tuple[int, ...]:
+        return struct.unpack(storage, self._file.read(struct.calcsize(storage)))

@@ -1,6 +1,6 @@
 """Pipelines without weights, to record from, and modules with weights, to compile from.
 
-A ghost has the module tree, the names, shapes and types that `from_pretrained` would give, and takes no memory:
+A meta model has the module tree, the names, shapes and types that `from_pretrained` would give, and takes no memory:
 parameters and persistent buffers are on the meta device. Buffers that no checkpoint holds (rotary frequencies,
 positions) are real and have their true values, since the recording folds them into constants; they and the scheduler's
 tables are computed to be the same on every machine (diffkiln.interpreter.portable), here and in modules with weights.
@@ -41,8 +41,8 @@ _BUILD_TYPES = {
 }
 
 
-def ghost_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPipeline:
-    """The pipeline with real tokenizers and scheduler, and a ghost of every module.
+def meta_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPipeline:
+    """The pipeline with real tokenizers and scheduler, and a meta model of every module.
 
     Args:
         dtype: type of the weights, such as "bfloat16"; None is what each module was saved in.
@@ -50,13 +50,13 @@ def ghost_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPi
     Raises:
         SourceError: a configuration does not build its class, or a tokenizer cannot be loaded.
     """
-    ghosts = {name: _ghost(source, name, dtype) for name in source.modules}
+    meta_modules = {name: _meta_module(source, name, dtype) for name in source.modules}
     absent = _left_out_arguments(source)
     with quiet_libraries(), _blamed("the pipeline"), portable():
-        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **ghosts, **absent)
+        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **meta_modules, **absent)
 
 
-def _ghost(source: SourceModel, name: str, dtype: str | None) -> nn.Module:
+def _meta_module(source: SourceModel, name: str, dtype: str | None) -> nn.Module:
     module = emptied(skeleton(source, name, dtype))
     if name in source.gguf:
         put_gguf(module, name, source.gguf[name])
@@ -204,8 +204,9 @@ def emptied(module: nn.Module) -> nn.Module:
     return module
 
 
-def haunt(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Make every parameter and persistent buffer of a ghost a fake tensor that pretends to lie on the CPU, in place.
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Make every parameter and persistent buffer of a meta model a fake tensor that pretends to lie on the CPU, in
+    place.
 
     Only a recording needs that: it is slower than the meta device, and knows devices.
     """
@@ -217,9 +218,9 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         return tensor
     made: Any
     if is_traceable_wrapper_subclass(tensor):
-        names, form = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, storage = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = {name: _fake(getattr(tensor, name), mode) for name in names}
-        made = type(tensor).__tensor_unflatten__(parts, form, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+        made = type(tensor).__tensor_unflatten__(parts, storage, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
     else:
         made = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
     # A parameter, as nn.Parameter makes of it; its constructor goes through the dispatcher several times.

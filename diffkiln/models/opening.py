@@ -63,8 +63,8 @@ def _opened(folder: Path, source: Source, base: Path, origin: Mapping[str, Any])
         component = found.components.get(name)
         if component is None or component.library != "diffusers":
             fitting = [other for other in found.modules if found.components[other].library == "diffusers"]
-            mend = f"A GGUF file can hold one of {', '.join(fitting)}"
-            raise source_error(f"{name!r} is no component that diffusers loads", mend, where)
+            hint = f"A GGUF file can hold one of {', '.join(fitting)}"
+            raise source_error(f"{name!r} is no component that diffusers loads", hint, where)
         if not path.is_file():
             raise source_error(f"there is no file {path.name}", f"It was looked for at {path}", where)
     return found
@@ -99,7 +99,7 @@ def _download(repo: str, revision: str) -> Path:
 
 @contextmanager
 def from_the_hub(repo: str, revision: str, where: str = "$.source.model") -> Iterator[None]:
-    """What huggingface_hub raises becomes a SourceError with the mend.
+    """What huggingface_hub raises becomes a SourceError with the hint.
 
     Raises:
         MissingDependency: huggingface_hub is not installed.
@@ -111,9 +111,9 @@ def from_the_hub(repo: str, revision: str, where: str = "$.source.model") -> Ite
     try:
         yield
     except GatedRepoError as error:
-        mend = f"Accept its licence at https://huggingface.co/{repo} and log in: hf auth login"
-        raise source_error(f"{repo} is given to registered users only", mend, where) from error
+        hint = f"Accept its licence at https://huggingface.co/{repo} and log in: hf auth login"
+        raise source_error(f"{repo} is given to registered users only", hint, where) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = "Check the name, the commit and the network, or give a local folder"
-        raise source_error(f"{repo} at {revision[:12]} cannot be had from the Hub: {reason}", mend, where) from error
+        hint = "Check the name, the commit and the network, or give a local folder"
+        raise source_error(f"{repo} at {revision[:12]} cannot be had from the Hub: {reason}", hint, where) from error

@@ -1,6 +1,7 @@
-"""A component's weights a portion at a time: whole modules in which some weights have data and the others are ghosts.
+"""A component's weights a shard at a time: whole modules in which some weights have data and the others are meta
+models.
 
-A portion is made of whole *units*: one is a repeated block, and one is everything outside of them. It is read from the
+A shard is made of whole *units*: one is a repeated block, and one is everything outside of them. It is read from the
 checkpoint tensor by tensor, by name, and comes out as `load_module` would have loaded it.
 """
 
@@ -25,8 +26,8 @@ OUTSIDE = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Portions:
-    """A component that can be loaded a portion at a time.
+class Shards:
+    """A component that can be loaded a shard at a time.
 
     Attributes:
         module: as `from_pretrained` builds it, its parameters on the meta device; never changed.
@@ -54,17 +55,17 @@ class Portions:
             SourceError: the checkpoint cannot be read any more.
         """
         module = copy.deepcopy(self.module)
-        replace_weights(module, lambda key, ghost: self._weight(key, ghost, units))
+        replace_weights(module, lambda key, meta: self._weight(key, meta, units))
         if (seed := self.source.origin.get("seed")) is not None:
             fill_with_noise(module, f"{seed}/{self.name}")
         return module
 
-    def _weight(self, key: str, ghost: torch.Tensor, units: Collection[str]) -> torch.Tensor:
+    def _weight(self, key: str, meta: torch.Tensor, units: Collection[str]) -> torch.Tensor:
         if self.units[key] not in units:
-            return ghost.to("meta")
+            return meta.to("meta")
         if key in self._saved:
-            return self._read(self._saved[key], ghost.dtype)
-        return torch.empty_like(ghost, device="cpu") if ghost.is_meta else ghost  # a buffer that is not saved
+            return self._read(self._saved[key], meta.dtype)
+        return torch.empty_like(meta, device="cpu") if meta.is_meta else meta  # a buffer that is not saved
 
     def _read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the checkpoint, in memory of its own."""
@@ -79,8 +80,8 @@ class Portions:
             raise SourceError(f"component {self.name}: {key} cannot be read from {file.name}: {error}") from error
 
 
-def open_portions(source: SourceModel, name: str, dtype: str | None = None) -> Portions | str:
-    """The component, to be loaded a portion at a time; or the reason why it can only be loaded whole.
+def open_shards(source: SourceModel, name: str, dtype: str | None = None) -> Shards | str:
+    """The component, to be loaded a shard at a time; or the reason why it can only be loaded whole.
 
     Args:
         dtype: as for `load_module`.
@@ -102,7 +103,7 @@ def open_portions(source: SourceModel, name: str, dtype: str | None = None) -> P
         if isinstance(found, str):
             return found
         saved = found
-    return Portions(source, name, module, {first: units[first] for first in names}, saved)
+    return Shards(source, name, module, {first: units[first] for first in names}, saved)
 
 
 def _names(module: nn.Module) -> dict[str, list[str]]:

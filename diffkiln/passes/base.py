@@ -1,8 +1,8 @@
 """What a pass is: options that are its fields, a check from configuration, and one method that does the work.
 
-A model pass changes one component's module. It runs twice: on the *ghost*, a module without weights, which shows what
-will be compiled before a byte is read; and on the real module, when its weights are streamed into the bundle. Both must
-come out with the same names, shapes and dtypes, which the compiler checks.
+A model pass changes one component's module. It runs twice: on the *meta model*, a module without weights, which shows
+what will be compiled before a byte is read; and on the real module, when its weights are streamed into the bundle. Both
+must come out with the same names, shapes and dtypes, which the compiler checks.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class CompileRequest:
 class State:
     """The compiler's state between passes. A pass returns a new one.
 
-    `modules` are ghosts: modules of true structure, shapes and dtypes without weights. `variants` are the keywords that
-    each variant fixes, and its `batch_size`. `wanted_steps` are their numbers of steps, and `steps` those in which they
-    call the denoiser, which the `scheduler` decides; empty where two denoisers share the run. `ranged` says that sizes
-    come from a range.
+    `modules` are meta models: modules of true structure, shapes and dtypes without weights. `variants` are the keywords
+    that each variant fixes, and its `batch_size`. `wanted_steps` are their numbers of steps, and `steps` those in which
+    they call the denoiser, which the `scheduler` decides; empty where two denoisers share the run. `ranged` says that
+    sizes come from a range.
     """
 
     class_name: str
@@ -129,9 +129,9 @@ class Pass(Strict):
     the reason; `repeats`, whether it may stand more than once for a component; `maps`, whether the spec may give a
     `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know;
     `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
-    it is given modules in which some blocks have data and the others are ghosts; `before` and `after`, the passes of
-    the same component that it must stand before or after, each with the reason, "*" for all others; `takes`, facts of
-    earlier passes that are there for its sake.
+    it is given modules in which some blocks have data and the others are meta models; `before` and `after`, the passes
+    of the same component that it must stand before or after, each with the reason, "*" for all others; `takes`, facts
+    of earlier passes that are there for its sake.
     """
 
     name: ClassVar[str]
@@ -217,7 +217,7 @@ class Pass(Strict):
         return ()
 
     def run(self, plan: State) -> Outcome:
-        """Apply the pass to the plan's ghost.
+        """Apply the pass to the plan's meta model.
 
         Raises:
             Exception: whatever goes wrong; the manager turns it into a PassError that names the pass.
@@ -311,5 +311,5 @@ class ProgramPass(Pass):
 def unknown_component(component: str, plan: State, where: str) -> list[Problem]:
     if component in plan.modules:
         return []
-    mend = suggest(component, plan.modules) or f"It has {', '.join(plan.modules)}."
-    return [Problem(f"{where}.component", f"{plan.class_name} has no component {component!r}", mend)]
+    hint = suggest(component, plan.modules) or f"It has {', '.join(plan.modules)}."
+    return [Problem(f"{where}.component", f"{plan.class_name} has no component {component!r}", hint)]

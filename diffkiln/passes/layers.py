@@ -14,7 +14,7 @@ from diffkiln.interpreter.layers import Stored
 Layers = Mapping[str, torch.nn.Linear]
 
 
-def is_ghost(tensor: torch.Tensor) -> bool:
+def has_no_data(tensor: torch.Tensor) -> bool:
     """Returns True if a tensor has a shape and no data."""
     return tensor.is_meta
 

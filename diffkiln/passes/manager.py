@@ -1,4 +1,5 @@
-"""Runs passes on ghosts: each is checked, run, and what it left is verified. Weights are read only after all that."""
+"""Runs passes on meta models: each is checked, run, and what it left is verified. Weights are read only after all
+that."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from diffkiln.errors import DiffkilnError, IllegalPlan, PassError, Problem, Veri
 from diffkiln.interpreter.portable import portable
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.base import State
-from diffkiln.passes.registry import Placed, order_problems
+from diffkiln.passes.registry import ListedPass, order_problems
 from diffkiln.program import CALL, REGION, Module, Program, verify_call_types, verify_module, verify_types
 from diffkiln.program import verify as verify_program
 from diffkiln.program.inference import infer_types
@@ -28,7 +29,7 @@ class Ran:
     `nbytes` are those of the weights of the pass's component.
     """
 
-    placed: Placed
+    listed: ListedPass
     changed: bool
     notes: tuple[str, ...]
     seconds: float
@@ -36,15 +37,15 @@ class Ran:
 
 
 def run(
-    plan: State, placed: Sequence[Placed], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
+    plan: State, listed: Sequence[ListedPass], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
 ) -> tuple[State, list[Ran]]:
-    """Check every pass against what the earlier ones leave, and run it on the plan's ghosts, in place.
+    """Check every pass against what the earlier ones leave, and run it on the plan's meta models, in place.
 
     One that is illegal is not run, and the later ones are still checked, so that all problems are told together.
 
     Args:
-        plan: of ghosts that are given up if anything is illegal.
-        placed: the passes in order.
+        plan: of meta models that are given up if anything is illegal.
+        listed: the passes in order.
         targets: the machines that every pass must be legal for.
         found: problems that are known already.
 
@@ -52,10 +53,10 @@ def run(
         IllegalPlan: all problems together.
         PassError: a pass raised, or what it left breaks the plan's rules; names the pass and its place.
     """
-    problems = [*found, *order_problems(placed)]
+    problems = [*found, *order_problems(listed)]
     out_of_order = {problem.where for problem in problems}
     report: list[Ran] = []
-    for item in placed:
+    for item in listed:
         # What stands in the wrong order has been told so: the facts that make it illegal say nothing new.
         known = replace(plan, facts=frozenset()) if item.where in out_of_order else plan
         objections = [p for target in targets for p in item.step.check(known, target, item.where)]
@@ -66,15 +67,15 @@ def run(
             continue
         plan, ran = _run_one(plan, item)
         if not ran.changed:
-            mend = "Remove it, or change its options."
-            problems.append(Problem(item.where, f"{item.step.name} would have no effect", mend))
+            hint = "Remove it, or change its options."
+            problems.append(Problem(item.where, f"{item.step.name} would have no effect", hint))
         report.append(ran)
     if problems:
         raise IllegalPlan(problems=problems)
     return plan, report
 
 
-def _run_one(plan: State, item: Placed) -> tuple[State, Ran]:
+def _run_one(plan: State, item: ListedPass) -> tuple[State, Ran]:
     started = time.perf_counter()
     with guarded(item), portable():
         outcome = item.step.run(plan)
@@ -85,7 +86,7 @@ def _run_one(plan: State, item: Placed) -> tuple[State, Ran]:
     return outcome.plan, Ran(item, outcome.changed, outcome.notes, seconds, left)
 
 
-def check_recording(recording: Recording, placed: Sequence[Placed], targets: Sequence[Target]) -> None:
+def check_recording(recording: Recording, listed: Sequence[ListedPass], targets: Sequence[Target]) -> None:
     """Check every pass against what was recorded, if anything was.
 
     Raises:
@@ -93,20 +94,20 @@ def check_recording(recording: Recording, placed: Sequence[Placed], targets: Seq
     """
     if not recording.calls:
         return
-    pairs = [(item, target) for item in placed for target in targets]
+    pairs = [(item, target) for item in listed for target in targets]
     problems = [p for item, target in pairs for p in item.step.check_recording(recording, target, item.where)]
     if problems:
         raise IllegalPlan(problems=list(dict.fromkeys(problems)))
 
 
-def rewrite(recording: Recording, placed: Sequence[Placed]) -> tuple[Recording, list[str]]:
+def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recording, list[str]]:
     """Have the passes rewrite the programs, in order; gives what they note.
 
     Raises:
         PassError: a pass raised, or left programs that break the IR's rules; names the pass and its place.
     """
     notes: list[str] = []
-    for item in placed:
+    for item in listed:
         if not recording.calls:
             if item.step.rewrites:
                 raise PassError(
@@ -145,7 +146,7 @@ def _with_programs(module: Module, programs: Mapping[str, Program]) -> Module:
     return replace(module, programs=programs, regions=regions)
 
 
-def _verify_programs(recording: Recording, item: Placed) -> None:
+def _verify_programs(recording: Recording, item: ListedPass) -> None:
     try:
         for module in recording.modules.values():
             verify_module(module)
@@ -163,13 +164,13 @@ def _verify_programs(recording: Recording, item: Placed) -> None:
         raise PassError(f"{item.where}: {item.step.name} left a program that is not well formed: {error}") from None
 
 
-def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> bool:
+def apply(module: torch.nn.Module, component: str, listed: Sequence[ListedPass]) -> bool:
     """Run the passes of one component on its real module; gives whether there were any.
 
     Raises:
         PassError: names the pass and its place.
     """
-    own = [item for item in placed if item.step.component == component]
+    own = [item for item in listed if item.step.component == component]
     for item in own:
         with guarded(item), portable():
             item.step.apply(module)
@@ -177,12 +178,12 @@ def apply(module: torch.nn.Module, component: str, placed: Sequence[Placed]) -> 
 
 
 def nbytes(module: torch.nn.Module) -> int:
-    """Size of a module's weights, ghosts or real ones, in bytes."""
+    """Size of a module's weights, meta models or real ones, in bytes."""
     return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 @contextmanager
-def guarded(item: Placed) -> Iterator[None]:
+def guarded(item: ListedPass) -> Iterator[None]:
     """Whatever a pass raises becomes a PassError that names it."""
     try:
         yield
@@ -192,8 +193,8 @@ def guarded(item: Placed) -> Iterator[None]:
         raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
 
 
-def verify(plan: State, item: Placed, before: State) -> None:
-    """The rules of a plan: it has its components, and every weight of a ghost is a ghost, without a gradient.
+def verify(plan: State, item: ListedPass, before: State) -> None:
+    """The rules of a plan: it has its components, and every weight of a meta model is a meta model, without a gradient.
 
     Raises:
         PassError: the pass broke one of them.
@@ -206,7 +207,7 @@ def verify(plan: State, item: Placed, before: State) -> None:
             if tensor.requires_grad:
                 raise PassError(f"{who} {name}.{weight} with a gradient")
             if not tensor.is_meta:
-                raise PassError(f"{who} {name}.{weight} with data, which a ghost has not")
+                raise PassError(f"{who} {name}.{weight} with data, and a meta model has none")
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from diffkiln.spec import PassEntry, suggest
 
 
 @dataclass(frozen=True)
-class Placed:
+class ListedPass:
     """A pass with its place in the spec; `key` is the component where the entry is a mapping of components."""
 
     index: int
@@ -72,20 +72,20 @@ def reason(first: type[Pass], second: type[Pass]) -> str:
     )
 
 
-def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
+def read_passes(entries: Sequence[PassEntry]) -> list[ListedPass]:
     """The passes that a spec lists, with their options checked; a mapping of components gives one for each.
 
     Raises:
         SpecError: unknown passes and wrong options, all together.
     """
     known = pass_classes()
-    placed: list[Placed] = []
+    listed: list[ListedPass] = []
     problems: list[Problem] = []
     for index, entry in enumerate(entries):
         where = f"$.passes[{index}]"
         if entry.name not in known:
-            mend = suggest(entry.name, known) or f"There are {', '.join(known)}."
-            problems.append(Problem(f"{where}.name", f"there is no pass {entry.name!r}", mend))
+            hint = suggest(entry.name, known) or f"There are {', '.join(known)}."
+            problems.append(Problem(f"{where}.name", f"there is no pass {entry.name!r}", hint))
             continue
         cls = known[entry.name]
         try:
@@ -96,12 +96,12 @@ def read_passes(entries: Sequence[PassEntry]) -> list[Placed]:
         for key, options in spread.items():
             at = f"{where}.mapping.{key}" if key else where
             try:
-                placed.append(Placed(index, cls.read(options, at), key))
+                listed.append(ListedPass(index, cls.read(options, at), key))
             except SpecError as error:
                 problems += error.problems
     if problems:
         raise SpecError(problems=problems)
-    return placed
+    return listed
 
 
 def _spread(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -139,12 +139,12 @@ def _of_the_run(first: Pass, second: Pass) -> bool:
     return "scheduler" in names and bool(names & set(_COUNTS_STEPS))
 
 
-def order_problems(placed: Sequence[Placed]) -> list[Problem]:
+def order_problems(listed: Sequence[ListedPass]) -> list[Problem]:
     """Passes of one component that stand in the wrong order, or twice."""
     order = list(pass_classes())
     problems: list[Problem] = []
-    for later, item in enumerate(placed):
-        for before in placed[:later]:
+    for later, item in enumerate(listed):
+        for before in listed[:later]:
             if before.step.component != item.step.component and not _of_the_run(before.step, item.step):
                 continue
             first, second = before.step.name, item.step.name

@@ -32,29 +32,30 @@ def _fits(model: type[BaseModel], field: str, options: Mapping[str, Any]) -> boo
 class Variant(Pass):
     """One of the options models of a pass with several methods, or the pass itself, whose `variants` they are.
 
-    Class attributes: `told_by`, the fields that tell the models apart, in the order in which a reader looks at them.
+    Class attributes: `discriminators`, the fields that tell the models apart, in the order in which a reader looks at
+    them.
     """
 
-    told_by: ClassVar[tuple[str, ...]]
+    discriminators: ClassVar[tuple[str, ...]]
 
     @classmethod
     def called(cls) -> str:
         """Returns what a user calls this model: the values that tell it apart."""
-        return " of ".join(constant(cls, field) for field in reversed(cls.told_by))
+        return " of ".join(constant(cls, field) for field in reversed(cls.discriminators))
 
     @classmethod
     def own_fields(cls) -> list[str]:
         """Returns the fields that are the model's alone."""
-        return [name for name in cls.model_fields if name not in ("component", *cls.told_by)]
+        return [name for name in cls.model_fields if name not in ("component", *cls.discriminators)]
 
     def options(self) -> dict[str, Any]:
         """The options as JSON, without those that are not given; those that tell models apart come first."""
         written = self.model_dump(mode="json", exclude_none=True)
-        return {name: written[name] for name in ("component", *self.told_by, *written)}
+        return {name: written[name] for name in ("component", *self.discriminators, *written)}
 
     @classmethod
     def no_such_field(cls, name: str) -> tuple[str, str]:
-        """Returns the reason and the mend where a spec gives an option that the model does not have."""
+        """Returns the reason and the hint where a spec gives an option that the model does not have."""
         own = cls.own_fields()
         shown = name if name.isidentifier() else show(name)
         return f"{cls.called()} has no option {shown}", suggest(name, own) or f"It has {', '.join(own)}."
@@ -62,7 +63,7 @@ class Variant(Pass):
     @classmethod
     def variant(cls, options: Mapping[str, Any], where: str = "") -> type[Pass]:
         left = list(cls.variants().values())
-        for field in cls.told_by if left else ():
+        for field in cls.discriminators if left else ():
             fitting = [model for model in left if _fits(model, field, options)]
             if not fitting:
                 raise SpecError(problems=[cls.misfit(field, options, left, where)])
@@ -87,8 +88,8 @@ class Variant(Pass):
             return Problem(place, f"must be true or false, not {show(value)}")
         if not isinstance(value, str):
             return Problem(place, f"must be text, not {show(value)}", f"There are {', '.join(known)}.")
-        mend = suggest(value, known) or f"There are {', '.join(known)}."
-        return Problem(place, f"there is no {field} {value!r}", mend)
+        hint = suggest(value, known) or f"There are {', '.join(known)}."
+        return Problem(place, f"there is no {field} {value!r}", hint)
 
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Pass:

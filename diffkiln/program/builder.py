@@ -128,10 +128,10 @@ class Builder:
         names |= {f"@{weight}": f"@{weight_in(call, weight)}" for weight in callee.weights}
         for op in callee.ops:
             names |= {ref.name: self._fresh(f"%{at}.{ref.bare}", callee.types[ref.name]) for ref in op.results}
-        placed = rename(callee, names)
-        self._types |= placed.types
-        self.replace(at, *placed.ops)
-        for name, ref in zip(call.outputs, placed.outputs, strict=True):
+        listed = rename(callee, names)
+        self._types |= listed.types
+        self.replace(at, *listed.ops)
+        for name, ref in zip(call.outputs, listed.outputs, strict=True):
             self.replace_uses(name, ref)
 
     def outline(self, places: Sequence[int], call: Callable[[Program], tuple[str, Mapping[str, Any]]]) -> None:

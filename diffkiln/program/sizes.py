@@ -79,7 +79,7 @@ def families(programs: Sequence[Program]) -> list[Family]:
     """
     alike: dict[str, list[Program]] = {}
     for program in programs:
-        alike.setdefault(_likeness(program), []).append(program)
+        alike.setdefault(_structural_key(program), []).append(program)
     found: list[Family] = []
     for members in alike.values():
         family = _unified(members) if len(members) > 1 else None
@@ -88,7 +88,7 @@ def families(programs: Sequence[Program]) -> list[Family]:
 
 
 def _unified(members: Sequence[Program]) -> Family | None:
-    """The family of programs of one likeness; None where a number follows no dimension."""
+    """The family of programs of one structural key; None where a number follows no dimension."""
     sizes: dict[Dimension, tuple[int, ...]] = {}
     for position, items in enumerate(zip(*(member.inputs for member in members), strict=True)):
         for dimension, given in enumerate(zip(*(item.type.shape for item in items), strict=True)):
@@ -165,7 +165,7 @@ def _put(arg: Any, place: Place, values: Mapping[Place, Any]) -> Any:
     return values.get(place, arg)
 
 
-def _likeness(program: Program) -> str:
+def _structural_key(program: Program) -> str:
     """What programs that differ by sizes alone have in common."""
 
     def bare(arg: Any) -> Any:

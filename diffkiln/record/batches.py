@@ -1,8 +1,8 @@
-"""A component at twice its batch, or at half of it: recorded anew from the ghosts.
+"""A component at twice its batch, or at half of it: recorded anew from the meta models.
 
 Which of its inputs follow the batch is what the pipeline itself says: it is recorded once more with twice as many
 prompts, and an input follows where its first dimension doubles. That a row's result does not depend on the other rows
-is not known from that; it is proved with the weights (diffkiln.compiler.verify.rows).
+is not known from that; it is proved with the weights (diffkiln.compiler.verify.batches).
 """
 
 from __future__ import annotations

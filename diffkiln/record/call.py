@@ -70,7 +70,7 @@ class CallRecorder:
     """Runs of the pipeline's own `__call__`, each under a tape of its own.
 
     Args:
-        pipe: the ghost.
+        pipe: the meta model.
         fake: the mode of its weights.
         constants: where folded tensors go.
         callees: gets every way in which the runs call a component.
@@ -164,7 +164,7 @@ class CallRecorder:
                 module.__dict__[method] = self._component(name, module, method, original)
                 stack.callback(module.__dict__.pop, method)
             stack.enter_context(self._casts.watched())
-            # diffusers looks through all modules for hooks that move them, at every step; a ghost has none.
+            # diffusers looks through all modules for hooks that move them, at every step; a meta model has none.
             here = property(lambda _: torch.device("cpu"))
             stack.enter_context(mock.patch.object(type(self.pipe), "_execution_device", here, create=True))
             yield

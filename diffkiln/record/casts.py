@@ -49,7 +49,7 @@ class Casts:
     """The types that a call casts its components to.
 
     Args:
-        pipe: the ghost.
+        pipe: the meta model.
     """
 
     def __init__(self, pipe: Any) -> None:

@@ -25,8 +25,8 @@ from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, ve
 from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.flex import dense_flex_attention
-from diffkiln.record.likeness import OncePerLikeness
 from diffkiln.record.processors import with_processors
+from diffkiln.record.structural_key import OncePerStructure
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
 
@@ -90,7 +90,7 @@ def run_shapes(
 def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
     """While it lasts, a block that is like one that ran already gives tensors of the same types."""
     blocks = [block for _, block in repeated_blocks(module)]
-    results: OncePerLikeness[tuple[list[Any], Any]] = OncePerLikeness(blocks)
+    results: OncePerStructure[tuple[list[Any], Any]] = OncePerStructure(blocks)
 
     def shortened(block: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ def record_component(
 
     Args:
         callees: of one component; each gets its `program` name set.
-        fake: the mode of the ghost's weights.
+        fake: the mode of the meta model's weights.
         constants: where folded tensors go.
         regions: keep the repeated blocks as calls.
 
@@ -171,7 +171,9 @@ class _Regions:
         self.blocks = repeated_blocks(module) if wanted else []
         self.programs: dict[str, Program] = {}
         self._by_print: dict[str, str] = {}
-        self._results: OncePerLikeness[tuple[str, list[Any], Any]] = OncePerLikeness(block for _, block in self.blocks)
+        self._results: OncePerStructure[tuple[str, list[Any], Any]] = OncePerStructure(
+            block for _, block in self.blocks
+        )
 
     @contextlib.contextmanager
     def patched(self, tape: Tape) -> Iterator[None]:

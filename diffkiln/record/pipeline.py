@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
-from diffkiln.models.meta import haunt
+from diffkiln.models.meta import make_fake
 from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
 from diffkiln.program.calls import GIVEN, Given
 from diffkiln.record.call import CallRecorder, Request, Unread, defaults
@@ -31,12 +31,12 @@ class Source:
         arg: the place of the argument that it is a part of, or a part of which it is; None for a constant that differs
             from half to half and was folded into the program for both.
         follows: whether it follows the batch; else both have the same.
-        halves: keys of the constants where there is no argument.
+        half_batches: keys of the constants where there is no argument.
     """
 
     arg: int | None
     follows: bool
-    halves: tuple[str, str] | None = None
+    half_batches: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
     `callees` are the ways in which components are called, by component and program. `reason` says why nothing was
-    recorded, where the bundle is to run as diffusers. `fake` is the mode of the ghosts' fake tensors. `pipe` is the
-    ghost that was recorded for the `requests`, for passes that record a component anew; `batches` are the programs that
-    they made so, by component and program.
+    recorded, where the bundle is to run as diffusers. `fake` is the mode of the meta models' fake tensors. `pipe` is
+    the meta model that was recorded for the `requests`, for passes that record a component anew; `batches` are the
+    programs that they made so, by component and program.
     """
 
     calls: list[dict[str, Program]]
@@ -100,7 +100,7 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Reco
     """Record a pipeline's call for every variant, then the components that it calls.
 
     Args:
-        pipe: a ghost, whose weights become fake tensors.
+        pipe: a meta model, whose weights become fake tensors.
         requests: the variants.
         constants: where folded tensors go.
 
@@ -122,7 +122,7 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
-            haunt(module, fake)
+            make_fake(module, fake)
     callees: dict[str, Callee] = {}
     notices: list[str] = []
     recorder = CallRecorder(pipe, fake, constants, callees)

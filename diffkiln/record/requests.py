@@ -37,8 +37,8 @@ def requests_of(spec: Spec, pipe: Any) -> list[Request]:
             if name in _BY_THE_CALLER:
                 problems.append(Problem(place, "whoever calls the bundle gives this keyword", "Remove it."))
             elif name not in known:
-                mend = suggest(name, known) or f"It takes {', '.join(sorted(known))}."
-                problems.append(Problem(place, f"the call of {type(pipe).__name__} has no keyword {name!r}", mend))
+                hint = suggest(name, known) or f"It takes {', '.join(sorted(known))}."
+                problems.append(Problem(place, f"the call of {type(pipe).__name__} has no keyword {name!r}", hint))
         if not wrong:
             requests += [_request(variant, known) for variant in variants]
     if problems:
@@ -85,8 +85,8 @@ def _image_problems(variant: Inputs, where: str) -> Iterator[Problem]:
         listed = value if isinstance(value, list | tuple) else [value]
         if not listed or not all(map(_is_size, listed)):
             reason = "an image is given by whoever calls the bundle, and is said here to come, with its size in pixels"
-            mend = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'
-            yield Problem(f"{where}.call.{name}", reason, mend)
+            hint = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'
+            yield Problem(f"{where}.call.{name}", reason, hint)
 
 
 def _is_size(value: Any) -> bool:

@@ -59,7 +59,7 @@ class _Storage:
 
     base: torch.Tensor
     version: int = 0
-    twin: torch.Tensor | None = None  # of a real storage that was written to: a marked one, so that its views alias
+    reduced: torch.Tensor | None = None  # of a real storage that was written to: a marked one, so that its views alias
 
 
 class Tape(TorchDispatchMode):
@@ -155,7 +155,7 @@ class Tape(TorchDispatchMode):
         if isinstance(tensor, FakeTensor) or not self._written:
             return isinstance(tensor, FakeTensor)
         storage = self._storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
-        return storage is not None and storage.twin is not None
+        return storage is not None and storage.reduced is not None
 
     # -- the mode --
 
@@ -337,10 +337,10 @@ class Tape(TorchDispatchMode):
         self._names[id(base)] = (whole_name, storage.version)
         self._names[id(target)] = (name, storage.version)
         self._alive += [target, base]
-        if not isinstance(base, FakeTensor) and storage.twin is None:
-            storage.twin = self.blank(type_of(base))
-            self._storages[storage.twin.untyped_storage()._cdata] = storage
-            self._alive.append(storage.twin)
+        if not isinstance(base, FakeTensor) and storage.reduced is None:
+            storage.reduced = self.blank(type_of(base))
+            self._storages[storage.reduced.untyped_storage()._cdata] = storage
+            self._alive.append(storage.reduced)
             self._written = True
 
     def _contiguous(self, base: torch.Tensor) -> Ref:
@@ -361,8 +361,8 @@ class Tape(TorchDispatchMode):
         def fake(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, FakeTensor) or not self.is_marked(tensor):
                 return tensor
-            twin = self._storage(tensor).twin
-            return torch.as_strided(twin, tensor.shape, tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
+            reduced = self._storage(tensor).reduced
+            return torch.as_strided(reduced, tensor.shape, tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
 
         return map_tensors(args, fake)
 

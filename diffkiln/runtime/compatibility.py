@@ -127,10 +127,10 @@ def _cpu() -> str:
     return f"{stated.get('model name', 'unknown')} {torch.backends.cpu.get_cpu_capability()} {flags}"
 
 
-def _version(what: str, found: str, wanted: str, mend: str = "") -> Iterator[Problem]:
+def _version(what: str, found: str, wanted: str, hint: str = "") -> Iterator[Problem]:
     try:
         if not fits(found, wanted):
-            yield Problem(what, f"found {found}, required {wanted}", mend)
+            yield Problem(what, f"found {found}, required {wanted}", hint)
     except ValueError:
         yield Problem(what, f"required {wanted!r}, which this diffkiln cannot read", "Install a later diffkiln")
 

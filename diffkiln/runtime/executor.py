@@ -14,7 +14,7 @@ import torch
 from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.guards import forks
 from diffkiln.interpreter.aten import Interpreter, Special, dtype_of
-from diffkiln.interpreter.gpu_forms import gpu_forms
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
 from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, owner_of, weight_in
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights
@@ -70,7 +70,7 @@ class Executor:
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
         #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
-        self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_forms(device)}
+        self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_decompositions(device)}
         self.constants = place_constants(constants, device)
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, _Call] = {}
@@ -111,7 +111,7 @@ class Executor:
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
             if self.graphs is not None:
                 special = self._special()
-                found = self.graphs(call.placed, values, lambda: self._weights(program), self.constants, special)
+                found = self.graphs(call.listed, values, lambda: self._weights(program), self.constants, special)
             else:
                 found = call.run(values, self._weights(program), self.constants)
             return self.run.latents if latents else found
@@ -185,8 +185,8 @@ class Executor:
     def interpreter(self, program: Program, special: Mapping[str, Special]) -> Interpreter:
         """Returns what replays a program within a call."""
         watch = self._watch if self._seconds is not None else None
-        placed = read_on_host(program, self.device)
-        return Interpreter(placed, self.device, special, self._paranoid, watch, explain=True)
+        listed = read_on_host(program, self.device)
+        return Interpreter(listed, self.device, special, self._paranoid, watch, explain=True)
 
     def _watch(self) -> None:
         if time.monotonic() > self._ends:
@@ -245,7 +245,7 @@ class _Call(NamedTuple):
     """A call program, which is kept so that its id stays its own; the same as it runs here; its groups in order."""
 
     program: Program
-    placed: Program
+    listed: Program
     run: Interpreter
     schedule: list[Key]
 

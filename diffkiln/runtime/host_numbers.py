@@ -22,10 +22,10 @@ _HOST = "host:"
 
 def place_constants(constants: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Returns the constants on the device; on a GPU each single number is on the host too, under a second key."""
-    placed = {key: tensor.to(device) for key, tensor in constants.items()}
+    listed = {key: tensor.to(device) for key, tensor in constants.items()}
     if device.type == "cpu":
-        return placed
-    return placed | {_HOST + key: tensor for key, tensor in constants.items() if tensor.ndim == 0}
+        return listed
+    return listed | {_HOST + key: tensor for key, tensor in constants.items() if tensor.ndim == 0}
 
 
 def read_on_host(program: Program, device: torch.device) -> Program:

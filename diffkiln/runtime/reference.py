@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffkiln.interpreter.aten import Interpreter, Special, dtype_of, overload
-from diffkiln.interpreter.gpu_forms import gpu_forms
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
 from diffkiln.program import ATTENTION, SDPA, Builder, DType, Op, Program, Ref
 
 #: Types that are computed in float32 instead. What is stored in fewer bits, such as float8, keeps its type.
@@ -37,7 +37,7 @@ def replay_in_float32(
 
     Attention runs by whichever kernel of torch takes float32.
     """
-    special: dict[str, Special] = {ATTENTION: _attention, **gpu_forms(device)}
+    special: dict[str, Special] = {ATTENTION: _attention, **gpu_decompositions(device)}
     special |= {name: lambda op: _typed(op, region) for name in _TYPED}
     run = Interpreter(Builder(region).map(_in_float32).build(), device, special)
     return run(

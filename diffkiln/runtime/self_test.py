@@ -11,7 +11,7 @@ import torch
 
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
-from diffkiln.interpreter.gpu_forms import gpu_forms
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
 from diffkiln.program import ATTENTION, Program, TensorType
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import holds_weights
@@ -62,7 +62,9 @@ def self_test(
     folded = {key: constants[key].to(device) for key in region.constants}
     # TF32, which torch's convolutions take by default, differs by more than float32 may.
     with torch.inference_mode(), float32_precision(False):
-        expected = Interpreter(region, device, {ATTENTION: packaged, **gpu_forms(device)})(inputs, weights, folded)
+        expected = Interpreter(region, device, {ATTENTION: packaged, **gpu_decompositions(device)})(
+            inputs, weights, folded
+        )
         flat = [*inputs, *weights.values(), *folded.values()]
         engine.check(flat)
         given = engine(flat)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from diffkiln.runtime.accelerator import Accelerator, Event
-from diffkiln.runtime.lanes import Layout
+from diffkiln.runtime.transfers import Layout
 
 #: A fast disk is read at full speed by several requests at a time only.
 READERS = min(8, max(4, os.cpu_count() or 4))

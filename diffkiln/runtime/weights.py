@@ -26,8 +26,8 @@ from diffkiln.guards.limits import active
 from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import TensorType
 from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
-from diffkiln.runtime.lanes import ALIGNMENT, Lane, Layout, aligned, copied
 from diffkiln.runtime.staging import Reader, Staging
+from diffkiln.runtime.transfers import ALIGNMENT, Layout, TransferQueue, aligned, copied
 
 #: (component, group name)
 Key = tuple[str, str]
@@ -199,7 +199,7 @@ class WeightStore:
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = _worker() if ahead else None
-        self._lane = Lane(self._accelerator) if ahead and self._accelerator else None
+        self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
         forks.renewed(self)
         if offload is None and device.type == "cpu":
             self._bring_all(readers or Readers())
@@ -243,8 +243,8 @@ class WeightStore:
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
-        if self._lane is not None:
-            self._lane.close()
+        if self._transfers is not None:
+            self._transfers.close()
         self._close_readers()
         self._here.clear()
         for group in self.groups.values():
@@ -266,8 +266,8 @@ class WeightStore:
         if key not in self._here:
             self._here[key] = _done(self._bring(key))
         tensors = self._here[key].result()
-        if self._lane is not None and (arrived := self.groups[key].arrived) is not None:
-            self._lane.wait(arrived)
+        if self._transfers is not None and (arrived := self.groups[key].arrived) is not None:
+            self._transfers.wait(arrived)
         return tensors
 
     def prefetch(self, key: Key) -> None:
@@ -284,10 +284,10 @@ class WeightStore:
         with self._counting:
             self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
-        if self._lane is not None:
-            self._lane.leaves(future.result().values())
+        if self._transfers is not None:
+            self._transfers.leaves(future.result().values())
             del future
-            self._lane.left()
+            self._transfers.left()
 
     def held(self) -> set[Key]:
         return set(self._here)
@@ -348,8 +348,8 @@ class WeightStore:
                 return copied(pinned, group.layout, there)
             return staging.bring(group.file, group.offset, group.nbytes, group.layout)
 
-        if self._lane is not None:
-            flat, group.arrived = self._lane.bring(copy)
+        if self._transfers is not None:
+            flat, group.arrived = self._transfers.bring(copy)
             return flat
         with there.active():
             return copy()

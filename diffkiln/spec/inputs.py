@@ -1,6 +1,6 @@
 """What is fixed in the pipeline's call.
 
-Docstrings and descriptions of fields are those of the JSON Schema, and of the mend where a field is missing.
+Docstrings and descriptions of fields are those of the JSON Schema, and of the hint where a field is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffkiln.spec.strict import Conflict, Json, Strict
 class Inputs(Strict):
     """The fixed inputs of one variant of the pipeline's call, or of one for each size. Sizes are in pixels."""
 
-    unknown_field_mend: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
+    unknown_field_hint: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
 
     height: Size = Field(description="Height of the images or frames in pixels, or a range of them.")
     width: Size = Field(description="Width of the images or frames in pixels, or a range of them.")

@@ -78,8 +78,8 @@ def read_json(text: bytes) -> Any:
         return json.loads(decoded, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        mend = "JSON has neither comments nor trailing commas, and its strings are in double quotes"
-        raise SpecError(problems=[Problem(where, f"is not JSON: {error.msg}", mend)]) from error
+        hint = "JSON has neither comments nor trailing commas, and its strings are in double quotes"
+        raise SpecError(problems=[Problem(where, f"is not JSON: {error.msg}", hint)]) from error
     except ValueError as error:  # Python's limit on the digits of an integer
         raise SpecError(problems=[Problem("$", "holds a number with thousands of digits")]) from error
 

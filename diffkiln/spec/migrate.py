@@ -34,5 +34,5 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _problem(reason: str, mend: str) -> Problem:
-    return Problem("$.spec_version", reason, mend)
+def _problem(reason: str, hint: str) -> Problem:
+    return Problem("$.spec_version", reason, hint)

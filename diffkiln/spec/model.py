@@ -1,6 +1,6 @@
 """What a user declares: source, target, inputs, passes, runtime. Everything that decides the result, and nothing else.
 
-Docstrings and descriptions of fields are those of the JSON Schema, and of the mend where a field is missing.
+Docstrings and descriptions of fields are those of the JSON Schema, and of the hint where a field is missing.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class TargetSpec(Strict):
                     yield (name,), refuse("says something of a GPU, and the device is a CPU", "Remove it")
         elif given.get("device") == "cuda" and "gpu" in given:
             for name in written:
-                mend = 'Remove it, or remove "gpu" and write all the numbers out'
-                yield (name,), refuse('is known from "gpu"', mend)
+                hint = 'Remove it, or remove "gpu" and write all the numbers out'
+                yield (name,), refuse('is known from "gpu"', hint)
         elif given.get("device") == "cuda":
             missing = [name for name in cls.required_numbers if name not in given]
             if missing and not written:

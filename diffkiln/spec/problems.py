@@ -1,4 +1,4 @@
-"""From pydantic's validation errors to `Problem`s: a JSON path, a reason in plain words, and a mend.
+"""From pydantic's validation errors to `Problem`s: a JSON path, a reason in plain words, and a hint.
 
 Used for the spec and, with a prefix such as `$.passes[1]`, for the options of a single pass.
 """
@@ -62,9 +62,9 @@ class _Place(NamedTuple):
     in_union: bool
 
 
-def refuse(reason: str, mend: str = "") -> PydanticCustomError:
-    """The error to raise in a validator when the problem has a mend of its own."""
-    return PydanticCustomError(_REFUSED, "{reason}", {"reason": reason, "mend": mend})
+def refuse(reason: str, hint: str = "") -> PydanticCustomError:
+    """The error to raise in a validator when the problem has a hint of its own."""
+    return PydanticCustomError(_REFUSED, "{reason}", {"reason": reason, "mend": hint})
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -111,7 +111,7 @@ def problems_from(error: ValidationError, model: type[BaseModel], prefix: str = 
         place = _locate(model, detail["loc"])
         problem = _problem(detail, place, prefix)
         if place.in_union and problems and problems[-1].where == problem.where:  # one sentence for each member
-            problem = Problem(problem.where, f"{problems.pop().reason}; or {problem.reason}", problem.mend)
+            problem = Problem(problem.where, f"{problems.pop().reason}; or {problem.reason}", problem.hint)
         problems.append(problem)
     if len(details) > MAX_PROBLEMS:
         problems.append(Problem(prefix, f"{len(details) - MAX_PROBLEMS} more problems are not listed"))
@@ -154,17 +154,17 @@ def _describe(owner: type[BaseModel] | None, name: str) -> str:
 
 
 def _no_such_field(owner: type[BaseModel] | None, name: str) -> tuple[str, str]:
-    """The reason and the mend; a model may have words of its own for it."""
+    """The reason and the hint; a model may have words of its own for it."""
     if words := getattr(owner, "no_such_field", None):
         return words(name)
-    return "there is no such field", _mend_field(owner, name)
+    return "there is no such field", _hint_field(owner, name)
 
 
-def _mend_field(owner: type[BaseModel] | None, name: str) -> str:
-    if mend := suggest(name, _fields(owner)):
-        return mend
-    if mend := getattr(owner, "unknown_field_mend", ""):
-        return mend
+def _hint_field(owner: type[BaseModel] | None, name: str) -> str:
+    if hint := suggest(name, _fields(owner)):
+        return hint
+    if hint := getattr(owner, "unknown_field_mend", ""):
+        return hint
     return f"The fields are: {', '.join(_fields(owner))}" if owner else ""
 
 

@@ -75,7 +75,7 @@ _ARCHITECTURES = {
     "12.0": "Blackwell",
 }
 
-# One direction, GB/s: transfers a second in 10^9, times lanes, times 128/130, over 8 bits.
+# One direction, GB/s: transfers a second in 10^9, times branches, times 128/130, over 8 bits.
 _PCIE3_X16 = 8 * 16 * 128 / 130 / 8
 _PCIE4_X8 = 16 * 8 * 128 / 130 / 8
 _PCIE4_X16 = 16 * 16 * 128 / 130 / 8
@@ -202,13 +202,13 @@ def unknown_gpus(target: Any, where: str = "$.target") -> list[Problem]:
         entries = [(target, where)]
     names = [(entry.get("gpu"), place) for entry, place in entries if isinstance(entry, dict)]
     return [
-        Problem(f"{place}.gpu", f"{show(name)} is not a GPU that has a name here", _mend_gpu(name))
+        Problem(f"{place}.gpu", f"{show(name)} is not a GPU that has a name here", _hint_gpu(name))
         for name, place in names
         if isinstance(name, str) and name and not find_gpu(name)
     ]
 
 
-def _mend_gpu(name: str) -> str:
+def _hint_gpu(name: str) -> str:
     """The GPUs whose names go on where `name` stops (`h100`), else the nearest one."""
     squashed = _squash(name)
     meant = [known for known in GPUS if squashed and _squash(known).startswith(squashed)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffkiln.cli.output_files import form_for, save
+from diffkiln.cli.output_files import format_for, save
 from diffkiln.errors import MissingDependency
 
 
@@ -82,19 +82,19 @@ def test_several_videos_are_numbered(tmp_path):
 )
 def test_a_name_that_will_not_do_is_refused_with_one_that_will(tmp_path, name, videos, words):
     with pytest.raises(click.BadParameter) as caught:
-        form_for(tmp_path / name, videos)
+        format_for(tmp_path / name, videos)
     assert words in str(caught.value)
 
 
 def test_a_name_says_what_the_call_must_give(tmp_path):
-    assert form_for(tmp_path / "out.npy") == "np"
-    assert {form_for(tmp_path / f"out{end}", True) for end in (".gif", ".webp", ".mp4")} == {"pil"}
+    assert format_for(tmp_path / "out.npy") == "np"
+    assert {format_for(tmp_path / f"out{end}", True) for end in (".gif", ".webp", ".mp4")} == {"pil"}
 
 
 def test_video_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"pip install 'diffkiln\[video\]'"):
-        form_for(tmp_path / "out.mp4")
+        format_for(tmp_path / "out.mp4")
 
 
 def test_a_video_that_turns_up_for_a_picture_is_refused(tmp_path):

@@ -102,7 +102,7 @@ def test_what_is_not_there_is_refused(hub: Server, tmp_path, capsys):
     for model in ("me/nothing", "nowhere", str(DIGITS / "spec.json"), str(DIGITS)):
         with pytest.raises(SourceError) as caught:
             first_spec(model, tmp_path / "spec.json")
-        assert caught.value.problems[0].mend
+        assert caught.value.problems[0].hint
     hub.publish("me/notes", {"notes.txt": b"no model"})
     with pytest.raises(SourceError, match=r"me/notes is no diffusers pipeline"):
         first_spec("me/notes", tmp_path / "spec.json")

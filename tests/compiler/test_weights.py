@@ -16,7 +16,7 @@ from diffkiln.bundle import open_bundle
 from diffkiln.compiler import weights as streaming
 from diffkiln.compiler.verify import call as calls
 from diffkiln.errors import BuildError, PassError
-from diffkiln.models.shards import Portions
+from diffkiln.models.shards import Shards
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.model.prune import Prune
 from diffkiln.passes.model.quantize import Quantize
@@ -48,13 +48,13 @@ MANY = [
 def loads(monkeypatch) -> list[tuple[str, list[str]]]:
     """Everything is streamed, a block at a time; gives what is loaded."""
     seen: list[tuple[str, list[str]]] = []
-    load = Portions.load
+    load = Shards.load
 
     def noted(self, units):
         seen.append((self.name, list(units)))
         return load(self, units)
 
-    monkeypatch.setattr(Portions, "load", noted)
+    monkeypatch.setattr(Shards, "load", noted)
     monkeypatch.setattr(streaming, "WHOLE_UP_TO", 0)
     monkeypatch.setattr(streaming, "PORTION", 0)
     return seen
@@ -122,13 +122,13 @@ def test_room_is_asked_for_what_the_files_of_weights_hold(whole):
 
 
 def test_a_block_that_is_not_finite_is_found_in_its_portion(loads, tmp_path, monkeypatch):
-    read = Portions._read
+    read = Shards._read
 
     def damaged(self, key, dtype):
         tensor = read(self, key, dtype)
         return tensor.fill_(float("nan")) if key == "single_transformer_blocks.1.norm.linear.bias" else tensor
 
-    monkeypatch.setattr(Portions, "_read", damaged)
+    monkeypatch.setattr(Shards, "_read", damaged)
     with pytest.raises(BuildError, match=r"component transformer: .* of single_transformer_blocks\.1\.norm\.linear"):
         diffkiln.compile(digits(), tmp_path / "bundle", base=DIGITS)
     assert list(tmp_path.iterdir()) == []

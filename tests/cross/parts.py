@@ -97,5 +97,5 @@ def _rewritten(spec: dict[str, Any]) -> Recording:
     with quiet_libraries():
         checked = check(spec)
         recording = record(checked.pipe, checked.requests, Constants())
-        manager.check_recording(recording, checked.placed, checked.targets)
-        return manager.rewrite(recording, checked.placed)[0]
+        manager.check_recording(recording, checked.listed, checked.targets)
+        return manager.rewrite(recording, checked.listed)[0]

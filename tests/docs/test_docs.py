@@ -73,5 +73,5 @@ def test_every_method_and_its_options_are_explained(name, document):
     models = pass_class(name).variants().values()
     assert models
     for model in models:
-        told = [constant(model, field) for field in model.told_by if field in ("method", "type", "backend")]
+        told = [constant(model, field) for field in model.discriminators if field in ("method", "type", "backend")]
         assert all(f"`{word}`" in text for word in (*told, *set(model.own_fields()) - {"include", "exclude"}))

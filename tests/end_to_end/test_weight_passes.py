@@ -144,9 +144,9 @@ def _eager(name: str, files: Path) -> np.ndarray:
     checked = diffkiln.check(spec(name, files), base=DIGITS)
     pipe = _load()
     before = dict(pipe.components)
-    for component in {"transformer", *(item.step.component for item in checked.placed)}:
+    for component in {"transformer", *(item.step.component for item in checked.listed)}:
         module = load_module(checked.source, component, "float32")
-        manager.apply(module, component, checked.placed)
+        manager.apply(module, component, checked.listed)
         setattr(pipe, component, module)
     try:
         images = [

@@ -52,7 +52,7 @@ def test_a_torch_without_cuda_is_told_what_to_install_and_nothing_else(monkeypat
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     (problem,) = cuda_problems()
     assert "found 2.13.0+cpu, which is built without CUDA" in problem.reason
-    assert "pip install --force-reinstall 'torch===2.13.0'" in problem.mend
+    assert "pip install --force-reinstall 'torch===2.13.0'" in problem.hint
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import transformers
 import diffkiln
 from diffkiln.compiler.compile import _recorded, check
 from diffkiln.compiler.verify import Verification, call, close, components
-from diffkiln.compiler.verify.twins import shrunken
+from diffkiln.compiler.verify.reduced import shrunken
 from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.families import bria, cogview4, kandinsky, lumina, mochi, wan, z_image
 from diffkiln.families.qwen_image import prompts

@@ -109,8 +109,8 @@ def _compare(name, plan, report):
     told = {
         "passes": [
             {
-                "name": ran.placed.step.name,
-                "options": ran.placed.step.options(),
+                "name": ran.listed.step.name,
+                "options": ran.listed.step.options(),
                 "changed": ran.changed,
                 "notes": list(ran.notes),
             }

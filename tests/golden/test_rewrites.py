@@ -40,7 +40,7 @@ def test_the_program_is_as_it_was(name, families):
     with quiet_libraries():
         recording = record(checked.pipe, checked.requests, Constants())
     before = listing(recording.calls[0]["call"])
-    recording, _ = manager.rewrite(recording, checked.placed)
+    recording, _ = manager.rewrite(recording, checked.listed)
     programs = recording.modules[component].programs
     reusing = [listing(program) for key, program in programs.items() if key.endswith(".reusing")]
     told = "\n\n".join(["before:", before, "after:", listing(recording.calls[0]["call"]), *reusing]) + "\n"
@@ -78,7 +78,7 @@ def test_guidance_changes_these_lines(name, families):
     checked = check(made)
     with quiet_libraries():
         recording = record(checked.pipe, checked.requests, Constants())
-        rewritten, _ = manager.rewrite(recording, checked.placed)
+        rewritten, _ = manager.rewrite(recording, checked.listed)
     before, after = (_plain(listing(of.calls[0]["call+negative"])).splitlines() for of in (recording, rewritten))
     lines = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
     _compare(name, "\n".join(lines) + "\n")
@@ -103,7 +103,7 @@ def test_pass_changes_these_lines(name, families):
     def told(passes):
         checked = check(spec(families, family) | {"passes": passes})
         with quiet_libraries():
-            recording, _ = manager.rewrite(record(checked.pipe, checked.requests, Constants()), checked.placed)
+            recording, _ = manager.rewrite(record(checked.pipe, checked.requests, Constants()), checked.listed)
         if where == "call":
             return _plain(listing(recording.calls[0]["call"])).splitlines()
         module = recording.modules[where]

@@ -9,7 +9,7 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
-from diffkiln.runtime.lanes import ALIGNMENT
+from diffkiln.runtime.transfers import ALIGNMENT
 from diffkiln.runtime.weights import Key, WeightStore
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS

@@ -9,7 +9,7 @@ import torch
 
 from diffkiln.errors import SourceError
 from diffkiln.models.architectures import architectures
-from diffkiln.models.meta import ghost_pipeline, load_module, refuse_nonfinite, skeleton
+from diffkiln.models.meta import load_module, meta_pipeline, refuse_nonfinite, skeleton
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
 from tests.pipelines import WARNING_FILTERS
@@ -71,7 +71,7 @@ def test_every_architecture_is_tested():
 def test_a_ghost_of_flux_takes_little_time_and_memory():
     source = opened("flux.1-dev")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    ghost = ghost_pipeline(source)
+    ghost = meta_pipeline(source)
     assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
     assert_true_shapes(ghost, source)
@@ -96,7 +96,7 @@ def assert_true_shapes(ghost, source):
 )
 def test_shapes_are_the_true_ones(name):
     source = opened(name)
-    assert_true_shapes(ghost_pipeline(source), source)
+    assert_true_shapes(meta_pipeline(source), source)
 
 
 # Its table of positions is computed in double precision, by `from_pretrained` too: 3.5 GB for 10 s.

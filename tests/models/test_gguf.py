@@ -7,7 +7,7 @@ import torch
 import diffkiln
 from diffkiln.errors import IllegalPlan, SourceError, SpecError
 from diffkiln.interpreter.layers import Stored
-from diffkiln.models.meta import ghost_pipeline, load_module
+from diffkiln.models.meta import load_module, meta_pipeline
 from diffkiln.models.opening import open_source
 from diffkiln.models.weights import weights_of
 from diffkiln.spec import Source
@@ -53,7 +53,7 @@ def test_what_it_computes_is_what_diffusers_computes(tmp_path, kind):
 
     path = write(tmp_path / "model.gguf", real("flux", "transformer").state_dict(), kind)
     model = opened(path, dtype="float32")
-    ghost, module = ghost_pipeline(model, "float32").transformer, load_module(model, "transformer", "float32")
+    ghost, module = meta_pipeline(model, "float32").transformer, load_module(model, "transformer", "float32")
     told = {name: (tuple(t.shape), t.dtype) for name, t in weights_of(ghost)}
     assert told == {name: (tuple(t.shape), t.dtype) for name, t in weights_of(module)}
     assert any(isinstance(part, Stored) for part in module.modules()) == (kind != "BF16")
@@ -78,7 +78,7 @@ def test_a_component_without_a_checkpoint_of_its_own(tmp_path, file):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     model = open_source(Source(model=str(folder), gguf={"transformer": str(file)}), tmp_path)
     assert model.dtypes["transformer"] == "bfloat16"
-    assert any(isinstance(part, Stored) for part in ghost_pipeline(model).transformer.modules())
+    assert any(isinstance(part, Stored) for part in meta_pipeline(model).transformer.modules())
 
 
 def test_the_digest_covers_the_file_and_no_path_is_told(tmp_path, file):
@@ -92,20 +92,20 @@ def test_the_digest_covers_the_file_and_no_path_is_told(tmp_path, file):
 def test_a_file_that_lacks_tensors_is_refused(tmp_path):
     path = write(tmp_path / "cut.gguf", real("flux", "transformer").state_dict(), drop=("proj_out.bias",))
     with pytest.raises(SourceError, match=r"cut\.gguf .*"):
-        ghost_pipeline(opened(path))
+        meta_pipeline(opened(path))
 
 
 def test_a_file_of_another_shape_is_refused(tmp_path):
     state = real("flux", "transformer").state_dict() | {"proj_out.bias": torch.zeros(3)}
     path = write(tmp_path / "wide.gguf", state)
     with pytest.raises(SourceError, match=r"holds proj_out\.bias as \(3,\)"):
-        ghost_pipeline(opened(path))
+        meta_pipeline(opened(path))
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):
     (tmp_path / "no.gguf").write_bytes(b"nothing of that kind")
     with pytest.raises(SourceError, match=r"no\.gguf cannot be read"):
-        ghost_pipeline(opened(tmp_path / "no.gguf"))
+        meta_pipeline(opened(tmp_path / "no.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffkiln.errors import BuildError, SourceError
-from diffkiln.models.meta import ghost_pipeline, load_module, refuse_nonfinite
+from diffkiln.models.meta import load_module, meta_pipeline, refuse_nonfinite
 from diffkiln.models.opening import open_source
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
@@ -39,7 +39,7 @@ def described(module):
 )
 def test_ghosts_are_what_from_pretrained_gives(family, dtype, folders):
     source = opened(build_folder(family, folders))
-    pipe = ghost_pipeline(source, dtype)
+    pipe = meta_pipeline(source, dtype)
     assert type(pipe) is source.pipeline_class
     for name in source.modules:
         ghost, real = getattr(pipe, name), load_module(source, name, dtype)
@@ -60,7 +60,7 @@ def test_the_rest_of_the_pipeline_is_real(folders):
 
     folder = build_folder("sdxl", folders)
     source = opened(folder)
-    ghost = ghost_pipeline(source)
+    ghost = meta_pipeline(source)
     real = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert ghost.tokenizer("A cat").input_ids == real.tokenizer("A cat").input_ids
     assert ghost.scheduler.config == real.scheduler.config
@@ -68,7 +68,7 @@ def test_the_rest_of_the_pipeline_is_real(folders):
 
 
 def test_tied_weights_stay_tied(folders):
-    ghost = ghost_pipeline(opened(build_folder("flux", folders))).text_encoder_2
+    ghost = meta_pipeline(opened(build_folder("flux", folders))).text_encoder_2
     assert ghost.shared.weight is ghost.encoder.embed_tokens.weight
 
 
@@ -77,7 +77,7 @@ def test_defaults_to_the_type_that_was_saved(folders, tmp_path):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
     source = opened(folder)
-    pipe = ghost_pipeline(source)
+    pipe = meta_pipeline(source)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     assert load_module(source, "unet").dtype == torch.bfloat16
 
@@ -88,7 +88,7 @@ def test_does_without_a_safety_checker(folders, tmp_path):
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
-    pipe = ghost_pipeline(opened(folder))
+    pipe = meta_pipeline(opened(folder))
     assert pipe.safety_checker is None
     assert pipe.feature_extractor is None
     assert not pipe.config.requires_safety_checker
@@ -98,7 +98,7 @@ def test_leaves_global_state_alone(folders):
     from transformers.utils import logging
 
     before = torch.get_rng_state()
-    ghost_pipeline(opened(build_folder("sd3", folders)), "bfloat16")
+    meta_pipeline(opened(build_folder("sd3", folders)), "bfloat16")
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_default_dtype() == torch.float32
     assert logging.is_progress_bar_enabled()
@@ -130,7 +130,7 @@ def test_a_configuration_that_builds_nothing_is_a_source_error(folders, tmp_path
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"down_block_types": ["NoBlock", "NoBlock"]}))
     with pytest.raises(SourceError, match="component unet cannot be loaded"):
-        ghost_pipeline(opened(folder))
+        meta_pipeline(opened(folder))
 
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

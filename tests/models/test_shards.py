@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from diffkiln.errors import SourceError
 from diffkiln.models.meta import load_module
 from diffkiln.models.opening import open_source
-from diffkiln.models.shards import OUTSIDE, Portions, open_portions
+from diffkiln.models.shards import OUTSIDE, Shards, open_shards
 from diffkiln.models.weights import weights_of
 from diffkiln.spec import Source
 from tests.pipelines import WARNING_FILTERS, build_folder
@@ -25,9 +25,9 @@ def opened(folder):
     return open_source(Source(model=str(folder)), Path())
 
 
-def in_portions(folder, name, dtype=None) -> Portions:
-    found = open_portions(opened(folder), name, dtype)
-    assert isinstance(found, Portions), found
+def in_portions(folder, name, dtype=None) -> Shards:
+    found = open_shards(opened(folder), name, dtype)
+    assert isinstance(found, Shards), found
     return found
 
 
@@ -37,7 +37,7 @@ def test_portions_together_are_what_from_pretrained_gives(family, families):
     source = opened(build_folder(family, families))
     tried = 0
     for name in source.modules:
-        found = open_portions(source, name, "float16")
+        found = open_shards(source, name, "float16")
         if isinstance(found, str):
             continue
         tried += 1
@@ -71,8 +71,8 @@ def test_a_portion_has_memory_of_its_own(families, tmp_path):
 def test_drawn_weights_are_the_same_in_portions(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = open_source(Source(architecture="sd-1.5", seed=3), Path())
-    found = open_portions(source, "text_encoder")
-    assert isinstance(found, Portions)
+    found = open_shards(source, "text_encoder")
+    assert isinstance(found, Shards)
     whole = dict(weights_of(load_module(source, "text_encoder")))
     unit = next(unit for unit in found.sizes() if unit != OUTSIDE)
     real = {key: tensor for key, tensor in weights_of(found.load([unit])) if not tensor.is_meta}
@@ -92,7 +92,7 @@ def changed(folder, change):
     weights = load_file(file)
     change(weights)
     save_file(weights, file, metadata={"format": "pt"})
-    return open_portions(opened(folder), "transformer")
+    return open_shards(opened(folder), "transformer")
 
 
 def test_what_only_the_library_can_load_is_told(families, tmp_path):
@@ -104,4 +104,4 @@ def test_what_only_the_library_can_load_is_told(families, tmp_path):
 
 
 def test_a_component_without_blocks_is_told(families):
-    assert open_portions(opened(build_folder("wan", families)), "vae") == "AutoencoderKLWan has no repeated blocks"
+    assert open_shards(opened(build_folder("wan", families)), "vae") == "AutoencoderKLWan has no repeated blocks"

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.compiler.verify import compare_component
-from diffkiln.models.meta import haunt
+from diffkiln.models.meta import make_fake
 from diffkiln.program import Module
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -56,7 +56,7 @@ def result_of(module: torch.nn.Module, leaves: list[Any], structure: Any) -> tor
 def replays(ghost: torch.nn.Module, module: torch.nn.Module, leaves: list[Any], structure: Any) -> Module:
     """The component's program, which gives bit for bit what the module gives; raises VerifyError if it does not."""
     constants, fake = Constants(), FakeTensorMode(allow_non_fake_inputs=True)
-    haunt(ghost, fake)
+    make_fake(ghost, fake)
     callee = Callee("tried", "forward", ghost, ghost.forward, leaves, structure, ([], None))
     recorded = record_component([callee], fake, constants)
     compare_component(callee, module, recorded, leaves, constants.tensors)

@@ -12,13 +12,13 @@ from typing import Any
 import diffusers
 import torch
 
-from diffkiln.models.meta import ghost_pipeline, load_module
+from diffkiln.models.meta import load_module, meta_pipeline
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import State
-from diffkiln.passes.registry import Placed, read_passes
+from diffkiln.passes.registry import ListedPass, read_passes
 from diffkiln.spec import PassEntry, Source, Target, TargetSpec, resolve_target
 from tests.pipelines import build_folder
 
@@ -40,7 +40,7 @@ def source(family: str) -> SourceModel:
 def ghost(family: str) -> State:
     """A fresh plan; passes change its modules."""
     model = source(family)
-    pipe = ghost_pipeline(model)
+    pipe = meta_pipeline(model)
     return State(model.class_name, {name: pipe.components[name] for name in model.modules})
 
 
@@ -48,17 +48,17 @@ def real(family: str, component: str) -> torch.nn.Module:
     return load_module(source(family), component)
 
 
-def placed(*passes: dict[str, Any]) -> list[Placed]:
+def placed(*passes: dict[str, Any]) -> list[ListedPass]:
     return read_passes([PassEntry.model_validate(item) for item in passes])
 
 
-def prepared(class_name: str, *passes: dict[str, Any]) -> list[Placed]:
+def prepared(class_name: str, *passes: dict[str, Any]) -> list[ListedPass]:
     """The passes with their files found, as the compiler does it."""
     kind = getattr(diffusers, class_name, object)
     return [replace(item, step=item.step.prepare(Path.cwd(), kind)) for item in placed(*passes)]
 
 
-def checked(plan: State, *passes: dict[str, Any], target: Target = CPU) -> list[Placed]:
+def checked(plan: State, *passes: dict[str, Any], target: Target = CPU) -> list[ListedPass]:
     """The passes, which are legal. They are tried out on a copy of the plan."""
     steps = prepared(plan.class_name, *passes)
     tried = {name: outline(module) for name, module in plan.modules.items()}

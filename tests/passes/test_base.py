@@ -52,9 +52,9 @@ def test_a_fact_makes_a_pass_illegal_for_its_component_alone():
 def test_unknown_component_gets_the_nearest_name_or_all_of_them():
     (near,) = unknown_component("une", plan(), "$.passes[0]")
     assert near.where == "$.passes[0].component"
-    assert near.mend == 'Did you mean "unet"?'
+    assert near.hint == 'Did you mean "unet"?'
     (far,) = unknown_component("scheduler", plan(), "$.passes[0]")
-    assert far.mend == "It has unet, vae."
+    assert far.hint == "It has unet, vae."
 
 
 def test_options_go_through_json():

@@ -352,7 +352,7 @@ FOREIGN = [
 @pytest.mark.parametrize(("called", "option"), FOREIGN, ids="-".join)
 def test_every_option_of_every_other_method_is_refused_by_name(called, option):
     model = SCHEDULES[called]
-    given = {field: constant(model, field) for field in model.told_by}
+    given = {field: constant(model, field) for field in model.discriminators}
     given |= {"steps": (1, 0), "interval": 2, "ratios": (1.0, 1.0), "threshold": 0.1}
     given = {name: value for name, value in given.items() if name in model.model_fields}
     if "interval" in given:

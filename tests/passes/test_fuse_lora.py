@@ -85,7 +85,7 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path):
     plan = ghost("flux")
     with pytest.raises(IllegalPlan, match=r"adapters\[0\].*another architecture") as caught:
         checked(plan, entry("transformer", (file, 1.0)))
-    assert "trained on this model" in caught.value.problems[0].mend
+    assert "trained on this model" in caught.value.problems[0].hint
 
 
 def test_an_adapter_of_another_width_is_refused(tmp_path):

@@ -36,7 +36,7 @@ def test_wrong_order_names_both_the_reason_and_the_mend():
         "fuse_qkv must come before quantize ($.passes[0]): quantized projections cannot be concatenated"
         in problem.reason
     )
-    assert problem.mend == "Move it before $.passes[0]."
+    assert problem.hint == "Move it before $.passes[0]."
 
 
 def test_order_does_not_matter_between_components():

@@ -153,4 +153,4 @@ def test_the_other_order_is_refused_by_both_names(first, second):
     (problem,) = order_problems(placed(*entries))
     assert problem.where == "$.passes[1]"
     assert problem.reason.startswith(f"{kinds[0]} must come before {kinds[1]} ($.passes[0]): ")
-    assert problem.mend == "Move it before $.passes[0]."
+    assert problem.hint == "Move it before $.passes[0]."

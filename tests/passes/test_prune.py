@@ -49,7 +49,7 @@ def test_a_pattern_that_matches_no_block_is_refused_by_its_place():
         IllegalPlan, match=r"blocks\[0\]: the pattern 'transformer_blocks\.99' matches no block"
     ) as caught:
         checked(plan, PRUNE | {"blocks": ["transformer_blocks.99"]})
-    assert "transformer_blocks.0 to " in caught.value.problems[0].mend
+    assert "transformer_blocks.0 to " in caught.value.problems[0].hint
 
 
 def test_a_list_is_not_emptied():

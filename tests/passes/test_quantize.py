@@ -127,7 +127,7 @@ def test_float8_dynamic_needs_sm_8_9(target, legal):
         return
     with pytest.raises(IllegalPlan, match=r"needs SM 8\.9 or later, and nvidia-a100-80gb-sxm has SM 8\.0") as caught:
         checked(plan, entry, target=target)
-    assert "float8_weight_only" in caught.value.problems[0].mend
+    assert "float8_weight_only" in caught.value.problems[0].hint
 
 
 def test_float8_dynamic_per_row_is_for_bfloat16_on_a_gpu():
@@ -287,13 +287,13 @@ FOREIGN = [
 
 @pytest.mark.parametrize(("called", "option"), FOREIGN, ids="-".join)
 def test_every_option_of_every_other_type_is_refused_by_name(called, option):
-    entry = _entry(*(constant(KINDS[called], field) for field in KINDS[called].told_by))
+    entry = _entry(*(constant(KINDS[called], field) for field in KINDS[called].discriminators))
     assert isinstance(placed(entry)[0].step, KINDS[called])
     with pytest.raises(SpecError) as caught:
         placed(entry | {option: True})
     (problem,) = caught.value.problems
     assert (problem.where, problem.reason) == (f"$.passes[0].{option}", f"{called} has no option {option}")
-    assert problem.mend.startswith("It has include, exclude")
+    assert problem.hint.startswith("It has include, exclude")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_each_method_is_printed_with_its_own_options(name, capsys):
     assert main(["passes", name]) == 0
     told = " ".join(capsys.readouterr().out.split())
     for model in pass_class(name).variants().values():
-        values = [(field, constant(model, field)) for field in model.told_by]
+        values = [(field, constant(model, field)) for field in model.discriminators]
         begin = ", ".join(f'"{field}": {json.dumps(value)}' for field, value in sorted(values, reverse=True) if value)
         _, _, rest = told.partition(f"{begin}: ")
         section = rest.partition(' "method": ' if name == "cache_schedule" else ' "type": ')[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffkiln.errors import DataDependent, RecordError, SpecError
-from diffkiln.models.meta import ghost_pipeline
+from diffkiln.models.meta import meta_pipeline
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, REGION, verify_module
@@ -26,7 +26,7 @@ _made = {}
 def recording(family, **changed):
     key = (family, *sorted(changed.items()))
     if key not in _made:
-        pipe = ghost_pipeline(source(family))
+        pipe = meta_pipeline(source(family))
         pipe.set_progress_bar_config(disable=True)
         batch = changed.pop("batch_size", 1)
         fixed = {k: v for k, v in FAMILIES[family].call.items() if k not in ("prompt", "negative_prompt")} | changed

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from diffkiln.runtime.lanes import Lane
 from diffkiln.runtime.staging import Staging
+from diffkiln.runtime.transfers import TransferQueue
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
 from tests.simulated import OutOfMemory, Simulated
 
@@ -211,11 +211,11 @@ def test_a_transfer_takes_its_time(files: Files) -> None:
 # -- mistakes --
 
 
-def no_wait(self: Lane, arrived: Any) -> None:
+def no_wait(self: TransferQueue, arrived: Any) -> None:
     """What is launched next does not wait for the weights."""
 
 
-def early_record(self: Lane, copy: Callable[[], torch.Tensor]) -> Any:
+def early_record(self: TransferQueue, copy: Callable[[], torch.Tensor]) -> Any:
     while self._left:
         self._left.popleft().synchronize()
     arrived = self._accelerator.event()
@@ -224,7 +224,7 @@ def early_record(self: Lane, copy: Callable[[], torch.Tensor]) -> Any:
         return copy(), arrived
 
 
-def early_reuse(self: Lane, copy: Callable[[], torch.Tensor]) -> Any:
+def early_reuse(self: TransferQueue, copy: Callable[[], torch.Tensor]) -> Any:
     arrived = self._accelerator.event()
     with self._accelerator.on(self._stream):
         flat = copy()
@@ -245,17 +245,17 @@ def same_buffer(self: Staging) -> Any:
 
 #: Where weights wait, what is changed, and what races with what.
 MISTAKES: dict[str, tuple[str, list[tuple[type, str, Any]], set[str]]] = {
-    "no wait for the arrival": ("host", [(Lane, "wait", no_wait)], {"copy", "block 0"}),
-    "arrival recorded before the copy": ("host", [(Lane, "bring", early_record)], {"copy", "block 0"}),
+    "no wait for the arrival": ("host", [(TransferQueue, "wait", no_wait)], {"copy", "block 0"}),
+    "arrival recorded before the copy": ("host", [(TransferQueue, "bring", early_record)], {"copy", "block 0"}),
     "memory reused before it was read": (
         "host",
-        [(Lane, "bring", early_reuse), (Lane, "leaves", nothing)],
+        [(TransferQueue, "bring", early_reuse), (TransferQueue, "leaves", nothing)],
         {"another use of memory", "block 0"},
     ),
     "a buffer filled before it was copied": ("disk", [(Staging, "_free", same_buffer)], {"copy", "read"}),
     "pinned memory given back before it was copied": (
         "host",
-        [(Lane, "close", nothing)],
+        [(TransferQueue, "close", nothing)],
         {"copy", "pinned memory is given back"},
     ),
 }
@@ -276,7 +276,7 @@ def test_each_known_mistake_is_found(files: Files, mistake: str, monkeypatch: py
 
 def test_a_mistake_gives_wrong_numbers(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only clocks tell: a weight that nobody waited for is read as poison."""
-    monkeypatch.setattr(Lane, "wait", no_wait)
+    monkeypatch.setattr(TransferQueue, "wait", no_wait)
     run = Run(files, Simulated(), "host")
     run.call(1)
     run.end()
@@ -284,7 +284,7 @@ def test_a_mistake_gives_wrong_numbers(files: Files, monkeypatch: pytest.MonkeyP
 
 
 def test_a_host_that_runs_ahead_fills_the_gpu_where_it_does_not_wait_for_what_left(files: Files, monkeypatch) -> None:
-    monkeypatch.setattr(Lane, "bring", early_reuse)
+    monkeypatch.setattr(TransferQueue, "bring", early_reuse)
     device = Simulated()
     run = Run(files, device, "host")
     run.call(4)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkiln.errors import DigestMismatch
-from diffkiln.runtime.lanes import aligned
 from diffkiln.runtime.staging import Reader, Staging
+from diffkiln.runtime.transfers import aligned
 from diffkiln.runtime.weights import Entry
 from tests.simulated import Simulated
 

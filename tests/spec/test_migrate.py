@@ -23,7 +23,7 @@ def test_a_newer_version_says_to_upgrade():
         parse_spec({"spec_version": 2, "new_field": 1})
     [problem] = caught.value.problems
     assert problem.where == "$.spec_version"
-    assert "Upgrade" in problem.mend
+    assert "Upgrade" in problem.hint
 
 
 @pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None, [], pytest.param(10**5000, id="huge")])

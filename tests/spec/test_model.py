@@ -121,7 +121,7 @@ class TestInputs:
         with pytest.raises(ValidationError) as caught:
             Inputs.model_validate({"height": 8, "width": 8, "num_inference_steps": 1, "max_sequence_length": 3})
         [problem] = problems_from(caught.value, Inputs)
-        assert '"call"' in problem.mend
+        assert '"call"' in problem.hint
 
     def test_rejects_own_fields_in_call(self):
         found = complaints(Inputs, height=8, width=8, num_inference_steps=1, call={"height": 9})

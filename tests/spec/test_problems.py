@@ -57,7 +57,7 @@ def test_unknown_field_gets_a_suggestion():
 
 
 def test_unknown_field_like_no_other_gets_the_list():
-    assert "component, exclude, groups" in only({"component": "a", "zzz": ()}).mend
+    assert "component, exclude, groups" in only({"component": "a", "zzz": ()}).hint
 
 
 def test_item_of_a_list_and_of_a_mapping_have_their_path():
@@ -76,13 +76,13 @@ def test_union_is_one_problem_at_the_fields_own_path():
 def test_discriminated_union_has_no_tag_in_its_path():
     problem = only({"component": "a", "config": {"kind": "int8", "rows": True}})
     assert (problem.where, problem.reason) == ("$.passes[1].config.rows", "there is no such field")
-    assert problem.mend == "The fields are: kind, group"
+    assert problem.hint == "The fields are: kind, group"
 
 
 def test_unknown_discriminator_gets_a_suggestion():
     problem = only({"component": "a", "config": {"kind": "int88"}})
     assert problem.where == "$.passes[1].config.kind"
-    assert problem.mend == 'Did you mean "int8"?'
+    assert problem.hint == 'Did you mean "int8"?'
 
 
 def test_error_of_a_validator_is_its_own_sentence():

@@ -28,7 +28,7 @@ def test_conflict_holds_for_python_and_for_dicts():
 def test_conflict_comes_with_the_problems_of_fields():
     with pytest.raises(ValidationError) as caught:
         Both.model_validate({"left": "1", "right": 2, "middle": 3, "free": object()})
-    found = [(problem.where, problem.mend) for problem in problems_from(caught.value, Both)]
+    found = [(problem.where, problem.hint) for problem in problems_from(caught.value, Both)]
     assert [where for where, _ in found] == ["$.left", "$.free", "$.middle", "$.right"]
     assert found[-1] == ("$.right", "Remove it")
 

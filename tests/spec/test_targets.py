@@ -65,7 +65,7 @@ def test_unknown_gpu_gets_a_mend(name, mend):
         resolve_target(TargetSpec(device="cuda", gpu=name), "$.target[2]")
     [problem] = caught.value.problems
     assert problem.where == "$.target[2].gpu"
-    assert problem.mend == mend
+    assert problem.hint == mend
 
 
 def test_numbers_written_out():

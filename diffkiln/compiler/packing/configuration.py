@@ -13,7 +13,7 @@ from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.interpreter.layers import described
 from diffkiln.models.source import SourceModel
-from diffkiln.passes.registry import Placed
+from diffkiln.passes.registry import ListedPass
 
 SCHEDULER = "scheduler"
 _PATHS = ("_name_or_path", "name_or_path")
@@ -41,9 +41,9 @@ def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
     writer.write("spec.json", as_json(written), "config")
 
 
-def _pinned(index: int, entry: dict[str, Any], placed: Sequence[Placed]) -> dict[str, Any]:
+def _pinned(index: int, entry: dict[str, Any], listed: Sequence[ListedPass]) -> dict[str, Any]:
     """A pass as the spec gave it, with digests in the place of local paths."""
-    own = [item.step.options() for item in placed if item.index == index and not item.key]
+    own = [item.step.options() for item in listed if item.index == index and not item.key]
     return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
 
 

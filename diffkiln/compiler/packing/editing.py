@@ -21,7 +21,7 @@ from diffkiln.bundle import (
     has_receipt,
     left_out,
     open_bundle,
-    openat,
+    safe_open,
     write_receipt,
 )
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
@@ -209,9 +209,9 @@ def _check_buildable(
     """Raises `IllegalPlan` with every reason, each once."""
     devices = devices_of(manifest)
     only = " and ".join(sorted(devices))
-    mend = "Compile the spec for all of its targets: passes are checked against each device."
+    hint = "Compile the spec for all of its targets: passes are checked against each device."
     problems = [
-        Problem(target.name, f"its device is {target.device}, and the bundle runs on {only}", mend)
+        Problem(target.name, f"its device is {target.device}, and the bundle runs on {only}", hint)
         for target in targets
         if target.device not in devices
     ]
@@ -230,9 +230,9 @@ def _check_buildable(
 
 def _read_build(bundle: Bundle) -> Mapping[str, Any]:
     """What `build.json` says; nothing where it cannot be read, since nothing depends on it."""
-    root = openat.open_root(bundle.path)
+    root = safe_open.open_root(bundle.path)
     try:
-        return read_build(openat.read_small(root, "build.json", MAX_BUILD_BYTES))
+        return read_build(safe_open.read_small(root, "build.json", MAX_BUILD_BYTES))
     except IntegrityError:
         return {}
     finally:

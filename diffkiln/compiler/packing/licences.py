@@ -17,7 +17,7 @@ def pack_licences(writer: BundleWriter, plan: Plan) -> None:
     """One row for the base model and one for each adapter, with what each states, or null. A hashed file, so that it
     is signed with the rest."""
     rows: list[dict[str, Any]] = [{"of": "base model", **plan.source.pinned()} | licence_of(plan.source.folder)]
-    for item in plan.placed:
+    for item in plan.listed:
         if isinstance(item.step, FuseLoRA):
             for stated, path in item.step.origins():
                 licence = licence_of(path.parent) | licence_in(path)

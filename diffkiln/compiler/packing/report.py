@@ -41,7 +41,7 @@ def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
             runtime[name] = value
     if plan.recording.reason:
         runtime["only_diffusers"] = plan.recording.reason
-    steps = [ran.placed.step for ran in plan.report]
+    steps = [ran.listed.step for ran in plan.report]
     major, minor = torch.__version__.split(".")[:2]
     return Manifest(
         features_required=device_features(packed.features.union(*(step.features for step in steps)), devices),
@@ -65,7 +65,7 @@ def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
         passes=tuple(
             PassRow(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
             for ran in plan.report
-            for step in (ran.placed.step,)
+            for step in (ran.listed.step,)
         ),
         runtime=runtime,
         weights=dict(packed.weights),
@@ -98,7 +98,7 @@ def pack_report(writer: BundleWriter, manifest: Manifest, plan: Plan, seconds: M
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1),
         "passes": [
-            {"name": ran.placed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)}
+            {"name": ran.listed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)}
             for ran in plan.report
         ],
         "notices": list(plan.notices),

@@ -17,7 +17,7 @@ from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.compiler.verify.cases import TEXTS, cases_of, noise_like
 from diffkiln.compiler.verify.comparing import difference, same
 from diffkiln.compiler.verify.components import CPU, Given, compare_component, compare_lengths
-from diffkiln.compiler.verify.twins import kept_blocks, shrunken
+from diffkiln.compiler.verify.reduced import kept_blocks, shrunken
 from diffkiln.errors import CallError, VerifyError
 from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.layers import repeated_blocks
@@ -36,7 +36,7 @@ from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant
 
-#: Components with more bytes of weights than this are verified as shrunken twins.
+#: Components with more bytes of weights than this are verified as shrunken reduced models.
 WHOLE_UP_TO = 2 * 2**30
 
 
@@ -44,7 +44,7 @@ class Verification:
     """Compares one recording with its pipeline.
 
     Args:
-        pipe: the ghost that was recorded.
+        pipe: the meta model that was recorded.
         fake: the mode of its tensors.
         recording: what was recorded.
     """
@@ -114,7 +114,7 @@ class Verification:
 
     @contextmanager
     def _stand_ins(self, read: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
-        """The ghost with stand-ins for its components, and values for the weights that the call itself reads."""
+        """The meta model with stand-ins for its components, and values for the weights that the call itself reads."""
         places: list[tuple[dict[str, Any], str, Any]] = []
         patched: list[tuple[torch.nn.Module, str]] = []
         try:
@@ -219,7 +219,8 @@ class Verification:
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
     def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
-        """Compare one program of a component with it on these arguments, or with a twin where the weights are large.
+        """Compare one program of a component with it on these arguments, or with a reduced model where the weights are
+        large.
 
         Raises:
             VerifyError: they differ.
@@ -229,19 +230,20 @@ class Verification:
             if nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:
-                self._check_twin(callee, module, leaves, each)
+                self._check_reduced(callee, module, leaves, each)
 
     def given(self, name: str, program: str) -> list[list[Any]]:
         """The arguments of the first calls of a component's program, flattened."""
         return [seen.leaves for seen in self._seen[name, program]]
 
-    def _check_twin(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
-        """The same with a twin that has one block of each kind, or one in each list of blocks, recorded anew."""
-        twin, ghost = shrunken(module, each), shrunken(callee.module, each)
+    def _check_reduced(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
+        """The same with a reduced model that has one block of each kind, or one in each list of blocks, recorded
+        anew."""
+        reduced, meta = shrunken(module, each), shrunken(callee.module, each)
         constants = Constants()
-        alike = replace(callee, module=ghost, original=getattr(ghost, callee.method))
+        alike = replace(callee, module=meta, original=getattr(meta, callee.method))
         recorded = record_component([alike], self._recording.fake, constants)
-        compare_component(alike, twin, recorded, leaves, constants.tensors)
+        compare_component(alike, reduced, recorded, leaves, constants.tensors)
 
 
 class _StandInExecutor(Executor):

@@ -1,7 +1,8 @@
 """Components against their programs: each is run as diffusers runs it and replayed, on what the call gave it.
 
-Whole where its weights are small enough, else as a twin; bit for bit. One that is recorded at a fixed length which
-diffusers' own has not is compared with itself, too: as diffusers has it, on what diffusers gives it; within rounding.
+Whole where its weights are small enough, else as a reduced model; bit for bit. One that is recorded at a fixed length
+which diffusers' own has not is compared with itself, too: as diffusers has it, on what diffusers gives it; within
+rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from diffkiln.compiler.verify.comparing import close, difference, same
-from diffkiln.compiler.verify.twins import in_float32, shrunken
+from diffkiln.compiler.verify.reduced import in_float32, shrunken
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.interpreter.layers import repeated_blocks
@@ -85,14 +86,14 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
     Raises:
         VerifyError: what the call uses of the results differs by more than rounding.
     """
-    twin, dtype = in_float32(shrunken(module, in_each_list=True))
+    reduced, dtype = in_float32(shrunken(module, in_each_list=True))
     for given in seen:
         args, kwargs = _cast((given.args, given.kwargs), dtype)
         padded = unflatten(_cast(given.leaves, dtype), callee.structure)
         with torch.inference_mode(), row_scales(), _blamed(callee, module):
-            expected = getattr(twin, callee.method)(*args, **kwargs)
-            with fixed_lengths(twin), tracing():
-                found = getattr(twin, callee.method)(*padded[0], **padded[1])
+            expected = getattr(reduced, callee.method)(*args, **kwargs)
+            with fixed_lengths(reduced), tracing():
+                found = getattr(reduced, callee.method)(*padded[0], **padded[1])
         for index, pair in enumerate(zip(_tensors(expected), _tensors(found), strict=True)):
             used = given.padding.used if given.padding else whole
             want, got = (used(leaf, args, kwargs) for leaf in pair)

@@ -21,7 +21,7 @@ def paired_arithmetic(region: Program) -> Mapping[str, Special]:
         elif op.name == "aten.mul.Tensor":
             run = _product(op, region)
         else:
-            run = _FORMS[op.name]
+            run = _DECOMPOSITIONS[op.name]
         return lambda *args, **named: (run(*args, **named),)
 
     found = {op.name for op in region.ops if touches_complex(op, region)}
@@ -58,7 +58,7 @@ def _part(pair: Tensor, dim: int = 0, start: int | None = None, end: int | None 
     return torch.ops.aten.slice.Tensor(pair, _at(dim), start, end, step)
 
 
-_FORMS: Mapping[str, Callable[..., Tensor]] = {
+_DECOMPOSITIONS: Mapping[str, Callable[..., Tensor]] = {
     "aten.view_as_complex.default": _same,
     "aten.view_as_real.default": _same,
     "aten.resolve_conj.default": _same,

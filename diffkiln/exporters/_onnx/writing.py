@@ -22,7 +22,7 @@ import torch
 
 from diffkiln.bundle.manifest import TensorSpec
 from diffkiln.errors import DiffkilnError, ExportError
-from diffkiln.exporters._onnx.forms import onnx_forms
+from diffkiln.exporters._onnx.decompositions import onnx_decompositions
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.guards import forks
@@ -56,7 +56,7 @@ def write_model(lowering: Lowering, folder: Path) -> Written:
     with _EXPORTING, _quiet(), torch.no_grad():
         try:
             flat = tuple(map(in_pairs, examples(lowering.region)))
-            exported = traced(lowering, flat, onnx_forms(lowering.region))
+            exported = traced(lowering, flat, onnx_decompositions(lowering.region))
             program: Any = torch.onnx.export(
                 exported,
                 (),
@@ -118,9 +118,9 @@ def _part(graph: Any) -> None:
     seen: set[Any] = set()
     for position, value in enumerate(graph.outputs):
         if value in seen:
-            twin = onnx_ir.Value(name=f"{value.name}_{position}", type=value.type, shape=value.shape)
-            graph.append(onnx_ir.Node("", "Identity", [value], outputs=[twin]))
-            graph.outputs[position] = twin
+            reduced = onnx_ir.Value(name=f"{value.name}_{position}", type=value.type, shape=value.shape)
+            graph.append(onnx_ir.Node("", "Identity", [value], outputs=[reduced]))
+            graph.outputs[position] = reduced
         seen.add(graph.outputs[position])
 
 

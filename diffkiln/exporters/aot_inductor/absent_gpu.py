@@ -254,16 +254,16 @@ def _first_that_compiles(compile_all: Callable[[Any], None], none: type[Exceptio
     """Where nothing is timed, compiling the other forms would be in vain. `none` says that no form compiles."""
 
     def compile_first(kernel: Any) -> None:
-        forms = kernel.configs
-        if kernel.compile_results or not forms:
+        decompositions = kernel.configs
+        if kernel.compile_results or not decompositions:
             return compile_all(kernel)
-        for form in forms[:-1]:
-            kernel.configs = [form]
+        for storage in decompositions[:-1]:
+            kernel.configs = [storage]
             try:
                 return compile_all(kernel)
             except none:
                 continue
-        kernel.configs = [forms[-1]]
+        kernel.configs = [decompositions[-1]]
         return compile_all(kernel)
 
     return compile_first

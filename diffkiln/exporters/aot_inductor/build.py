@@ -31,8 +31,8 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.cuda import gpu_is_here
 from diffkiln.exporters.tracing import examples, layouts, traced
 from diffkiln.interpreter.attention import kernel_for
-from diffkiln.interpreter.gpu_forms import gpu_forms
-from diffkiln.interpreter.inductor import INDUCTOR, quiet, told_host
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
+from diffkiln.interpreter.inductor import INDUCTOR, host_settings, quiet
 from diffkiln.program.convolutions import heavy_weights
 
 #: Bytes that a build may take: sources, objects, and the precompiled headers that builds share.
@@ -110,9 +110,9 @@ def _generate(
 def _told(lowering: Lowering, folder: Path) -> Iterator[None]:
     """Inductor, told of the target."""
     target = lowering.target
-    with told_host(target.isa, folder):
+    with host_settings(target.isa, folder):
         if target.device == "cuda":
-            with gpu.told_gpu(target, folder):
+            with gpu.gpu_settings(target, folder):
                 yield
         else:
             with kernel_for(lowering.region):
@@ -124,7 +124,7 @@ def _exported(lowering: Lowering) -> tuple[tuple[torch.Tensor, ...], torch.expor
         flat = examples(lowering.region)
         return flat, traced(lowering, flat)
     flat = examples(lowering.region, gpu.DEVICE)
-    special = {**explicit_attention(lowering.region, lowering.target), **gpu_forms(gpu.DEVICE)}
+    special = {**explicit_attention(lowering.region, lowering.target), **gpu_decompositions(gpu.DEVICE)}
     return flat, traced(lowering, flat, special)
 
 
@@ -155,7 +155,7 @@ def _lay_out(library: Path, files: Sequence[Path], directory: Path, device: str)
     library.rename(folder / "engine.so")
     (folder / "engine_metadata.json").write_text(json.dumps({"AOTI_DEVICE_KEY": device}) + "\n")
     for file in files:
-        if file.name == "engine.wrapper.json":  # calls that have no C shim
+        if file.name == "engine.wrapper.json":  # calls that have no C engine block
             (folder / "engine.json").write_bytes(file.read_bytes())
         elif file.suffix in (".bin", ".blob") or file.name.startswith("custom_obj"):
             raise ExportError(f"it has constants that cannot be linked in ({file.name}). Make them weights")

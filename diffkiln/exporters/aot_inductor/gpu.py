@@ -66,7 +66,7 @@ def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def told_gpu(target: Target, folder: Path) -> Iterator[None]:
+def gpu_settings(target: Target, folder: Path) -> Iterator[None]:
     """Inductor and Triton with the target's GPU, one that is here or one that is not, and with CUDA's headers."""
     from torch.utils import cpp_extension
 

@@ -69,8 +69,8 @@ class Onnx(Exporter):
     def runtime_problems(self, options: Options, runtime: Runtime, where: str) -> Iterator[Problem]:
         if runtime.cuda_graphs is not None:
             reason = "ONNX Runtime waits for the GPU in each call, and a CUDA graph cannot hold that"
-            mend = 'Choose another backend, or remove "cuda_graphs" from "runtime".'
-            yield Problem(f"{where}.backend", reason, mend)
+            hint = 'Choose another backend, or remove "cuda_graphs" from "runtime".'
+            yield Problem(f"{where}.backend", reason, hint)
 
     def refused_types(self, program: Program, target: Target) -> Iterator[str]:
         yield from type_problems(program)

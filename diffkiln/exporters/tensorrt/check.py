@@ -62,8 +62,8 @@ class TensorrtOptions(Options):
         if holds and given.get("scope") == "blocks":
             yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
         if given.get("weight_budget_gb") is not None and not holds:
-            mend = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
-            yield ("weight_budget_gb",), refuse("the engine has no weights of its own", mend)
+            hint = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
+            yield ("weight_budget_gb",), refuse("the engine has no weights of its own", hint)
 
     def lowered(self) -> dict[str, Any]:
         """Returns `weights` where the engine holds them, and `weight_budget`: bytes of them that stay on the GPU."""
@@ -117,8 +117,8 @@ class Tensorrt(Exporter):
             yield Problem(f"{where}.weights", reason, 'Set it to "input", or remove "cuda_graphs".')
         if runtime.on_incompatible == "eager":
             reason = "the weights are in the engines, and without them the bundle cannot be replayed"
-            mend = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
-            yield Problem(f"{where}.weights", reason, mend)
+            hint = 'Remove it, or remove "on_incompatible": "eager" from "runtime".'
+            yield Problem(f"{where}.weights", reason, hint)
 
     def refused_types(self, program: Program, target: Target) -> Iterator[str]:
         if target.device == "cuda":
@@ -131,11 +131,11 @@ def _library_missing(library: Library, target: Target) -> Problem:
     if library is RTX:
         return Problem("", reason, library.install)
     able = ", ".join(f"{major}.{minor}" for major, minor in sorted(RTX.portable))
-    mend = (
+    hint = (
         f"{library.install}, on a machine with that GPU, which {library.title} times its kernels on; or choose another "
         "target or backend."
     )
-    return Problem("", f"{reason}, since {RTX.package} builds for {able} alone", mend)
+    return Problem("", f"{reason}, since {RTX.package} builds for {able} alone", hint)
 
 
 def library_for(capability: Capability) -> Library:

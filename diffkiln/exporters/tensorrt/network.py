@@ -195,7 +195,7 @@ def _layers(network: Any, origins: Mapping[str, str]) -> tuple[Mapping[str, Any]
 
 # -- what TensorRT says --
 
-_MEND = "Compile the component with another backend, or leave it out of `compile`"
+_HINT = "Compile the component with another backend, or leave it out of `compile`"
 
 
 def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mapping[str, str]) -> str:
@@ -208,7 +208,7 @@ def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mappin
         reason = _short(error.desc())
         told.append(f"cannot take {what}{origin}: {error.code().name}" + (f", {reason}" if reason != "false" else ""))
     reasons = "; ".join(dict.fromkeys(told)) or "cannot parse the model"
-    return f"{library.title} {trt.__version__} {reasons}. {_MEND}"
+    return f"{library.title} {trt.__version__} {reasons}. {_HINT}"
 
 
 def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
@@ -217,7 +217,7 @@ def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
     sizes = f" for {_told(wanted)}, required a range that it takes" if wanted.ranges else ""
     named = sorted((node for node in origins if re.search(rf"\b{re.escape(node)}\b", said)), key=len)
     origin = f" (it names {named[-1]}, which comes from {origins[named[-1]]})" if named else ""
-    return f"{library.title} {trt.__version__} builds no engine{sizes}: {_short(said)}{origin}. {_MEND}"
+    return f"{library.title} {trt.__version__} builds no engine{sizes}: {_short(said)}{origin}. {_HINT}"
 
 
 def _told(wanted: Wanted) -> str:

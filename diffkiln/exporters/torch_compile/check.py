@@ -43,18 +43,18 @@ class TorchCompile(Exporter):
         if self.may_break(options.lowered()):
             return {}
         reason = "the graph of a block breaks where a package computes the attention"
-        mend = 'Set "fullgraph" to false, or choose a native kernel.'
-        return {"attention_by_package": Problem(".fullgraph", reason, mend)}
+        hint = 'Set "fullgraph" to false, or choose a native kernel.'
+        return {"attention_by_package": Problem(".fullgraph", reason, hint)}
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> list[Problem]:
         problems = unknown_options(options, self.options.lowers)
         if reason := _not_here(target):
-            mend = f"Build on a machine that is {target.name}, or choose aot_inductor."
-            problems.append(Problem("$.target", f"torch_compile compiles where it runs, and {reason}", mend))
+            hint = f"Build on a machine that is {target.name}, or choose aot_inductor."
+            problems.append(Problem("$.target", f"torch_compile compiles where it runs, and {reason}", hint))
         breaks = foreign(region)
         if breaks and not self.may_break(options):
-            mend = 'Set "fullgraph" to false, or choose one of torch\'s own kernels.'
-            problems.append(Problem("$.fullgraph", f"the graph breaks at {', '.join(breaks)}", mend))
+            hint = 'Set "fullgraph" to false, or choose one of torch\'s own kernels.'
+            problems.append(Problem("$.fullgraph", f"the graph breaks at {', '.join(breaks)}", hint))
         return problems
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from diffkiln.interpreter.layers.forms import Form, Parts, Shape
+from diffkiln.interpreter.layers.storage import Parts, Shape, StorageFormat
 
 
 @dataclass(frozen=True)
-class GGUF(Form):
+class GGUF(StorageFormat):
     """One of GGUF's types, such as Q4_K: `row_bytes` bytes for each row of a matrix."""
 
     name: ClassVar[str] = "gguf"

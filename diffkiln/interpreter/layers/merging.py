@@ -44,8 +44,8 @@ class _Pairs:
         self.kept = positions[::STRIDE]
         self.others = positions[positions % STRIDE != 0]
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
-        likeness = unit[:, self.others] @ unit[:, self.kept].transpose(1, 2)
-        best, into = likeness.max(dim=-1)
+        structural_key = unit[:, self.others] @ unit[:, self.kept].transpose(1, 2)
+        best, into = structural_key.max(dim=-1)
         order = best.argsort(dim=-1, descending=True, stable=True)
         self.gone, self.staying = order[:, :count], order[:, count:]  # of `others`
         self.into = into.gather(1, self.gone)  # of `kept`

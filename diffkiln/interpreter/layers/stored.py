@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffkiln.interpreter.dtypes import DTYPES
-from diffkiln.interpreter.layers.forms import FORMS, Form
+from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, StorageFormat
 
 
 class Stored:
@@ -18,7 +18,7 @@ class Stored:
     The parts are persistent buffers, named after the parameter that they store: `weight_data`, `weight_scale`, ….
     """
 
-    form: Form
+    storage: StorageFormat
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
     _buffers: dict[str, torch.Tensor]
 
@@ -29,8 +29,8 @@ class Stored:
 
     def _restored(self, name: str) -> torch.Tensor:
         shape, dtype = self.stored[name]
-        parts = {part: self._buffers[f"{name}_{part}"] for part in self.form.parts(shape, dtype)}
-        return self.form.restore(parts, shape, dtype)
+        parts = {part: self._buffers[f"{name}_{part}"] for part in self.storage.parts(shape, dtype)}
+        return self.storage.restore(parts, shape, dtype)
 
 
 class StoredWithBias(Stored):
@@ -42,31 +42,31 @@ class StoredWithBias(Stored):
         return self._restored("bias") if "bias" in self.stored else None
 
 
-def store(layer: torch.nn.Module, form: Form, parts: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Change a layer in place: its weight is stored in `form` from now on.
+def store(layer: torch.nn.Module, storage: StorageFormat, parts: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Change a layer in place: its weight is stored in `storage` from now on.
 
     Args:
         layer: with a parameter `weight`, such as a linear layer or a convolution.
-        form: that can hold a weight of this shape.
+        storage: that can hold a weight of this shape.
         parts: what the weight is stored as, by buffer name; empty tensors on the weight's device if it is not given.
     """
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name in form.stores:
+    for name in storage.stores:
         parameter = layer._parameters.get(name)
         if parameter is None:
             continue
         stored[name] = tuple(parameter.shape), parameter.dtype
         del layer._parameters[name]
-        for part, (shape, dtype) in form.parts(*stored[name]).items():
+        for part, (shape, dtype) in storage.parts(*stored[name]).items():
             key = f"{name}_{part}"
             given = torch.empty(shape, dtype=dtype, device=parameter.device) if parts is None else parts[key]
             if (tuple(given.shape), given.dtype) != (shape, dtype):
-                raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}, {form.name} stores {dtype} {shape}")
+                raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}, {storage.name} stores {dtype} {shape}")
             layer.register_buffer(key, given)
-    if "bias" in form.stores:
+    if "bias" in storage.stores:
         layer._parameters.pop("bias", None)
-    layer.__class__ = _class(type(layer), "bias" in form.stores)
-    layer.form, layer.stored = form, stored  # type: ignore[assignment]
+    layer.__class__ = _class(type(layer), "bias" in storage.stores)
+    layer.storage, layer.stored = storage, stored  # type: ignore[assignment]
 
 
 @cache
@@ -80,11 +80,11 @@ def described(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
     for name, part in module.named_modules():
         if isinstance(part, Stored):
             dtypes = {key: str(dtype).removeprefix("torch.") for key, (_, dtype) in part.stored.items()}
-            found[name] = {"form": part.form.name, "options": part.form.options(), "dtypes": dtypes}
+            found[name] = {"form": part.storage.name, "options": part.storage.options(), "dtypes": dtypes}
     return found
 
 
-def form_of(name: str) -> Any:
+def storage_format_of(name: str) -> Any:
     """The form of this name. GGUF's needs libraries that the others do not.
 
     Raises:
@@ -94,7 +94,7 @@ def form_of(name: str) -> Any:
         from diffkiln.interpreter.layers.gguf import GGUF
 
         return GGUF
-    return FORMS[name]
+    return STORAGE_FORMATS[name]
 
 
 def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -110,4 +110,4 @@ def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str
             if parameter is not None:
                 wanted = DTYPES[dtype]
                 layer._parameters[key] = torch.nn.Parameter(parameter.to(wanted), requires_grad=False)
-        store(layer, form_of(row["form"])(**row["options"]))
+        store(layer, storage_format_of(row["form"])(**row["options"]))

@@ -63,7 +63,7 @@ class _Stored:
 
     kind: Any
     parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    form: Any
+    storage: Any
 
 
 @lru_cache(maxsize=256)
@@ -73,14 +73,14 @@ def _stored(shape: tuple[int, int], dtype: torch.dtype, kind: str, granularity: 
         layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
         quantize_linear(layer, kind, granularity)
         weight: Any = layer.weight
-        names, form = weight.__tensor_flatten__()
+        names, storage = weight.__tensor_flatten__()
         parts = {name: getattr(weight, name) for name in names}
     specs = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
-    return _Stored(type(weight), specs, form)
+    return _Stored(type(weight), specs, storage)
 
 
-def ghost_linear(layer: torch.nn.Linear, kind: str, granularity: str) -> None:
-    """`quantize_linear` for a layer whose weight is a ghost: the same parts without computing anything."""
+def meta_linear(layer: torch.nn.Linear, kind: str, granularity: str) -> None:
+    """`quantize_linear` for a layer whose weight is a meta model: the same parts without computing anything."""
     weight = layer.weight
     stored = _stored((weight.shape[0], weight.shape[1]), weight.dtype, kind, granularity)
     parts = {name: weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in stored.parts.items()}
@@ -104,4 +104,4 @@ def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str
     given = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
     if given != stored.parts:
         raise ValueError(f"torchao stores {kind} weights as {stored.parts}, the bundle as {given}")
-    return stored.kind.__tensor_unflatten__(dict(parts), stored.form, torch.Size((rows, columns)), (columns, 1))
+    return stored.kind.__tensor_unflatten__(dict(parts), stored.storage, torch.Size((rows, columns)), (columns, 1))

@@ -1,4 +1,4 @@
-"""Which of two lanes of a step has the prompt: found by what their arguments depend on."""
+"""Which of two branches of a step has the prompt: found by what their arguments depend on."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _READ_NO_VALUES = frozenset(
 )
 
 
-def prompt_lane(lanes: Sequence[Sequence[Ref]], edit: Builder) -> int | None:
-    """The lane, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is none.
+def prompt_branch(call_sites: Sequence[Sequence[Ref]], edit: Builder) -> int | None:
+    """The branch, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is none.
 
-    What both lanes are given, such as the latents, is not looked at, and what comes from an earlier step through its
+    What both branches are given, such as the latents, is not looked at, and what comes from an earlier step through its
     latents neither.
 
     Args:
-        lanes: the arguments of both, in the same order.
+        branches: the arguments of both, in the same order.
         edit: of the call.
     """
     own = [
-        [arg for arg, other in zip(lane, lanes[1 - index], strict=True) if arg != other]
-        for index, lane in enumerate(lanes)
+        [arg for arg, other in zip(branch, call_sites[1 - index], strict=True) if arg != other]
+        for index, branch in enumerate(call_sites)
     ]
     told = [_reads_prompt(args, edit) for args in own]
     return told.index(True) if told.count(True) == 1 else None

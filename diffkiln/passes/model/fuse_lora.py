@@ -23,7 +23,7 @@ from diffkiln.models.licences import CARD
 from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
-from diffkiln.passes.layers import is_ghost
+from diffkiln.passes.layers import has_no_data
 from diffkiln.spec import Conflict, Strict, Target, refuse
 
 #: layer, what of the adapter, after the library's own conversion.
@@ -52,8 +52,8 @@ class Adapter(Strict):
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
         repo, revision, file = given.get("repo"), given.get("revision"), given.get("file")
         if isinstance(file, str) and not file.endswith(".safetensors"):
-            mend = "Save the adapter as safetensors; loading a pickle can run code that it carries"
-            yield ("file",), refuse("is no safetensors file", mend)
+            hint = "Save the adapter as safetensors; loading a pickle can run code that it carries"
+            yield ("file",), refuse("is no safetensors file", hint)
         if isinstance(repo, str) and not HUB_ID.fullmatch(repo):
             yield ("repo",), refuse(f"{repo!r} is no repository id such as owner/name")
         if repo is not None and (not isinstance(revision, str) or not COMMIT.fullmatch(revision)):
@@ -179,7 +179,7 @@ class FuseLoRA(ModelPass):
         if "unet_config" in parameters and self.component == "unet":
             options["unet_config"] = module.config
         check_adapter(found.path)
-        with quiet_libraries(), _disable_current_modes():  # the tensors of the file are real, also beside ghosts
+        with quiet_libraries(), _disable_current_modes():  # the tensors of the file are real, also beside meta models
             state, *rest = read(str(found.path.parent), return_lora_metadata=True, **options)
         return state, rest[0] if len(rest) == 2 else None, rest[-1]
 
@@ -188,7 +188,7 @@ class FuseLoRA(ModelPass):
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         layers = [self._layers(module, found)[0] for found in self._found]
         touched = {name for row in layers for name in row}
-        if not any(is_ghost(tensor) for tensor in module.parameters()):
+        if not any(has_no_data(tensor) for tensor in module.parameters()):
             for adapter, found in zip(self.adapters, self._found, strict=True):
                 with quiet_libraries():
                     self._fuse(module, adapter, found)

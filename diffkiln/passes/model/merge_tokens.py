@@ -44,9 +44,9 @@ class MergeTokens(ModelPass):
         names = [name for name, _ in repeated_blocks(module)]
         for index, pattern in enumerate(self.blocks):
             if not matching(names, [pattern]):
-                mend = f"It has {names[0]} to {names[-1]}." if names else ""
+                hint = f"It has {names[0]} to {names[-1]}." if names else ""
                 reason = f"the pattern {pattern!r} matches no block of {self.component}"
-                yield Problem(f"{where}.blocks[{index}]", reason, mend)
+                yield Problem(f"{where}.blocks[{index}]", reason, hint)
         if not self_attentions(module, self.blocks):
             yield Problem(where, f"no block of {self.component} has self-attention to merge tokens for", "Remove it.")
 

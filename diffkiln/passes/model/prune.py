@@ -43,9 +43,9 @@ class Prune(ModelPass):
         names = list(blocks)
         for index, pattern in enumerate(self.blocks):
             if not matching(names, [pattern]):
-                mend = f"It has {names[0]} to {names[-1]}."
+                hint = f"It has {names[0]} to {names[-1]}."
                 yield Problem(
-                    f"{where}.blocks[{index}]", f"the pattern {pattern!r} matches no block of {self.component}", mend
+                    f"{where}.blocks[{index}]", f"the pattern {pattern!r} matches no block of {self.component}", hint
                 )
         gone = matching(names, self.blocks)
         for home in sorted({name.rpartition(".")[0] for name in gone}):

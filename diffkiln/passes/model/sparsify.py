@@ -11,7 +11,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import Sparse24, matching, store
 from diffkiln.passes.base import Fact, ModelPass, State
-from diffkiln.passes.layers import is_ghost, linear_layers
+from diffkiln.passes.layers import has_no_data, linear_layers
 from diffkiln.spec import Target
 
 #: The first GPUs with sparse tensor cores.
@@ -68,7 +68,7 @@ class Sparsify(ModelPass):
         chosen = self._chosen(module)
         count = sum(layer.weight.numel() for layer in chosen.values())
         for layer in chosen.values():
-            parts = None if is_ghost(layer.weight) else compressed(layer.weight.detach())
+            parts = None if has_no_data(layer.weight) else compressed(layer.weight.detach())
             store(layer, Sparse24(), parts)
         return [f"{len(chosen)} linear layers, half of {count} weights kept"] if chosen else []
 

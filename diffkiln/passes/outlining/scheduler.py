@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from diffkiln.passes.outlining.runs import Runs, is_number_of
+from diffkiln.passes.outlining.segments import Segments, is_number_of
 from diffkiln.program import CALL, STEP, Builder, Device, DType, Module, Op, Program, Ref, TensorType, caller_of
 from diffkiln.program.schedule import SCHEDULER
 from diffkiln.record.constants import Constants
@@ -26,18 +26,18 @@ def between_calls(recording: Recording) -> Recording:
         ValueError: there is none that is worth an engine.
     """
     numbers = _Numbers(recording.constants)
-    runs = Runs("step", lambda name: (CALL, {"component": SCHEDULER, "program": name}), numbers.lift)
+    segments = Segments("step", lambda name: (CALL, {"component": SCHEDULER, "program": name}), numbers.lift)
     calls: list[dict[str, Program]] = []
     for programs in recording.calls:
         calls.append({})
         for name, call in programs.items():
             where = _loop(call)
             prepared, where = numbers.as_tensors(call, where)
-            calls[-1][name] = runs.outlined(prepared, where, numbers.stays)
-    if not runs.regions:
+            calls[-1][name] = segments.outlined(prepared, where, numbers.stays)
+    if not segments.regions:
         raise ValueError("nothing between the denoiser's calls is worth an engine")
-    programs = {name: caller_of(region) for name, region in runs.regions.items()}
-    component = Module(SCHEDULER, programs, runs.regions)
+    programs = {name: caller_of(region) for name, region in segments.regions.items()}
+    component = Module(SCHEDULER, programs, segments.regions)
     return replace(recording, calls=calls, modules={**recording.modules, SCHEDULER: component})
 
 

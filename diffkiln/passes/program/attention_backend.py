@@ -112,8 +112,8 @@ class AttentionBackend(ProgramPass):
         names = {str(dtype).removeprefix("torch.") for dtype in types}
         if target.device != "cpu" and self.kernel.dtypes and names and names.isdisjoint(self.kernel.dtypes):
             reason = f"{self.backend} takes {' and '.join(self.kernel.dtypes)}, and {self.component} is in"
-            mend = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "bfloat16"}} before it.'
-            yield Problem(where, f"{reason} {', '.join(sorted(names))}", mend)
+            hint = f'Put {{"name": "cast", "component": "{self.component}", "dtype": "bfloat16"}} before it.'
+            yield Problem(where, f"{reason} {', '.join(sorted(names))}", hint)
 
     def _others(self, target: Target) -> str:
         fit = [name for name in KERNELS if not device_problem(name, target.device, target.capability)]

@@ -95,8 +95,8 @@ class Calibrate(ProgramPass):
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
         if not any(other.component == self.component and "calibrated" in other.takes for other in others):
-            mend = 'Add a cache_schedule with "steps": "calibrated".'
-            yield Problem(where, "no cache_schedule of the component would use it", mend)
+            hint = 'Add a cache_schedule with "steps": "calibrated".'
+            yield Problem(where, "no cache_schedule of the component would use it", hint)
         if any(variant.call.get(keyword) is not None for variant in spec.variants for keyword in IMAGES):
             reason = "calibrate draws from prompts alone, and the call takes images"
             yield Problem(where, reason, "Give the steps of the schedule themselves.")

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from diffkiln.errors import Incompatible, Problem, RecordError
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
-from diffkiln.passes.caching import lanes_of, symbols
+from diffkiln.passes.caching import call_sites_of, symbols
 from diffkiln.passes.guiding import join, part
-from diffkiln.passes.registry import Placed
+from diffkiln.passes.registry import ListedPass
 from diffkiln.program import STEP, Module, Program, is_rebatched
 from diffkiln.record.batches import rebatch
 from diffkiln.record.pipeline import Rebatched, Recording
@@ -134,7 +134,9 @@ class Guidance(ProgramPass):
             raise ValueError(f"the call never calls {self.component}")
         wanted = [fixed.get("num_inference_steps") for fixed in recording.fixed]
         found = zip(recording.calls, wanted, strict=True)
-        places = [{name: lanes_of(call, self.component, n).sites for name, call in calls.items()} for calls, n in found]
+        places = [
+            {name: call_sites_of(call, self.component, n).sites for name, call in calls.items()} for calls, n in found
+        ]
         twice = any(_of_two(steps) for each in places for steps in each.values())
         if self.batch == "doubled" and not twice:
             raise ValueError(
@@ -185,16 +187,16 @@ class Guidance(ProgramPass):
         return part(call, self.component, [step[0] for step in places], guided, others, in_two, recording.constants)
 
 
-def notices_of(placed: Sequence[Placed], compiled: Collection[str], modules: Mapping[str, Module]) -> list[str]:
+def notices_of(listed: Sequence[ListedPass], compiled: Collection[str], modules: Mapping[str, Module]) -> list[str]:
     """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its own way.
 
     Args:
-        placed: the passes.
+        listed: the passes.
         compiled: components that have engines.
         modules: the components as the passes leave them.
     """
     told: list[str] = []
-    for step in (item.step for item in placed if isinstance(item.step, Guidance)):
+    for step in (item.step for item in listed if isinstance(item.step, Guidance)):
         if step.steps is not None:
             told.append(
                 f"guidance of {step.component} is left out of steps, which diffusers cannot do: the bundle cannot be "

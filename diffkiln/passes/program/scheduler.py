@@ -44,9 +44,9 @@ class Scheduler(ProgramPass):
             return [Problem(where, f"{plan.class_name} has no scheduler", "Remove it.")]
         known = _compatible(plan.scheduler)
         if self.type is not None and self.type not in known:
-            mend = suggest(self.type, known) or f"There are {', '.join(sorted(known))}."
+            hint = suggest(self.type, known) or f"There are {', '.join(sorted(known))}."
             mine = type(plan.scheduler).__name__
-            return [Problem(f"{where}.type", f"{self.type} is no scheduler that can take the place of {mine}", mend)]
+            return [Problem(f"{where}.type", f"{self.type} is no scheduler that can take the place of {mine}", hint)]
         names = set(inspect.signature(known[self.type or type(plan.scheduler).__name__]).parameters)
         problems = [
             Problem(

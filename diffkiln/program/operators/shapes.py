@@ -208,9 +208,9 @@ def _movedim(self: Any, source: Any, destination: Any) -> TensorType:
     require(len(old) == len(new), "as many dimensions are moved as there are places for them")
     if rank == 0:
         return given
-    placed = dict(zip(new, old, strict=True))
+    listed = dict(zip(new, old, strict=True))
     rest = iter([place for place in range(rank) if place not in old])
-    return like(given, [given.shape[placed[place] if place in placed else next(rest)] for place in range(rank)])
+    return like(given, [given.shape[listed[place] if place in listed else next(rest)] for place in range(rank)])
 
 
 @operator("flip")

@@ -14,7 +14,7 @@ from diffkiln.bundle.configurations import is_configuration, reaching_out
 from diffkiln.errors import Incompatible, IntegrityError, ManifestInvalid
 from diffkiln.runtime.diffusers.building import class_of
 
-_MEND = "Get the bundle from somebody whom you trust"
+_HINT = "Get the bundle from somebody whom you trust"
 
 
 def check_configurations(verified: Verified) -> None:
@@ -31,7 +31,7 @@ def check_configurations(verified: Verified) -> None:
             except (ValueError, RecursionError) as error:
                 raise ManifestInvalid(f"{row.path!r} is not valid JSON: {error}") from None
             if found:
-                raise IntegrityError(f"{row.path}: {found}. {_MEND}")
+                raise IntegrityError(f"{row.path}: {found}. {_HINT}")
 
 
 def check_index(pipeline: Any, index: Mapping[str, Any], weights: Collection[str]) -> None:
@@ -58,7 +58,7 @@ def _check_part(library: str, name: str) -> None:
     kind = class_of(library, name)
     pipeline = any(base.__name__ == "DiffusionPipeline" for base in kind.__mro__)
     if pipeline or issubclass(kind, torch.nn.Module) or not hasattr(kind, "from_pretrained"):
-        raise IntegrityError(f"model_index.json names {name}, and the bundle has no weights of such a model. {_MEND}")
+        raise IntegrityError(f"model_index.json names {name}, and the bundle has no weights of such a model. {_HINT}")
     if "onnx" in kind.__module__:
         raise IntegrityError(f"model_index.json names {name}, which runs an ONNX model, and that is native code")
 

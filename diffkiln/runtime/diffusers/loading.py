@@ -25,8 +25,8 @@ from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.diffusers.building import build, class_of, pass_of, quiet, read_weights
 from diffkiln.runtime.diffusers.checks import check_configurations, check_index, library_and_class
+from diffkiln.runtime.engine_blocks import plug_in
 from diffkiln.runtime.opening import open_engines, read_constants, read_modules
-from diffkiln.runtime.shims import plug_in
 from diffkiln.runtime.targets import place_for
 
 

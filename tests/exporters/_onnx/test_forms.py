@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkiln.exporters._onnx.forms import onnx_forms
+from diffkiln.exporters._onnx.decompositions import onnx_decompositions
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.exporters.onnx.check import Onnx
 from diffkiln.interpreter.aten import Interpreter
@@ -46,7 +46,9 @@ class TestAttention:
     def test_gives_what_torch_gives(self, given: dict) -> None:
         region = attending(**given)
         flat = tensors(region)
-        torch.testing.assert_close(Interpreter(region, special=onnx_forms(region))(flat), interpreted(region, flat))
+        torch.testing.assert_close(
+            Interpreter(region, special=onnx_decompositions(region))(flat), interpreted(region, flat)
+        )
 
     @pytest.mark.parametrize("shape", [(1, 1, 6, 6), (6, 6), (1, 1, 6, 1)])
     @pytest.mark.parametrize("dtype", ["bool", "float32"])
@@ -97,7 +99,7 @@ def test_distances_of_another_norm_are_left_to_torch() -> None:
     w = Writer()
     region = w.program("Distances", w.op("cdist.default", w.value("%x", 3, 4), w.value("%y", 5, 4), 1.0))
     flat = tensors(region)
-    assert torch.equal(Interpreter(region, special=onnx_forms(region))(flat)[0], interpreted(region, flat)[0])
+    assert torch.equal(Interpreter(region, special=onnx_decompositions(region))(flat)[0], interpreted(region, flat)[0])
 
 
 def test_a_value_that_comes_out_twice_is_written_twice() -> None:

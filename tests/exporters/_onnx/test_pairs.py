@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from diffkiln.exporters._onnx.pairs import _FORMS, paired_arithmetic
+from diffkiln.exporters._onnx.pairs import _DECOMPOSITIONS, paired_arithmetic
 from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.onnx.check import Onnx
 from diffkiln.exporters.tensorrt.check import Tensorrt
@@ -106,7 +106,7 @@ def test_a_single_number_of_a_wider_type_widens_nothing() -> None:
 
 
 def test_the_list_is_what_there_are_forms_of() -> None:
-    assert {*_FORMS, "aten.mul.Tensor"} == OPERATORS
+    assert {*_DECOMPOSITIONS, "aten.mul.Tensor"} == OPERATORS
 
 
 def test_rotary_embeddings_are_an_onnx_model_that_takes_complex_tensors_as_they_lie() -> None:

@@ -69,7 +69,7 @@ def test_target_that_is_another_machine_is_refused(target, reason, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     (problem,) = TorchCompile().check(gated(), target, {})
     assert reason in problem.reason
-    assert target.name in problem.mend
+    assert target.name in problem.hint
 
 
 def test_gpu_of_another_sm_is_refused(monkeypatch):

@@ -22,16 +22,16 @@ class Run:
     """
 
     def __init__(self, module: torch.nn.Module, mask: Sequence[bool], lanes: int = 1) -> None:
-        self.module, self.mask, self.lanes = module, mask, lanes
+        self.module, self.mask, self.call_sites = module, mask, lanes
         self.calls = 0
 
     @property
     def step(self) -> int:
-        return self.calls // self.lanes
+        return self.calls // self.call_sites
 
     @property
     def lane(self) -> int:
-        return self.calls % self.lanes
+        return self.calls % self.call_sites
 
     @property
     def computes(self) -> bool:
@@ -64,16 +64,16 @@ def output(run: Run, order: int = 0) -> Iterator[None]:
             result = original(*args, **kwargs)
             value = result[0] if isinstance(result, tuple) else result.sample
             new = [value]
-            if run.lane in factors:
-                gap = run.step - updated[run.lane]
-                for level in range(min(order, len(factors[run.lane]))):
-                    new.append((new[level] - factors[run.lane][level]) / gap)
-            factors[run.lane], updated[run.lane] = new, run.step
+            if run.branch in factors:
+                gap = run.step - updated[run.branch]
+                for level in range(min(order, len(factors[run.branch]))):
+                    new.append((new[level] - factors[run.branch][level]) / gap)
+            factors[run.branch], updated[run.branch] = new, run.step
             return result
-        total, factorial = torch.zeros_like(factors[run.lane][0]), 1
-        for level, factor in enumerate(factors[run.lane]):
+        total, factorial = torch.zeros_like(factors[run.branch][0]), 1
+        for level, factor in enumerate(factors[run.branch]):
             factorial *= max(level, 1)
-            total = total + factor * (run.step - updated[run.lane]) ** level / factorial
+            total = total + factor * (run.step - updated[run.branch]) ** level / factorial
         return (total,)
 
     with _counted(run, forward):
@@ -89,7 +89,7 @@ def blocks(run: Run, front: int = 0, back: int = 0) -> Iterator[None]:
 
     def cached(block: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            key = id(block), run.lane
+            key = id(block), run.branch
             if not run.computes:
                 streams = _streams(block, args, kwargs, len(added[key]))
                 given = [stream + more for stream, more in zip(streams, added[key], strict=True)]
@@ -135,9 +135,9 @@ def deep(run: Run, depth: int) -> Iterator[None]:
         joined = args[0]
         channels = _deep_channels(run.module, resnets.index(module), joined.shape[1])
         if run.computes:
-            kept[run.lane] = joined[:, :channels]
+            kept[run.branch] = joined[:, :channels]
             return args
-        return torch.cat((kept[run.lane], joined[:, channels:]), dim=1), *args[1:]
+        return torch.cat((kept[run.branch], joined[:, channels:]), dim=1), *args[1:]
 
     handle = resnets[-depth].register_forward_pre_hook(swap)
     try:

@@ -18,7 +18,7 @@ from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import Input, Program, Ref, TensorType
 from diffkiln.record import patches
 from diffkiln.runtime.diffusers.building import build
-from diffkiln.runtime.shims import BlockShim, Mismatch, arguments
+from diffkiln.runtime.engine_blocks import EngineBlock, Mismatch, arguments
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import draw
 from tests.end_to_end.test_families import spec_of
@@ -213,6 +213,6 @@ def test_arguments_are_matched_by_structure_and_type():
 
 def test_eager_is_the_way_out_only_where_it_is_allowed():
     block = torch.nn.Identity()
-    assert BlockShim(block, "block", [], {}, eager=True)(torch.ones(1)) == 1
+    assert EngineBlock(block, "block", [], {}, eager=True)(torch.ones(1)) == 1
     with pytest.raises(CallError):
-        BlockShim(block, "block", [], {}, eager=False)(torch.ones(1))
+        EngineBlock(block, "block", [], {}, eager=False)(torch.ones(1))

@@ -33,7 +33,7 @@ class Quantize(Variant, ModelPass):
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "quantize the linear layers of a component"
-    told_by: ClassVar = ("backend", "type")
+    discriminators: ClassVar = ("backend", "type")
     repeats: ClassVar[bool] = True
     maps: ClassVar[bool] = True
     requires_not: ClassVar = {
@@ -66,13 +66,13 @@ class Quantize(Variant, ModelPass):
         if field != "type" or not others:
             return super().misfit(field, options, left, where)
         backend, known = constant(left[0], "backend"), ", ".join(constant(model, "type") for model in left)
-        mend = f'Set "backend": "{others[0]}", or choose one of {known}'
-        return Problem(f"{where}.type", f"{wanted} is no type of {backend}", mend)
+        hint = f'Set "backend": "{others[0]}", or choose one of {known}'
+        return Problem(f"{where}.type", f"{wanted} is no type of {backend}", hint)
 
     # -- what each type says --
 
     def objections(self, target: Target, layers: Layers) -> Iterable[tuple[str, str]]:
-        """What the target or the layers lack for the type: reason, mend."""
+        """What the target or the layers lack for the type: reason, hint."""
         return ()
 
     def fits(self, layer: torch.nn.Linear) -> bool:
@@ -81,7 +81,7 @@ class Quantize(Variant, ModelPass):
 
     @abstractmethod
     def quantize(self, layer: torch.nn.Linear) -> None:
-        """Quantize a layer in place, a ghost as well as a real one."""
+        """Quantize a layer in place, a meta model as well as a real one."""
 
     # -- what all have in common --
 
@@ -108,8 +108,8 @@ class Quantize(Variant, ModelPass):
         if missing := self.missing():
             yield Problem(f"{where}.backend", missing, f"pip install 'diffkiln[{self.extra}]'")
         layers = linear_layers(module)
-        for reason, mend in self.objections(target, self._chosen(layers)):
-            yield Problem(f"{where}.type", reason, mend)
+        for reason, hint in self.objections(target, self._chosen(layers)):
+            yield Problem(f"{where}.type", reason, hint)
         yield from self._useless_patterns(module, layers, where)
         if not self._chosen(layers):
             unfit = any(self.chosen(name) for name in layers)
@@ -125,12 +125,12 @@ class Quantize(Variant, ModelPass):
                 inside = any(fnmatchcase(name, f"{pattern}.*") for name in layers)
                 if any(fnmatchcase(name, pattern) for name in layers) or (harmless and not inside):
                     continue
-                mend = f'Did you mean "{pattern}.*"?' if inside else ""
+                hint = f'Did you mean "{pattern}.*"?' if inside else ""
                 reason = f"the pattern {pattern!r} matches no layer of {self.component}"
                 taken = [name for name, part in module.named_modules() if is_quantized(part)]
                 if any(fnmatchcase(name, pattern) for name in taken):
                     reason = f"the layers that {pattern!r} matches are quantized already, by an earlier quantize"
-                yield Problem(f"{where}.{field}[{index}]", reason, mend)
+                yield Problem(f"{where}.{field}[{index}]", reason, hint)
 
     def chosen(self, name: str) -> bool:
         """Whether the linear layer of this name is to be quantized."""

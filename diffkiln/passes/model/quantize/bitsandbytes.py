@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.interpreter.layers import FourBit, Int8, store
-from diffkiln.passes.layers import is_ghost
+from diffkiln.passes.layers import has_no_data
 from diffkiln.passes.model.quantize.base import BACKEND, TYPE, Quantize
 from diffkiln.passes.variants import constant
 
@@ -39,7 +39,7 @@ class BitsAndBytesInt8(BitsAndBytes):
     type: Literal["int8"] = Field(description=TYPE)
 
     def quantize(self, layer: torch.nn.Linear) -> None:
-        if is_ghost(layer.weight):
+        if has_no_data(layer.weight):
             return store(layer, Int8())
         from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -53,26 +53,26 @@ class BitsAndBytes4Bit(BitsAndBytes):
     double_quant: bool = Field(False, description="Quantize the scales too.")
 
     def quantize(self, layer: torch.nn.Linear) -> None:
-        form = FourBit(nested=self.double_quant)
-        if is_ghost(layer.weight):
-            return store(layer, form)
+        storage = FourBit(nested=self.double_quant)
+        if has_no_data(layer.weight):
+            return store(layer, storage)
         from bitsandbytes.functional import quantize_4bit
 
         state: Any
         packed, state = quantize_4bit(
             layer.weight.detach(),
-            blocksize=form.block_size,
-            compress_statistics=form.nested,
+            blocksize=storage.block_size,
+            compress_statistics=storage.nested,
             quant_type=constant(type(self), "type"),
         )
         parts = {"weight_data": packed.reshape(-1), "weight_table": state.code, "weight_absmax": state.absmax}
-        if form.nested:
+        if storage.nested:
             parts |= {
                 "weight_absmax_table": state.state2.code,
                 "weight_absmax_scale": state.state2.absmax,
                 "weight_absmax_offset": state.offset,
             }
-        return store(layer, form, parts)
+        return store(layer, storage, parts)
 
 
 class NF4(BitsAndBytes4Bit):

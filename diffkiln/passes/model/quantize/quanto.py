@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from diffkiln.interpreter.layers import Int8, store
-from diffkiln.passes.layers import is_ghost
+from diffkiln.passes.layers import has_no_data
 from diffkiln.passes.model.quantize.base import BACKEND, TYPE, Quantize
 
 
@@ -25,7 +25,7 @@ class QuantoInt8(Quantize):
     type: Literal["int8"] = Field(description=TYPE)
 
     def quantize(self, layer: torch.nn.Linear) -> None:
-        if is_ghost(layer.weight):
+        if has_no_data(layer.weight):
             return store(layer, Int8())
         from optimum.quanto import absmax_scale, qint8, quantize_weight
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from diffkiln.errors import Incompatible, MissingDependency
 from diffkiln.interpreter.layers import Int4, store
 from diffkiln.interpreter.layers.scaled import rows_are_scaled
-from diffkiln.interpreter.layers.torchao import ghost_linear, joined, quantize_linear
+from diffkiln.interpreter.layers.torchao import joined, meta_linear, quantize_linear
 from diffkiln.passes.base import Fact, Restored
-from diffkiln.passes.layers import Layers, is_ghost
+from diffkiln.passes.layers import Layers, has_no_data
 from diffkiln.passes.model.quantize.base import BACKEND, TYPE, Quantize
 from diffkiln.spec import Target
 
@@ -48,7 +48,7 @@ class TorchAOTensors(TorchAO):
         return "per_row"
 
     def quantize(self, layer: torch.nn.Linear) -> None:
-        change = ghost_linear if is_ghost(layer.weight) else quantize_linear
+        change = meta_linear if has_no_data(layer.weight) else quantize_linear
         change(layer, self._kind, self.scales)
 
     @classmethod
@@ -91,24 +91,24 @@ class Int4WeightOnly(TorchAO):
         return layer.in_features % self.group_size == 0
 
     def quantize(self, layer: torch.nn.Linear) -> None:
-        form = Int4(self.group_size)
-        if is_ghost(layer.weight):
-            return store(layer, form)
+        storage = Int4(self.group_size)
+        if has_no_data(layer.weight):
+            return store(layer, storage)
         from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-        twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        twin.weight = layer.weight
+        reduced = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        reduced.weight = layer.weight
         quantize_(
-            twin,
+            reduced,
             IntxWeightOnlyConfig(
                 weight_dtype=getattr(torch, "int4"),  # noqa: B009  (torch's stubs lack it)
                 granularity=PerGroup(self.group_size),
             ),
         )
-        numbers = (twin.weight.qdata + 8).to(torch.uint8)  # type: ignore[union-attr]
+        numbers = (reduced.weight.qdata + 8).to(torch.uint8)  # type: ignore[union-attr]
         packed = numbers[:, 0::2] | (numbers[:, 1::2] << 4)
-        scale = twin.weight.scale.to(layer.weight.dtype)  # type: ignore[union-attr, operator]
-        return store(layer, form, {"weight_data": packed, "weight_scale": scale})
+        scale = reduced.weight.scale.to(layer.weight.dtype)  # type: ignore[union-attr, operator]
+        return store(layer, storage, {"weight_data": packed, "weight_scale": scale})
 
 
 class Float8WeightOnly(TorchAOTensors):
@@ -141,8 +141,8 @@ class Float8Dynamic(TorchAOTensors):
         if target.device == "cpu":
             if self.granularity == "per_row" and not rows_are_scaled():
                 reason = f"on a CPU torch {torch.__version__} multiplies float8 with one scale for the whole only"
-                mend = 'Set "granularity": "per_tensor", or take a later torch.'
-                yield f"{reason}, and this type has one a row", mend
+                hint = 'Set "granularity": "per_tensor", or take a later torch.'
+                yield f"{reason}, and this type has one a row", hint
             return
         if target.capability < _FLOAT8_SM:
             yield (
@@ -151,8 +151,8 @@ class Float8Dynamic(TorchAOTensors):
                 "Choose float8_weight_only or int8_dynamic.",
             )
         if self.granularity == "per_row" and any(layer.weight.dtype != torch.bfloat16 for layer in layers.values()):
-            mend = 'Put {"name": "cast", "dtype": "bfloat16", …} before it, or set "granularity": "per_tensor".'
-            yield "float8_dynamic per_row is for bfloat16 weights on a GPU", mend
+            hint = 'Put {"name": "cast", "dtype": "bfloat16", …} before it, or set "granularity": "per_tensor".'
+            yield "float8_dynamic per_row is for bfloat16 weights on a GPU", hint
 
 
 TYPES = (Int8WeightOnly, Int8Dynamic, Int4WeightOnly, Float8WeightOnly, Float8Dynamic)

@@ -27,8 +27,8 @@ class CacheSchedule(Variant, ProgramPass):
 
     name: ClassVar[str] = "cache_schedule"
     summary: ClassVar[str] = "let some steps reuse results of earlier steps"
-    told_by: ClassVar = ("method", "dynamic")
-    after: ClassVar = {"attention_backend": "a schedule is woven from programs that have their kernels"}
+    discriminators: ClassVar = ("method", "dynamic")
+    after: ClassVar = {"attention_backend": "a schedule is made of programs that have their kernels"}
     takes: ClassVar = frozenset({"calibrated"})
     examples: ClassVar = (
         {"name": "cache_schedule", "component": "transformer", "method": "fora", "interval": 2},

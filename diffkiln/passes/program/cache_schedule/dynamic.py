@@ -26,7 +26,7 @@ class Dynamic(CacheSchedule):
     dynamic: Literal[True] = Field(description=DYNAMIC)
 
     def objection(self, pipeline: str, source: str) -> tuple[str, str] | None:
-        """What a pipeline's class, of which the source is given, lacks for the hook: the reason and the mend."""
+        """What a pipeline's class, of which the source is given, lacks for the hook: the reason and the hint."""
         return None
 
     def check_model(self, module: torch.nn.Module, plan: State, where: str) -> Iterable[Problem]:

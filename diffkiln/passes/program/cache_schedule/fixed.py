@@ -12,7 +12,18 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from diffkiln.errors import Problem
 from diffkiln.passes.base import Outcome, State
-from diffkiln.passes.caching import Kept, Mask, Split, every, lanes_of, outputs_of, residuals, split, symbols, weave
+from diffkiln.passes.caching import (
+    Kept,
+    Mask,
+    Split,
+    apply_schedule,
+    call_sites_of,
+    every,
+    outputs_of,
+    residuals,
+    split,
+    symbols,
+)
 from diffkiln.passes.program.cache_schedule.base import DYNAMIC, CacheSchedule
 from diffkiln.program import Module, Program
 from diffkiln.record.components import repeated_blocks
@@ -124,15 +135,15 @@ class Fixed(CacheSchedule):
         calls: list[dict[str, Program]] = []
         reuses = False
         for fixed, programs in zip(recording.fixed, recording.calls, strict=True):
-            woven: dict[str, Program] = {}
+            scheduled: dict[str, Program] = {}
             for name, call in programs.items():
-                lanes = lanes_of(call, self.component, fixed.get("num_inference_steps"))
-                mask = self.mask(len(lanes.sites))
+                call_sites = call_sites_of(call, self.component, fixed.get("num_inference_steps"))
+                mask = self.mask(len(call_sites.sites))
                 reuses = reuses or not all(mask)
-                woven[name] = weave(call, self.component, lanes, mask, splits, self.extrapolation)
+                scheduled[name] = apply_schedule(call, self.component, call_sites, mask, splits, self.extrapolation)
                 if _told(mask) not in notes:
                     notes.append(_told(mask))
-            calls.append(woven)
+            calls.append(scheduled)
         if not reuses:
             raise ValueError(f"no step that calls {self.component} would reuse one before it")
         programs = dict(module.programs)
@@ -180,8 +191,8 @@ class Listed(Fixed):
         elif not calibrates:
             yield Problem(f"{where}.steps", "no calibrate of the component stands before it", "Add one.")
         elif not self.is_calibrated:
-            mend = 'Set them to "calibrated", and remove the interval.'
-            yield Problem(f"{where}.steps", "calibrate chooses them", mend)
+            hint = 'Set them to "calibrated", and remove the interval.'
+            yield Problem(f"{where}.steps", "calibrate chooses them", hint)
         else:
             yield from self.check_measured(where)
 

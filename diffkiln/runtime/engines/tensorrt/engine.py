@@ -85,7 +85,7 @@ class TensorrtEngine:
         self._sizes: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
-        held = [self._placed(tensor) for tensor in flat]
+        held = [self._weights_at(tensor) for tensor in flat]
         with self._lock, self._accelerator.active():
             # What a context needs while it runs is torch's memory, so all engines share it. Whatever is made of it next
             # in this stream is used after the call.
@@ -108,7 +108,7 @@ class TensorrtEngine:
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _weights_at(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as TensorRT takes it: real, contiguous, aligned, and on the GPU, where constants of one
         number are not."""
         tensor = in_pairs(tensor).to(self.device).contiguous()

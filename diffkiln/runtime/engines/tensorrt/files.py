@@ -116,8 +116,8 @@ def check_machine(directory: Path, facts: Facts, device: torch.device) -> None:
         found = None
         problems.append(Problem(library.package, f"found nothing, required {facts.version}", exact))
     if found is not None and found != facts.version:
-        mend = f"An engine runs with the version that built it alone: {exact}, or compile again"
-        problems.append(Problem(library.package, f"found {found}, required {facts.version}", mend))
+        hint = f"An engine runs with the version that built it alone: {exact}, or compile again"
+        problems.append(Problem(library.package, f"found {found}, required {facts.version}", hint))
     here = _gpu(device)
     if here != facts.sm:
         problems.append(Problem("gpu", f"found {here}, required {facts.sm}", "Compile for this GPU's target"))

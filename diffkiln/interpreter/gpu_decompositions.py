@@ -42,9 +42,9 @@ def _int_mm(op: Op) -> Callable[..., Sequence[Tensor]]:
     return lambda first, second: [int_mm(first, second)]
 
 
-_FORMS: Mapping[str, Special] = {"aten._int_mm.default": _int_mm}
+_DECOMPOSITIONS: Mapping[str, Special] = {"aten._int_mm.default": _int_mm}
 
 
-def gpu_forms(device: torch.device | str) -> Mapping[str, Special]:
+def gpu_decompositions(device: torch.device | str) -> Mapping[str, Special]:
     """Returns what takes the place of operators on a device, by the operator's name; nothing on a CPU."""
-    return {} if torch.device(device).type == "cpu" else _FORMS
+    return {} if torch.device(device).type == "cpu" else _DECOMPOSITIONS

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from diffkiln.passes.guiding import Halves
-from diffkiln.passes.guiding.halves import without_chunks
+from diffkiln.passes.guiding import HalfBatches
+from diffkiln.passes.guiding.half_batches import without_chunks
 from diffkiln.program import Builder, Input, Op, Program, Ref, TensorType
 from diffkiln.record.constants import Constants
 
 ONE, TWO = TensorType("float32", (1, 4)), TensorType("float32", (2, 4))
 
 
-def call(*ops: Op, **constants: torch.Tensor) -> tuple[Halves, Builder, Constants]:
+def call(*ops: Op, **constants: torch.Tensor) -> tuple[HalfBatches, Builder, Constants]:
     kept = Constants()
     inputs = (Input("%a", ONE), Input("%b", ONE), Input("%whole", TWO))
     types = {item.name: item.type for item in inputs} | {name: TWO for op in ops for name in op.outputs}
@@ -20,7 +20,7 @@ def call(*ops: Op, **constants: torch.Tensor) -> tuple[Halves, Builder, Constant
         kept.tensors[name] = tensor
         types[f"#{name}"] = TensorType("float32", tuple(tensor.shape))
     edit = Builder(Program("call", inputs, ops, (), types))
-    return Halves(edit, kept), edit, kept
+    return HalfBatches(edit, kept), edit, kept
 
 
 def written(edit: Builder) -> list[Op]:

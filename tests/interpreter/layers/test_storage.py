@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffkiln.interpreter.layers import FORMS, Cast, FourBit, Int4, Int8, Sparse24, store
+from diffkiln.interpreter.layers import STORAGE_FORMATS, Cast, FourBit, Int4, Int8, Sparse24, store
 from diffkiln.passes.model.sparsify import compressed
 
 SHAPE = (8, 64)
@@ -18,7 +18,7 @@ def blank(form, shape, dtype):
 def test_every_form_restores_its_own_parts_in_shape_and_type(form, dtype):
     weight = form.restore(blank(form, SHAPE, dtype), SHAPE, dtype)
     assert (tuple(weight.shape), weight.dtype) == (SHAPE, dtype)
-    assert FORMS[form.name] is type(form)
+    assert STORAGE_FORMATS[form.name] is type(form)
 
 
 def test_int8_is_data_times_the_scale_of_its_row():

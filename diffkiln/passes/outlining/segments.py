@@ -22,12 +22,12 @@ Lift = Callable[[Builder, Op, float], Ref | None]
 
 def between_blocks(module: Module) -> Module:
     """The component with its runs of operators as regions, beside those of its blocks."""
-    runs = Runs("between", lambda name: (REGION, {"region": name, "instance": ""}))
-    programs = {name: runs.outlined(program, range(len(program.ops))) for name, program in module.programs.items()}
-    return replace(module, programs=programs, regions={**module.regions, **runs.regions})
+    segments = Segments("between", lambda name: (REGION, {"region": name, "instance": ""}))
+    programs = {name: segments.outlined(program, range(len(program.ops))) for name, program in module.programs.items()}
+    return replace(module, programs=programs, regions={**module.regions, **segments.regions})
 
 
-class Runs:
+class Segments:
     """The regions that runs of several programs became.
 
     Args:
@@ -50,11 +50,11 @@ class Runs:
         """The program with a call in the place of each run within `where` that is worth one. `fixed` operations stay
         as they are."""
         may = [at for at in where if program.ops[at].is_aten and not fixed(program.ops[at])]
-        runs = [run for run in _runs(may) if sum(_computes(program.ops[at]) for at in run) >= _WORTH]
+        segments = [run for run in _segments(may) if sum(_computes(program.ops[at]) for at in run) >= _WORTH]
         if self._lift:
-            program = _lifted(program, runs, self._lift)
+            program = _lifted(program, segments, self._lift)
         edit = Builder(program)
-        for run in runs:
+        for run in segments:
             edit.outline(run, lambda region: self._caller(self._name(region)))
         return edit.build()
 
@@ -67,25 +67,25 @@ class Runs:
         return self._known[mark]
 
 
-def _lifted(program: Program, runs: Sequence[Sequence[int]], lift: Lift) -> Program:
+def _lifted(program: Program, segments: Sequence[Sequence[int]], lift: Lift) -> Program:
     """The program with values in the place of the runs' numbers, where those compute the same."""
     edit = Builder(program)
-    for at in (at for run in runs for at in run):
+    for at in (at for run in segments for at in run):
         op = program.ops[at]
         args = [(lift(edit, op, arg) or arg) if isinstance(arg, float) else arg for arg in op.args]
         edit.replace(at, replace(op, args=tuple(args)))
     return edit.build()
 
 
-def _runs(places: Iterable[int]) -> list[list[int]]:
+def _segments(places: Iterable[int]) -> list[list[int]]:
     """Places that follow each other, in lists as long as can be."""
-    runs: list[list[int]] = []
+    segments: list[list[int]] = []
     for place in places:
-        if runs and runs[-1][-1] == place - 1:
-            runs[-1].append(place)
+        if segments and segments[-1][-1] == place - 1:
+            segments[-1].append(place)
         else:
-            runs.append([place])
-    return runs
+            segments.append([place])
+    return segments
 
 
 def _computes(op: Op) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkiln.compiler.verify.rows import _compare
+from diffkiln.compiler.verify.batches import _compare
 from diffkiln.errors import VerifyError
 from diffkiln.record.components import Callee
 from diffkiln.record.structure import flatten

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from diffkiln.passes.guiding.halves import Halves, without_chunks
-from diffkiln.passes.guiding.prompts import prompt_lane
+from diffkiln.passes.guiding.half_batches import HalfBatches, without_chunks
+from diffkiln.passes.guiding.prompts import prompt_branch
 from diffkiln.program import Builder, Op, Program, Ref, prune, refs
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Rebatched
@@ -48,22 +48,22 @@ class _Parts:
 
     def __init__(self, edit: Builder, component: str, halved: Mapping[str, Rebatched], constants: Constants) -> None:
         self._edit, self._component, self._halved = edit, component, halved
-        self._halves = Halves(edit, constants)
+        self._half_batches = HalfBatches(edit, constants)
         self.given: dict[str, tuple[Ref, Ref]] = {}
 
     def put(self, step: int, at: int, guided: bool) -> None:
         """Puts the calls of a step, and its results put together, in the place of the one call."""
         op = self._edit.program.ops[at]
         half = self._halved[op.attrs["program"]]
-        lanes = [self._args(at, half, which) for which in (0, 1)]
-        prompt = prompt_lane(lanes, self._edit)
+        call_sites = [self._args(at, half, which) for which in (0, 1)]
+        prompt = prompt_branch(call_sites, self._edit)
         if prompt is None:
             raise ValueError(
                 f"{self._component} is not guided by a doubled batch, or which half of it has the prompt cannot be told"
             )
-        # The prompt's comes first, so that it is the same lane in steps that have no other.
+        # The prompt's comes first, so that it is the same branch in steps that have no other.
         which_run = (prompt, 1 - prompt) if guided else (prompt,)
-        calls = {which: self._call_of(step, op, half, lanes[which], which == prompt) for which in which_run}
+        calls = {which: self._call_of(step, op, half, call_sites[which], which == prompt) for which in which_run}
         together: list[Op] = []
         for index, name in enumerate(op.outputs):
             first, second = (calls.get(which, calls[prompt]).results[index] for which in (0, 1))
@@ -75,11 +75,11 @@ class _Parts:
         op, args = self._edit.program.ops[at], list[Ref]()
         for source, item in zip(half.inputs, half.recorded.programs[half.program].inputs, strict=True):
             if source.arg is None:
-                assert source.halves is not None
-                args.append(self._edit.constant(source.halves[which], item.type))
+                assert source.half_batches is not None
+                args.append(self._edit.constant(source.half_batches[which], item.type))
                 continue
             (whole,) = refs(op.args[source.arg])
-            args.append(self._halves.half(whole, which, at) if source.follows else whole)
+            args.append(self._half_batches.half(whole, which, at) if source.follows else whole)
         return args
 
     def _call_of(self, step: int, op: Op, half: Rebatched, args: Sequence[Ref], prompt: bool) -> Op:

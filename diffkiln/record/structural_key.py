@@ -27,7 +27,7 @@ _INTERNAL = frozenset(torch.nn.Module().__dict__) | {"forward", _INDEX}
 _Found = TypeVar("_Found")
 
 
-class OncePerLikeness(Generic[_Found]):
+class OncePerStructure(Generic[_Found]):
     """What calls of blocks give, found out once for those that are alike.
 
     Args:
@@ -35,7 +35,7 @@ class OncePerLikeness(Generic[_Found]):
     """
 
     def __init__(self, blocks: Iterable[torch.nn.Module]) -> None:
-        self._marks = {block: (likeness(block), _indices(block)) for block in blocks}
+        self._marks = {block: (structural_key(block), _indices(block)) for block in blocks}
         self._found: dict[Hashable, _Found] = {}
 
     def get(self, block: torch.nn.Module, arguments: Hashable, find: Callable[[], _Found]) -> _Found:
@@ -73,7 +73,7 @@ def _index_reads(module: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
         yield reads
 
 
-def likeness(module: torch.nn.Module) -> Hashable:
+def structural_key(module: torch.nn.Module) -> Hashable:
     """A key that alike modules share, whatever their index."""
     return tuple(
         (name, type(part), tuple(_attributes(part.__dict__)), tuple(_tensors(part)))

@@ -71,7 +71,7 @@ def copied(host: torch.Tensor, layout: Layout, accelerator: Accelerator) -> torc
     return flat
 
 
-class Lane:
+class TransferQueue:
     """A stream of its own, on which groups are copied while the GPU computes with others."""
 
     def __init__(self, accelerator: Accelerator) -> None:

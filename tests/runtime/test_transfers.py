@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffkiln.runtime.lanes import ALIGNMENT, Lane, aligned, copied
+from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue, aligned, copied
 from diffkiln.runtime.weights import Entry
 from tests.simulated import Simulated
 
@@ -57,14 +57,14 @@ def test_every_tensor_is_aligned_and_has_its_own_bytes(sizes: list[int]) -> None
 # -- how far ahead the host may be --
 
 
-def bringing(lane: Lane, device: Simulated, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def bringing(lane: TransferQueue, device: Simulated, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return lane.bring(lambda: copied(host, aligned(entries(8)), device))
 
 
 def test_the_host_never_has_more_groups_under_way_than_two() -> None:
     """The one that is computed with and the next: not all those that the host has launched."""
     device = Simulated()
-    lane, host = Lane(device), device.pinned(8)
+    lane, host = TransferQueue(device), device.pinned(8)
     done: list[int] = []
     tensor, arrived = bringing(lane, device, host)
     for number in range(10):
@@ -80,7 +80,7 @@ def test_the_host_never_has_more_groups_under_way_than_two() -> None:
 
 def test_a_group_waits_for_its_own_arrival_and_for_no_later_one() -> None:
     device = Simulated()
-    lane, host = Lane(device), device.pinned(8)
+    lane, host = TransferQueue(device), device.pinned(8)
     first, arrived = bringing(lane, device, host)
     copies = device._streams[1]
     bringing(lane, device, host)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffkiln.passes.caching import lanes_of
-from diffkiln.passes.guiding import join, prompt_lane
+from diffkiln.passes.caching import call_sites_of
+from diffkiln.passes.guiding import join, prompt_branch
 from diffkiln.program import CALL, STEP, Builder, Input, Op, Program, Ref, TensorType
 from diffkiln.record.constants import Constants
 
@@ -32,7 +32,7 @@ def end(name: str, out: str) -> Op:
 
 
 def joined(call: Program, guided: bool) -> list[str]:
-    made = join(call, "net", lanes_of(call, "net", 1).sites, [guided], {}, Constants())
+    made = join(call, "net", call_sites_of(call, "net", 1).sites, [guided], {}, Constants())
     return [f"{op.outputs[0]} = {op.name}({', '.join(ref.name for ref in op.args)})" for op in made.ops]  # type: ignore[union-attr]
 
 
@@ -78,4 +78,4 @@ def test_two_calls_with_the_prompt_are_refused():
 
 def test_zeros_of_the_prompts_shape_are_no_prompt():
     zeros = op("zeros_like.default", "%z", "%t0")
-    assert prompt_lane([[Ref("%z")], [Ref("%t0")]], Builder(program(zeros))) == 1
+    assert prompt_branch([[Ref("%z")], [Ref("%t0")]], Builder(program(zeros))) == 1

@@ -34,7 +34,7 @@ class _Weight:
         return tensor
 
 
-class BlockShim:
+class EngineBlock:
     """The `forward` of one block: picks the engine that was compiled for the arguments and runs it.
 
     Args:
@@ -89,14 +89,14 @@ def plug_in(
     constants: Mapping[str, torch.Tensor],
     eager: bool,
 ) -> int:
-    """Give every block that has an engine a shim. What is no block runs as diffusers has it.
+    """Give every block that has an engine a engine block. What is no block runs as diffusers has it.
 
     Args:
         component: the diffusers module.
         recorded: its programs.
         engines: by region.
         constants: folded tensors by key.
-        eager: see `BlockShim`.
+        eager: see `EngineBlock`.
 
     Returns:
         How many blocks have one.
@@ -109,7 +109,7 @@ def plug_in(
     for instance, names in regions.items():
         block = component.get_submodule(instance)
         pairs = [(recorded.regions[name], engines[name]) for name in names]
-        block.forward = BlockShim(block, instance, pairs, constants, eager)
+        block.forward = EngineBlock(block, instance, pairs, constants, eager)
     return len(regions)
 
 

@@ -17,7 +17,7 @@ Parts = dict[str, tuple[Shape, torch.dtype]]
 
 
 @dataclass(frozen=True)
-class Form(ABC):
+class StorageFormat(ABC):
     """How a weight is stored. Its fields are its options.
 
     Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer.
@@ -40,7 +40,7 @@ class Form(ABC):
 
 
 @dataclass(frozen=True)
-class Cast(Form):
+class Cast(StorageFormat):
     """In a smaller floating type, such as float8, and cast when it is used. The bias too."""
 
     name: ClassVar[str] = "cast"
@@ -56,7 +56,7 @@ class Cast(Form):
 
 
 @dataclass(frozen=True)
-class Int8(Form):
+class Int8(StorageFormat):
     """int8 [rows, columns] with one scale a row: weight = data × scale."""
 
     name: ClassVar[str] = "int8"
@@ -69,7 +69,7 @@ class Int8(Form):
 
 
 @dataclass(frozen=True)
-class Int4(Form):
+class Int4(StorageFormat):
     """Whole numbers from −8 to 7, two in a byte (the low half is the even column), with one scale a group of a row.
 
     The number of columns is a multiple of `group_size`.
@@ -94,7 +94,7 @@ class Int4(Form):
 
 
 @dataclass(frozen=True)
-class FourBit(Form):
+class FourBit(StorageFormat):
     """bitsandbytes' 4-bit: indices into a table of 16 numbers, two in a byte (the high half comes first), with the
     largest magnitude of each block of `block_size` weights, which is 8-bit itself where it is `nested`.
 
@@ -142,7 +142,7 @@ def _blockwise(values: torch.Tensor, scales: torch.Tensor, size: int) -> torch.T
 
 
 @dataclass(frozen=True)
-class Sparse24(Form):
+class Sparse24(StorageFormat):
     """2:4 semi-structured: of each four neighbours in a row two are kept.
 
     `data` holds the two, `where` their places in the four: one byte with two bits each for two fours.
@@ -162,4 +162,4 @@ class Sparse24(Form):
         return dense.scatter(-1, places.to(torch.int64), kept).reshape(shape)
 
 
-FORMS: dict[str, Any] = {form.name: form for form in (Cast, Int8, Int4, FourBit, Sparse24)}
+STORAGE_FORMATS: dict[str, Any] = {storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24)}

@@ -15,7 +15,7 @@ from diffkiln.exporters.aot_inductor import build as aot_inductor
 from diffkiln.exporters.artefact import Lowering
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.interpreter.fx import as_graph
-from diffkiln.interpreter.gpu_forms import gpu_forms, int_mm
+from diffkiln.interpreter.gpu_decompositions import gpu_decompositions, int_mm
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.constants import Constants
@@ -68,7 +68,7 @@ def test_products_of_int8_are_the_same_numbers_in_shapes_that_a_gpu_takes(size) 
 
 
 def test_on_a_cpu_operators_stay_as_they_are() -> None:
-    assert gpu_forms(torch.device("cpu")) == {}
+    assert gpu_decompositions(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("size", SIZES)

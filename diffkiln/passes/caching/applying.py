@@ -15,21 +15,21 @@ _Past = tuple[int, tuple[Ref, ...]]
 
 
 @dataclass(frozen=True)
-class Lanes:
+class CallSites:
     """Where a call program calls a component: its steps, and the calls of each one.
 
-    A step with two calls, with and without the prompt, has two lanes, each with what it keeps.
+    A step with two calls, with and without the prompt, has two branches, each with what it keeps.
     """
 
     sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
 
     @property
     def place(self) -> Mapping[int, tuple[int, int]]:
-        """The step and the lane of each call, by its place."""
-        return {at: (step, lane) for step, sites in enumerate(self.sites) for lane, at in enumerate(sites)}
+        """The step and the branch of each call, by its place."""
+        return {at: (step, branch) for step, sites in enumerate(self.sites) for branch, at in enumerate(sites)}
 
 
-def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
+def call_sites_of(call: Program, component: str, wanted: int | None = None) -> CallSites:
     """The steps that call the component, numbered from 0.
 
     Where the call marks no steps, each call is one; where there are a multiple of the `wanted` number of steps, that
@@ -45,36 +45,36 @@ def lanes_of(call: Program, component: str, wanted: int | None = None) -> Lanes:
         (sites,) = steps
         per = len(sites) // wanted if wanted and sites and len(sites) % wanted == 0 else 1
         steps = [sites[at : at + per] for at in range(0, len(sites), per)]
-    return Lanes(tuple(tuple(sites) for sites in steps if sites))
+    return CallSites(tuple(tuple(sites) for sites in steps if sites))
 
 
-def weave(
-    call: Program, component: str, lanes: Lanes, mask: Mask, splits: Mapping[str, Split], order: int = 0
+def apply_schedule(
+    call: Program, component: str, call_sites: CallSites, mask: Mask, splits: Mapping[str, Split], order: int = 0
 ) -> Program:
     """Rewrite a call.
 
     Args:
         call: the pipeline's call.
         component: whose calls are rewritten.
-        lanes: where they are.
+        branches: where they are.
         mask: which of its steps compute; the first does.
         splits: of the component's programs, by name.
         order: of the Taylor polynomial through what was kept; 0 reuses the last.
     """
     edit = Builder(call)
     history: dict[tuple[int, str], list[_Past]] = {}
-    for at, (step, lane) in lanes.place.items():
+    for at, (step, branch) in call_sites.place.items():
         op = call.ops[at]
         part = splits[op.attrs["program"]]
-        past = history.setdefault((lane, op.attrs["program"]), [])
-        stem = f"%{component}.{step}.{lane}"
+        past = history.setdefault((branch, op.attrs["program"]), [])
+        stem = f"%{component}.{step}.{branch}"
         if mask[step] or not past:
             keeping = with_kept(edit, op, part, stem)
             edit.replace(at, keeping)
             past.insert(0, (step, keeping.results[-part.kept :]))
             continue
         recent = past[: order + 1]
-        taken = [_foretold(edit, at, step, recent, number, f"{stem}.foretold") for number in range(part.kept)]
+        taken = [_extrapolated(edit, at, step, recent, number, f"{stem}.foretold") for number in range(part.kept)]
         if part.reusing is not None:
             args = (*(op.args[position] for position in part.takes), *taken)
             edit.replace(at, replace(op, args=args, attrs={**op.attrs, "program": part.reusing.name}))
@@ -113,7 +113,7 @@ def coefficients(step: int, known: Sequence[int]) -> list[float]:
     return weights
 
 
-def _foretold(edit: Builder, at: int, step: int, past: Sequence[_Past], number: int, stem: str) -> Ref:
+def _extrapolated(edit: Builder, at: int, step: int, past: Sequence[_Past], number: int, stem: str) -> Ref:
     """The kept value as it is at this step: the last one, or what the last ones foretell."""
     values = [kept[number] for _, kept in past]
     if len(values) == 1:

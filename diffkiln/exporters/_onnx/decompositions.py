@@ -18,9 +18,9 @@ from diffkiln.program import SDPA, Op, Program
 from diffkiln.program.attention import read_attention
 
 
-def onnx_forms(region: Program) -> Mapping[str, Special]:
+def onnx_decompositions(region: Program) -> Mapping[str, Special]:
     """What is to take the place of operators in a region that becomes ONNX, by their names."""
-    return {**paired_arithmetic(region), **STRIDED, **_FORMS}
+    return {**paired_arithmetic(region), **STRIDED, **_DECOMPOSITIONS}
 
 
 def _attention(op: Op) -> Callable[..., Sequence[Tensor]]:
@@ -95,7 +95,7 @@ def _distances(op: Op) -> Callable[..., Sequence[Tensor]]:
 #: Rows that torch compares one by one.
 _FEW_ROWS = 25
 
-_FORMS: Mapping[str, Special] = {
+_DECOMPOSITIONS: Mapping[str, Special] = {
     SDPA: _attention,
     "aten.squeeze.dim": _squeezed,
     "aten.cdist.default": _distances,

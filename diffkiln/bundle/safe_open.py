@@ -141,5 +141,5 @@ def explained(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENOTDIR}:
             raise PathEscape(f"{path!r} is, or lies behind, a symbolic link or a plain file") from error
-        mend = ". Raise the limit with `ulimit -n`" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
-        raise IntegrityError(f"{path!r} cannot be read: {error.strerror or error}{mend}") from error
+        hint = ". Raise the limit with `ulimit -n`" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
+        raise IntegrityError(f"{path!r} cannot be read: {error.strerror or error}{hint}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from diffkiln.passes.guiding.prompts import prompt_lane
+from diffkiln.passes.guiding.prompts import prompt_branch
 from diffkiln.program import Builder, Op, Program, Ref, TensorType, prune, refs
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Rebatched
@@ -78,8 +78,8 @@ class _Joints:
         return [kept]
 
     def _prompt(self, pair: Sequence[Op]) -> int:
-        lanes = [tuple(refs(op.args)) for op in pair]
-        found = prompt_lane(lanes, self._edit)
+        call_sites = [tuple(refs(op.args)) for op in pair]
+        found = prompt_branch(call_sites, self._edit)
         if found is None:
             raise ValueError(f"which of the two calls of {self._component} in a step has the prompt cannot be told")
         return found
@@ -99,8 +99,8 @@ class _Joints:
             args.append(self._cat(one, two, item.type, at) if source.follows else one)
         results = program.result_types(f"%{self._component}.{step}.joined")
         call = self._edit.op(first.name, tuple(args), results, attrs={**first.attrs, "program": doubled.program})
-        halves = zip(call.results, first.outputs, second.outputs, strict=True)
-        return [call, *(Op("aten.chunk.default", (result, 2), (one, two)) for result, one, two in halves)]
+        half_batches = zip(call.results, first.outputs, second.outputs, strict=True)
+        return [call, *(Op("aten.chunk.default", (result, 2), (one, two)) for result, one, two in half_batches)]
 
     def _cat(self, one: Ref, two: Ref, type_: TensorType, at: int) -> Ref:
         if (one, two) not in self._cats:

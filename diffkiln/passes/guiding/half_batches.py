@@ -19,7 +19,7 @@ _ROW_BY_ROW = frozenset(
 )  # fmt: skip
 
 
-class Halves:
+class HalfBatches:
     """Halves of the first dimension of a call's values. Each is written once, where it is first needed.
 
     Args:
@@ -104,12 +104,12 @@ def _halved(type_: TensorType) -> TensorType:
     return replace(type_, shape=(type_.shape[0] // 2, *type_.shape[1:]))
 
 
-def without_chunks(edit: Builder, halves: Mapping[str, tuple[Ref, Ref]]) -> None:
+def without_chunks(edit: Builder, half_batches: Mapping[str, tuple[Ref, Ref]]) -> None:
     """Has the halves of a value stand in the place of what would cut it in two again."""
     for at, op in enumerate(edit.program.ops):
         if op.name == "aten.chunk.default" and op.args[1:] in ((2,), (2, 0)):
             (source,) = refs(op.args)
-            if source.name in halves:
+            if source.name in half_batches:
                 edit.replace(at)
-                for name, half in zip(op.outputs, halves[source.name], strict=True):
+                for name, half in zip(op.outputs, half_batches[source.name], strict=True):
                     edit.replace_uses(name, half)

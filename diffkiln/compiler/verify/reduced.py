@@ -1,4 +1,4 @@
-"""Twins: copies of components that share their weights and have one block of each kind, or compute in float32."""
+"""Reduced models: copies of components with one block of each kind, which share their weights; and copies in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from diffkiln.interpreter.layers import repeated_blocks
 
 
 def kept_blocks(module: torch.nn.Module, in_each_list: bool = False) -> dict[str, torch.nn.Module]:
-    """The blocks that a twin keeps, by name: the first of each kind, or the first of each kind in each list."""
+    """The blocks that a reduced model keeps, by name: the first of each kind, or the first of each kind in each
+    list."""
     kept: dict[tuple[type, str], tuple[str, torch.nn.Module]] = {}
     for name, block in repeated_blocks(module):
         kept.setdefault((type(block), name.rpartition(".")[0] if in_each_list else ""), (name, block))
@@ -24,32 +25,33 @@ def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Mo
     kept = kept_blocks(module, in_each_list)
     gone = {id(block) for name, block in repeated_blocks(module) if name not in kept}
     memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    twin_lists = [
+    reduced_lists = [
         (name, [child for child in part if id(child) not in gone])
         for name, part in module.named_modules()
         if isinstance(part, torch.nn.ModuleList) and any(id(child) in gone for child in part)
     ]
     for key in gone:
         memo[key] = torch.nn.Module()  # type: ignore[assignment]
-    twin = copy.deepcopy(module, memo)  # type: ignore[arg-type]
-    for name, left in twin_lists:
+    reduced = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    for name, left in reduced_lists:
         home, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(home), leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
-    return twin
+        setattr(reduced.get_submodule(home), leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
+    return reduced
 
 
-def in_float32(twin: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
-    """A copy of a twin in float32, and that type; the twin itself and None where its weights are not torch's own types.
+def in_float32(reduced: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
+    """A copy of a reduced model in float32, and that type; the reduced model itself and None where its weights are not
+    torch's own types.
 
     Quantized weights become what they stand for: quantized activations would turn rounding into whole steps.
     """
-    if {tensor.dtype for tensor in twin.parameters()} == {torch.float32} and not _quantized(twin):
-        return twin, torch.float32
-    made = copy.deepcopy(twin)
+    if {tensor.dtype for tensor in reduced.parameters()} == {torch.float32} and not _quantized(reduced):
+        return reduced, torch.float32
+    made = copy.deepcopy(reduced)
     for table, key in _quantized(made):
         table[key] = torch.nn.Parameter(table[key].dequantize().float(), requires_grad=False)
     if not {tensor.dtype for tensor in made.parameters()} <= {torch.float32, torch.bfloat16, torch.float16}:
-        return twin, None
+        return reduced, None
     return made.float(), torch.float32
 
 

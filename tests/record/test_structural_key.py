@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffkiln.record.likeness import OncePerLikeness, likeness
+from diffkiln.record.structural_key import OncePerStructure, likeness
 
 
 class Layer(torch.nn.Module):
@@ -34,7 +34,7 @@ class Outer(torch.nn.Module):
 
 def given(blocks: list[torch.nn.Module], cached: bool) -> tuple[list[Any], int]:
     """What each block gives, and how many were run."""
-    once: OncePerLikeness[Any] = OncePerLikeness(blocks)
+    once: OncePerStructure[Any] = OncePerStructure(blocks)
     runs: list[torch.nn.Module] = []
 
     def run(block: torch.nn.Module) -> Any:
@@ -60,13 +60,13 @@ def test_another_attribute_does() -> None:
 
 def test_other_arguments_do() -> None:
     block = Layer(3)
-    once: OncePerLikeness[Any] = OncePerLikeness([block])
+    once: OncePerStructure[Any] = OncePerStructure([block])
     assert [once.get(block, cached, lambda cached=cached: block(cached)) for cached in (False, True)] == [1.0, 3]
 
 
 def test_the_layer_keeps_its_number_and_may_change_it_meanwhile() -> None:
     block = Layer(3)
-    once: OncePerLikeness[Any] = OncePerLikeness([block])
+    once: OncePerStructure[Any] = OncePerStructure([block])
     once.get(block, "", lambda: setattr(block, "layer_idx", 4))
     assert block.layer_idx == 4
     assert not hasattr(Layer, "layer_idx")

@@ -14,7 +14,7 @@ import torch
 
 from diffkiln.compiler.verify.call import Verification
 from diffkiln.compiler.verify.comparing import close, difference
-from diffkiln.compiler.verify.twins import in_float32, shrunken
+from diffkiln.compiler.verify.reduced import in_float32, shrunken
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.layers.scaled import row_scales
 from diffkiln.record.components import Callee, tracing
@@ -23,11 +23,11 @@ from diffkiln.record.pipeline import Rebatched, Recording
 from diffkiln.record.structure import flatten, unflatten
 
 
-def check_rows(recording: Recording, name: str, module: torch.nn.Module, verification: Verification) -> None:
+def check_batches(recording: Recording, name: str, module: torch.nn.Module, verification: Verification) -> None:
     """Compare every program of a component at another batch with the component, and with the batch that it has.
 
-    The first is bit for bit. The second is within rounding, by a twin in float32 with a block of each list: kernels add
-    up in another order for another batch.
+    The first is bit for bit. The second is within rounding, by a reduced model in float32 with a block of each list:
+    kernels add up in another order for another batch.
 
     Args:
         recording: with the programs, after the passes.
@@ -43,10 +43,10 @@ def check_rows(recording: Recording, name: str, module: torch.nn.Module, verific
             continue
         new, old = recording.callees[name, program], recording.callees[name, other.of]
         given = verification.given(name, other.of)
-        whole, halves = _joined(new, other, given) if other.double else _parted(old, new, other, given[0])
-        verification.check_program(new, module, other.recorded, whole if other.double else halves[0])
+        whole, half_batches = _joined(new, other, given) if other.double else _parted(old, new, other, given[0])
+        verification.check_program(new, module, other.recorded, whole if other.double else half_batches[0])
         large, small = (new, old) if other.double else (old, new)
-        _compare(module, (large, whole), [(small, half) for half in halves], program)
+        _compare(module, (large, whole), [(small, half) for half in half_batches], program)
 
 
 def _joined(new: Callee, other: Rebatched, given: Sequence[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
@@ -63,21 +63,24 @@ def _joined(new: Callee, other: Rebatched, given: Sequence[list[Any]]) -> tuple[
 
 def _parted(old: Callee, new: Callee, other: Rebatched, given: list[Any]) -> tuple[list[Any], list[list[Any]]]:
     """One call, and both halves of it."""
-    halves = [list(given), list(given)]
+    half_batches = [list(given), list(given)]
     for position, follows in zip(old.tensors, other.follows, strict=True):
         if follows:
-            for half, rows in zip(halves, given[position].chunk(2), strict=True):
+            for half, rows in zip(half_batches, given[position].chunk(2), strict=True):
                 half[position] = rows
-    for half in halves:
+    for half in half_batches:
         for position, constant in new.folded.items():
             half[position] = constant
-    return given, halves
+    return given, half_batches
 
 
 def _compare(
-    module: torch.nn.Module, whole: tuple[Callee, list[Any]], halves: Sequence[tuple[Callee, list[Any]]], program: str
+    module: torch.nn.Module,
+    whole: tuple[Callee, list[Any]],
+    half_batches: Sequence[tuple[Callee, list[Any]]],
+    program: str,
 ) -> None:
-    twin, dtype = in_float32(shrunken(module, in_each_list=True))
+    reduced, dtype = in_float32(shrunken(module, in_each_list=True))
 
     def run(callee: Callee, leaves: list[Any]) -> list[torch.Tensor]:
         cast = [
@@ -85,12 +88,12 @@ def _compare(
             for leaf in leaves
         ]
         args, kwargs = unflatten(cast, callee.structure)
-        with torch.inference_mode(), row_scales(), fixed_lengths(twin), tracing():
-            result = getattr(twin, callee.method)(*args, **kwargs)
+        with torch.inference_mode(), row_scales(), fixed_lengths(reduced), tracing():
+            result = getattr(reduced, callee.method)(*args, **kwargs)
         return [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
 
     together = run(*whole)
-    alone = [torch.cat(pair) for pair in zip(*(run(*half) for half in halves), strict=True)]
+    alone = [torch.cat(pair) for pair in zip(*(run(*half) for half in half_batches), strict=True)]
     for index, (want, got) in enumerate(zip(together, alone, strict=True)):
         if not close(want, got):
             raise VerifyError(

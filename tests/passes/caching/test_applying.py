@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffkiln.passes.caching import Kept, lanes_of, residuals, split, weave
-from diffkiln.passes.caching.weaving import coefficients
+from diffkiln.passes.caching import Kept, apply_schedule, call_sites_of, residuals, split
+from diffkiln.passes.caching.applying import coefficients
 from diffkiln.program import Op, Program, Ref, TensorType, listing, verify
 from diffkiln.program.ir import CALL, NOISE, REGION, STEP, Input
 
@@ -89,7 +89,7 @@ def test_inputs_that_nothing_needs_are_not_taken():
 def test_a_step_that_reuses_the_output_calls_nothing():
     part = split(denoiser(), (Kept("%e"),))
     assert part.reusing is None
-    woven = weave(call(3), "net", lanes_of(call(3), "net"), (True, False, True), {"net": part})
+    woven = apply_schedule(call(3), "net", call_sites_of(call(3), "net"), (True, False, True), {"net": part})
     verify_all(woven, part)
     assert lines(woven) == [
         "%0 float32[2] = noise(shape=[2], dtype=float32)",
@@ -107,17 +107,21 @@ def test_a_step_that_reuses_the_output_calls_nothing():
 
 def test_each_lane_of_a_step_has_its_own_state():
     part = split(denoiser(), residuals(denoiser(), REGIONS, 0, 0))
-    woven = weave(call(2, lanes=2), "net", lanes_of(call(2, lanes=2), "net"), (True, False), {"net": part})
+    woven = apply_schedule(
+        call(2, lanes=2), "net", call_sites_of(call(2, lanes=2), "net"), (True, False), {"net": part}
+    )
     verify_all(woven, part)
     reusing = [op for op in woven.ops if op.attrs.get("program") == "net.reusing"]
     assert [op.args[-1] for op in reusing] == [Ref("%net.0.0.kept.0"), Ref("%net.0.1.kept.0")]
-    lanes = lanes_of(call(2, lanes=2), "net")
+    lanes = call_sites_of(call(2, lanes=2), "net")
     assert (len(lanes.sites), sorted(lanes.place.values())) == (2, [(0, 0), (0, 1), (1, 0), (1, 1)])
 
 
 def test_an_extrapolation_is_a_weighted_sum_of_what_was_kept():
     part = split(denoiser(), (Kept("%e"),))
-    woven = weave(call(4), "net", lanes_of(call(4), "net"), (True, True, False, False), {"net": part}, order=1)
+    woven = apply_schedule(
+        call(4), "net", call_sites_of(call(4), "net"), (True, True, False, False), {"net": part}, order=1
+    )
     verify_all(woven, part)
     assert [line for line in lines(woven) if "foretold" in line and "step" not in line][:4] == [
         "%net.2.0.foretold.0.0 float32[2] = aten.mul.Tensor(%net.1.0.kept.0, 2.0)",
