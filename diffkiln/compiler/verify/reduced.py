@@ -1,4 +1,4 @@
-"""Reduced models: copies of components with one block of each kind, which share their weights; and copies in float32."""
+"""Reduced models: copies of components with one block of each kind that share their weights; and float32 copies."""
 
 from __future__ import annotations
 
