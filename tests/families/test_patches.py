@@ -49,7 +49,7 @@ def test_a_pipeline_with_the_text_of_another_family_needs_no_list(name):
 
 def test_control_nets_that_take_captions_of_every_length_are_refused():
     pipe = SimpleNamespace(components={"controlnet": None})
-    with pytest.raises(DataDependent, match="captions that are as long as each prompt"):
+    with pytest.raises(DataDependent, match="captions as long as each prompt"):
         z_image.PLUGIN.patches[0].replacement(pipe, "a fox")
 
 

@@ -99,5 +99,5 @@ def test_its_architectures_are_known_by_name(installed):
 def test_two_families_do_not_share_an_architecture(installed, monkeypatch):
     both = dict(plugins.plugins("families")) | {"another": installed}
     monkeypatch.setattr("diffkiln.models.architectures.plugins", lambda kind: both)
-    with pytest.raises(SpecError, match=r"two families have the architecture 'own-1\.0', and another is one"):
+    with pytest.raises(SpecError, match=r"two families have the architecture 'own-1\.0', and own is one"):
         architectures()
