@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import diffkiln
+from diffkiln.passes.layers import linear_layers
 from diffkiln.passes.manager import nbytes
-from diffkiln.passes.model.quantize import linear_layers
 from diffkiln.spec import as_tuple, parse_spec, resolve_targets
 
 SPECS = sorted((Path(__file__).parents[2] / "examples" / "specs").glob("*.json"))
