@@ -45,7 +45,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path, monkeypatch):
     monkeypatch.setattr(
-        "diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(())
+        "diffkiln.exporters.aot_inductor.check.cuda_problems", lambda: iter(())
     )  # as with a torch that has CUDA
     data = read(path)
     assert any(entry["name"] == "compile" for entry in data["passes"]), "a ready spec has its blocks compiled"
@@ -58,7 +58,7 @@ def test_a_spec_is_legal_and_its_weights_fit_its_gpus(path, monkeypatch):
 @pytest.mark.parametrize("path", [path for path in SPECS if "24gb" in path.stem], ids=lambda path: path.stem)
 def test_a_small_gpu_holds_no_large_layers_that_are_not_quantized(path, monkeypatch):
     """A pattern such as `*norm*` leaves out the modulations too: 27 % of the weights of FLUX's transformer."""
-    monkeypatch.setattr("diffkiln.passes.compiling.backends.cuda_problems", lambda: iter(()))
+    monkeypatch.setattr("diffkiln.exporters.aot_inductor.check.cuda_problems", lambda: iter(()))
     module = diffkiln.check(read(path)).state.modules["transformer"]
     left = sum(layer.weight.numel() * layer.weight.itemsize for layer in linear_layers(module).values())
     assert left <= 0.05 * nbytes(module)
