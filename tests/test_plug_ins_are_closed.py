@@ -16,11 +16,34 @@ from diffkiln.plugins import plugins
 
 ROOT = Path(diffkiln.__file__).parent
 #: Kinds of plug-ins that are closed.
-KINDS = ("exporters", "engines")
+KINDS = ("exporters", "engines", "passes", "families")
 #: (file, name): where the word means something else.
 OTHER_MEANINGS = {
     ("runtime/diffusers/checks.py", "onnx"): "a part of the names of diffusers' own modules",
+    ("__init__.py", "compile"): "the public function, and the module that has it",
+    ("cli/build.py", "compile"): "the public function",
+    ("compiler/compile.py", "calibrate"): "the stage",
+    ("compiler/first_spec.py", "fuse_qkv"): "the first spec recommends it",
+    ("compiler/first_spec.py", "compile"): "the first spec recommends it",
+    ("bundle/card.py", "quantize"): "a word of the format: a card says that its model is a quantized one",
+    ("cli/printing.py", "cache_schedule"): "a word of the format, for bundles of which no pass is installed",
+    ("families/flux.py", "scheduler"): "a component of a pipeline",
+    ("families/flux.py", "vae"): "a component of a pipeline",
+    ("families/pixart.py", "scheduler"): "a component of a pipeline",
+    ("families/pixart.py", "vae"): "a component of a pipeline",
+    ("families/qwen_image/architecture.py", "scheduler"): "a component of a pipeline",
+    ("families/qwen_image/architecture.py", "vae"): "a component of a pipeline",
+    ("families/stable_diffusion.py", "scheduler"): "a component of a pipeline",
+    ("families/stable_diffusion.py", "vae"): "a component of a pipeline",
+    ("families/wan.py", "scheduler"): "a component of a pipeline",
+    ("families/wan.py", "vae"): "a component of a pipeline",
+    ("models/architectures.py", "scheduler"): "a component of a pipeline",
+    ("passes/program/attention_backend.py", "vae"): "a component of a pipeline, in an example",
+    ("interpreter/dtypes.py", "channels_last"): "torch's name of a memory format",
+    ("record/pipeline.py", "guidance"): "the recorder's own module of that name",
 }
+#: Functions that are called as a pass is, and the package that the scheduler's outlining lies in.
+_NAMESAKES = ("program.prune", "builder.prune", "layers.merging.merge_tokens", "outlining.scheduler")
 
 
 def built_in(kind: str) -> set[str]:
@@ -41,7 +64,7 @@ def decisive(node: ast.AST) -> Iterator[ast.expr]:
         yield from (node.left, *node.comparators)
     elif isinstance(node, ast.MatchValue):
         yield node.value
-    elif isinstance(node, ast.Dict):
+    elif isinstance(node, ast.Dict) and not hasattr(node, "of_the_order"):
         yield from filter(None, node.keys)
     elif isinstance(node, ast.Subscript):
         yield node.slice
@@ -55,12 +78,24 @@ def words(node: ast.expr) -> Iterator[str]:
     yield from (item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str))
 
 
+def leave_out_the_order(tree: ast.AST) -> None:
+    """Marks the tables `before` and `after` of passes, which name others by design."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.target.id in ("before", "after")
+        ):
+            node.value.of_the_order = True  # type: ignore[union-attr]
+
+
 def offences(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, str]]:
     """The plug-ins that a module knows, each with how."""
+    leave_out_the_order(tree)
     for node in ast.walk(tree):
         for module in imported(node):
             parts, line = module.split("."), getattr(node, "lineno", 0)
-            if parts[0] in ("diffkiln", ""):
+            if parts[0] in ("diffkiln", "") and not any(namesake in module for namesake in _NAMESAKES):
                 yield from ((name, f"line {line} imports {module}") for name in names & set(parts))
         for expression in decisive(node):
             yield from ((name, f"line {expression.lineno} decides by it") for name in names & set(words(expression)))

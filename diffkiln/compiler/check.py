@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffkiln.compiler.legality import problems_of, too_large
+from diffkiln.compiler.decoding import too_large
 from diffkiln.compiler.plan import Plan
-from diffkiln.errors import gather_problems
+from diffkiln.errors import Problem, gather_problems
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.models.meta import meta_pipeline
@@ -23,7 +23,7 @@ from diffkiln.passes.registry import read_passes
 from diffkiln.record.call import Request
 from diffkiln.record.requests import requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
-from diffkiln.spec import Spec, as_tuple, parse_spec, resolve_targets
+from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 
 SpecLike = Spec | str | Path | Mapping[str, Any]
 
@@ -60,8 +60,13 @@ def _check(spec: SpecLike, base: str | Path | None) -> Plan:
     requests = tuple(requests_of(parsed, pipe))
     state = _state(parsed, source, pipe, requests)
     before = {name: manager.nbytes(module) for name, module in state.modules.items()}
-    found = [*problems_of(parsed, listed, targets), *too_large(state, listed, targets)]
-    state, report = manager.run(state, listed, targets, found)
+    steps = [item.step for item in listed]
+    found = [
+        *_ignored(parsed, targets),
+        *(problem for item in listed for problem in item.step.check_beside(parsed, steps, item.where)),
+        *too_large(state, steps, targets),
+    ]
+    state, report = manager.run(state, listed, targets, list(dict.fromkeys(found)))
     if state.scheduler is not None:
         pipe.register_modules(scheduler=state.scheduler)
     after = before | {ran.listed.step.component: ran.nbytes for ran in report if ran.listed.step.component in before}
@@ -69,6 +74,21 @@ def _check(spec: SpecLike, base: str | Path | None) -> Plan:
         parsed, targets, source, requests, listed, listed, pipe, state, tuple(report), before, after,
         tuple(source.notices),
     )  # fmt: skip
+
+
+def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
+    """What the runtime section asks for and the targets would ignore."""
+    if any(target.device != "cpu" for target in targets):
+        return
+    runtime = spec.runtime
+    if runtime.offload is not None and runtime.offload.to == "host":
+        reason = "on a CPU weights are used where they would wait: in the host's memory"
+        yield Problem("$.runtime.offload.to", reason, 'Remove it, or set it to "disk".')
+    if runtime.tf32 is not None:
+        yield Problem("$.runtime.tf32", "a CPU has no TF32", "Remove it.")
+    if runtime.cuda_graphs is not None:
+        reason = "a graph is of a GPU's launches, and a CPU has none"
+        yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
 
 
 def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Request]) -> State:

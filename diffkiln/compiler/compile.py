@@ -38,7 +38,6 @@ from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes import manager
-from diffkiln.passes.program.guidance import notices_of
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
@@ -126,7 +125,8 @@ def _recorded(plan: Plan) -> Plan:
 def _rewritten(plan: Plan) -> Plan:
     """The plan with its programs as the passes leave them."""
     recording, notices = manager.rewrite(plan.recording, plan.listed)
-    notices += notices_of(plan.listed, plan.compiled, recording.modules)
+    for item in plan.listed:
+        notices += item.step.notices(recording, plan.compiled)
     return replace(plan, recording=recording).noting(notices)
 
 

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffkiln.compiler.decoding import INT_MAX
 from diffkiln.compiler.in_memory import InMemory
-from diffkiln.compiler.legality import INT_MAX
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
 from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType

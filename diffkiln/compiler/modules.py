@@ -23,7 +23,6 @@ from diffkiln.interpreter.aten import Interpreter, type_of
 from diffkiln.models.meta import emptied, make_fake
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.outlining import between_blocks, whole
-from diffkiln.passes.program.compile import DEFAULT
 from diffkiln.program import REGION, Module, Op, Program, weight_in
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -32,7 +31,7 @@ from diffkiln.runtime.compatibility import capability, missing_flags
 from diffkiln.runtime.engine_blocks import weight_getter
 from diffkiln.runtime.engines import Engine, engine
 from diffkiln.runtime.self_test import self_test
-from diffkiln.spec import TARGETS, Target, find_gpu, suggest
+from diffkiln.spec import DEFAULT_BACKEND, TARGETS, Target, find_gpu, suggest
 
 _SCOPES: Mapping[str, Callable[[Module], Module]] = {
     "blocks": lambda module: module,
@@ -47,7 +46,7 @@ def compile_module(
     example_kwargs: Mapping[str, Any],
     *,
     target: str | Target = "cpu-x86-64-v3",
-    backend: str = DEFAULT,
+    backend: str = DEFAULT_BACKEND,
     scope: str = "blocks",
     fixed: Collection[str] = (),
     options: Mapping[str, Any] | None = None,

@@ -8,10 +8,10 @@ must come out with the same names, shapes and dtypes, which the compiler checks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, ValidationError
@@ -130,8 +130,8 @@ class Pass(Strict):
     `mapping` of components to options instead of one component; `features`, what a reader of the bundle must know;
     `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
     it is given modules in which some blocks have data and the others are meta models; `before` and `after`, the passes
-    of the same component that it must stand before or after, each with the reason, "*" for all others; `takes`, facts
-    of earlier passes that are there for its sake.
+    of the same component that it must stand before or after, each with the reason, "*" for all others; `before_all`,
+    those of `before` that may be of any component; `takes`, facts of earlier passes that are there for its sake.
     """
 
     name: ClassVar[str]
@@ -144,6 +144,7 @@ class Pass(Strict):
     features: ClassVar[frozenset[str]] = frozenset()
     needs_all: ClassVar[str] = ""
     before: ClassVar[Mapping[str, str]] = {}
+    before_all: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[frozenset[str]] = frozenset()
 
@@ -207,6 +208,19 @@ class Pass(Strict):
                 after = f"{self.name} cannot follow {fact.by}: " if fact.by else f"{self.name} after {fact}: "
                 problems.append(Problem(where, after + (fact.reason or refused)))
         return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
+
+    @property
+    def decodes(self) -> Literal["", "one", "tiles"]:
+        """How images are decoded: one at a time, or in tiles; "" where the pass says nothing of it."""
+        return ""
+
+    def origins(self) -> Iterable[tuple[Mapping[str, Any], Path]]:
+        """Files of others that go into the weights: what the options state of each, and where it lies."""
+        return ()
+
+    def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
+        """What a user should know once the programs are rewritten; `compiled` are the components with engines."""
+        return ()
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
         """What the rest of the spec makes illegal, of which `others` are all passes."""

@@ -129,14 +129,9 @@ def _spread(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, d
     return {component: {**common, **row, "component": component} for component, row in mapping.items()}
 
 
-#: What counts the steps that the scheduler makes.
-_COUNTS_STEPS = ("guidance", "calibrate", "cache_schedule")
-
-
 def _of_the_run(first: Pass, second: Pass) -> bool:
-    """Whether one is the scheduler and the other counts its steps, whatever the component."""
-    names = {first.name, second.name}
-    return "scheduler" in names and bool(names & set(_COUNTS_STEPS))
+    """Whether one of them stands before the other whatever the component."""
+    return second.name in first.before_all or first.name in second.before_all
 
 
 def order_problems(listed: Sequence[ListedPass]) -> list[Problem]:

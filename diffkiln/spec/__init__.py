@@ -1,7 +1,7 @@
 """What a user declares, read safely: the spec's models, its targets and its JSON Schema. No torch."""
 
 from diffkiln.spec.migrate import migrate
-from diffkiln.spec.model import Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
+from diffkiln.spec.model import DEFAULT_BACKEND, Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
 from diffkiln.spec.parse import parse_spec
 from diffkiln.spec.problems import problems_from, refuse, show, suggest
 from diffkiln.spec.schema import json_schema, options_schema
@@ -11,6 +11,7 @@ from diffkiln.spec.targets import CPU_FLAGS, CPUS, GPUS, TARGETS, Target, find_g
 __all__ = [
     "CPUS",
     "CPU_FLAGS",
+    "DEFAULT_BACKEND",
     "GPUS",
     "TARGETS",
     "Conflict",

@@ -142,6 +142,10 @@ class TargetSpec(Strict):
                 yield (name,), refuse("a GPU whose numbers are written out needs this one too", "Add it")
 
 
+#: The backend of `compile` where a spec names none.
+DEFAULT_BACKEND = "aot_inductor"
+
+
 class PassEntry(Strict):
     """One pass and its options, which the pass itself checks."""
 

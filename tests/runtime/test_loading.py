@@ -211,7 +211,7 @@ def test_native_code_is_loaded_in_one_place_only():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 calls.setdefault(node.attr, set()).add(path.relative_to(ROOT).as_posix())
-    assert calls["native_copy"] == {"runtime/loading.py"}
+    assert calls["native_copy"] == {"runtime/opening.py"}
     assert calls["AOTIModelPackageLoader"] == {"runtime/engines/aot_inductor.py"}
     for name in ("load_library", "CDLL", "aoti_load_package"):
         assert not any(path.startswith("runtime/") for path in calls.get(name, ()))

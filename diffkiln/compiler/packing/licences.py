@@ -8,7 +8,6 @@ from diffkiln.bundle import BundleWriter
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.models.licences import licence_in, licence_of
-from diffkiln.passes.model.fuse_lora import FuseLoRA
 
 LICENCES = "licences.json"
 
@@ -18,8 +17,7 @@ def pack_licences(writer: BundleWriter, plan: Plan) -> None:
     is signed with the rest."""
     rows: list[dict[str, Any]] = [{"of": "base model", **plan.source.pinned()} | licence_of(plan.source.folder)]
     for item in plan.listed:
-        if isinstance(item.step, FuseLoRA):
-            for stated, path in item.step.origins():
-                licence = licence_of(path.parent) | licence_in(path)
-                rows.append({"of": "adapter", "component": item.step.component, **stated} | licence)
+        for stated, path in item.step.origins():
+            licence = licence_of(path.parent) | licence_in(path)
+            rows.append({"of": "adapter", "component": item.step.component, **stated} | licence)
     writer.write(LICENCES, as_json([{"license": None, **row} for row in rows]), "doc")

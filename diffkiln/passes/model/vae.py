@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,10 @@ class VAE(ModelPass):
             yield ("tiling",), refuse("neither slicing nor tiling is asked for", "Set one of them to true")
         if "tile" in given and not given.get("tiling"):
             yield ("tile",), refuse("says nothing without tiling", "Remove it")
+
+    @property
+    def decodes(self) -> Literal["one", "tiles"]:
+        return "tiles" if self.tiling else "one"
 
     def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
         if reason := parts_problem(module, self.slicing, self.tiling, self.tile):

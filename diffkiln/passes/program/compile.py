@@ -14,13 +14,11 @@ from pydantic import Field, create_model
 from diffkiln import plugins
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import repeated_blocks
-from diffkiln.passes.base import CompileRequest, Fact, Outcome, ProgramPass, State
+from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, ProgramPass, State
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.record.pipeline import Recording
-from diffkiln.spec import Conflict, Runtime, Target, refuse
+from diffkiln.spec import DEFAULT_BACKEND, Conflict, Spec, Target, refuse, resolve_targets
 
-#: The backend where nobody names one.
-DEFAULT = "aot_inductor"
 _BACKEND = "Backend that compiles the regions."
 _SCOPE = "Region to compile at once: each repeated block, or the whole component. Absent: {}"
 
@@ -46,7 +44,7 @@ class Compile(ProgramPass):
     #: The backend's own: what fits it, and its options, which are fields of `model_for` it.
     exporter: ClassVar[Any]
 
-    backend: str = Field(DEFAULT, description=_BACKEND)
+    backend: str = Field(DEFAULT_BACKEND, description=_BACKEND)
     scope: Literal["blocks", "whole"] | None = Field(None, description=_SCOPE.format("the backend's own choice."))
     between: bool = Field(False, description="Also compile the operations between the blocks.")
     dynamic: bool | None = Field(
@@ -59,7 +57,7 @@ class Compile(ProgramPass):
     def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
         """Returns the pass with the options of the backend that is named among its fields; with those of all."""
         known = tuple(plugins.plugins("exporters"))
-        name = None if options is None else options.get("backend", DEFAULT)
+        name = None if options is None else options.get("backend", DEFAULT_BACKEND)
         return _of_one(name) if name in known else _of_all(known)
 
     @classmethod
@@ -109,9 +107,12 @@ class Compile(ProgramPass):
         if module := recording.modules.get(self.component):
             yield from self.exporter.type_problems(self.component, module, target, self.whole, where)
 
-    def check_runtime(self, runtime: Runtime, where: str) -> Iterable[Problem]:
-        """What a spec asks of the runtime, and the engines cannot do; `where` is the pass's JSON path."""
-        return self.exporter.runtime_problems(self, runtime, where)
+    def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
+        """What the spec asks of the runtime and promises of its targets, and engines do not allow."""
+        yield from self.exporter.runtime_problems(self, spec.runtime, where)
+        for index, target in enumerate(resolve_targets(spec)):
+            at = f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target"
+            yield from self.exporter.promise_problems(target, at)
 
     def run(self, plan: State) -> Outcome:
         dynamic = plan.ranged if self.dynamic is None else self.dynamic
@@ -158,7 +159,7 @@ def _of_all(names: tuple[str, ...]) -> Any:
         own |= {name: (field.annotation, field) for name, field in fields if field.description}
     wholes = ", ".join(f"whole for {backend.name}" for backend in backends if backend.whole)
     described = {
-        "backend": (Literal[names], Field(DEFAULT, description=_BACKEND)),
+        "backend": (Literal[names], Field(DEFAULT_BACKEND, description=_BACKEND)),
         "scope": (
             Compile.model_fields["scope"].annotation,
             Field(None, description=_SCOPE.format(f"{wholes}, blocks for the others.")),
@@ -167,7 +168,7 @@ def _of_all(names: tuple[str, ...]) -> Any:
     }
     doc = " ".join(f"`{backend.name}` {backend.summary}" for backend in backends)
     model = create_model("Compile", __base__=Compile, __doc__=f"{cleandoc(str(Compile.__doc__))}\n\n{doc}", **described)
-    model.exporter = plugins.load("exporters", DEFAULT)
+    model.exporter = plugins.load("exporters", DEFAULT_BACKEND)
     model.examples = tuple(example for backend in backends for example in backend.examples)
     return model
 

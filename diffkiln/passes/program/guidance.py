@@ -16,8 +16,7 @@ from diffkiln.errors import Incompatible, Problem, RecordError
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
 from diffkiln.passes.caching import call_sites_of, symbols
 from diffkiln.passes.guiding import join, part
-from diffkiln.passes.registry import ListedPass
-from diffkiln.program import STEP, Module, Program, is_rebatched
+from diffkiln.program import STEP, Program, is_rebatched
 from diffkiln.record.batches import rebatch
 from diffkiln.record.pipeline import Rebatched, Recording
 from diffkiln.spec import Conflict, Target, refuse
@@ -117,6 +116,19 @@ class Guidance(ProgramPass):
                 '"on_incompatible": "eager" in "runtime", so that diffusers\' own blocks run'
             )
 
+    def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
+        """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its way."""
+        if self.steps is not None:
+            yield (
+                f"guidance of {self.component} is left out of steps, which diffusers cannot do: the bundle cannot be "
+                "loaded with as_diffusers"
+            )
+        elif self.component in compiled and is_rebatched(recording.modules[self.component]):
+            yield (
+                f"the engines of {self.component} are for another batch than diffusers calls it with: a pipeline "
+                'that is loaded with as_diffusers needs "on_incompatible": "eager" in "runtime"'
+            )
+
     # -- the programs --
 
     @property
@@ -185,29 +197,6 @@ class Guidance(ProgramPass):
         if any(len(step) != 1 for step in places):
             raise ValueError(f"some steps call {self.component} once, and others more than once")
         return part(call, self.component, [step[0] for step in places], guided, others, in_two, recording.constants)
-
-
-def notices_of(listed: Sequence[ListedPass], compiled: Collection[str], modules: Mapping[str, Module]) -> list[str]:
-    """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its own way.
-
-    Args:
-        listed: the passes.
-        compiled: components that have engines.
-        modules: the components as the passes leave them.
-    """
-    told: list[str] = []
-    for step in (item.step for item in listed if isinstance(item.step, Guidance)):
-        if step.steps is not None:
-            told.append(
-                f"guidance of {step.component} is left out of steps, which diffusers cannot do: the bundle cannot be "
-                "loaded with as_diffusers"
-            )
-        elif step.component in compiled and is_rebatched(modules[step.component]):
-            told.append(
-                f"the engines of {step.component} are for another batch than diffusers calls it with: a pipeline "
-                'that is loaded with as_diffusers needs "on_incompatible": "eager" in "runtime"'
-            )
-    return told
 
 
 def _of_two(places: Sequence[tuple[int, ...]]) -> bool:

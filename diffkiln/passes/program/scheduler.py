@@ -28,6 +28,7 @@ class Scheduler(ProgramPass):
     before: ClassVar = dict.fromkeys(
         ("guidance", "calibrate", "cache_schedule"), "the scheduler decides how many steps there are"
     )
+    before_all: ClassVar = frozenset({"guidance", "calibrate", "cache_schedule"})
     examples: ClassVar = (
         {"name": "scheduler", "type": "EulerDiscreteScheduler", "config": {"timestep_spacing": "trailing"}},
         {"name": "scheduler", "config": {"shift": 3.0, "use_dynamic_shifting": False}},
