@@ -81,7 +81,7 @@ def world(tmp_path, monkeypatch, hub: Server) -> Path:
     """A folder that holds what the examples name; the Hub is the stand-in, and engines are built once in a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for module in ("compiler", "retarget", "modules"):
+    for module in ("compiler.compile", "compiler.retarget", "compiler.modules"):
         monkeypatch.setattr(f"diffkiln.{module}.EngineCache", engine_cache)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
