@@ -56,6 +56,11 @@ class Plan:
         return self.spec.source.dtype
 
     @property
+    def plan(self) -> State:
+        """The state, as it was called in earlier versions."""
+        return self.state
+
+    @property
     def compiled(self) -> frozenset[str]:
         """The components that have engines."""
         return frozenset(request.component for request in self.state.compile)
