@@ -91,9 +91,9 @@ class State:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a pass gave: the new plan, whether anything changed, and notes for the report."""
+    """What running a pass gave: the new state, whether anything changed, and notes for the report."""
 
-    plan: State
+    state: State
     changed: bool
     notes: tuple[str, ...] = ()
 
@@ -197,17 +197,17 @@ class Pass(Strict):
         """
         return self
 
-    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
+    def check(self, state: State, target: Target, where: str) -> Sequence[Problem]:
         """What makes the pass illegal here, from configuration alone; `where` is its JSON path."""
-        problems = unknown_component(self.component, plan, where)
+        problems = unknown_component(self.component, state, where)
         if problems:
             return problems
-        for fact in sorted(plan.facts, key=str):
+        for fact in sorted(state.facts, key=str):
             refused = self.requires_not.get(fact.name) or self.requires_not.get(fact.kind)
             if fact.component == self.component and refused:
                 after = f"{self.name} cannot follow {fact.by}: " if fact.by else f"{self.name} after {fact}: "
                 problems.append(Problem(where, after + (fact.reason or refused)))
-        return problems or list(self.check_module(plan.modules[self.component], plan, target, where))
+        return problems or list(self.check_module(state.modules[self.component], state, target, where))
 
     @property
     def decodes(self) -> Literal["", "one", "tiles"]:
@@ -226,18 +226,18 @@ class Pass(Strict):
         """What the rest of the spec makes illegal, of which `others` are all passes."""
         return ()
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         """The pass's own objections to this component."""
         return ()
 
-    def run(self, plan: State) -> Outcome:
-        """Apply the pass to the plan's meta model.
+    def run(self, state: State) -> Outcome:
+        """Apply the pass to the state's meta model.
 
         Raises:
             Exception: whatever goes wrong; the manager turns it into a PassError that names the pass.
         """
-        notes = self.apply(plan.modules[self.component])
-        return Outcome(plan.with_facts(self.provides()), bool(notes), tuple(notes))
+        notes = self.apply(state.modules[self.component])
+        return Outcome(state.with_facts(self.provides()), bool(notes), tuple(notes))
 
     def provides(self) -> Iterable[Fact]:
         return ()
@@ -322,8 +322,8 @@ class ProgramPass(Pass):
     """A pass that leaves modules alone: it rewrites programs, or decides how they run."""
 
 
-def unknown_component(component: str, plan: State, where: str) -> list[Problem]:
-    if component in plan.modules:
+def unknown_component(component: str, state: State, where: str) -> list[Problem]:
+    if component in state.modules:
         return []
-    hint = suggest(component, plan.modules) or f"It has {', '.join(plan.modules)}."
-    return [Problem(f"{where}.component", f"{plan.class_name} has no component {component!r}", hint)]
+    hint = suggest(component, state.modules) or f"It has {', '.join(state.modules)}."
+    return [Problem(f"{where}.component", f"{state.class_name} has no component {component!r}", hint)]

@@ -37,53 +37,53 @@ class Ran:
 
 
 def run(
-    plan: State, listed: Sequence[ListedPass], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
+    state: State, listed: Sequence[ListedPass], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
 ) -> tuple[State, list[Ran]]:
-    """Check every pass against what the earlier ones leave, and run it on the plan's meta models, in place.
+    """Check every pass against what the earlier ones leave, and run it on the state's meta models, in place.
 
     One that is illegal is not run, and the later ones are still checked, so that all problems are told together.
 
     Args:
-        plan: of meta models that are given up if anything is illegal.
+        state: of meta models that are given up if anything is illegal.
         listed: the passes in order.
         targets: the machines that every pass must be legal for.
         found: problems that are known already.
 
     Raises:
         IllegalPlan: all problems together.
-        PassError: a pass raised, or what it left breaks the plan's rules; names the pass and its place.
+        PassError: a pass raised, or what it left breaks the state's rules; names the pass and its place.
     """
     problems = [*found, *order_problems(listed)]
     out_of_order = {problem.where for problem in problems}
     report: list[Ran] = []
     for item in listed:
         # What stands in the wrong order has been told so: the facts that make it illegal say nothing new.
-        known = replace(plan, facts=frozenset()) if item.where in out_of_order else plan
+        known = replace(state, facts=frozenset()) if item.where in out_of_order else state
         objections = [p for target in targets for p in item.step.check(known, target, item.where)]
         problems += [p for p in dict.fromkeys(objections) if p not in problems]
         if objections or item.where in out_of_order:
-            if item.step.component in plan.modules:
-                plan = plan.with_facts(item.step.provides())
+            if item.step.component in state.modules:
+                state = state.with_facts(item.step.provides())
             continue
-        plan, ran = _run_one(plan, item)
+        state, ran = _run_one(state, item)
         if not ran.changed:
             hint = "Remove it, or change its options."
             problems.append(Problem(item.where, f"{item.step.name} would have no effect", hint))
         report.append(ran)
     if problems:
         raise IllegalPlan(problems=problems)
-    return plan, report
+    return state, report
 
 
-def _run_one(plan: State, item: ListedPass) -> tuple[State, Ran]:
+def _run_one(state: State, item: ListedPass) -> tuple[State, Ran]:
     started = time.perf_counter()
     with guarded(item), portable():
-        outcome = item.step.run(plan)
-    verify(outcome.plan, item, plan)
+        outcome = item.step.run(state)
+    verify(outcome.state, item, state)
     seconds = time.perf_counter() - started
-    module = outcome.plan.modules.get(item.step.component)
+    module = outcome.state.modules.get(item.step.component)
     left = nbytes(module) if module is not None else 0
-    return outcome.plan, Ran(item, outcome.changed, outcome.notes, seconds, left)
+    return outcome.state, Ran(item, outcome.changed, outcome.notes, seconds, left)
 
 
 def check_recording(recording: Recording, listed: Sequence[ListedPass], targets: Sequence[Target]) -> None:
@@ -193,16 +193,16 @@ def guarded(item: ListedPass) -> Iterator[None]:
         raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
 
 
-def verify(plan: State, item: ListedPass, before: State) -> None:
-    """The rules of a plan: it has its components, and every weight of a meta model is a meta model, without a gradient.
+def verify(state: State, item: ListedPass, before: State) -> None:
+    """The rules of a state: it has its components, and every weight of a meta model is without data and gradient.
 
     Raises:
         PassError: the pass broke one of them.
     """
     who = f"{item.where}: {item.step.name} left"
-    if plan.modules.keys() != before.modules.keys():
-        raise PassError(f"{who} the components {', '.join(plan.modules)} of {', '.join(before.modules)}")
-    for name, module in plan.modules.items():
+    if state.modules.keys() != before.modules.keys():
+        raise PassError(f"{who} the components {', '.join(state.modules)} of {', '.join(before.modules)}")
+    for name, module in state.modules.items():
         for weight, tensor in _own_tensors(module):
             if tensor.requires_grad:
                 raise PassError(f"{who} {name}.{weight} with a gradient")

@@ -31,7 +31,7 @@ def plan():
 def test_run_gives_a_new_plan_with_the_facts_and_the_notes():
     before = plan()
     outcome = Halve(component="unet").run(before)
-    assert {str(fact) for fact in outcome.plan.facts} == {"halved(unet)"}
+    assert {str(fact) for fact in outcome.state.facts} == {"halved(unet)"}
     assert (outcome.changed, outcome.notes) == (True, ("halved",))
     assert before.facts == frozenset()
 

@@ -203,7 +203,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "options", "reason"), REFUSED)
 def test_what_the_program_does_not_allow_is_refused(family, options, reason, families):
-    steps = plans.listed({"name": "guidance", "component": "transformer", **options})
+    steps = plans.placed({"name": "guidance", "component": "transformer", **options})
     with pytest.raises(PassError, match=r"\$\.passes\[0\]: guidance failed") as caught:
         manager.rewrite(recorded(families, family), steps)
     assert reason in str(caught.value)
@@ -246,13 +246,13 @@ def test_a_schedule_that_diffusers_decides_cannot_follow(families):
 def test_a_consistency_distillation_is_recognised():
     plan = plans.ghost("sd")
     plan.modules["unet"].register_to_config(time_cond_proj_dim=256)
-    (item,) = plans.listed({"name": "guidance", "component": "unet", "batch": "halved"})
+    (item,) = plans.placed({"name": "guidance", "component": "unet", "batch": "halved"})
     (problem,) = item.step.check(plan, plans.CPU, "$.passes[0]")
     assert "is distilled: it is given the guidance scale (time_cond_proj_dim)" in problem.reason
 
 
 def test_activations_with_one_scale_for_the_batch_keep_their_batch():
     plan = plans.ghost("wan").with_facts([Fact("scaled_together", "transformer")])
-    (item,) = plans.listed({"name": "guidance", "component": "transformer", "batch": "doubled"})
+    (item,) = plans.placed({"name": "guidance", "component": "transformer", "batch": "doubled"})
     (problem,) = item.step.check(plan, plans.CPU, "$.passes[0]")
     assert (problem.where, problem.hint) == ("$.passes[0].batch", 'Quantize with "granularity": "per_row".')

@@ -27,7 +27,7 @@ class ChannelsLast(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("channels_last", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if not to_channels_last(module, try_only=True):
             yield Problem(
                 where, f"{type(module).__name__} has no 2D convolution outside of its repeated blocks", "Remove it."

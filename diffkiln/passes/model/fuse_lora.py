@@ -125,14 +125,14 @@ class FuseLoRA(ModelPass):
 
     # -- checks --
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if find_spec("peft") is None:
             yield Problem(
                 where, "peft is not installed, which adds adapters to weights", "pip install 'diffkiln[lora]'"
             )
             return
         if not callable(getattr(self._pipeline_class, "lora_state_dict", None)):
-            yield Problem(where, f"diffusers loads no adapters into a {plan.class_name}", "Remove it.")
+            yield Problem(where, f"diffusers loads no adapters into a {state.class_name}", "Remove it.")
             return
         for index, found in enumerate(self._found):
             place = f"{where}.adapters[{index}]"

@@ -45,7 +45,7 @@ class FuseQKV(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("qkv_fused", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         name = type(module).__name__
         if not callable(getattr(module, "fuse_qkv_projections", None)):
             yield Problem(

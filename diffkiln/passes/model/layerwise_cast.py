@@ -43,7 +43,7 @@ class LayerwiseCast(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("stored_smaller", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         for index, pattern in enumerate(self.exclude):
             try:
                 expressions = Expressions([pattern])

@@ -35,7 +35,7 @@ class MergeTokens(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("tokens_merged", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         if not isinstance(module, UNet2DConditionModel):

@@ -35,7 +35,7 @@ class Prune(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("pruned", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         blocks = droppable_blocks(module)
         if not blocks:
             yield Problem(where, f"{type(module).__name__} declares no repeated blocks to drop from", "Remove it.")

@@ -42,7 +42,7 @@ class Sparsify(ModelPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("sparse", self.component, self.name)]
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if target.device != "cuda" or target.capability < _SM:
             has = f"SM {target.compute_capability}" if target.device == "cuda" else "no GPU"
             yield Problem(

@@ -42,7 +42,7 @@ class VAE(ModelPass):
     def decodes(self) -> Literal["one", "tiles"]:
         return "tiles" if self.tiling else "one"
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if reason := parts_problem(module, self.slicing, self.tiling, self.tile):
             yield Problem(where, reason, "Remove it.")
             return
@@ -52,12 +52,12 @@ class VAE(ModelPass):
             yield Problem(f"{where}.tile", reason, f"Choose a multiple of {fits}.")
             return
         side = tile_side(module, self.tile)
-        sides = [max(v.get("height") or 0, v.get("width") or 0) for v in plan.variants]
+        sides = [max(v.get("height") or 0, v.get("width") or 0) for v in state.variants]
         if self.tiling and side is not None and all(0 < largest <= side for largest in sides):
             reason = f"no variant is larger than a tile of {side} pixels, so there would be one tile"
             yield Problem(f"{where}.tiling", reason, "Set a smaller tile, or remove it.")
         many = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
-        batches = [math.prod(v.get(name) or 1 for name in many) for v in plan.variants]
+        batches = [math.prod(v.get(name) or 1 for name in many) for v in state.variants]
         if self.slicing and all(batch == 1 for batch in batches):
             yield Problem(f"{where}.slicing", "every variant draws one image at a time", "Remove it.")
 

@@ -100,7 +100,7 @@ class AttentionBackend(ProgramPass):
 
     # -- from configuration --
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         where = f"{where}.backend"
         if reason := device_problem(self.backend, target.device, target.capability):
             yield Problem(where, f"{reason}, and the target is {target.name}", self._others(target))
@@ -130,8 +130,8 @@ class AttentionBackend(ProgramPass):
             return f"{self.backend} needs {package} {wanted}, which is not installed"
         return "" if fits(found, wanted) else f"{self.backend} needs {package} {wanted}, found {found}"
 
-    def run(self, plan: State) -> Outcome:
-        return Outcome(plan.with_facts(self.provides()), True, (f"attention by {self.backend}",))
+    def run(self, state: State) -> Outcome:
+        return Outcome(state.with_facts(self.provides()), True, (f"attention by {self.backend}",))
 
     # -- from the recording --
 

@@ -101,22 +101,22 @@ class Calibrate(ProgramPass):
             reason = "calibrate draws from prompts alone, and the call takes images"
             yield Problem(where, reason, "Give the steps of the schedule themselves.")
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
-        if self.component not in plan.denoisers:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
+        if self.component not in state.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
-        elif len(plan.steps) != 1:
-            reason = f"one schedule is for one number of steps, and the variants have {list(plan.steps) or 'several'}"
+        elif len(state.steps) != 1:
+            reason = f"one schedule is for one number of steps, and the variants have {list(state.steps) or 'several'}"
             yield Problem(where, reason, "Compile them into bundles of their own.")
-        elif plan.steps[0] < 2:
+        elif state.steps[0] < 2:
             yield Problem(where, "there is one step, so none can reuse", "Remove it.")
-        elif self.computed is not None and self.computed >= plan.steps[0]:
-            reason = f"of {plan.steps[0]} steps {self.computed} compute, so none reuses"
+        elif self.computed is not None and self.computed >= state.steps[0]:
+            reason = f"of {state.steps[0]} steps {self.computed} compute, so none reuses"
             yield Problem(f"{where}.computed", reason, "Give fewer.")
 
-    def run(self, plan: State) -> Outcome:
+    def run(self, state: State) -> Outcome:
         wanted = f"{self.computed} computed steps" if self.computed else f"{self.metric} of at least {self.at_least:g}"
         note = f"on {len(self._texts)} prompts, for {wanted}"
-        return Outcome(plan.with_facts(self.provides()), True, (note,))
+        return Outcome(state.with_facts(self.provides()), True, (note,))
 
     @property
     def rewrites(self) -> bool:

@@ -83,24 +83,24 @@ class Compile(ProgramPass):
     def provides(self) -> Iterable[Fact]:
         return [Fact("compiled", self.component, self.name)]
 
-    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
-        if self.component != SCHEDULER or SCHEDULER in plan.modules or plan.scheduler is None:
-            return super().check(plan, target, where)
-        return list(self._problems(None, plan, target, where))
+    def check(self, state: State, target: Target, where: str) -> Sequence[Problem]:
+        if self.component != SCHEDULER or SCHEDULER in state.modules or state.scheduler is None:
+            return super().check(state, target, where)
+        return list(self._problems(None, state, target, where))
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
-        yield from self._problems(module, plan, target, where)
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
+        yield from self._problems(module, state, target, where)
         if not self.whole and not repeated_blocks(module):
             reason = f"{type(module).__name__} declares no repeated blocks to compile"
             yield Problem(where, reason, 'Set "scope" to "whole", or remove it.')
 
-    def _problems(self, module: torch.nn.Module | None, plan: State, target: Target, where: str) -> Iterator[Problem]:
-        if self.dynamic and len(plan.variants) == 1:
+    def _problems(self, module: torch.nn.Module | None, state: State, target: Target, where: str) -> Iterator[Problem]:
+        if self.dynamic and len(state.variants) == 1:
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         if self.backend not in plugins.plugins("engines"):
             reason = f"no package that is installed runs the engines of {self.backend}"
             yield Problem(f"{where}.backend", reason, "Install the one that does: engines are tried as they are built.")
-        facts = {fact.name for fact in plan.facts if fact.component == self.component}
+        facts = {fact.name for fact in state.facts if fact.component == self.component}
         yield from self.exporter.problems(self.component, module, facts, target, where, self)
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
@@ -114,13 +114,13 @@ class Compile(ProgramPass):
             at = f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target"
             yield from self.exporter.promise_problems(target, at)
 
-    def run(self, plan: State) -> Outcome:
-        dynamic = plan.ranged if self.dynamic is None else self.dynamic
+    def run(self, state: State) -> Outcome:
+        dynamic = state.ranged if self.dynamic is None else self.dynamic
         lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
         request = CompileRequest(self.component, self.backend, lowered, dynamic)
-        plan = replace(plan.with_facts(self.provides()), compile=(*plan.compile, request))
+        state = replace(state.with_facts(self.provides()), compile=(*state.compile, request))
         what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
-        return Outcome(plan, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
+        return Outcome(state, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
 
     @property
     def rewrites(self) -> bool:

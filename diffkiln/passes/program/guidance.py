@@ -74,23 +74,23 @@ class Guidance(ProgramPass):
 
     # -- from configuration --
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
-        if self.component not in plan.denoisers:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
+        if self.component not in state.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
             return
-        if reason := _no_second_evaluation(module, plan):
+        if reason := _no_second_evaluation(module, state):
             yield Problem(where, f"{self.component} {reason}", "Remove guidance.")
-        if self.batch and any(fact == Fact("scaled_together", self.component) for fact in plan.facts):
+        if self.batch and any(fact == Fact("scaled_together", self.component) for fact in state.facts):
             reason = "one scale of the activations is for the whole batch, so its halves would change each other"
             yield Problem(f"{where}.batch", reason, 'Quantize with "granularity": "per_row".')
-        for count in plan.steps if self.steps is not None else ():
+        for count in state.steps if self.steps is not None else ():
             if len(self.steps or ()) != count:
                 yield Problem(f"{where}.steps", self._miscounted(count), f"Give one for each of {count} steps.")
 
     def _miscounted(self, count: int) -> str:
         return f"names {len(self.steps or ())} steps, and {self.component} is called in {count}"
 
-    def run(self, plan: State) -> Outcome:
+    def run(self, state: State) -> Outcome:
         notes: list[str] = []
         if self.batch is not None:
             notes.append(_BATCHES[self.batch])
@@ -98,7 +98,7 @@ class Guidance(ProgramPass):
             guided = [bool(step) for step in self.steps]
             notes.append(f"{sum(guided)} of {len(guided)} steps are guided: {symbols(guided)}")
         changed = self.batch is not None or not all(self.steps or ())
-        return Outcome(plan.with_facts(self.provides()), changed, tuple(notes))
+        return Outcome(state.with_facts(self.provides()), changed, tuple(notes))
 
     @classmethod
     def check_restore(cls, options: Mapping[str, Any], bundle: Restored) -> None:
@@ -203,19 +203,19 @@ def _of_two(places: Sequence[tuple[int, ...]]) -> bool:
     return bool(places) and all(len(step) == 2 for step in places)
 
 
-def _no_second_evaluation(module: torch.nn.Module, plan: State) -> str:
+def _no_second_evaluation(module: torch.nn.Module, state: State) -> str:
     """Why the denoiser is not evaluated a second time for guidance; "" if it may be."""
     config = getattr(module, "config", {})
-    kind = getattr(importlib.import_module("diffusers"), plan.class_name, None)
+    kind = getattr(importlib.import_module("diffusers"), state.class_name, None)
     parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
-    true = [_scale(variant, parameters, "true_cfg_scale") for variant in plan.variants]
+    true = [_scale(variant, parameters, "true_cfg_scale") for variant in state.variants]
     if config.get("time_cond_proj_dim") is not None:
         return "is distilled: it is given the guidance scale (time_cond_proj_dim), and is evaluated once a step"
     if config.get("guidance_embeds") and not any(scale > 1 for scale in true):
         return "is distilled: it is given the guidance scale (guidance_embeds), and is evaluated once a step"
     if "true_cfg_scale" in parameters and not any(scale > 1 for scale in true):
         return "is not guided: true_cfg_scale is at most 1"
-    scales = [_scale(variant, parameters, "guidance_scale") for variant in plan.variants]
+    scales = [_scale(variant, parameters, "guidance_scale") for variant in state.variants]
     turned_off = kind is not None and re.search(r"guidance_scale > 1", inspect.getsource(kind))
     if turned_off and "true_cfg_scale" not in parameters and not any(scale > 1 for scale in scales):
         return "is not guided: guidance_scale is at most 1, which turns guidance off"

@@ -40,19 +40,19 @@ class Scheduler(ProgramPass):
         default_factory=dict, description="Fields of the configuration to change; the others stay as in the model."
     )
 
-    def check(self, plan: State, target: Target, where: str) -> Sequence[Problem]:
-        if plan.scheduler is None:
-            return [Problem(where, f"{plan.class_name} has no scheduler", "Remove it.")]
-        known = _compatible(plan.scheduler)
+    def check(self, state: State, target: Target, where: str) -> Sequence[Problem]:
+        if state.scheduler is None:
+            return [Problem(where, f"{state.class_name} has no scheduler", "Remove it.")]
+        known = _compatible(state.scheduler)
         if self.type is not None and self.type not in known:
             hint = suggest(self.type, known) or f"There are {', '.join(sorted(known))}."
-            mine = type(plan.scheduler).__name__
+            mine = type(state.scheduler).__name__
             return [Problem(f"{where}.type", f"{self.type} is no scheduler that can take the place of {mine}", hint)]
-        names = set(inspect.signature(known[self.type or type(plan.scheduler).__name__]).parameters)
+        names = set(inspect.signature(known[self.type or type(state.scheduler).__name__]).parameters)
         problems = [
             Problem(
                 f"{where}.config.{key}",
-                f"{self.type or type(plan.scheduler).__name__} has no option {key!r}",
+                f"{self.type or type(state.scheduler).__name__} has no option {key!r}",
                 suggest(key, names) or f"It has {', '.join(sorted(names))}.",
             )
             for key in self.config
@@ -60,24 +60,24 @@ class Scheduler(ProgramPass):
         ]
         if not problems:
             try:
-                self._made(plan)
+                self._made(state)
             except Exception as error:  # whatever diffusers raises for values that do not fit
                 problems.append(Problem(f"{where}.config", f"diffusers refuses them: {error}"))
         return problems
 
-    def _made(self, plan: State) -> Any:
-        kind = _compatible(plan.scheduler)[self.type or type(plan.scheduler).__name__]
-        return kind.from_config(plan.scheduler.config, **self.config)
+    def _made(self, state: State) -> Any:
+        kind = _compatible(state.scheduler)[self.type or type(state.scheduler).__name__]
+        return kind.from_config(state.scheduler.config, **self.config)
 
-    def run(self, plan: State) -> Outcome:
-        before, after = plan.scheduler, self._made(plan)
+    def run(self, state: State) -> Outcome:
+        before, after = state.scheduler, self._made(state)
         old = dict(before.config)
         changed = {k: v for k, v in dict(after.config).items() if not k.startswith("_") and old.get(k) != v}
         same = type(after) is type(before) and not changed
         told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.config)
         note = type(after).__name__ + (f" with {told}" if told else "")
-        steps = tuple(dict.fromkeys(steps_with(after, count) for count in plan.wanted_steps)) if plan.steps else ()
-        return Outcome(replace(plan, scheduler=after, steps=steps), not same, (note,))
+        steps = tuple(dict.fromkeys(steps_with(after, count) for count in state.wanted_steps)) if state.steps else ()
+        return Outcome(replace(state, scheduler=after, steps=steps), not same, (note,))
 
 
 def _compatible(scheduler: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Quantize(Variant, ModelPass):
             found = None
         return "" if found else f"{cls.package} is not installed"
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if missing := self.missing():
             yield Problem(f"{where}.backend", missing, f"pip install 'diffkiln[{self.extra}]'")
         layers = linear_layers(module)

@@ -55,18 +55,18 @@ class CacheSchedule(Variant, ProgramPass):
     def provides(self) -> Iterable[Fact]:
         yield Fact("scheduled", self.component, self.name)
 
-    def check_module(self, module: torch.nn.Module, plan: State, target: Target, where: str) -> Iterable[Problem]:
-        if self.component not in plan.denoisers:
+    def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
+        if self.component not in state.denoisers:
             yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
         else:
-            yield from self.check_model(module, plan, where)
-        yield from self.check_steps(plan, Fact("calibrated", self.component) in plan.facts, where)
+            yield from self.check_model(module, state, where)
+        yield from self.check_steps(state, Fact("calibrated", self.component) in state.facts, where)
 
     @abstractmethod
-    def check_model(self, module: torch.nn.Module, plan: State, where: str) -> Iterable[Problem]:
+    def check_model(self, module: torch.nn.Module, state: State, where: str) -> Iterable[Problem]:
         """What the denoiser or its pipeline lacks for the method."""
 
-    def check_steps(self, plan: State, calibrates: bool, where: str) -> Iterable[Problem]:
+    def check_steps(self, state: State, calibrates: bool, where: str) -> Iterable[Problem]:
         """What is wrong with the steps that compute; `calibrates` says that a calibrate stands before it."""
         if calibrates:
             reason = "calibrate chooses steps, and this has none to choose"

@@ -24,7 +24,7 @@ class DeepCache(ByInterval):
     def kept(self, program: Program, module: Module) -> tuple[Kept, ...]:
         return deep_features(program, self.depth)
 
-    def check_model(self, module: Any, plan: State, where: str) -> Iterable[Problem]:
+    def check_model(self, module: Any, state: State, where: str) -> Iterable[Problem]:
         kind = type(module).__name__
         if not hasattr(module, "up_blocks"):
             reason = f"deepcache is for UNets, and {kind} has no skip connections"

@@ -29,18 +29,18 @@ class Dynamic(CacheSchedule):
         """What a pipeline's class, of which the source is given, lacks for the hook: the reason and the hint."""
         return None
 
-    def check_model(self, module: torch.nn.Module, plan: State, where: str) -> Iterable[Problem]:
-        if Fact("guidance_changed", self.component) in plan.facts:
+    def check_model(self, module: torch.nn.Module, state: State, where: str) -> Iterable[Problem]:
+        if Fact("guidance_changed", self.component) in state.facts:
             reason = "guidance rewrites the program, and with dynamic diffusers runs without one"
             yield Problem(f"{where}.dynamic", reason, "Remove guidance, or choose a fixed schedule.")
         elif not hasattr(module, "enable_cache"):
             reason = f"diffusers gives {type(module).__name__} no enable_cache"
             yield Problem(where, reason, "Choose a fixed schedule.")
-        elif objection := self.objection(plan.class_name, _source_of(plan.class_name)):
+        elif objection := self.objection(state.class_name, _source_of(state.class_name)):
             yield Problem(f"{where}.method", *objection)
 
-    def run(self, plan: State) -> Outcome:
-        return Outcome(plan.with_facts(self.provides()), True, ("decided at each step, by diffusers' hooks",))
+    def run(self, state: State) -> Outcome:
+        return Outcome(state.with_facts(self.provides()), True, ("decided at each step, by diffusers' hooks",))
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
         method = self.called().removeprefix("dynamic ")

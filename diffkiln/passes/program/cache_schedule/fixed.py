@@ -84,7 +84,7 @@ class Fixed(CacheSchedule):
 
     # -- from configuration --
 
-    def check_model(self, module: torch.nn.Module, plan: State, where: str) -> Iterable[Problem]:
+    def check_model(self, module: torch.nn.Module, state: State, where: str) -> Iterable[Problem]:
         if self.around is None:
             return
         (front, back), blocks = self.around, len(repeated_blocks(module))
@@ -95,13 +95,13 @@ class Fixed(CacheSchedule):
             reason = f"{front} blocks in front and {back} in back leave none of {blocks} to reuse"
             yield Problem(where, reason, "Keep fewer.")
 
-    def check_steps(self, plan: State, calibrates: bool, where: str) -> Iterable[Problem]:
-        yield from super().check_steps(plan, calibrates, where)
+    def check_steps(self, state: State, calibrates: bool, where: str) -> Iterable[Problem]:
+        yield from super().check_steps(state, calibrates, where)
         if not calibrates:
-            yield from self._length_problems(plan, where)
+            yield from self._length_problems(state, where)
 
-    def _length_problems(self, plan: State, where: str) -> Iterator[Problem]:
-        for count in plan.steps:
+    def _length_problems(self, state: State, where: str) -> Iterator[Problem]:
+        for count in state.steps:
             try:
                 self.mask(count)
             except ValueError as error:
@@ -112,13 +112,15 @@ class Fixed(CacheSchedule):
         if len(given) != count:
             raise ValueError(f"names {len(given)} steps, and {self.component} is called in {count}")
 
-    def run(self, plan: State) -> Outcome:
+    def run(self, state: State) -> Outcome:
         """Say which steps will compute; where the number of steps is known, and none reuses, nothing changes."""
         if self.is_calibrated:
-            return Outcome(plan.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",))
-        masks = [self.mask(count) for count in plan.steps]
+            return Outcome(
+                state.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",)
+            )
+        masks = [self.mask(count) for count in state.steps]
         notes = tuple(map(_told, masks)) or ("a schedule of the steps that call it",)
-        return Outcome(plan.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
+        return Outcome(state.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
 
     # -- the programs --
 
@@ -185,9 +187,9 @@ class Listed(Fixed):
         self.check_length(self.listed, count)
         return tuple(bool(step) for step in self.listed)
 
-    def check_steps(self, plan: State, calibrates: bool, where: str) -> Iterable[Problem]:
+    def check_steps(self, state: State, calibrates: bool, where: str) -> Iterable[Problem]:
         if not calibrates and not self.is_calibrated:
-            yield from self._length_problems(plan, where)
+            yield from self._length_problems(state, where)
         elif not calibrates:
             yield Problem(f"{where}.steps", "no calibrate of the component stands before it", "Add one.")
         elif not self.is_calibrated:
