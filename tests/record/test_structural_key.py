@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffkiln.record.structural_key import OncePerStructure, likeness
+from diffkiln.record.structural_key import OncePerStructure, structural_key
 
 
 class Layer(torch.nn.Module):
@@ -73,5 +73,5 @@ def test_the_layer_keeps_its_number_and_may_change_it_meanwhile() -> None:
 
 
 def test_weights_of_other_shapes_or_types_are_not_alike() -> None:
-    assert likeness(Layer(0)) == likeness(Layer(1))
-    assert likeness(Layer(0)) != likeness(Layer(0).half())
+    assert structural_key(Layer(0)) == structural_key(Layer(1))
+    assert structural_key(Layer(0)) != structural_key(Layer(0).half())
