@@ -16,9 +16,9 @@ _PATHS = """
     tests/end_to_end/test_families.py tests/end_to_end/test_lengths.py tests/end_to_end/test_portable.py
     tests/end_to_end/test_schedules.py tests/golden tests/passes/test_attention_backend.py
     tests/passes/test_scheduler.py tests/passes/test_vae.py tests/families tests/record
-    tests/runtime/diffusers/test_loading.py
-    tests/hub/test_load.py tests/runtime/test_compatibility.py tests/runtime/test_image_inputs.py
-    tests/runtime/test_pipeline.py tests/runtime/test_targets.py tests/compiler/verify
+    tests/runtime/diffusers/test_loading.py tests/hub/test_load.py tests/runtime/test_compatibility.py
+    tests/runtime/test_image_inputs.py tests/runtime/test_pipeline.py tests/runtime/test_targets.py
+    tests/compiler/verify tests/models
 """
 PATHS = _PATHS.split()
 #: A family of each kind, what compares bits, and what depends on the machine's instructions.
