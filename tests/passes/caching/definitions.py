@@ -30,7 +30,7 @@ class Run:
         return self.calls // self.call_sites
 
     @property
-    def lane(self) -> int:
+    def branch(self) -> int:
         return self.calls % self.call_sites
 
     @property
