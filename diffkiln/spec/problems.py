@@ -163,7 +163,7 @@ def _no_such_field(owner: type[BaseModel] | None, name: str) -> tuple[str, str]:
 def _hint_field(owner: type[BaseModel] | None, name: str) -> str:
     if hint := suggest(name, _fields(owner)):
         return hint
-    if hint := getattr(owner, "unknown_field_mend", ""):
+    if hint := getattr(owner, "unknown_field_hint", ""):
         return hint
     return f"The fields are: {', '.join(_fields(owner))}" if owner else ""
 

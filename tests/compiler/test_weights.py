@@ -56,7 +56,7 @@ def loads(monkeypatch) -> list[tuple[str, list[str]]]:
 
     monkeypatch.setattr(Shards, "load", noted)
     monkeypatch.setattr(streaming, "WHOLE_UP_TO", 0)
-    monkeypatch.setattr(streaming, "PORTION", 0)
+    monkeypatch.setattr(streaming, "SHARD", 0)
     return seen
 
 
@@ -184,4 +184,4 @@ def test_old_blocks_live_until_new_ones_are_compared_with_them(monkeypatch):
         assert pruned() is not None
 
     monkeypatch.setattr(streaming.manager, "apply", replacing)
-    assert not streaming._origins(SimpleNamespace(module=Blocks(), name="model"), SimpleNamespace(placed=[]))
+    assert not streaming._origins(SimpleNamespace(module=Blocks(), name="model"), SimpleNamespace(listed=[]))

@@ -100,6 +100,6 @@ def test_a_pipeline_with_int8_activations_has_one_row_and_runs_on_a_gpu(families
     with quiet_libraries():
         recording = record(made.pipe, made.requests, Constants())
     dry_run(recording)
-    monkeypatch.setattr("diffkiln.runtime.executor.gpu_forms", lambda device: {})
+    monkeypatch.setattr("diffkiln.runtime.executor.gpu_decompositions", lambda device: {})
     with pytest.raises(VerifyError, match=r"_int_mm.*more than 16 rows"):
         dry_run(recording)
