@@ -100,7 +100,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 getattr(diffusers, sys.argv[3])
 import diffkiln.compiler.compile as compiler
 from diffkiln.record.pipeline import record
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record.constants import Constants
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 imported = peak()

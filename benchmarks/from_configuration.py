@@ -19,7 +19,7 @@ from diffkiln.bundle import BundleWriter
 from diffkiln.compiler.check import check
 from diffkiln.compiler.packing import EnginesPacker
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record

@@ -62,9 +62,9 @@ class Setting:
 
 def pipeline(setting: Setting, place: str | None = None) -> Any:
     """diffusers' own pipeline, its weights drawn as a bundle's are."""
+    from diffkiln.interpreter.quiet import quiet_libraries
     from diffkiln.models.meta import load_module, meta_pipeline
     from diffkiln.models.opening import open_source
-    from diffkiln.models.quiet import quiet_libraries
     from diffkiln.spec.model import Source
 
     place = place or setting.device

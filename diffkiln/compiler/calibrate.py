@@ -21,8 +21,8 @@ from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.errors import BuildError, SpecError
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.interpreter.layers.scaled import row_scales
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import load_module
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
 from diffkiln.passes.base import Pass

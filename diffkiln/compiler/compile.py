@@ -36,7 +36,7 @@ from diffkiln.errors import RecordError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length

@@ -17,10 +17,10 @@ import torch
 
 from diffkiln.errors import SpecError
 from diffkiln.interpreter.layers import repeated_blocks
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.folder import LEFT_OUT, entries, read_folder, read_index, source_error
 from diffkiln.models.meta import meta_pipeline
 from diffkiln.models.opening import HUB_ID, from_the_hub
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import State
 from diffkiln.passes.model.fuse_qkv import FuseQKV

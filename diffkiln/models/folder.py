@@ -20,8 +20,8 @@ from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
 from diffkiln.guards.tokenizing import BoundedTokenizer
+from diffkiln.interpreter.quiet import quiet_imports
 from diffkiln.models.checkpoint import Checkpoint, Library, read_checkpoint, read_json
-from diffkiln.models.quiet import quiet_imports
 from diffkiln.plugins import Plugin, plugins
 
 #: Components that judge or repeat images; they take no part in making one.

@@ -23,9 +23,9 @@ from diffkiln.errors import BuildError, DiffkilnError, SourceError
 from diffkiln.guards.building import bounded_building
 from diffkiln.guards.limits import active
 from diffkiln.interpreter.portable import portable
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.folder import LEFT_OUT
 from diffkiln.models.gguf import put_gguf
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.source import SourceModel
 from diffkiln.models.stand_ins import fill_with_noise
 from diffkiln.models.weights import weights_of

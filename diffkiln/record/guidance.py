@@ -27,34 +27,29 @@ def free_guidance(
     program: Program,
     scale: float | None,
     constants: Any,
-    notices: list[str],
     source: Mapping[str, Any] | None = None,
-) -> Program:
-    """The recorded `program`, with the guidance scale as an input where that is exact.
+) -> tuple[Program, str]:
+    """Returns the recorded `program` with the guidance scale as an input where that is exact, and a notice where not.
 
     Args:
         record: records the call with these keywords changed.
         program: recorded with the variant's own keywords.
         scale: the variant's scale; None when the spec leaves it to the pipeline, which fixes it.
         constants: the recording's constants.
-        notices: told when the scale stays fixed.
         source: of the input, where it is known from another program of the same variant.
     """
     if scale is None:
-        return program
+        return program, ""
     scale, other = float(scale), float(scale) * 1.25 + 0.5
     try:
         free = _merge(program, record({KEYWORD: other}), (scale, other), constants.tensors)
     except (_Differs, RecordError):
-        notice = f"{KEYWORD} is fixed at {scale}: the call depends on it in more than its value"
-        if notice not in notices:
-            notices.append(notice)
-        return program
+        return program, f"{KEYWORD} is fixed at {scale}: the call depends on it in more than its value"
     if free is None:
-        return program
+        return program, ""
     *others, own = free.inputs
     known = source or _source(program, record, scale, constants)
-    return Builder(free, inputs=(*others, replace(own, source=known))).build()
+    return Builder(free, inputs=(*others, replace(own, source=known))).build(), ""
 
 
 def source_of(program: Program) -> Mapping[str, Any] | None:

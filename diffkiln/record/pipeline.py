@@ -60,7 +60,7 @@ class Rebatched:
     recorded: Module
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
     """What recording gives: the variants' programs by name, the components, and the constants that both use.
 
@@ -74,7 +74,7 @@ class Recording:
     modules: dict[str, Module]
     constants: Constants
     fixed: list[dict[str, Any]]
-    notices: list[str] = field(default_factory=list)
+    notices: tuple[str, ...] = ()
     callees: Mapping[tuple[str, str], Callee] = field(default_factory=dict)
     reason: str = ""
     fake: FakeTensorMode = field(default_factory=FakeTensorMode)
@@ -124,9 +124,10 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
         if isinstance(module, torch.nn.Module):
             make_fake(module, fake)
     callees: dict[str, Callee] = {}
-    notices: list[str] = []
     recorder = CallRecorder(pipe, fake, constants, callees)
-    calls = [_record_variant(recorder, request, constants, notices) for request in requests]
+    variants = [_record_variant(recorder, request, constants) for request in requests]
+    notices = tuple(dict.fromkeys(notice for _, told in variants for notice in told))
+    calls = [programs for programs, _ in variants]
     every = [program for programs in calls for program in programs.values()]
     used = {op.attrs["program"] for program in every for op in program.ops if op.name == CALL}
     callees = {key: callee for key, callee in callees.items() if key in used}
@@ -156,24 +157,28 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
 
 
 def _record_variant(
-    recorder: CallRecorder, request: Request, constants: Constants, notices: list[str]
-) -> dict[str, Program]:
-    """The programs of one variant, by which optional keywords the caller gives: "call", "call+latents", …"""
+    recorder: CallRecorder, request: Request, constants: Constants
+) -> tuple[dict[str, Program], list[str]]:
+    """Returns the programs of one variant, by which optional keywords the caller gives: "call", "call+latents", …; and
+    what a user should know of them."""
     scale = request.fixed.get("guidance_scale")
 
     def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
         return recorder.run(request, extra, negative, latents)
 
-    def free(program: Program, negative: bool, latents: TensorType | None = None) -> Program:
+    def freed(program: Program, negative: bool, latents: TensorType | None = None) -> Program:
         source = source_of(programs["call"]) if programs else None
-        return free_guidance(lambda extra: once(extra, negative, latents), program, scale, constants, notices, source)
+        free, notice = free_guidance(lambda extra: once(extra, negative, latents), program, scale, constants, source)
+        notices.extend([notice] if notice else [])
+        return free
 
     parameters = inspect.signature(type(recorder.pipe).__call__).parameters
     programs: dict[str, Program] = {}
-    programs["call"] = free(once({}, False), False)
+    notices: list[str] = []
+    programs["call"] = freed(once({}, False), False)
     if "negative_prompt" in parameters:
         with contextlib.suppress(Unread):
-            programs[Given(negative=True).name] = free(once({}, True), True)
+            programs[Given(negative=True).name] = freed(once({}, True), True)
     if "latents" in parameters:
         for given in [GIVEN[name] for name in programs]:
             program = _first_that_records(partial(once, {}, given.negative), _latents_types(programs["call"]))
@@ -183,8 +188,8 @@ def _record_variant(
                 )
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
-            programs[given._replace(latents=True).name] = free(program, given.negative, latents)
-    return programs
+            programs[given._replace(latents=True).name] = freed(program, given.negative, latents)
+    return programs, notices
 
 
 def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[TensorType]) -> Program | None:

@@ -12,7 +12,7 @@ import diffkiln
 from diffkiln.compiler.compile import check
 from diffkiln.compiler.dry_run import dry_run
 from diffkiln.errors import VerifyError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import CALL, Device, DType, Input, Module, Op, Program, Ref, TensorType
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record

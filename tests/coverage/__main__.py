@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage import CASES, GROUPS
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.compiled import COMPILED, measure_compiled, path_of, write_compiled

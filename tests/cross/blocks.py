@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.compiler.compile import check
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record

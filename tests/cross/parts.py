@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.compiler.compile import check
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.program import Program
 from diffkiln.program.sizes import Family, families

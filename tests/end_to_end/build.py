@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import diffkiln
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 
 
 def main() -> None:

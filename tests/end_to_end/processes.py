@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.conftest import DIGITS
 
 #: What the end-to-end tests of backends ask the example for.

@@ -10,7 +10,7 @@ import torch
 
 import diffkiln
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
 #: Families whose denoiser is called at another length than by diffusers, so that its sums have another order.

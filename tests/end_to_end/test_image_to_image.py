@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import diffkiln
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.conftest import DIGITS
 from tests.end_to_end.processes import draw
 from tests.exporters.regions import engine_cache

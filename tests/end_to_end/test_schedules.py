@@ -11,7 +11,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.caching import every, magnitude
 from tests.conftest import DIGITS
 from tests.exporters.regions import engine_cache

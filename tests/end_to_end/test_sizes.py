@@ -9,7 +9,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.exporters.regions import engine_cache
 from tests.passes.test_cache_schedule import draw, eager

@@ -19,7 +19,7 @@ from diffkiln.families import bria, cogview4, kandinsky, lumina, mochi, wan, z_i
 from diffkiln.families.qwen_image import prompts
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import is_patched, known_patches, of_fixed_length, outdated
 from tests.coverage.calls import CALLS

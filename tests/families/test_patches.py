@@ -13,7 +13,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from diffkiln.errors import DataDependent
 from diffkiln.families import z_image
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
 from tests.coverage.calls import CALLS

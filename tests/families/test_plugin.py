@@ -11,8 +11,8 @@ import torch
 import diffkiln
 from diffkiln import plugins
 from diffkiln.errors import Incompatible, SourceError, SpecError
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.architectures import architectures
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.record.patches import of_fixed_length
 from tests.coverage.calls import CALLS
 from tests.pipelines import WARNING_FILTERS

@@ -15,7 +15,7 @@ import diffkiln
 from diffkiln.compiler.compile import _recorded, check
 from diffkiln.errors import CallError, DataDependent, RecordError, VerifyError
 from diffkiln.families.qwen_image import edit, vision
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import known_patches, of_fixed_length
 from tests.coverage.calls import CALLS

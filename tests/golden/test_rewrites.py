@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffkiln.compiler.check import check
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.program import listing
 from diffkiln.record.constants import Constants

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import KERNELS
 from diffkiln.program.attention import device_problem
 from tests.passes.test_cache_schedule import draw, eager, spec

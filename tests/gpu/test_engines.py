@@ -16,7 +16,7 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.exporters.aot_inductor.absent_gpu import torch_problem
 from diffkiln.exporters.cuda import cuda_problems
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
 

@@ -16,7 +16,7 @@ from diffkiln.exporters.artefact import Lowering
 from diffkiln.interpreter.aten import Interpreter
 from diffkiln.interpreter.fx import as_graph
 from diffkiln.interpreter.gpu_decompositions import gpu_decompositions, int_mm
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record

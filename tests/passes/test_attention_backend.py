@@ -15,7 +15,7 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import IllegalPlan, Incompatible, MissingDependency, SpecError
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.base import State
 from diffkiln.passes.program.attention_backend import choose_attention

@@ -12,7 +12,7 @@ import torch
 import diffkiln
 from diffkiln.errors import IllegalPlan, Incompatible, SpecError
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.caching import every
 from diffkiln.passes.program.cache_schedule import CacheSchedule
 from diffkiln.passes.registry import pass_class, read_passes

@@ -15,7 +15,7 @@ import torch
 import diffkiln
 from diffkiln.compiler.compile import check
 from diffkiln.errors import IllegalPlan, Incompatible, PassError, SpecError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes import manager
 from diffkiln.passes.base import Fact
 from diffkiln.passes.caching import every

@@ -9,7 +9,7 @@ import diffkiln
 from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.interpreter.layers import decode_in_parts
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.passes.test_cache_schedule import draw, eager, spec
 from tests.pipelines import WARNING_FILTERS
 

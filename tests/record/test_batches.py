@@ -7,7 +7,7 @@ import torch
 
 from diffkiln.compiler.compile import check
 from diffkiln.errors import RecordError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record.batches import _following, _halved, rebatch
 from diffkiln.record.components import Callee
 from diffkiln.record.constants import Constants

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffkiln.errors import DataDependent, RecordError, SpecError
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import meta_pipeline
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, REGION, verify_module
 from diffkiln.record.call import Request

@@ -13,7 +13,7 @@ import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import CallError, IllegalPlan, RecordError, SourceError, SpecError
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS, build_folder

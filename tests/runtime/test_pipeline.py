@@ -12,7 +12,7 @@ import torch
 import diffkiln
 from diffkiln.errors import CallError
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
 from tests.portably import Portably, as_recorded

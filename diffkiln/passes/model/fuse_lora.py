@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.errors import LimitExceeded, Problem, SourceError
 from diffkiln.guards.limits import active
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.checkpoint import read_header
 from diffkiln.models.licences import CARD
 from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
 from diffkiln.passes.layers import has_no_data
 from diffkiln.spec import Conflict, Strict, Target, refuse

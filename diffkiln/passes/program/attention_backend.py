@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from diffkiln.bundle.versions import fits
 from diffkiln.errors import Incompatible, Problem
 from diffkiln.interpreter.attention import by_kernel
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
 from diffkiln.program import ATTENTION, KERNELS, NATIVE, SDPA, Builder, Module, Op, Program, read_attention
 from diffkiln.program.attention import Kernel, call_problems, device_problem

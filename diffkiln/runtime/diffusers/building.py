@@ -7,12 +7,9 @@ weights. Classes come from diffusers and transformers alone; code that comes wit
 from __future__ import annotations
 
 import json
-import logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,26 +233,3 @@ def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> No
         new = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
         for table, key in places[id(old[name])]:
             table[key] = new
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, hints and warnings for their developers."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", category)
-            yield
-    finally:
-        for library, level, bars in before:
-            library.set_verbosity(level)
-            if bars:
-                library.enable_progress_bar()

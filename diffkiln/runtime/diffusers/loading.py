@@ -20,10 +20,11 @@ from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, Manifes
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
 from diffkiln.guards.tokenizing import BoundedTokenizer
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Module
 from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
-from diffkiln.runtime.diffusers.building import build, class_of, pass_of, quiet, read_weights
+from diffkiln.runtime.diffusers.building import build, class_of, pass_of, read_weights
 from diffkiln.runtime.diffusers.checks import check_configurations, check_index, library_and_class
 from diffkiln.runtime.engine_blocks import plug_in
 from diffkiln.runtime.opening import open_engines, read_constants, read_modules
@@ -114,7 +115,7 @@ def _pipeline(verified: Verified) -> Any:
                 _check_configuration(row.path, content)
                 target.write_bytes(content)
         try:
-            with quiet():
+            with quiet_libraries():
                 return _from(folder, verified)
         except DiffkilnError:
             raise

@@ -14,8 +14,8 @@ from diffkiln.compiler.compile import check
 from diffkiln.compiler.verify import Verification, difference, same, shrunken
 from diffkiln.compiler.verify import call as calls
 from diffkiln.errors import VerifyError
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import load_module
-from diffkiln.models.quiet import quiet_libraries
 from diffkiln.program import Op, Ref
 from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants

@@ -17,7 +17,7 @@ import torch
 import diffkiln
 from diffkiln.errors import DiffkilnError
 from diffkiln.exporters.cache import EngineCache
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import REQUEST, SEED, drawn, images_for, spec_of
 from tests.coverage.measure import RESULTS, plain

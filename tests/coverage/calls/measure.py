@@ -15,7 +15,7 @@ from PIL import Image
 import diffkiln
 from diffkiln.errors import DiffkilnError
 from diffkiln.interpreter.portable import portable
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.measure import RESULTS, plain
 from tests.pipelines.registry import Family

@@ -10,7 +10,7 @@ import torch
 
 from diffkiln.compiler.compile import check
 from diffkiln.interpreter.aten import Interpreter
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program, TensorType, weight_in
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record

@@ -14,7 +14,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import CallError, DigestMismatch, Incompatible, IntegrityError
-from diffkiln.models.quiet import quiet_libraries
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Input, Program, Ref, TensorType
 from diffkiln.record import patches
 from diffkiln.runtime.diffusers.building import build
