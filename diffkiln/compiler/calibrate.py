@@ -91,7 +91,7 @@ def _short(value: float) -> float:
 
 
 def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], stages: Stages) -> Plan:
-    """The plan with the steps of schedules chosen, by the real pipeline; what was measured goes into the bundle."""
+    """Returns the plan with the steps of schedules chosen by the real pipeline; the measurements go into the bundle."""
     for item in plan.listed:
         if not plan.recording.calls or not any(fact.name == "calibrated" for fact in item.step.provides()):
             continue

@@ -77,7 +77,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Plan:
 
 
 def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
-    """What the runtime section asks for and the targets would ignore."""
+    """Yields what the runtime section asks for and the targets would ignore."""
     if any(target.device != "cpu" for target in targets):
         return
     runtime = spec.runtime
@@ -92,7 +92,7 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
 
 
 def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Request]) -> State:
-    """The pipeline before the passes."""
+    """Returns the pipeline as it is before the passes."""
     state = State(
         source.class_name,
         {name: pipe.components[name] for name in source.modules},

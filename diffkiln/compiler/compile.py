@@ -103,7 +103,7 @@ def compile(
 
 
 def _recorded(plan: Plan) -> Plan:
-    """The plan with its call recorded; with an empty recording that says why, where the bundle may run as diffusers."""
+    """Returns the plan with its call recorded, or with the reason why not if the bundle may run as diffusers."""
     try:
         recording = record(plan.pipe, plan.requests, Constants())
     except RecordError as error:
@@ -123,7 +123,7 @@ def _recorded(plan: Plan) -> Plan:
 
 
 def _rewritten(plan: Plan) -> Plan:
-    """The plan with its programs as the passes leave them."""
+    """Returns the plan with its programs as the passes leave them."""
     recording, notices = manager.rewrite(plan.recording, plan.listed)
     for item in plan.listed:
         notices += item.step.notices(recording, plan.compiled)
@@ -133,7 +133,7 @@ def _rewritten(plan: Plan) -> Plan:
 def _with_engines_and_weights(
     plan: Plan, writer: BundleWriter, verification: Verification, cache: EngineCache, stages: Stages
 ) -> Plan:
-    """The plan with its engines built, and its weights written and verified."""
+    """Returns the plan with its engines built, and its weights written and verified."""
     engines = EnginesPacker(writer, cache, plan.recording, plan.state.modules)
     for request in plan.state.compile:
         if not request.holds_weights:

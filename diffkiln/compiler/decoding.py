@@ -16,7 +16,7 @@ _IMAGES_AT_ONCE = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt
 
 
 def too_large(state: State, passes: Sequence[Pass], targets: Sequence[Target]) -> Iterator[Problem]:
-    """Images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
+    """Yields images that a decoder's last upsampling cannot make on a GPU, unless they are decoded in parts."""
     if all(target.device == "cpu" for target in targets):
         return
     in_parts = {step.component: step.decodes for step in passes if step.decodes}

@@ -1,4 +1,4 @@
-"""What goes into a bundle, and how its JSON is written."""
+"""The contents of a bundle so far, and how its JSON is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffkiln.bundle import EngineRow, GroupRow, Variant
 
 @dataclass(frozen=True)
 class Packed:
-    """What has gone into a bundle, as far as the manifest has to tell. What goes in later is added: `one + other`.
+    """The contents of a bundle so far, as the manifest tells them. Later contents are added: `one + other`.
 
     Attributes:
         variants, engines: rows of the manifest.
@@ -44,12 +44,12 @@ class Packed:
 
 
 def total(parts: Iterable[Packed]) -> Packed:
-    """Everything that went in, in its order."""
+    """Returns the sum of all parts, in their order."""
     return sum(parts, Packed())
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any], join: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """The rows of both; `join` gives the one where both have one."""
+    """Returns the rows of both; `join` makes one of two that have the same name."""
     common = {name: join(first[name], second[name]) for name in first.keys() & second.keys()}
     return {**first, **second, **common}
 
@@ -59,7 +59,7 @@ def _newer(one: str, other: str) -> str:
 
 
 def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What the engines of one target hold: tuned if all are, exact if one is, for the SM that says most."""
+    """Returns the row of a target's engines together: tuned if all are, exact if one is, for the SM that says most."""
     row = {**one, **other, "sm": max(one["sm"], other["sm"], key=len)}  # `sm_90a` says more than `sm_90`
     if "autotuned" in one:
         row["autotuned"] = one["autotuned"] and other.get("autotuned", True)
@@ -69,5 +69,5 @@ def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json(data: Any) -> bytes:
-    """Indented, with sorted keys: files that people read."""
+    """Returns JSON for people to read: indented, with sorted keys."""
     return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

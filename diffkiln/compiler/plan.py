@@ -66,16 +66,16 @@ class Plan:
         return frozenset(request.component for request in self.state.compile)
 
     def noting(self, notices: Iterable[str]) -> Plan:
-        """The plan with more notices."""
+        """Returns the plan with more notices."""
         return replace(self, notices=(*self.notices, *notices))
 
     def packing(self, packed: Packed) -> Plan:
-        """The plan with more in its bundle, and what is to be said of it."""
+        """Returns the plan with more in its bundle, and the notices of what was added."""
         notices = dict.fromkeys((*self.notices, *packed.notices))
         return replace(self, packed=self.packed + packed, notices=tuple(notices))
 
     def choosing(self, place: ListedPass, step: Pass) -> Plan:
-        """The plan with another pass in one place."""
+        """Returns the plan with another pass in one place."""
         new = replace(place, step=step)
         listed = tuple(new if item is place else item for item in self.listed)
         notes = step.run(self.state).notes

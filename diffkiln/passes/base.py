@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field, ValidationError
@@ -151,10 +151,15 @@ class Pass(Strict):
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
     @classmethod
-    def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
+    def model_for(cls, options: Mapping[str, Any] | None = None, where: str = "") -> type[Pass]:
         """Returns the model that reads these options, where a choice among them decides which others there are.
 
-        Without options, or where they choose what there is not: a model with all fields, for schema and help.
+        Args:
+            options: of a spec or a manifest; None for the model that schema and help show.
+            where: their JSON path.
+
+        Raises:
+            SpecError: they choose a method that the pass does not have.
         """
         return cls
 
@@ -164,26 +169,13 @@ class Pass(Strict):
         return {}
 
     @classmethod
-    def variant(cls, options: Mapping[str, Any], where: str = "") -> type[Pass]:
-        """Returns the model that has these options: the pass itself, unless it has variants.
-
-        Args:
-            options: of a spec or a manifest.
-            where: their JSON path.
-
-        Raises:
-            SpecError: they name no variant.
-        """
-        return cls
-
-    @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Pass:
         """Returns the pass with these options of a spec, which stand at the JSON path `where`.
 
         Raises:
             SpecError: some are wrong; says all of them.
         """
-        model = cls.model_for(options)
+        model = cls.model_for(options, where)
         try:
             return model.model_validate(options)
         except ValidationError as error:

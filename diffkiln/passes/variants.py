@@ -61,12 +61,12 @@ class Variant(Pass):
         return f"{cls.called()} has no option {shown}", suggest(name, own) or f"It has {', '.join(own)}."
 
     @classmethod
-    def variant(cls, options: Mapping[str, Any], where: str = "") -> type[Pass]:
-        left = list(cls.variants().values())
+    def model_for(cls, options: Mapping[str, Any] | None = None, where: str = "") -> type[Pass]:
+        left = [] if options is None else list(cls.variants().values())
         for field in cls.discriminators if left else ():
-            fitting = [model for model in left if _fits(model, field, options)]
+            fitting = [model for model in left if _fits(model, field, options or {})]
             if not fitting:
-                raise SpecError(problems=[cls.misfit(field, options, left, where)])
+                raise SpecError(problems=[cls.misfit(field, options or {}, left, where)])
             left = fitting
         return left[0] if left else cls
 
@@ -96,7 +96,7 @@ class Variant(Pass):
         models = cls.variants().values()
         if not models:
             return super().read(options, where)
-        model = cls.variant(options, where)
+        model = cls.model_for(options, where)
         # A null says that an option is not given, which is true of every option that another method has.
         foreign = {name for other in models for name in other.model_fields} - model.model_fields.keys()
         given = {name: value for name, value in options.items() if value is not None or name not in foreign}

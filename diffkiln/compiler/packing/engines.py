@@ -89,7 +89,7 @@ class EnginesPacker:
         family: Family | None,
         weights: Weights,
     ) -> Packed:
-        """One engine for all of these regions: built, tried with each of them, and written."""
+        """Builds one engine for all of these regions, tries it with each of them, and writes it."""
         first = regions[0]
         constants = {key: self.recording.constants.tensors[key] for key in first.constants}
         own = {name: weights[name] for name in first.weights if name in weights}
@@ -103,7 +103,7 @@ class EnginesPacker:
         return self._write(request, target, artefact, learned, regions) + Packed(notices=notices)
 
     def _breaks(self, request: CompileRequest, region: Program) -> list[str]:
-        """Where a graph is allowed to break, and does, with the class that it is in."""
+        """Returns a notice for each place where the graph breaks, if it is allowed to, with the class of the region."""
         if not exporter(request.backend).may_break(request.options):
             return []
         origin = _origin(self.components.get(request.component), region)
@@ -117,7 +117,7 @@ class EnginesPacker:
         learned: Files,
         regions: Sequence[Program],
     ) -> Packed:
-        """An engine's files, and a row for each region that it is for."""
+        """Writes an engine's files; returns a row for each region that it is for."""
         path = f"engines/{target.name}/{request.component}/{regions[0].name}"
         for file in sorted(artefact.directory.rglob("*")):
             relative = file.relative_to(artefact.directory).as_posix()
@@ -149,7 +149,7 @@ def _origin(component: torch.nn.Module | None, region: Program) -> str:
 
 
 def demands(target: Target, artefact: Artefact) -> Packed:
-    """What an engine demands of the machine that loads it; what is a GPU's stands with its target."""
+    """Returns what an engine demands of the machine that loads it. Demands on a GPU stand with their target."""
     requires = {name: artefact.requires[name] for name in ("glibc", "cuda", "driver") if name in artefact.requires}
     if "sm" not in artefact.requires:
         return Packed(requires=requires)
@@ -183,7 +183,7 @@ def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, ta
 def _try_out(
     artefact: Artefact, region: Program, constants: Mapping[str, torch.Tensor], target: Target, path: str
 ) -> Files:
-    """An engine that is wrong is not published. Returns what running it made, to be kept beside it."""
+    """Compares an engine with its region, so that no wrong one is published; returns the files that running it made."""
     if (device := place_of(target)) is None:
         return {}
     loaded = engine(artefact.backend)(artefact.directory, input_specs(region), device)
@@ -193,7 +193,7 @@ def _try_out(
 
 
 def _untried(artefact: Artefact, target: Target) -> list[str]:
-    """What this machine could not do for an engine."""
+    """Returns notices of what this machine could not do for an engine."""
     told = []
     if artefact.autotuned is False:
         told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")

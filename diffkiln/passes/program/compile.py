@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from inspect import cleandoc
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, create_model
@@ -54,7 +54,7 @@ class Compile(ProgramPass):
     )
 
     @classmethod
-    def model_for(cls, options: Mapping[str, Any] | None = None) -> type[Self]:
+    def model_for(cls, options: Mapping[str, Any] | None = None, where: str = "") -> type[Pass]:
         """Returns the pass with the options of the backend that is named among its fields; with those of all."""
         known = tuple(plugins.plugins("exporters"))
         name = None if options is None else options.get("backend", DEFAULT_BACKEND)

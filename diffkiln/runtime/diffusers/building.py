@@ -94,7 +94,7 @@ def pass_of(row: PassRow) -> Any:
             "package, or load the bundle without as_diffusers"
         )
     try:
-        return known[row.name].load().variant(row.options)
+        return known[row.name].load().model_for(row.options)
     except SpecError as error:
         reason = error.problems[0].reason
         raise Incompatible(f"this diffkiln cannot put into diffusers what {row.name} did: {reason}") from None
