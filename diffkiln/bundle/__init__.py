@@ -2,16 +2,12 @@
 
 from diffkiln.bundle.devices import device_features, device_of, device_policy, devices_of
 from diffkiln.bundle.digest import Progress, sha256_bytes, sha256_file
+from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE, UNHASHED
 from diffkiln.bundle.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
     FORMAT_NAME,
     KNOWN_FEATURES,
-    MANIFEST,
-    MANIFEST_DIGEST,
-    PARTIAL,
-    SIGNATURE,
-    UNHASHED,
     EngineRow,
     FileRow,
     Format,

@@ -11,10 +11,10 @@ import uuid
 from typing import Any
 
 from diffkiln.bundle import Verified, strict_json
+from diffkiln.bundle.layout import LICENCES
 from diffkiln.errors import ManifestInvalid
 from diffkiln.version import __version__
 
-LICENCES = "licences.json"
 _MAX_BYTES = 2**24
 
 #: Cards write SPDX's names in small letters; CycloneDX wants them as SPDX does. Others are licences by name.

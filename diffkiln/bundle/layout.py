@@ -9,10 +9,53 @@ from __future__ import annotations
 import re
 import unicodedata
 
+#: The list of all files, and its digest.
+MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
+#: Made of the manifest: so it is outside the id, and signing a bundle does not change which bundle it is.
+SIGNATURE = "manifest.sig"
+#: Beside a manifest whose engines are here for some of its targets only (diffkiln.bundle.partial).
+PARTIAL = "partial.json"
+#: How the bundle was built, and its card: not reproducible, so outside the id and the digests.
+BUILD, CARD = "build.json", "README.md"
+UNHASHED = frozenset({BUILD, CARD})
+#: The spec as compiled, and the licences of what went in.
+SPEC, LICENCES = "spec.json", "licences.json"
 #: The folded tensors of all programs, and the schemas of the operators that they name.
 CONSTANTS, SCHEMAS = "programs/constants.safetensors", "programs/operators.json"
+#: Folders: of diffusers' configuration, and of tokenizers.
+PIPELINE, TEXT = "pipeline/", "text/"
 #: In a component's folder of `pipeline/`: its layers that are stored in another form.
 LAYERS = "layers.json"
+#: Groups of weights besides those of blocks: what lies outside of blocks, and what no program reads.
+REST, UNUSED = "rest", "unused"
+#: A feature, and the key of a file's metadata that lists the weights that lie with their channels last.
+CHANNELS_LAST = "channels_last"
+
+
+def program_file(name: str) -> str:
+    """Returns the path of the programs of a variant or a component."""
+    return f"programs/{name}.json"
+
+
+def weights_file(component: str, group: str) -> str:
+    """Returns the path of a group of a component's weights."""
+    return f"weights/{component}/{group}.safetensors"
+
+
+def engine_folder(target: str, component: str, region: str) -> str:
+    """Returns the path of the folder of an engine."""
+    return f"engines/{target}/{component}/{region}"
+
+
+def tokenizer_file(name: str) -> str:
+    """Returns the path of a tokenizer."""
+    return f"{TEXT}{name}.json"
+
+
+def calibration_file(component: str) -> str:
+    """Returns the path of what was measured to choose the steps of a component's schedule."""
+    return f"calibration/{component}.json"
+
 
 #: One more folder or file of any name, and any number of folders.
 _ONE, _ANY = "[^/]+", "(?:[^/]+/)*"

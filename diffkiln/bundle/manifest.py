@@ -28,7 +28,7 @@ from pydantic import (
 
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
-from diffkiln.bundle.layout import misplaced
+from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE, UNHASHED, misplaced
 from diffkiln.bundle.paths import check_unique, refuse_unsafe
 from diffkiln.bundle.versions import PACKAGE, SPECIFIER
 from diffkiln.errors import Incompatible, ManifestInvalid, MissingDependency, Problem
@@ -46,14 +46,6 @@ KNOWN_FEATURES: frozenset[str] = frozenset(
     {"attention_kernels", "channels_last", "image_inputs", "mixed_devices", "quotations", "unseeded_noise"}
 )
 
-MANIFEST = "manifest.json"
-MANIFEST_DIGEST = "manifest.sha256"
-# Not reproducible, so outside the id and the digests.
-UNHASHED = frozenset({"build.json", "README.md"})
-# Beside a manifest whose engines are here for some of its targets only (diffkiln.bundle.partial).
-PARTIAL = "partial.json"
-# Made after the manifest, of the manifest: so it is outside the id, and signing a bundle does not change which it is.
-SIGNATURE = "manifest.sig"
 RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE}
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffkiln.bundle.digest import sha256_bytes
-from diffkiln.bundle.manifest import FORMAT_NAME, MANIFEST, MAX_MANIFEST_BYTES
+from diffkiln.bundle.layout import MANIFEST
+from diffkiln.bundle.manifest import FORMAT_NAME, MAX_MANIFEST_BYTES
 from diffkiln.bundle.safe_open import resolve_parent
 from diffkiln.bundle.staging import explain
 from diffkiln.bundle.state import state_dir

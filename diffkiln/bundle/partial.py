@@ -14,7 +14,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 
 from diffkiln.bundle import strict_json
-from diffkiln.bundle.manifest import PARTIAL, Manifest
+from diffkiln.bundle.layout import PARTIAL
+from diffkiln.bundle.manifest import Manifest
 from diffkiln.errors import ManifestInvalid
 
 MAX_PARTIAL_BYTES = 1 << 20

@@ -12,19 +12,8 @@ from typing import Literal, Self
 
 from diffkiln.bundle import hashed, safe_open
 from diffkiln.bundle.digest import Progress
-from diffkiln.bundle.manifest import (
-    MANIFEST,
-    MANIFEST_DIGEST,
-    MAX_MANIFEST_BYTES,
-    PARTIAL,
-    RESERVED,
-    SIGNATURE,
-    FileRow,
-    Manifest,
-    Role,
-    bundle_id,
-    parse_manifest,
-)
+from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
+from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES, RESERVED, FileRow, Manifest, Role, bundle_id, parse_manifest
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
 from diffkiln.bundle.readers import Readers
 from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature

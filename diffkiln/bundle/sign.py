@@ -10,7 +10,8 @@ from pathlib import Path
 
 from diffkiln.bundle import safe_open
 from diffkiln.bundle.digest import Progress, sha256_bytes
-from diffkiln.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE
+from diffkiln.bundle.layout import MANIFEST, SIGNATURE
+from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES
 from diffkiln.bundle.reader import open_bundle
 from diffkiln.bundle.signature import Signature, parse_signature
 from diffkiln.bundle.staging import explained

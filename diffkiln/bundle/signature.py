@@ -18,7 +18,8 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 from diffkiln.bundle import strict_json
 from diffkiln.bundle.digest import sha256_bytes
-from diffkiln.bundle.manifest import MANIFEST, SIGNATURE, problems
+from diffkiln.bundle.layout import MANIFEST, SIGNATURE
+from diffkiln.bundle.manifest import problems
 from diffkiln.errors import SignatureInvalid
 
 MAX_SIGNATURE_BYTES = 1024 * 1024

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from diffkiln.bundle.manifest import MANIFEST, SIGNATURE
+from diffkiln.bundle.layout import MANIFEST, SIGNATURE
 from diffkiln.bundle.policy import Pin, Policy, describe
 from diffkiln.bundle.scratch import scratch
 from diffkiln.bundle.signature import Signature, fingerprint, parse_signature, pem_of_key, with_key

@@ -21,7 +21,8 @@ from diffkiln.bundle import safe_open
 from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, mismatch
 from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
-from diffkiln.bundle.manifest import PARTIAL, FileRow, Manifest
+from diffkiln.bundle.layout import PARTIAL
+from diffkiln.bundle.manifest import FileRow, Manifest
 from diffkiln.bundle.paths import check_path
 from diffkiln.bundle.readers import Readers
 from diffkiln.bundle.scratch import Scratch

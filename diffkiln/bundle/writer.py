@@ -13,11 +13,9 @@ from pydantic import ValidationError
 
 from diffkiln.bundle.digest import sha256_bytes, sha256_file
 from diffkiln.bundle.hashed import Stamp, stamp_of
+from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, UNHASHED
 from diffkiln.bundle.manifest import (
-    MANIFEST,
-    MANIFEST_DIGEST,
     RESERVED,
-    UNHASHED,
     FileRow,
     Manifest,
     Role,

@@ -175,6 +175,7 @@ Schedules = Mapping[str, Mapping[str, "list[Step]"]]
 
 def schedules(bundle: Bundle) -> Schedules:
     """What each step of each variant computes, of the components that a caching schedule was made for."""
+    from diffkiln.bundle.layout import program_file
     from diffkiln.program import module_from_json, program_from_json
     from diffkiln.program.schedule import schedule
 
@@ -183,7 +184,7 @@ def schedules(bundle: Bundle) -> Schedules:
     if not names or not all(variant.programs for variant in bundle.manifest.pipeline.variants):
         return {}
     with bundle.verify(roles={"program"}) as verified:
-        modules = {name: module_from_json(read_json(verified, f"programs/{name}.json")) for name in names}
+        modules = {name: module_from_json(read_json(verified, program_file(name))) for name in names}
         try:
             calls = {
                 variant.name: program_from_json(read_json(verified, variant.programs["call"])["programs"]["call"])
@@ -222,6 +223,7 @@ def print_schedules(found: Schedules) -> None:
 
 
 def print_program(verified: Any, name: str, as_json: bool) -> None:
+    from diffkiln.bundle.layout import program_file
     from diffkiln.program import listing, module_from_json, module_listing, program_from_json
 
     names = sorted(
@@ -231,7 +233,7 @@ def print_program(verified: Any, name: str, as_json: bool) -> None:
         raise click.BadParameter(
             f"there is no program {name!r}; the bundle has {', '.join(names)}", param_hint="--program"
         )
-    data = read_json(verified, f"programs/{name}.json")
+    data = read_json(verified, program_file(name))
     if as_json or not isinstance(data, dict):
         print_json(data)
     elif "component" in data:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from diffkiln.bundle import BundleWriter
+from diffkiln.bundle.layout import calibration_file
 from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
@@ -106,7 +107,7 @@ def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], s
                 manager.apply(module, name, plan.listed)
             with manager.guarded(item), row_scales():
                 evidence = calibrated(plan.recording, plan.pipe, modules, calibration, schedule, metrics)
-        writer.write(f"calibration/{component}.json", as_json(evidence.as_json(calibration)), "doc")
+        writer.write(calibration_file(component), as_json(evidence.as_json(calibration)), "doc")
         plan = plan.choosing(place, schedule.with_steps(evidence.mask))
     return plan
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from diffkiln.bundle import MANIFEST, MANIFEST_DIGEST, SIGNATURE, Bundle, Progress, open_bundle
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
+from diffkiln.bundle.layout import BUILD, CARD
 from diffkiln.bundle.reader import digest_line
 from diffkiln.errors import DigestMismatch, HubError, Incomplete
 from diffkiln.guards.gate import gated
@@ -26,7 +27,6 @@ from diffkiln.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-CARD, BUILD = "README.md", "build.json"
 #: What the Hub itself puts into a repository.
 _THE_HUBS = frozenset({".gitattributes"})
 #: Files up to this size are compared and sent as bytes; larger ones are never read whole.

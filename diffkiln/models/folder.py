@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from diffkiln.bundle.configurations import fetches_code, is_configuration, reaching_out
-from diffkiln.bundle.layout import misplaced
+from diffkiln.bundle.layout import PIPELINE, misplaced
 from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
@@ -270,4 +270,4 @@ def _module_library(kind: type) -> Library | None:
 def plain_files(root: Path) -> list[Path]:
     """What a tokenizer or a scheduler may read, and a bundle may hold: no dot files, pickles or code."""
     files = [path for path in root.rglob("*") if path.is_file()]
-    return [path for path in files if not misplaced(f"pipeline/{path.relative_to(root).as_posix()}", "config")]
+    return [path for path in files if not misplaced(f"{PIPELINE}{path.relative_to(root).as_posix()}", "config")]

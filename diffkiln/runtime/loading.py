@@ -21,7 +21,7 @@ from diffkiln.bundle import (
     open_bundle,
     require_signer,
 )
-from diffkiln.bundle.layout import SCHEMAS
+from diffkiln.bundle.layout import SCHEMAS, TEXT
 from diffkiln.errors import Incompatible
 from diffkiln.guards import forks
 from diffkiln.guards.gate import gated
@@ -165,7 +165,7 @@ def _load(
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)
         for row in manifest.files
-        if row.path.startswith("text/") and row.role == "config"
+        if row.path.startswith(TEXT) and row.role == "config"
     }
     text = TextEnd(tokenizers, [program for variant in variants for program in variant.programs.values()])
     return CompiledPipeline(manifest.pipeline.class_name, variants, executor, text, verified)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Encoding, Tokenizer
 
+from diffkiln.bundle.layout import tokenizer_file
 from diffkiln.errors import CallError
 from diffkiln.guards.limits import active
 from diffkiln.guards.printable import get_logger
@@ -120,7 +121,7 @@ class TextEnd:
 
     def _of(self, name: str) -> BoundedTokenizer:
         if name not in self._bounded:
-            self._bounded[name] = BoundedTokenizer(self._json[name], f"text/{name}.json")
+            self._bounded[name] = BoundedTokenizer(self._json[name], tokenizer_file(name))
         return self._bounded[name]
 
     def _tokenizer(self, text: Mapping[str, Any]) -> Tokenizer:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import GroupRow, Job, Readers, Verified
+from diffkiln.bundle.layout import CHANNELS_LAST, UNUSED
 from diffkiln.errors import IntegrityError, ManifestInvalid
 from diffkiln.guards import forks
 from diffkiln.guards.limits import active
@@ -31,12 +32,6 @@ from diffkiln.runtime.transfers import ALIGNMENT, Layout, TransferQueue, aligned
 
 #: (component, group name)
 Key = tuple[str, str]
-
-#: Groups that are no blocks: what a component needs besides them, and what none of its programs reads.
-REST, UNUSED = "rest", "unused"
-
-#: In a file's metadata: the names of the tensors that lie as [N, H, W, C] and are used as [N, C, H, W].
-CHANNELS_LAST = "channels_last"
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import diffkiln
 from diffkiln.bundle import BundleWriter, open_bundle, parse_manifest, sha256_bytes
 from diffkiln.bundle.layout import acted_on, misplaced
 from diffkiln.bundle.strict_json import loads
@@ -148,3 +150,14 @@ def test_engine_of_a_third_party_may_have_files_of_any_other_name(output: Path) 
     with_files(output, {f"{ENGINE}/{name}": b"x" for name in names})
     with open_bundle(output) as bundle:
         bundle.verify().close()
+
+
+def test_nothing_else_spells_the_path_of_a_file():
+    """The places of a bundle's files are said once, in `layout`."""
+    spelled = re.compile(
+        r"""["'](?:programs|weights|engines|text|pipeline|calibration)/|["'](?:spec|licences|build)\.json["']"""
+    )
+    root = Path(diffkiln.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        code = path.read_text().partition('"""')[2].partition('"""')[2]  # without the module's docstring
+        assert path.name == "layout.py" or not spelled.search(code), path

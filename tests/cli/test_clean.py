@@ -16,8 +16,7 @@ from diffkiln.bundle.cleaning import KINDS
 from diffkiln.bundle.output import lock_output
 from diffkiln.bundle.state import cache_home, state_dir
 from diffkiln.cli import clean as cli_clean
-from diffkiln.cli import main
-from diffkiln.cli.clean import clean_
+from diffkiln.cli import cli, main
 from diffkiln.exporters.cache import EngineCache
 from tests.bundle.making import make
 
@@ -82,7 +81,7 @@ def holder(places: Path):
 
 
 def shown(*arguments: str) -> dict[str, list[tuple[Path, int]]]:
-    done = CliRunner().invoke(clean_, ["--json", *arguments])
+    done = CliRunner().invoke(cli, ["clean", "--json", *arguments])
     assert done.exit_code == 0, done.output
     found: dict[str, list[tuple[Path, int]]] = {}
     for row in json.loads(done.stdout)["items"]:
@@ -91,7 +90,12 @@ def shown(*arguments: str) -> dict[str, list[tuple[Path, int]]]:
 
 
 def test_shows_kind_size_and_place_and_removes_nothing_unasked(filled: dict[str, Path]) -> None:
-    done = CliRunner().invoke(clean_, [])
+    done = CliRunner().invoke(
+        cli,
+        [
+            "clean",
+        ],
+    )
     assert done.exit_code == 0
     for kind, path in filled.items():
         assert kind in done.output
@@ -107,24 +111,34 @@ def test_shows_kind_size_and_place_and_removes_nothing_unasked(filled: dict[str,
 
 
 def test_frees_everything_with_yes_and_keeps_receipts(filled: dict[str, Path], places: Path) -> None:
-    done = CliRunner().invoke(clean_, ["--yes"])
+    done = CliRunner().invoke(cli, ["clean", "--yes"])
     assert done.exit_code == 0
     assert not any(path.exists() for path in filled.values())
     assert [path.name for path in state_dir("receipts").iterdir()] == ["0" * 64]
-    assert "nothing to free" in CliRunner().invoke(clean_, ["--only", "engines"]).output
+    assert "nothing to free" in CliRunner().invoke(cli, ["clean", "--only", "engines"]).output
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "leftovers"])
 def test_frees_only_the_kinds_that_are_named(filled: dict[str, Path], kind: str) -> None:
-    assert CliRunner().invoke(clean_, ["--yes", "--only", kind]).exit_code == 0
+    assert CliRunner().invoke(cli, ["clean", "--yes", "--only", kind]).exit_code == 0
     assert [other for other, path in filled.items() if not path.exists()] == [kind]
 
 
 def test_asks_where_somebody_can_answer(filled: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffkiln.cli.clean._asked", lambda items: len(items) == 1)
-    assert "nothing was removed" in CliRunner().invoke(clean_, []).output
+    assert (
+        "nothing was removed"
+        in CliRunner()
+        .invoke(
+            cli,
+            [
+                "clean",
+            ],
+        )
+        .output
+    )
     assert filled["engines"].exists()
-    CliRunner().invoke(clean_, ["--only", "engines"])
+    CliRunner().invoke(cli, ["clean", "--only", "engines"])
     assert not filled["engines"].exists()
 
 
@@ -142,7 +156,7 @@ def test_what_a_killed_process_left_is_shown_and_freed(holder: subprocess.Popen[
     holder.wait()
     left = dict(shown("--only", "leftovers")["leftovers"])
     assert sorted(left.values()) == [0, 500, 1000]  # a lock, a download, a native copy
-    assert CliRunner().invoke(clean_, ["--yes", "--only", "leftovers"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["clean", "--yes", "--only", "leftovers"]).exit_code == 0
     assert not any(path.exists() for path in left)
     assert shown("--only", "leftovers") == {}
 
@@ -152,7 +166,7 @@ def test_what_a_living_process_uses_stays(holder: subprocess.Popen[str], filled:
     cache = EngineCache()
     assert cache.get("0" * 64) is None  # as a build that looks for an engine
     lock = lock_output(filled["bundles"])
-    done = CliRunner().invoke(clean_, ["--yes"])
+    done = CliRunner().invoke(cli, ["clean", "--yes"])
     lock.release()
     assert done.output.count("another process uses it") == 4
     for kind in ("engines", "toolchain", "architectures", "bundles"):
@@ -160,7 +174,7 @@ def test_what_a_living_process_uses_stays(holder: subprocess.Popen[str], filled:
     assert native
     assert list((places / "TMPDIR").iterdir()) == native
     del cache
-    CliRunner().invoke(clean_, ["--yes"])
+    CliRunner().invoke(cli, ["clean", "--yes"])
     assert not filled["engines"].exists()
 
 

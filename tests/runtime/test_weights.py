@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkiln.bundle import open_bundle
+from diffkiln.bundle.layout import REST, UNUSED
 from diffkiln.errors import DiffkilnError, IntegrityError, ManifestInvalid
 from diffkiln.runtime import weights
-from diffkiln.runtime.weights import REST, UNUSED, WeightStore, read_header
+from diffkiln.runtime.weights import WeightStore, read_header
 
 CPU = torch.device("cpu")
 GROUP = {"strategy": "group", "type": "block_level", "num_blocks_per_group": 1, "use_stream": True}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.bundle import BundleWriter
-from diffkiln.bundle.layout import LAYERS
+from diffkiln.bundle.layout import LAYERS, PIPELINE, SPEC
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.interpreter.layers import described
@@ -27,18 +27,18 @@ def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         if name.partition("/")[0] != SCHEDULER:
-            writer.write(f"pipeline/{name}", _portable(source, name, plan.state.scheduler), "config")
+            writer.write(f"{PIPELINE}{name}", _portable(source, name, plan.state.scheduler), "config")
     if plan.state.scheduler is not None:
-        writer.write(f"pipeline/{SCHEDULER}/scheduler_config.json", _scheduler(plan.state.scheduler), "config")
+        writer.write(f"{PIPELINE}{SCHEDULER}/scheduler_config.json", _scheduler(plan.state.scheduler), "config")
     for name, module in plan.state.modules.items():
         if layers := described(module):
-            writer.write(f"pipeline/{name}/{LAYERS}", as_json(layers), "config")
+            writer.write(f"{PIPELINE}{name}/{LAYERS}", as_json(layers), "config")
     written = spec.as_json()
     written["passes"] = [_pinned(index, entry, plan.asked) for index, entry in enumerate(written["passes"])]
     written.pop("$schema", None)
     kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
     written["source"] = kept | source.pinned()
-    writer.write("spec.json", as_json(written), "config")
+    writer.write(SPEC, as_json(written), "config")
 
 
 def _pinned(index: int, entry: dict[str, Any], listed: Sequence[ListedPass]) -> dict[str, Any]:

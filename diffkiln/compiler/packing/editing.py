@@ -25,7 +25,7 @@ from diffkiln.bundle import (
     write_receipt,
 )
 from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
-from diffkiln.bundle.layout import SCHEMAS
+from diffkiln.bundle.layout import BUILD, CARD, SCHEMAS, SPEC
 from diffkiln.compiler.built import Built
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.compiler.packing.engines import EnginesPacker
@@ -42,8 +42,6 @@ from diffkiln.runtime.compatibility import check_target
 from diffkiln.runtime.opening import read_constants, read_json, read_modules
 from diffkiln.spec import Target
 from diffkiln.version import __version__
-
-_SPEC = "spec.json"
 
 
 class Edit:
@@ -89,7 +87,7 @@ class Edit:
 
     def stated(self) -> Mapping[str, Target]:
         """The targets that the bundle's spec has, by name."""
-        return targets_in(self._verified.read(_SPEC))
+        return targets_in(self._verified.read(SPEC))
 
     def remove(self, names: Sequence[str]) -> None:
         """Leave out the engines for these targets."""
@@ -152,11 +150,11 @@ class Edit:
 
     def _keep(self) -> list[FileRow]:
         gone = left_out(self.manifest, [name for name in self.targets if name not in self._removed])
-        kept = [row for row in self.manifest.files if row.path not in gone and row.path != _SPEC]
+        kept = [row for row in self.manifest.files if row.path not in gone and row.path != SPEC]
         for row in kept:
             self._writer.keep(row, self._verified)
-        spec = spec_for(self._verified.read(_SPEC), self._removed, self._added)
-        self._writer.write(_SPEC, spec, "config")
+        spec = spec_for(self._verified.read(SPEC), self._removed, self._added)
+        self._writer.write(SPEC, spec, "config")
         return kept
 
     def _manifest(self, rows: tuple[FileRow, ...]) -> Manifest:
@@ -180,8 +178,8 @@ class Edit:
             "seconds": {name: round(value, 3) for name, value in self._stages.seconds.items()},
         }
         build |= {"notices": [*told, *self._packed.notices], "edits": [*_list(build, "edits"), step]}
-        self._writer.write_unhashed("build.json", as_json(build))
-        self._writer.write_unhashed("README.md", card(manifest, build).encode())
+        self._writer.write_unhashed(BUILD, as_json(build))
+        self._writer.write_unhashed(CARD, card(manifest, build).encode())
 
 
 def _packed(manifest: Manifest) -> Packed:
@@ -232,7 +230,7 @@ def _read_build(bundle: Bundle) -> Mapping[str, Any]:
     """What `build.json` says; nothing where it cannot be read, since nothing depends on it."""
     root = safe_open.open_root(bundle.path)
     try:
-        return read_build(safe_open.read_small(root, "build.json", MAX_BUILD_BYTES))
+        return read_build(safe_open.read_small(root, BUILD, MAX_BUILD_BYTES))
     except IntegrityError:
         return {}
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import BundleWriter, EngineRow
+from diffkiln.bundle.layout import engine_folder
 from diffkiln.compiler.packed import Packed, total
 from diffkiln.errors import ExportError, VerifyError
 from diffkiln.exporters.artefact import Artefact, Lowering
@@ -97,7 +98,7 @@ class EnginesPacker:
         artefact = exporter(request.backend).export(lowering, self.cache)
         learned: Files = {}
         for region in regions:
-            path = f"engines/{target.name}/{request.component}/{region.name}"
+            path = engine_folder(target.name, request.component, region.name)
             learned = _try_out(artefact, region, constants, target, path)
         notices = (*self._breaks(request, first), *_untried(artefact, target))
         return self._write(request, target, artefact, learned, regions) + Packed(notices=notices)
@@ -118,7 +119,7 @@ class EnginesPacker:
         regions: Sequence[Program],
     ) -> Packed:
         """Writes an engine's files; returns a row for each region that it is for."""
-        path = f"engines/{target.name}/{request.component}/{regions[0].name}"
+        path = engine_folder(target.name, request.component, regions[0].name)
         for file in sorted(artefact.directory.rglob("*")):
             relative = file.relative_to(artefact.directory).as_posix()
             if file.is_file() and relative not in learned:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffkiln.bundle import BundleWriter
+from diffkiln.bundle.layout import LICENCES
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.models.licences import licence_in, licence_of
-
-LICENCES = "licences.json"
 
 
 def pack_licences(writer: BundleWriter, plan: Plan) -> None:

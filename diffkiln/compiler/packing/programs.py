@@ -8,7 +8,7 @@ from typing import Any
 import safetensors.torch
 
 from diffkiln.bundle import BundleWriter, Variant
-from diffkiln.bundle.layout import CONSTANTS, SCHEMAS
+from diffkiln.bundle.layout import CONSTANTS, SCHEMAS, program_file, tokenizer_file
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.tokenizers import tokenizers_of
@@ -29,7 +29,7 @@ def pack_programs(writer: BundleWriter, plan: Plan) -> Packed:
         fixed = recording.fixed[index] if recording.fixed else defaults(plan.pipe, request)
         packed += _pack_variant(writer, name, fixed, recording.calls[index] if recording.calls else {})
     for component, module in recording.modules.items():
-        writer.write(f"programs/{component}.json", dumps(module_to_json(module)), "program")
+        writer.write(program_file(component), dumps(module_to_json(module)), "program")
     if recording.calls:
         every = every_program(recording)
         keys = sorted({key for program in every for key in program.constants})
@@ -37,12 +37,12 @@ def pack_programs(writer: BundleWriter, plan: Plan) -> Packed:
         writer.write(CONSTANTS, safetensors.torch.save(constants), "program")
         writer.write(SCHEMAS, as_json(schemas(every)), "program")
         for name, text in tokenizers_of(recording, plan.pipe).items():
-            writer.write(f"text/{name}.json", text.encode(), "config")
+            writer.write(tokenizer_file(name), text.encode(), "config")
     return packed
 
 
 def _pack_variant(writer: BundleWriter, name: str, fixed: Mapping[str, Any], programs: Mapping[str, Program]) -> Packed:
-    path = f"programs/{name}.json"
+    path = program_file(name)
     if programs:
         free = {item.source["keyword"] for item in programs["call"].inputs if item.source.get("kind") == "scalar"}
         fixed = {key: value for key, value in fixed.items() if key not in free}

@@ -12,6 +12,7 @@ import torch
 
 from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires, device_features, device_policy
 from diffkiln.bundle.card import card
+from diffkiln.bundle.layout import BUILD, CARD
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import MissingDependency
@@ -104,5 +105,5 @@ def pack_report(writer: BundleWriter, manifest: Manifest, plan: Plan, seconds: M
         "notices": list(plan.notices),
         "source": read_card(plan.source.folder, plan.source.origin),
     }
-    writer.write_unhashed("build.json", as_json(build))
-    writer.write_unhashed("README.md", card(manifest, build).encode())
+    writer.write_unhashed(BUILD, as_json(build))
+    writer.write_unhashed(CARD, card(manifest, build).encode())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.bundle import EngineRow, FileRow, Manifest, device_features, device_policy, engine_targets
+from diffkiln.bundle.layout import SPEC
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.errors import ManifestInvalid
 from diffkiln.passes.base import CompileRequest
@@ -149,7 +150,7 @@ def _read(data: bytes) -> tuple[dict[str, Any], list[TargetSpec]]:
         stated = spec["target"]
         return spec, [TargetSpec.model_validate(entry) for entry in (stated if isinstance(stated, list) else [stated])]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ManifestInvalid(f"'spec.json' is not a spec: {error}") from None
+        raise ManifestInvalid(f"{SPEC!r} is not a spec: {error}") from None
 
 
 def _entry(target: Target) -> TargetSpec:

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.bundle.layout import CHANNELS_LAST, REST, UNUSED, weights_file
 from diffkiln.compiler.packed import Packed
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
-from diffkiln.runtime.weights import CHANNELS_LAST, REST, UNUSED
 from diffkiln.spec import Offload
 
 
@@ -53,7 +53,7 @@ class WeightsPacker:
         return Packed(weights={self._component: rows}, features=frozenset(self._features))
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupRow:
-        path = f"weights/{self._component}/{name}.safetensors"
+        path = weights_file(self._component, name)
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
         self._features |= {CHANNELS_LAST} if turned else set()
         flat = {key: as_stored(tensor) for key, tensor in tensors.items()}

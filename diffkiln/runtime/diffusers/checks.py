@@ -11,6 +11,7 @@ import torch
 
 from diffkiln.bundle import Verified
 from diffkiln.bundle.configurations import is_configuration, reaching_out
+from diffkiln.bundle.layout import PIPELINE
 from diffkiln.errors import Incompatible, IntegrityError, ManifestInvalid
 from diffkiln.runtime.diffusers.building import class_of
 
@@ -25,7 +26,7 @@ def check_configurations(verified: Verified) -> None:
         ManifestInvalid: a configuration is not JSON.
     """
     for row in verified.manifest.files:
-        if row.path.startswith("pipeline/") and is_configuration(Path(row.path).name):
+        if row.path.startswith(PIPELINE) and is_configuration(Path(row.path).name):
             try:
                 found = reaching_out(verified.read(row.path))
             except (ValueError, RecursionError) as error:

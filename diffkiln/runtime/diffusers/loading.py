@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import Policy, Verified, strict_json
+from diffkiln.bundle.layout import PIPELINE
 from diffkiln.bundle.scratch import Scratch, scratch
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, ManifestInvalid, MissingDependency
 from diffkiln.guards.building import check_config
@@ -108,8 +109,8 @@ def _pipeline(verified: Verified) -> Any:
     check_configurations(verified)
     with scratch("pipeline") as folder:
         for row in verified.manifest.files:
-            if row.path.startswith("pipeline/"):
-                target = folder / row.path.removeprefix("pipeline/")
+            if row.path.startswith(PIPELINE):
+                target = folder / row.path.removeprefix(PIPELINE)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = verified.read(row.path)
                 _check_configuration(row.path, content)
