@@ -57,7 +57,7 @@ class Problem:
 
     @property
     def mend(self) -> str:
-        """The hint, as it was called in earlier versions."""
+        """Returns the hint, as it was called in earlier versions."""
         return self.hint
 
 

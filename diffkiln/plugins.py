@@ -46,7 +46,7 @@ class Plugin:
 
     @property
     def requirement(self) -> dict[str, str]:
-        """The distribution that a bundle needs to run what the plug-in made: this version or a later one."""
+        """Returns the distribution that a bundle needs to run what the plug-in made: this version or a later one."""
         return {self.distribution: f">={self.version}"} if self.distribution else {}
 
     def load(self) -> Any:

@@ -23,7 +23,7 @@ def device_features(features: Iterable[str], devices: Mapping[str, str]) -> tupl
 
 
 def devices_of(manifest: Manifest) -> frozenset[str]:
-    """The devices that the bundle is for: "cpu", "cuda", or both."""
+    """Returns the devices that the bundle is for: "cpu", "cuda", or both."""
     stated: Any = manifest.runtime.get("devices", {})
     return frozenset(stated.values()) or frozenset([str(manifest.runtime.get("device", "cpu"))])
 

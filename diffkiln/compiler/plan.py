@@ -57,12 +57,12 @@ class Plan:
 
     @property
     def plan(self) -> State:
-        """The state, as it was called in earlier versions."""
+        """Returns the state, as it was called in earlier versions."""
         return self.state
 
     @property
     def compiled(self) -> frozenset[str]:
-        """The components that have engines."""
+        """Returns the components that have engines."""
         return frozenset(request.component for request in self.state.compile)
 
     def noting(self, notices: Iterable[str]) -> Plan:

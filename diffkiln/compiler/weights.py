@@ -106,7 +106,7 @@ class _Trial:
         self._module: torch.nn.Module | None = None
 
     def add(self, module: torch.nn.Module, units: Collection[str]) -> None:
-        """Take the units of a shard; the first one's module is the one that is verified."""
+        """Takes the units of a shard; the first one's module is the one that is verified."""
         if not self._missing:
             return
         if self._module is None:
@@ -121,7 +121,7 @@ class _Trial:
 
 
 def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
-    """In shards if the component is large; a large one that must come whole is told."""
+    """Returns the way in shards if the component is large; a notice tells of a large one that must come whole."""
     size = plan.bytes_before[name]
     meta = plan.state.modules[name]
     found: Shards | str = ""
@@ -199,7 +199,7 @@ def _same_weights(name: str, meta: torch.nn.Module, module: torch.nn.Module) -> 
 
 
 def _have_data(name: str, module: torch.nn.Module, units: Collection[str]) -> None:
-    """The passes left no weight of a shard without its data."""
+    """Checks that the passes left no weight of a shard without its data."""
     blocks = [block for block, _ in repeated_blocks(module)]
     for key, tensor in weights_of(module):
         if tensor.is_meta and unit_of(key, blocks) in units:

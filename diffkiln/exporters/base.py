@@ -185,7 +185,7 @@ def engine_inputs(region: Program) -> tuple[TensorType, ...]:
 
 
 def input_specs(region: Program) -> tuple[TensorSpec, ...]:
-    """The layouts of an engine's inputs in their order: all contiguous."""
+    """Returns the layouts of an engine's inputs in their order: all contiguous."""
     return tuple(map(contiguous, engine_inputs(region)))
 
 
@@ -203,7 +203,7 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 def foreign(region: Program) -> list[str]:
-    """What of a region is not an ATen operator, each once: "attention by sage"."""
+    """Returns what of a region is not an ATen operator, each once: "attention by sage"."""
     ops = [op for op in region.ops if not op.is_aten]
     return sorted({f"{op.name} by {op.attrs['kernel']}" if op.name == ATTENTION else op.name for op in ops})
 

@@ -32,7 +32,7 @@ def type_of(tensor: torch.Tensor) -> TensorType:
 
 
 def overload(name: str) -> torch._ops.OpOverload:
-    """The operator that "aten.add.Tensor" names.
+    """Returns the operator that "aten.add.Tensor" names.
 
     Raises:
         Incompatible: this torch has no such operator.

@@ -152,7 +152,7 @@ def _pipeline_class(name: Any) -> type:
 
 
 def _of_a_family(name: str) -> type | None:
-    """A pipeline that diffusers has not, and a family of an installed package has."""
+    """Returns the class of a pipeline that diffusers lacks and a family of an installed package brings."""
     for family in plugins("families").values():
         for place in family.load().pipelines:
             if place.endswith(f":{name}"):

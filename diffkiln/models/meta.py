@@ -42,7 +42,7 @@ _BUILD_TYPES = {
 
 
 def meta_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPipeline:
-    """The pipeline with real tokenizers and scheduler, and a meta model of every module.
+    """Returns the pipeline with real tokenizers and scheduler, and a meta model of every module.
 
     Args:
         dtype: type of the weights, such as "bfloat16"; None is what each module was saved in.
@@ -205,7 +205,7 @@ def emptied(module: nn.Module) -> nn.Module:
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Make every parameter and persistent buffer of a meta model a fake tensor that pretends to lie on the CPU, in
+    """Makes every parameter and persistent buffer of a meta model a fake tensor that pretends to lie on the CPU, in
     place.
 
     Only a recording needs that: it is slower than the meta device, and knows devices.

@@ -99,7 +99,7 @@ def _download(repo: str, revision: str) -> Path:
 
 @contextmanager
 def from_the_hub(repo: str, revision: str, where: str = "$.source.model") -> Iterator[None]:
-    """What huggingface_hub raises becomes a SourceError with the hint.
+    """Turns what huggingface_hub raises into a SourceError with the hint.
 
     Raises:
         MissingDependency: huggingface_hub is not installed.

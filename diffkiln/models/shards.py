@@ -81,7 +81,7 @@ class Shards:
 
 
 def open_shards(source: SourceModel, name: str, dtype: str | None = None) -> Shards | str:
-    """The component, to be loaded a shard at a time; or the reason why it can only be loaded whole.
+    """Returns the component, to be loaded a shard at a time; or the reason why it can only be loaded whole.
 
     Args:
         dtype: as for `load_module`.

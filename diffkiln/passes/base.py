@@ -203,7 +203,7 @@ class Pass(Strict):
 
     @property
     def decodes(self) -> Literal["", "one", "tiles"]:
-        """How images are decoded: one at a time, or in tiles; "" where the pass says nothing of it."""
+        """Returns how images are decoded: one at a time, or in tiles; "" where the pass says nothing of it."""
         return ""
 
     def origins(self) -> Iterable[tuple[Mapping[str, Any], Path]]:
@@ -211,11 +211,12 @@ class Pass(Strict):
         return ()
 
     def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
-        """What a user should know once the programs are rewritten; `compiled` are the components with engines."""
+        """Returns what a user should know once the programs are rewritten; `compiled` are the components with
+        engines."""
         return ()
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
-        """What the rest of the spec makes illegal, of which `others` are all passes."""
+        """Returns what the rest of the spec makes illegal, of which `others` are all passes."""
         return ()
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
@@ -223,7 +224,7 @@ class Pass(Strict):
         return ()
 
     def run(self, state: State) -> Outcome:
-        """Apply the pass to the state's meta model.
+        """Applies the pass to the state's meta model.
 
         Raises:
             Exception: whatever goes wrong; the manager turns it into a PassError that names the pass.
@@ -273,7 +274,8 @@ class Pass(Strict):
     def restore_weight(
         cls, layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], options: Mapping[str, Any]
     ) -> torch.Tensor | None:
-        """A weight that the pass split into parts, put together again; None for a layer that the pass left alone.
+        """Returns a weight that the pass split into parts, put together again; None for a layer that the pass left
+        alone.
 
         Args:
             layer: its name in the component.

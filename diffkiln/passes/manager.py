@@ -194,7 +194,8 @@ def guarded(item: ListedPass) -> Iterator[None]:
 
 
 def verify(state: State, item: ListedPass, before: State) -> None:
-    """The rules of a state: it has its components, and every weight of a meta model is without data and gradient.
+    """Checks the rules of a state: it has its components, and every weight of a meta model is without data and
+    gradient.
 
     Raises:
         PassError: the pass broke one of them.

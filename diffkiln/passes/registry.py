@@ -29,13 +29,13 @@ class ListedPass:
 
 
 def option_models() -> dict[str, type[Pass]]:
-    """The options of every installed pass by its name, for the schema and the help, in their order."""
+    """Returns the options of every installed pass by its name, for the schema and the help, in their order."""
     return {name: cls.model_for() for name, cls in pass_classes().items()}
 
 
 @functools.cache
 def pass_classes() -> Mapping[str, type[Pass]]:
-    """Every installed pass by name, in the order in which a spec must list those of one component.
+    """Returns every installed pass by name, in the order in which a spec must list those of one component.
 
     Raises:
         SpecError: two packages bring passes of one name, or one that cannot stand where it says.
@@ -48,7 +48,8 @@ def pass_classes() -> Mapping[str, type[Pass]]:
 
 
 def _place(cls: type[Pass], order: Sequence[str]) -> int:
-    """Where a pass of another distribution stands: after all that it names, and else just before the engines."""
+    """Returns where a pass of another distribution stands: after all that it names, and else just before the
+    engines."""
     first = max((order.index(name) + 1 for name in cls.after if name in order), default=0)
     last = min((order.index(name) for name in cls.before if name in order), default=len(order) - 1)
     if first > last:
@@ -62,7 +63,8 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def reason(first: type[Pass], second: type[Pass]) -> str:
-    """Why one pass comes before another, where either says so; else "", for there is none but the order itself."""
+    """Returns why one pass comes before another, where either says so; else "", for there is none but the order
+    itself."""
     return (
         first.before.get(second.name)
         or second.after.get(first.name)
@@ -130,7 +132,7 @@ def _spread(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, d
 
 
 def _of_the_run(first: Pass, second: Pass) -> bool:
-    """Whether one of them stands before the other whatever the component."""
+    """Returns True if one of them stands before the other whatever the component."""
     return second.name in first.before_all or first.name in second.before_all
 
 

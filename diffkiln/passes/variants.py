@@ -49,7 +49,7 @@ class Variant(Pass):
         return [name for name in cls.model_fields if name not in ("component", *cls.discriminators)]
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON, without those that are not given; those that tell models apart come first."""
+        """Returns the options as JSON, without those that are not given; those that tell models apart come first."""
         written = self.model_dump(mode="json", exclude_none=True)
         return {name: written[name] for name in ("component", *self.discriminators, *written)}
 

@@ -141,7 +141,7 @@ def kernel_of(op: Op) -> str | None:
 
 
 def device_problem(name: str, device: str, capability: tuple[int, int]) -> str:
-    """Why a device cannot run a kernel: `device` is "cpu" or "cuda", `capability` a GPU's. Empty if it can."""
+    """Returns why a device cannot run a kernel: `device` is "cpu" or "cuda", `capability` a GPU's. Empty if it can."""
     kernel = KERNELS[name]
     if device == "cpu":
         return "" if kernel.cpu else f"{name} is for CUDA GPUs"

@@ -9,12 +9,12 @@ DOUBLED, HALVED = "doubled", "halved"
 
 
 def named_with(name: str, batch: str) -> str:
-    """The name of a program at another batch, which is all that a bundle says of it."""
+    """Returns the name of a program at another batch, which is all that a bundle says of it."""
     return f"{name}.{batch}"
 
 
 def batch_of(name: str) -> str:
-    """The batch of a program that is read from a bundle."""
+    """Returns the batch of a program that is read from a bundle."""
     return next((batch for batch in (DOUBLED, HALVED) if batch in name.split(".")), "")
 
 

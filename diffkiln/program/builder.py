@@ -48,22 +48,22 @@ class Builder:
     # -- values --
 
     def type_of(self, ref: Ref) -> TensorType:
-        """The type of a value, an edit's own among them."""
+        """Returns the type of a value, an edit's own among them."""
         return self._types[ref.name]
 
     def current(self, arg: _T) -> _T:
-        """An argument, or an operation, with the values that stand in the place of those that were replaced."""
+        """Returns an argument, or an operation, with the values that stand in the place of those that were replaced."""
         if isinstance(arg, Op):
             return replace(arg, args=self.current(arg.args), kwargs=self.current(arg.kwargs))
         return map_refs(arg, lambda ref: self._instead.get(ref.name, ref))
 
     def constant(self, key: str, type_: TensorType) -> Ref:
-        """The use of a constant by its key."""
+        """Returns the use of a constant by its key."""
         self._types[f"#{key}"] = type_
         return Ref(f"#{key}")
 
     def add_input(self, name: str, type_: TensorType, source: Mapping[str, Any] | None = None) -> Ref:
-        """A new value that the caller brings, after all others."""
+        """Returns a new value that the caller brings, after all others."""
         self._inputs.append(Input(self._fresh(name, type_), type_, source or {}))
         return self._inputs[-1].ref
 
@@ -88,7 +88,7 @@ class Builder:
         kwargs: Mapping[str, Arg] | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> Op:
-        """A new operation, whose results have these types, and these names where they are free. It is not put
+        """Returns a new operation, whose results have these types, and these names where they are free. It is not put
         anywhere yet."""
         outputs = tuple(self._fresh(wish, type_) for wish, type_ in results.items())
         return Op(name, args, outputs, kwargs or {}, attrs or {})
@@ -154,7 +154,8 @@ class Builder:
     # -- the end --
 
     def build(self) -> Program:
-        """The edited program, with the types of what it uses and no others. Raises `VerifyError` if it is malformed."""
+        """Returns the edited program, with the types of what it uses and no others. Raises `VerifyError` if it is
+        malformed."""
         built = replace(
             self.program,
             inputs=tuple(self._inputs),
@@ -178,7 +179,7 @@ class Builder:
                 self.makers.setdefault(name, op)
 
     def _fresh(self, wish: str, type_: TensorType) -> str:
-        """A name that no value has, with its type."""
+        """Returns a name that no value has, with its type."""
         name, count = wish, 1
         while name in self._taken:
             count += 1
@@ -214,7 +215,7 @@ def rename(program: Program, names: Mapping[str, str]) -> Program:
 
 
 def prune(program: Program) -> Program:
-    """The program without operations whose results nothing uses, and without the types of what they alone used.
+    """Returns the program without operations whose results nothing uses, and without the types of what they alone used.
 
     Noise and the ends of steps stay: the first moves the generator, the second is seen by the caller.
     """
@@ -228,7 +229,7 @@ def prune(program: Program) -> Program:
 
 
 def split_off(program: Program, places: Sequence[int], outputs: tuple[Ref, ...] | None = None) -> Program:
-    """The operations at some places, in order, as a program of what they take from the others.
+    """Returns the operations at some places, in order, as a program of what they take from the others.
 
     It gives what others read of them, or the `outputs`.
     """

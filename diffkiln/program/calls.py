@@ -13,7 +13,7 @@ class Given(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The program's name, in a bundle too."""
+        """Returns the program's name, in a bundle too."""
         return "call" + "+negative" * self.negative + "+latents" * self.latents
 
 

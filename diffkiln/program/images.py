@@ -30,8 +30,8 @@ MAX_SIDE = 2**16
 
 
 def is_edits(value: Any) -> bool:
-    """Whether this is a list of edits: ["resize", width, height, filter], ["crop", left, top, right, bottom], and
-    ["convert", mode]."""
+    """Returns True if this is a list of edits: ["resize", width, height, filter], ["crop", left, top, right, bottom],
+    and ["convert", mode]."""
     return isinstance(value, list | tuple) and all(map(_is_edit, value))
 
 
@@ -54,7 +54,7 @@ def is_size(value: Any) -> bool:
 
 
 def is_scaled(value: Any) -> bool:
-    """Whether this is {"factor": number} with, or without, "mean" and "std" of each channel."""
+    """Returns True if this is {"factor": number} with, or without, "mean" and "std" of each channel."""
     if not isinstance(value, Mapping) or not _numbers([value.get("factor")]):
         return False
     rows = [value[name] for name in ("mean", "std") if name in value]

@@ -28,12 +28,12 @@ class Ref:
 
     @property
     def bare(self) -> str:
-        """The name without its sigil: a weight's name, a constant's key, what an argument is called."""
+        """Returns the name without its sigil: a weight's name, a constant's key, what an argument is called."""
         return self.name[1:]
 
     @property
     def is_computed(self) -> bool:
-        """Whether it is an operation's result or an input."""
+        """Returns True if it is an operation's result or an input."""
         return self.name.startswith("%")
 
     @property
@@ -108,7 +108,7 @@ class Input:
 
     @property
     def argument(self) -> str:
-        """What it is called in Python: inputs are named after the parameters that they were recorded for."""
+        """Returns what it is called in Python: inputs are named after the parameters that they were recorded for."""
         return self.ref.bare
 
 
@@ -139,12 +139,12 @@ class Op:
 
     @property
     def results(self) -> tuple[Ref, ...]:
-        """The uses of its outputs."""
+        """Returns the uses of its outputs."""
         return tuple(map(Ref, self.outputs))
 
     @property
     def uses(self) -> Iterator[Ref]:
-        """The values that it takes, in order."""
+        """Returns the values that it takes, in order."""
         return refs((self.args, self.kwargs))
 
 
@@ -179,11 +179,11 @@ class Program:
         return tuple(name[1:] for name in self.uses() if name.startswith("#"))
 
     def result_types(self, stem: str) -> dict[str, TensorType]:
-        """The types of its outputs, numbered after a stem: what an operation that calls it gives."""
+        """Returns the types of its outputs, numbered after a stem: what an operation that calls it gives."""
         return {f"{stem}.{index}": self.types[ref.name] for index, ref in enumerate(self.outputs)}
 
     def makers(self) -> dict[str, Op]:
-        """The operation that gives each result, in order."""
+        """Returns the operation that gives each result, in order."""
         return {name: op for op in self.ops for name in op.outputs}
 
     def uses(self) -> Iterator[str]:
@@ -205,7 +205,8 @@ class Module:
     regions: Mapping[str, Program] = field(default_factory=dict)
 
     def weight_types(self, without: Collection[str] = ()) -> Iterator[tuple[str, TensorType]]:
-        """Every weight that its programs read, and the regions that they call, but those `without`; with its type."""
+        """Yields every weight that its programs read, and the regions that they call, but those `without`; with its
+        type."""
         for program in self.programs.values():
             yield from ((name, program.types[f"@{name}"]) for name in program.weights)
             for op in program.ops:
@@ -221,19 +222,20 @@ def engine_types(region: Program) -> dict[str, TensorType]:
 
 
 def weight_in(op: Op, weight: str) -> str:
-    """What a weight of the program that a REGION or CALL operation calls is named where the operation stands."""
+    """Returns what a weight of the program that a REGION or CALL operation calls is named where the operation
+    stands."""
     if op.name == CALL:
         return weight_of_call(op.attrs["component"], weight)
     return f"{op.attrs['instance']}.{weight}" if op.attrs["instance"] else weight
 
 
 def weight_of_call(component: str, weight: str) -> str:
-    """The name in a call of a component's weight that the call reads itself."""
+    """Returns the name in a call of a component's weight that the call reads itself."""
     return f"{component}/{weight}"
 
 
 def owner_of(weight: str) -> tuple[str, str]:
-    """The component of such a weight, and its name there."""
+    """Returns the component of such a weight, and its name there."""
     component, _, name = weight.partition("/")
     return component, name
 

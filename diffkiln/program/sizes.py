@@ -88,7 +88,7 @@ def families(programs: Sequence[Program]) -> list[Family]:
 
 
 def _unified(members: Sequence[Program]) -> Family | None:
-    """The family of programs of one structural key; None where a number follows no dimension."""
+    """Returns the family of programs of one structural key; None where a number follows no dimension."""
     sizes: dict[Dimension, tuple[int, ...]] = {}
     for position, items in enumerate(zip(*(member.inputs for member in members), strict=True)):
         for dimension, given in enumerate(zip(*(item.type.shape for item in items), strict=True)):

@@ -47,7 +47,7 @@ class Spelling:
 
     @cached_property
     def word(self) -> re.Pattern[str]:
-        """A word that holds no mark, though it looks like one."""
+        """Returns a word that holds no mark, though it looks like one."""
         return re.compile(f"[a-zA-Z]+{re.escape(self.within_words)}[a-zA-Z]+")
 
     @cached_property

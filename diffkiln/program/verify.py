@@ -194,7 +194,7 @@ def _verify_kind(op: Op, where: str) -> None:
 def _verify_callee(
     op: Op, where: str, modules: Mapping[str, Module] | None, regions: Mapping[str, Program] | None
 ) -> None:
-    """What an operation that calls asks of its callee, and a program's level of its operations."""
+    """Checks what an operation that calls asks of its callee, and a program's level of its operations."""
     if op.name == CALL:
         callee = (modules or {}).get(op.attrs["component"])
         program = callee.programs.get(op.attrs["program"]) if callee else None

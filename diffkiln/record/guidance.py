@@ -58,7 +58,8 @@ def source_of(program: Program) -> Mapping[str, Any] | None:
 
 
 def _source(program: Program, record: Any, scale: float, constants: Any) -> dict[str, Any]:
-    """The input's source. It says "above" where scales of at most 1, which turn guidance off, make another program."""
+    """Returns the input's source. It says "above" where scales of at most 1, which turn guidance off, make another
+    program."""
     source = {"kind": "scalar", "keyword": KEYWORD, "default": scale}
     try:
         _merge(program, record({KEYWORD: 1.0}), (scale, 1.0), constants.tensors)

@@ -75,7 +75,7 @@ class Patch:
 
     @property
     def method(self) -> str:
-        """The name of the method."""
+        """Returns the name of the method."""
         return next(iter(self.prints))
 
     def fits(self, owner: type, kind: type) -> bool:
@@ -153,12 +153,12 @@ def outdated(pipe: Any) -> str:
 
 
 def _fitting(parts: Iterable[Any]) -> Iterator[tuple[type, Patch]]:
-    """The classes of these objects that have a method with a patch that fits."""
+    """Returns the classes of these objects that have a method with a patch that fits."""
     return ((owner, patch) for owner, kind, patch in _named(parts) if patch.fits(owner, kind))
 
 
 def _named(parts: Iterable[Any]) -> Iterator[tuple[type, type, Patch]]:
-    """Each class that has a method of a patch's name, and the class of the object that is derived from it."""
+    """Yields each class that has a method of a patch's name, and the class of the object that is derived from it."""
     patches: dict[str, list[Patch]] = {}
     for patch in known_patches():
         patches.setdefault(patch.method, []).append(patch)
@@ -170,7 +170,7 @@ def _named(parts: Iterable[Any]) -> Iterator[tuple[type, type, Patch]]:
 
 
 def _parts(part: Any) -> Iterator[Any]:
-    """A module and all within it, attention processors too; or a pipeline and all its components."""
+    """Yields a module and all within it, attention processors too; or a pipeline and all its components."""
     if isinstance(part, torch.nn.Module):
         yield from part.modules()
         yield from processors_of(part).values()

@@ -89,7 +89,7 @@ def plug_in(
     constants: Mapping[str, torch.Tensor],
     eager: bool,
 ) -> int:
-    """Give every block that has an engine a engine block. What is no block runs as diffusers has it.
+    """Gives every block that has an engine an `EngineBlock`. What is no block runs as diffusers has it.
 
     Args:
         component: the diffusers module.

@@ -63,12 +63,12 @@ class _Place(NamedTuple):
 
 
 def refuse(reason: str, hint: str = "") -> PydanticCustomError:
-    """The error to raise in a validator when the problem has a hint of its own."""
+    """Returns the error to raise in a validator when the problem has a hint of its own."""
     return PydanticCustomError(_REFUSED, "{reason}", {"reason": reason, "mend": hint})
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice that is spelled most like `word`, or "" if none is near."""
+    """Returns the choice that is spelled most like `word`, or "" if none is near."""
     by_folded = {choice.casefold(): choice for choice in choices}
     near = difflib.get_close_matches(word[:_MAX_SHOWN].casefold(), by_folded, n=1)
     return by_folded[near[0]] if near else ""
@@ -81,7 +81,7 @@ def suggest(word: str, choices: Iterable[str]) -> str:
 
 
 def path_to(prefix: str, *segments: str | int) -> str:
-    """A JSON path: `path_to("$", "passes", 1, "type")` is `$.passes[1].type`."""
+    """Returns a JSON path: `path_to("$", "passes", 1, "type")` is `$.passes[1].type`."""
     path = prefix
     for segment in segments:
         if isinstance(segment, int):
@@ -154,7 +154,7 @@ def _describe(owner: type[BaseModel] | None, name: str) -> str:
 
 
 def _no_such_field(owner: type[BaseModel] | None, name: str) -> tuple[str, str]:
-    """The reason and the hint; a model may have words of its own for it."""
+    """Returns the reason and the hint; a model may have words of its own for it."""
     if words := getattr(owner, "no_such_field", None):
         return words(name)
     return "there is no such field", _hint_field(owner, name)

@@ -48,7 +48,7 @@ def options_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _variants(model: Any) -> list[type[BaseModel]]:
-    """The models of a pass with several methods, or the one model."""
+    """Returns the models of a pass with several methods, or the one model."""
     return list(model.variants().values()) if getattr(model, "variants", dict)() else [model]
 
 
@@ -70,7 +70,7 @@ def _entry(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapping(name: str, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The schema of a mapping of components to options of one of these entries, in the place of one component.
+    """Returns the schema of a mapping of components to options of one of these entries, in the place of one component.
 
     Options that stand beside the mapping are for all components, so that none is required in either place.
     """
@@ -95,7 +95,7 @@ def _mapping(name: str, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field that two models have: either's values, where both take some values only."""
+    """Returns the schema of a field that two models have: either's values, where both take some values only."""
     values = [value for field in (one, other) for value in field.get("enum", [field.get("const")])]
     if one == other or None in values:
         return one

@@ -114,7 +114,7 @@ class Verification:
 
     @contextmanager
     def _stand_ins(self, read: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
-        """The meta model with stand-ins for its components, and values for the weights that the call itself reads."""
+        """Gives the meta model stand-ins for its components, and values for the weights that the call itself reads."""
         places: list[tuple[dict[str, Any], str, Any]] = []
         patched: list[tuple[torch.nn.Module, str]] = []
         try:
@@ -237,8 +237,8 @@ class Verification:
         return [seen.leaves for seen in self._seen[name, program]]
 
     def _check_reduced(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
-        """The same with a reduced model that has one block of each kind, or one in each list of blocks, recorded
-        anew."""
+        """Compares in the same way a reduced model that has one block of each kind, or one in each list of blocks,
+        recorded anew."""
         reduced, meta = shrunken(module, each), shrunken(callee.module, each)
         constants = Constants()
         alike = replace(callee, module=meta, original=getattr(meta, callee.method))

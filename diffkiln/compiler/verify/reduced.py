@@ -12,7 +12,7 @@ from diffkiln.interpreter.layers import repeated_blocks
 
 
 def kept_blocks(module: torch.nn.Module, in_each_list: bool = False) -> dict[str, torch.nn.Module]:
-    """The blocks that a reduced model keeps, by name: the first of each kind, or the first of each kind in each
+    """Returns the blocks that a reduced model keeps, by name: the first of each kind, or the first of each kind in each
     list."""
     kept: dict[tuple[type, str], tuple[str, torch.nn.Module]] = {}
     for name, block in repeated_blocks(module):
@@ -40,8 +40,8 @@ def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Mo
 
 
 def in_float32(reduced: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype | None]:
-    """A copy of a reduced model in float32, and that type; the reduced model itself and None where its weights are not
-    torch's own types.
+    """Returns a copy of a reduced model in float32, and that type; the reduced model itself and None where its weights
+    are not torch's own types.
 
     Quantized weights become what they stand for: quantized activations would turn rounding into whole steps.
     """

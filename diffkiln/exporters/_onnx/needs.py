@@ -15,7 +15,7 @@ EXPORTING = ("onnx", "onnxscript")
 
 
 def missing_modules(*names: str) -> Iterator[Problem]:
-    """A problem where modules that exporting and trying need are not installed."""
+    """Yields a problem where modules that exporting and trying need are not installed."""
     if missing := [name for name in names if find_spec(name) is None]:
         reason = f"{', '.join(missing)}: not installed, and needed to export to ONNX and to try the engines"
         yield Problem("", reason, "pip install 'diffkiln[onnx]'")

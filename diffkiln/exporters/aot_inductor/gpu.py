@@ -120,5 +120,5 @@ def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
 
 
 def target_sm(target: Target) -> str:
-    """The SM of the cubins for a target, such as "sm_89" or "sm_90a"."""
+    """Returns the SM of the cubins for a target, such as "sm_89" or "sm_90a"."""
     return f"{target.sm}{'a' if target.capability >= _OWN_FEATURES else ''}"

@@ -43,7 +43,7 @@ class StoredWithBias(Stored):
 
 
 def store(layer: torch.nn.Module, storage: StorageFormat, parts: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Change a layer in place: its weight is stored in `storage` from now on.
+    """Changes a layer in place: its weight is stored in `storage` from now on.
 
     Args:
         layer: with a parameter `weight`, such as a linear layer or a convolution.

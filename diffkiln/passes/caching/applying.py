@@ -25,7 +25,7 @@ class CallSites:
 
     @property
     def place(self) -> Mapping[int, tuple[int, int]]:
-        """The step and the branch of each call, by its place."""
+        """Returns the step and the branch of each call, by its place."""
         return {at: (step, branch) for step, sites in enumerate(self.sites) for branch, at in enumerate(sites)}
 
 
@@ -86,7 +86,7 @@ def apply_schedule(
 
 
 def with_kept(edit: Builder, op: Op, part: Split, stem: str) -> Op:
-    """A call of the keeping program in the place of one of the whole: what it keeps comes after its results."""
+    """Returns a call of the keeping program in the place of one of the whole: what it keeps comes after its results."""
     fresh = {f"{stem}.kept.{number}": type_ for number, type_ in enumerate(part.kept_types)}
     attrs = {**op.attrs, "program": part.keeping.name}
     kept = edit.op(op.name, op.args, fresh, attrs=attrs)

@@ -39,7 +39,7 @@ class Split:
 
     @property
     def programs(self) -> dict[str, Program]:
-        """Both by name, as far as there are two."""
+        """Returns both by name, as far as there are two."""
         return {program.name: program for program in (self.keeping, self.reusing) if program is not None}
 
     @property

@@ -33,7 +33,7 @@ class HalfBatches:
         self._same: dict[tuple[object, ...], Ref] = {}
 
     def half(self, ref: Ref, which: int, at: int) -> Ref:
-        """The first half of a value, or the second, for the operation at a place."""
+        """Returns the first half of a value, or the second, for the operation at a place."""
         key = ref.name, which
         if key not in self._known:
             self._known[key] = self._constant(ref, which) if ref.is_constant else self._computed(ref, which, at)

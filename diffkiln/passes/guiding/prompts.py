@@ -15,7 +15,8 @@ _READ_NO_VALUES = frozenset(
 
 
 def prompt_branch(call_sites: Sequence[Sequence[Ref]], edit: Builder) -> int | None:
-    """The branch, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is none.
+    """Returns the branch, 0 or 1, whose own arguments depend on the prompt where the other's do not; None if there is
+    none.
 
     What both branches are given, such as the latents, is not looked at, and what comes from an earlier step through its
     latents neither.

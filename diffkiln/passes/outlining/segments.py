@@ -68,7 +68,7 @@ class Segments:
 
 
 def _lifted(program: Program, segments: Sequence[Sequence[int]], lift: Lift) -> Program:
-    """The program with values in the place of the runs' numbers, where those compute the same."""
+    """Returns the program with values in the place of the runs' numbers, where those compute the same."""
     edit = Builder(program)
     for at in (at for run in segments for at in run):
         op = program.ops[at]

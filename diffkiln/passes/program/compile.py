@@ -76,7 +76,7 @@ class Compile(ProgramPass):
         return self.scope == "whole" or (self.scope is None and self.exporter.whole)
 
     def packages(self) -> dict[str, str]:
-        """What the backend's engines need, and the distribution that brings what runs them."""
+        """Returns what the backend's engines need, and the distribution that brings what runs them."""
         engine = plugins.plugins("engines").get(self.backend)
         return {**self.exporter.packages, **(engine.requirement if engine else {})}
 
@@ -108,7 +108,7 @@ class Compile(ProgramPass):
             yield from self.exporter.type_problems(self.component, module, target, self.whole, where)
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:
-        """What the spec asks of the runtime and promises of its targets, and engines do not allow."""
+        """Yields what the spec asks of the runtime and promises of its targets, and engines do not allow."""
         yield from self.exporter.runtime_problems(self, spec.runtime, where)
         for index, target in enumerate(resolve_targets(spec)):
             at = f"$.target[{index}]" if isinstance(spec.target, tuple) else "$.target"
@@ -142,7 +142,7 @@ class Compile(ProgramPass):
 
 @cache
 def _of_one(name: str) -> Any:
-    """The pass with the options of one backend."""
+    """Returns the pass with the options of one backend."""
     exporter = plugins.load("exporters", name)
     model = create_model("Compile", __base__=(exporter.options, Compile), __doc__=Compile.__doc__)
     model.exporter = exporter
@@ -151,7 +151,8 @@ def _of_one(name: str) -> Any:
 
 @cache
 def _of_all(names: tuple[str, ...]) -> Any:
-    """The pass with the options that some backend has: it describes them, and refuses the name of any other backend."""
+    """Returns the pass with the options that some backend has: it describes them, and refuses the name of any other
+    backend."""
     backends = [plugins.load("exporters", name) for name in names]
     own: dict[str, Any] = {}
     for backend in backends:

@@ -81,7 +81,7 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
 
 
 def pass_of(row: PassRow) -> Any:
-    """The pass of a manifest's row, and of its methods the one that the options name.
+    """Returns the pass of a manifest's row, and of its methods the one that the options name.
 
     Raises:
         MissingDependency: the distribution that brings the pass is not there.
@@ -187,7 +187,7 @@ def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
 def _whole(
     module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
 ) -> dict[str, torch.Tensor]:
-    """The weights put together again from the tensors that they are stored as."""
+    """Returns the weights put together again from the tensors that they are stored as."""
     known = module.state_dict().keys()
     whole = {name: tensor for name, tensor in weights.items() if name in known}
     parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -72,7 +72,7 @@ class Quantize(Variant, ModelPass):
     # -- what each type says --
 
     def objections(self, target: Target, layers: Layers) -> Iterable[tuple[str, str]]:
-        """What the target or the layers lack for the type: reason, hint."""
+        """Returns what the target or the layers lack for the type: reason, hint."""
         return ()
 
     def fits(self, layer: torch.nn.Linear) -> bool:
@@ -81,7 +81,7 @@ class Quantize(Variant, ModelPass):
 
     @abstractmethod
     def quantize(self, layer: torch.nn.Linear) -> None:
-        """Quantize a layer in place, a meta model as well as a real one."""
+        """Quantizes a layer in place, a meta model as well as a real one."""
 
     # -- what all have in common --
 

@@ -44,7 +44,7 @@ class TorchAOTensors(TorchAO):
 
     @property
     def scales(self) -> str:
-        """What has a scale of its own: "per_row" or "per_tensor"."""
+        """Returns what has a scale of its own: "per_row" or "per_tensor"."""
         return "per_row"
 
     def quantize(self, layer: torch.nn.Linear) -> None:

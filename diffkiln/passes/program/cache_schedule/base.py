@@ -64,10 +64,10 @@ class CacheSchedule(Variant, ProgramPass):
 
     @abstractmethod
     def check_model(self, module: torch.nn.Module, state: State, where: str) -> Iterable[Problem]:
-        """What the denoiser or its pipeline lacks for the method."""
+        """Returns what the denoiser or its pipeline lacks for the method."""
 
     def check_steps(self, state: State, calibrates: bool, where: str) -> Iterable[Problem]:
-        """What is wrong with the steps that compute; `calibrates` says that a calibrate stands before it."""
+        """Yields what is wrong with the steps that compute; `calibrates` says that a calibrate stands before it."""
         if calibrates:
             reason = "calibrate chooses steps, and this has none to choose"
             yield Problem(f"{where}.method", reason, "Remove calibrate.")

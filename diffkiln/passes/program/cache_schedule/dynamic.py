@@ -26,7 +26,8 @@ class Dynamic(CacheSchedule):
     dynamic: Literal[True] = Field(description=DYNAMIC)
 
     def objection(self, pipeline: str, source: str) -> tuple[str, str] | None:
-        """What a pipeline's class, of which the source is given, lacks for the hook: the reason and the hint."""
+        """Returns what a pipeline's class, of which the source is given, lacks for the hook: the reason and the
+        hint."""
         return None
 
     def check_model(self, module: torch.nn.Module, state: State, where: str) -> Iterable[Problem]:
@@ -90,7 +91,7 @@ class OfAttentions(Dynamic):
         yield Fact("hooked_inside", self.component, self.name)
 
     def configured(self, kind: Any, pipe: Any) -> Any:
-        """A configuration of diffusers, for attentions in space."""
+        """Returns a configuration of diffusers, for attentions in space."""
         return kind(
             spatial_attention_block_skip_range=self.interval, current_timestep_callback=lambda: pipe.current_timestep
         )

@@ -63,12 +63,12 @@ class Fixed(CacheSchedule):
 
     @property
     def around(self) -> tuple[int, int] | None:
-        """How many blocks in front and in back every step computes, where what the others add is kept."""
+        """Returns how many blocks in front and in back every step computes, where what the others add is kept."""
         return None
 
     @property
     def extrapolation(self) -> int:
-        """The order of the polynomial that continues what was kept."""
+        """Returns the order of the polynomial that continues what was kept."""
         return 0
 
     @property
@@ -77,7 +77,7 @@ class Fixed(CacheSchedule):
         return False
 
     def kept(self, program: Program, module: Module) -> tuple[Kept, ...]:
-        """What a program of the component keeps."""
+        """Returns what a program of the component keeps."""
         if self.around is None:
             return outputs_of(program)
         return residuals(program, module.regions, *self.around)
@@ -172,14 +172,14 @@ class Listed(Fixed):
     @property
     @abstractmethod
     def listed(self) -> tuple[int, ...] | str | None:
-        """The steps as the options have them."""
+        """Returns the steps as the options have them."""
 
     @property
     def is_calibrated(self) -> bool:
         return self.listed == "calibrated"
 
     def with_steps(self, mask: Mask) -> Self:
-        """The schedule with the steps that a calibrate has chosen."""
+        """Returns the schedule with the steps that a calibrate has chosen."""
         return self.model_copy(update={"steps": tuple(int(step) for step in mask)})
 
     def mask(self, count: int) -> Mask:
@@ -199,7 +199,7 @@ class Listed(Fixed):
             yield from self.check_measured(where)
 
     def check_measured(self, where: str) -> Iterable[Problem]:
-        """Why a calibrate cannot measure what the method costs."""
+        """Returns why a calibrate cannot measure what the method costs."""
         return ()
 
 

@@ -156,7 +156,7 @@ def _providers(available: Sequence[str], device: torch.device) -> list[Any]:
 
 
 def _torch_type(name: str) -> torch.dtype:
-    """The dtype that ONNX Runtime calls "tensor(float)"."""
+    """Returns the dtype that ONNX Runtime calls "tensor(float)"."""
     kind = name.removeprefix("tensor(").removesuffix(")")
     return dtype_of(_NAMES.get(kind, kind))
 
