@@ -28,7 +28,7 @@ _SPDX = {
 
 
 def bom(verified: Verified) -> dict[str, Any]:
-    """The document as JSON.
+    """Returns the bill of materials as a JSON document.
 
     Raises:
         ManifestInvalid: the bundle's licences are not written as the compiler writes them.
@@ -74,7 +74,7 @@ def _stated(verified: Verified) -> list[dict[str, Any]]:
     except strict_json.StrictJSONError as error:
         raise ManifestInvalid(f"{LICENCES!r}: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"of", "digest"} <= row.keys() for row in rows):
-        raise ManifestInvalid(f"{LICENCES!r} is no list of models with their licences")
+        raise ManifestInvalid(f"{LICENCES!r} is not a list of models with their licences")
     return rows
 
 
@@ -83,7 +83,7 @@ def _tool() -> dict[str, Any]:
 
 
 def _bundle(verified: Verified, models: list[dict[str, Any]]) -> dict[str, Any]:
-    """The bundle itself; its licences are all of those that went into it."""
+    """Returns the entry of the bundle itself, with the licences of everything that went into it."""
     manifest = verified.manifest
     properties = [
         {"name": f"diffkiln:pass:{index}:{row.name}", "value": json.dumps(row.options, sort_keys=True)}
@@ -103,7 +103,7 @@ def _bundle(verified: Verified, models: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _model(index: int, row: dict[str, Any]) -> dict[str, Any]:
-    """What weights were taken from: the base model, or an adapter."""
+    """Returns the entry of a source of weights: the base model, or an adapter."""
     name = row.get("model") or row.get("repo") or row.get("architecture") or f"a local {row['of']}"
     model: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": f"source:{index}", "name": str(name)}
     if revision := row.get("revision"):

@@ -15,7 +15,7 @@ AGAIN = "Fetch or build the bundle again"
 
 
 def check_digest(row: FileRow, descriptor: int, progress: Progress | None = None) -> None:
-    """Hash an open file. Raises `DigestMismatch`."""
+    """Hashes an open file. Raises `DigestMismatch` if it is not the file of the row."""
     digest = hashlib.sha256()
     for chunk in chunks_of(row.path, descriptor):
         digest.update(chunk)
@@ -32,7 +32,7 @@ def check_unwritten(path: str, before: Stamp, now: Stamp) -> None:
 
 
 def chunks_of(path: str, descriptor: int) -> Iterator[bytes]:
-    """The file's bytes; what goes wrong with reading them is said of `path`, and nothing else is."""
+    """Yields the file's bytes. Errors while reading name `path`."""
     with safe_open.explained(path):
         yield from chunks(descriptor)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffkiln.bundle import strict_json
+from diffkiln.bundle.evidence import costs_of
 from diffkiln.bundle.manifest import Manifest
 from diffkiln.bundle.partial import engine_targets
 from diffkiln.guards.printable import markdown, markdown_code
@@ -24,7 +25,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def read_build(data: bytes) -> Mapping[str, Any]:
-    """What `build.json` says; nothing, where it is not readable."""
+    """Returns the content of `build.json`; an empty mapping if the file cannot be read."""
     try:
         build = strict_json.loads(data, max_bytes=MAX_BUILD_BYTES)
     except strict_json.StrictJSONError:
@@ -33,7 +34,7 @@ def read_build(data: bytes) -> Mapping[str, Any]:
 
 
 def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, identity: str | None = None) -> str:
-    """The text of README.md.
+    """Returns the text of README.md.
 
     Args:
         manifest: the whole bundle's.
@@ -47,6 +48,7 @@ def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, 
         _use(manifest, repo),
         _variants(manifest),
         _passes(manifest, build),
+        *_quality(build),
         _measured(build),
         [f"- {_line(notice)}" for notice in _list(build, "notices")],
     ]
@@ -54,7 +56,7 @@ def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, 
 
 
 def _metadata(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
-    """The Hub's front matter. JSON is YAML, so whatever a value holds stays a value."""
+    """Returns the Hub's front matter. JSON is YAML, so every value stays a value."""
     source = _dict(build, "source")
     fields: dict[str, Any] = {key: source[key] for key in _LICENCE if isinstance(source.get(key), str | list)}
     if not _LINK.fullmatch(str(fields.get("license_link", "https://"))):
@@ -70,7 +72,7 @@ def _metadata(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
 
 
 def _base_models(manifest: Manifest, source: Mapping[str, Any]) -> list[str]:
-    """The model that was compiled, where the Hub has it; else the one that the source's own card names."""
+    """Returns the compiled model if the Hub has it, or else the base model that the source's card names."""
     names = [manifest.source["model"]] if "model" in manifest.source else _list(source, "base_model")
     return [name for name in names if isinstance(name, str) and _HUB_ID.fullmatch(name)]
 
@@ -86,12 +88,12 @@ def _task(manifest: Manifest, source: Mapping[str, Any]) -> str:
 
 
 def _films(manifest: Manifest) -> bool:
-    """Whether it makes videos."""
+    """Returns True if the bundle makes videos."""
     return "video" in _images(manifest) or any(v.fixed.get("num_frames") for v in manifest.pipeline.variants)
 
 
 def _images(manifest: Manifest) -> list[str]:
-    """Keywords that take images: what the first variant fixes of them is a size, or a list of sizes."""
+    """Returns the keywords that take images: the first variant fixes a size, or a list of sizes, for each."""
 
     def first(value: Any) -> Any:
         return value[0] if isinstance(value, list | tuple) and value else value
@@ -119,8 +121,21 @@ def _what(manifest: Manifest, build: Mapping[str, Any], identity: str | None) ->
         f"Made from {_line(origin)}{revision}. Weights: {size / 1e6:.1f} MB in {len(manifest.weights)} components; "
         f"{len(manifest.engines)} engines{targets}.",
         terms,
+        *([markdown(checked)] if (checked := checks_of(manifest)) else []),
         *([f"Bundle id: `{identity}`."] if identity else []),
     ]
+
+
+def checks_of(manifest: Manifest) -> str:
+    """Returns what looks at the images that the bundle makes; empty where its pipeline has nothing that does."""
+    if "safety_checker" in manifest.weights:
+        return (
+            "A safety checker looks at finished images: those that it objects to are black, and nsfw_content_detected "
+            "says which they are."
+        )
+    if "safety_checker" in _list(manifest.source, "omit"):
+        return "The safety checker of the source is left out, as its spec asks: nothing looks at finished images."
+    return ""
 
 
 def _use(manifest: Manifest, repo: str | None) -> list[str]:
@@ -151,6 +166,20 @@ def _passes(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
         for row, said in zip(manifest.passes, notes, strict=True)
     ]
     return _table(("pass", "component", "what it did"), rows)
+
+
+def _quality(build: Mapping[str, Any]) -> list[list[str]]:
+    """Returns a table for each gate of quality: what the metric was after each pass, and with each alone."""
+    made = []
+    for table in costs_of(build):
+        rows = [[_line(name), _value(value), _value(table.each.get(name))] for name, value in table.cumulative]
+        columns = (f"{_line(table.metric)} {_line(table.gate)}", "after this pass", "with it alone")
+        made.append(_table(columns, rows))
+    return made
+
+
+def _value(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.5g}"
 
 
 def _measured(build: Mapping[str, Any]) -> list[str]:
@@ -186,4 +215,4 @@ def _dict(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:
     value = data.get(key)
-    return value if isinstance(value, list) else []
+    return list(value) if isinstance(value, list | tuple) else []

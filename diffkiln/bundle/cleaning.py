@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffkiln.bundle.mapped import COPIES
 from diffkiln.bundle.output import lock_output
 from diffkiln.bundle.scratch import dead, places
 from diffkiln.bundle.state import cache_home, state_home
@@ -27,7 +28,7 @@ _UNFINISHED = re.compile(r"\..+\.(?:pull|staging-\d+-[0-9a-f]{16})")
 
 @dataclass(frozen=True)
 class Freeable:
-    """One thing that may go.
+    """A file or folder that may be removed.
 
     Attributes:
         kind: one of `KINDS`.
@@ -54,7 +55,7 @@ def freeable(kinds: Collection[str]) -> list[Freeable]:
 
 
 def free(item: Freeable) -> str:
-    """Remove it. Returns why it stays, or nothing where it is gone."""
+    """Removes the item. Returns the reason if it stays, and an empty text once it is gone."""
     try:
         with _held(item):
             _remove(item.path)
@@ -84,7 +85,7 @@ def _held(item: Freeable) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that nobody else holds. Raises `BlockingIOError`."""
+    """Holds a lock that nobody else holds. Raises `BlockingIOError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         try:
@@ -115,7 +116,7 @@ def _whole(name: str) -> Callable[[], Iterator[Path]]:
 
 
 def _bundles() -> Iterator[Path]:
-    """Each bundle, and not what is still being fetched."""
+    """Yields each bundle in the cache, without those that are still being fetched."""
     for path in _in_bundles():
         if path.is_dir() and not path.name.startswith("."):
             yield path
@@ -169,7 +170,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links count as themselves."""
+    """Returns the bytes of a file, or of all files below a folder; links count as themselves."""
     total = 0
     pending = [path]
     while pending:
@@ -188,6 +189,7 @@ _LOOKS: dict[str, Callable[[], Iterator[Path]]] = {
     "bundles": _bundles,
     "architectures": _whole("architectures"),
     "kernels": _kernels,
+    "weights": _whole(COPIES),
     "leftovers": _leftovers,
 }
 #: What may be freed.

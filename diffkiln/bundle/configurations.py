@@ -77,7 +77,7 @@ def _reason(key: str, value: Any) -> str:
     if "attn_implementation" in key or "experts_implementation" in key:
         return "" if _is_own(value) else "which may have transformers fetch native code. Take it out, or name sdpa"
     if key in _CLASSES and value is not None and not (isinstance(value, str) and value.isidentifier()):
-        return "which is no name of a class of diffusers or transformers"
+        return "which is not a name of a class of diffusers or transformers"
     if isinstance(value, str) and _KERNELS.match(value):
         return "which names native code on the Hub"
     return ""
@@ -96,7 +96,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _entries(config: Any) -> Iterator[tuple[str, str, Any]]:
-    """Every entry of every object: JSON path, key, value."""
+    """Yields every entry of every object: JSON path, key, value."""
     pending: list[tuple[str, Any]] = [("$", config)]
     while pending:
         path, item = pending.pop()

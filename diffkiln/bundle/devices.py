@@ -11,13 +11,13 @@ MIXED = "mixed_devices"
 
 
 def device_policy(devices: Mapping[str, str]) -> dict[str, Any]:
-    """What the manifest's `runtime` says of the targets' devices, in their order: `devices` only where they differ."""
+    """Returns the devices' part of the manifest's `runtime`, in the targets' order; `devices` only if they differ."""
     first = next(iter(devices.values()))
     return {"device": first} | ({"devices": dict(devices)} if len(set(devices.values())) > 1 else {})
 
 
 def device_features(features: Iterable[str], devices: Mapping[str, str]) -> tuple[str, ...]:
-    """What a bundle for these devices demands of its reader, besides other features: to know that they are mixed."""
+    """Returns the features that a reader of this bundle must know: the given ones, and mixed devices if any."""
     mixed = {MIXED} if len(set(devices.values())) > 1 else set()
     return tuple(sorted({*features} - {MIXED} | mixed))
 
@@ -29,6 +29,6 @@ def devices_of(manifest: Manifest) -> frozenset[str]:
 
 
 def device_of(manifest: Manifest, target: str) -> str:
-    """The device of one target."""
+    """Returns the device of one target."""
     stated: Any = manifest.runtime.get("devices", {})
     return str(stated.get(target, manifest.runtime.get("device", "cpu")))

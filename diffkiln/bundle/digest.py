@@ -17,7 +17,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(source: int | str | os.PathLike[str], progress: Progress | None = None) -> str:
-    """Hash a whole file, given by path or by a descriptor (whose position is neither used nor moved)."""
+    """Hashes a whole file, given by path or by descriptor. A descriptor's position is neither used nor moved."""
     if isinstance(source, int):
         return _sha256_descriptor(source, progress)
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -28,7 +28,7 @@ def sha256_file(source: int | str | os.PathLike[str], progress: Progress | None 
 
 
 def chunks(descriptor: int) -> Iterator[bytes]:
-    """The file's bytes from its beginning to wherever it ends now."""
+    """Yields the file's bytes from its beginning to its present end."""
     offset = 0
     while chunk := os.pread(descriptor, _CHUNK, offset):
         offset += len(chunk)

@@ -37,29 +37,29 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
-def recall(identity: str, place: Path) -> dict[str, Stamp]:
-    """The stamps of the files that were hashed here; none where there is no receipt that can be relied on."""
-    data = read_note(_KIND, _name(identity, place))
+def recall(identity: str, directory: Path) -> dict[str, Stamp]:
+    """Returns the stamps of the files that were hashed here; none if there is no reliable receipt."""
+    data = read_note(_KIND, _name(identity, directory))
     try:
         return _parse(data) if data is not None else {}
     except ValueError as error:  # not a reason not to load: everything is hashed
-        log.warning("hashing %s again, since what was hashed before cannot be read: %s", place, error)
+        log.warning("hashing %s again, since the notes of earlier hashes cannot be read: %s", directory, error)
         return {}
 
 
-def remember(identity: str, place: Path, stamps: Mapping[str, Stamp]) -> None:
-    """Note what has been hashed. Where nothing can be written (a read-only home), the next load hashes again."""
-    data = json.dumps({"place": str(place), "files": stamps}).encode(errors="surrogateescape")
-    write_note(_KIND, _name(identity, place), data)
+def remember(identity: str, directory: Path, stamps: Mapping[str, Stamp]) -> None:
+    """Notes which files have been hashed. If nothing can be written (a read-only home), the next load hashes again."""
+    data = json.dumps({"place": str(directory), "files": stamps}).encode(errors="surrogateescape")
+    write_note(_KIND, _name(identity, directory), data)
 
 
 def settled(stamp: Stamp, started_ns: int) -> bool:
-    """Whether the file had been left alone for a while when hashing began (`time.time_ns`)."""
+    """Returns True if the file had not been touched for a while when hashing began (`time.time_ns`)."""
     return max(stamp[1], stamp[2]) < started_ns - SETTLED_NS
 
 
 class Receipt:
-    """Keeps what one load notes for the next.
+    """The notes that one load leaves for the next.
 
     Args:
         identity, place: the bundle's id and directory.
@@ -67,23 +67,23 @@ class Receipt:
         started_ns: when the load began (`time.time_ns`).
     """
 
-    def __init__(self, identity: str, place: Path, known: Mapping[str, Stamp], started_ns: int) -> None:
-        self._identity, self._place, self._known, self._started_ns = identity, place, known, started_ns
+    def __init__(self, identity: str, directory: Path, known: Mapping[str, Stamp], started_ns: int) -> None:
+        self._identity, self._directory, self._known, self._started_ns = identity, directory, known, started_ns
 
     def note(self, stamps: Mapping[str, Stamp]) -> None:
-        """Note files that have been hashed, unless they were touched just before."""
+        """Notes files that have been hashed, unless they were touched just before."""
         kept = {
             path: stamp
             for path, stamp in stamps.items()
             if self._known.get(path) == stamp or settled(stamp, self._started_ns)
         }
         if kept != self._known:
-            remember(self._identity, self._place, kept)
+            remember(self._identity, self._directory, kept)
             self._known = kept
 
 
-def _name(identity: str, place: Path) -> str:
-    return f"{identity}-{sha256_bytes(os.fsencode(place))[:32]}.json"
+def _name(identity: str, directory: Path) -> str:
+    return f"{identity}-{sha256_bytes(os.fsencode(directory))[:32]}.json"
 
 
 def _parse(data: bytes) -> dict[str, Stamp]:

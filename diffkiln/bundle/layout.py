@@ -42,6 +42,11 @@ def weights_file(component: str, group: str) -> str:
     return f"weights/{component}/{group}.safetensors"
 
 
+def before_loop(group: str) -> str:
+    """Returns the group of those of its weights that are read before the denoising loop alone."""
+    return f"{group}.before"
+
+
 def engine_folder(target: str, component: str, region: str) -> str:
     """Returns the path of the folder of an engine."""
     return f"engines/{target}/{component}/{region}"

@@ -41,9 +41,21 @@ FORMAT_MINOR = 0
 # attention_kernels: operations that name the kernel of their attention, and the pass attention_backend.
 # image_inputs: inputs of calls that are images. unseeded_noise: noise that the caller's generator does not draw.
 # quotations: prompts of which what is quoted is tokenized character by character.
+# tensor_inputs: inputs of calls that are tensors, besides latents. results: several results, or none that are pictures.
+# two_step_resize: images that are made smaller in two steps, as Pillow does with a `reducing_gap`.
 # mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
 KNOWN_FEATURES: frozenset[str] = frozenset(
-    {"attention_kernels", "channels_last", "image_inputs", "mixed_devices", "quotations", "unseeded_noise"}
+    {
+        "attention_kernels",
+        "channels_last",
+        "image_inputs",
+        "mixed_devices",
+        "quotations",
+        "results",
+        "tensor_inputs",
+        "two_step_resize",
+        "unseeded_noise",
+    }
 )
 
 RESERVED = UNHASHED | {MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE}
@@ -81,7 +93,7 @@ Json = Annotated[dict[str, JsonValue], Field(max_length=MAX_ROWS)]
 
 
 def _policy(given: dict[str, Any]) -> dict[str, Any]:
-    """What loading reads of the runtime's part, checked as far as it reads it without asking."""
+    """Checks the fields of the runtime's part that loading reads without further checks."""
     for name, (what, holds) in _POLICY.items():
         if name in given and not holds(given[name]):
             raise ValueError(f"{name} should be {what}")
@@ -100,8 +112,11 @@ def _are_packages(value: Any) -> bool:
 
 
 def _is_gpu(row: Any) -> bool:
-    """Whether it says what engines hold, as far as it says anything: the `sm` and `ptx` of their code, whether it is
-    for that one `exact`ly, whether it was `autotuned`, and the `packages` that run it."""
+    """Returns True if the row is well formed, for the fields that it has.
+
+    They are the `sm` and `ptx` of the engines' code, whether it is for that one `exact`ly, whether it was `autotuned`,
+    and the `packages` that run it.
+    """
     return (
         isinstance(row, dict)
         and all(isinstance(row.get(name, ""), str) for name in ("sm", "ptx"))
@@ -110,13 +125,22 @@ def _is_gpu(row: Any) -> bool:
     )
 
 
+def _is_offload(value: Any) -> bool:
+    """Returns True if the policy of offloading is an object whose limit of memory, if it has one, is a whole number."""
+    limit = value.get("max_memory", 1) if isinstance(value, dict) else None
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit > 0
+
+
 _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
     "devices": (
         "an object of cpu and cuda",
         lambda value: isinstance(value, dict) and all(device in ("cpu", "cuda") for device in value.values()),
     ),
-    "offload": ("an object or null", lambda value: value is None or isinstance(value, dict)),
+    "offload": (
+        "an object or null, its max_memory a number of bytes",
+        lambda value: value is None or _is_offload(value),
+    ),
     "on_incompatible": ("text", lambda value: isinstance(value, str)),
     "only_diffusers": ("text", lambda value: isinstance(value, str)),
     "targets": ("an object of texts", _are_texts),
@@ -142,7 +166,7 @@ class Format(_Row):
 
 
 class Requires(_Row):
-    """What the machine must offer. `None` where the bundle does not care."""
+    """The machine's required properties. `None` means that the bundle does not care."""
 
     python: Text  # version specifier, ">=3.11"
     torch: Text  # version specifier, "==2.13.*"
@@ -215,7 +239,7 @@ class PassRow(_Row):
 
 
 class GroupRow(_Row):
-    """Weights that come and go together: one offload group, one safetensors file."""
+    """A group of weights that are loaded and dropped together: one offload group, one safetensors file."""
 
     name: Name
     file: BundlePath
@@ -264,10 +288,10 @@ def check_place(path: str, role: Role) -> None:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Read a manifest that may be hostile.
+    """Reads a manifest that may be hostile.
 
-    Raises `ManifestInvalid`, `PathEscape` for a path that is refused, and `Incompatible` for a format or a
-    required feature that this version does not know.
+    Raises `ManifestInvalid`, `PathEscape` for a path that is refused, and `Incompatible` for a format or a required
+    feature that this version does not know.
     """
     try:
         raw = strict_json.loads(data, max_bytes=MAX_MANIFEST_BYTES)
@@ -281,7 +305,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The manifest as canonical JSON. Needs the extra `compile`; raises `ManifestInvalid`."""
+    """Returns the manifest as canonical JSON. Needs the extra `compile`; raises `ManifestInvalid`."""
     try:
         import rfc8785
     except ImportError as error:
@@ -298,12 +322,12 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 
 def bundle_id(data: bytes) -> str:
-    """The id of the bundle whose `manifest.json` has these bytes."""
+    """Returns the id of the bundle whose `manifest.json` has these bytes."""
     return sha256_bytes(data)
 
 
 def problems(error: ValidationError) -> list[Problem]:
-    """What pydantic found, as JSON paths and reasons; the first few of very many."""
+    """Returns pydantic's findings as JSON paths and reasons; only the first few if there are many."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     result = [Problem(json_path(item["loc"]), item["msg"]) for item in found[:_MAX_PROBLEMS]]
     if len(found) > _MAX_PROBLEMS:
@@ -316,7 +340,7 @@ def json_path(location: tuple[int | str, ...]) -> str:
 
 
 def _check_format(raw: Any) -> None:
-    """Look at the version before the rest: another major may mean something else by every other field."""
+    """Checks the version before the rest: another major may give every other field another meaning."""
     stated = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(stated, dict) or stated.get("name") != FORMAT_NAME:
         raise ManifestInvalid(f"{MANIFEST} is not the manifest of a diffkiln bundle")

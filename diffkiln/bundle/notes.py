@@ -32,12 +32,12 @@ def read_note(kind: str, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except (OSError, DiffkilnError) as error:
-        log.warning("the notes on what was %s cannot be read: %s", kind, error)
+        log.warning("the notes of files that were %s cannot be read: %s", kind, error)
         return None
 
 
 def write_note(kind: str, name: str, data: bytes) -> None:
-    """Write a note. Where nothing can be written (a read-only home), that is logged, and the note is missing later."""
+    """Writes a note. If nothing can be written (a read-only home), logs that, and the note is missing later."""
     try:
         directory = state_dir(kind)
         staged = directory / f".{secrets.token_hex(16)}"
@@ -50,4 +50,4 @@ def write_note(kind: str, name: str, data: bytes) -> None:
                 os.unlink(staged)
             raise
     except (OSError, DiffkilnError) as error:
-        log.info("the next load will not know what was %s: %s", kind, error)
+        log.info("the next load will not know which files were %s: %s", kind, error)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def checked_output(stated: str | os.PathLike[str]) -> Path:
-    """The output as an absolute path. Raises `SpecError` for one that cannot be meant, `BuildError` for one in a
-    directory that cannot be written to."""
+    """Returns the output as an absolute path. Raises `SpecError` for an impossible path, and `BuildError` for a
+    directory that cannot be written to.
+    """
     try:
         output = resolve_parent(stated)
     except (OSError, ValueError, RuntimeError) as error:
@@ -37,7 +38,7 @@ def checked_output(stated: str | os.PathLike[str]) -> Path:
 
 
 def check_replaceable(output: Path, force: bool) -> None:
-    """Raise `SpecError` unless nothing is at `output`, or a bundle that `force` allows to replace."""
+    """Raises `SpecError` if something is at `output`, unless it is a bundle and `force` is set."""
     try:
         mode = os.lstat(output).st_mode
     except FileNotFoundError:
@@ -49,7 +50,7 @@ def check_replaceable(output: Path, force: bool) -> None:
 
 
 def _is_bundle(directory: Path) -> bool:
-    """Of whatever version, and whole or not: only what it calls itself counts."""
+    """Returns True if the manifest calls itself a bundle's, of any version, complete or not."""
     try:
         with open(os.open(directory / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             raw = json.loads(file.read(MAX_MANIFEST_BYTES))
@@ -59,7 +60,7 @@ def _is_bundle(directory: Path) -> bool:
 
 
 def lock_output(output: Path, wait: bool = False) -> BaseFileLock:
-    """Take the lock of this output, which is held by a living process or not at all; the caller releases it.
+    """Takes the lock of this output; the caller releases it. The lock of a process that died is free.
 
     Raises `OutputBusy` where another process has it and `wait` is not set.
     """

@@ -22,12 +22,12 @@ MAX_PARTIAL_BYTES = 1 << 20
 
 
 def engine_targets(manifest: Manifest) -> tuple[str, ...]:
-    """The targets that the bundle has engines for, each once."""
+    """Returns the targets that the bundle has engines for, each once."""
     return tuple(dict.fromkeys(row.target for row in manifest.engines))
 
 
 def left_out(manifest: Manifest, targets: Collection[str]) -> frozenset[str]:
-    """The files that a bundle for these targets alone does without."""
+    """Returns the files that a bundle for only these targets does not need."""
     users: dict[str, set[str]] = {}
     for row in manifest.engines:
         users.setdefault(row.path, set()).add(row.target)
@@ -36,12 +36,12 @@ def left_out(manifest: Manifest, targets: Collection[str]) -> frozenset[str]:
 
 
 def dump_partial(targets: Collection[str]) -> bytes:
-    """What `partial.json` holds."""
+    """Returns the content of `partial.json`."""
     return (json.dumps({"targets": sorted(targets)}) + "\n").encode()
 
 
 def parse_partial(data: bytes, manifest: Manifest) -> tuple[str, ...]:
-    """The targets that a `partial.json`, which may be hostile, names. Raises `ManifestInvalid`."""
+    """Returns the targets that a `partial.json` names, which may be hostile. Raises `ManifestInvalid`."""
     try:
         raw = strict_json.loads(data, max_bytes=MAX_PARTIAL_BYTES)
     except strict_json.StrictJSONError as error:
@@ -58,7 +58,7 @@ def parse_partial(data: bytes, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _users(path: str, users: Mapping[str, set[str]]) -> set[str]:
-    """The targets of the engines whose directories a file lies in."""
+    """Returns the targets of the engines whose directories contain the file."""
     found: set[str] = set()
     for directory in _above(path):
         found |= users.get(directory, set())

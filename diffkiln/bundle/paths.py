@@ -24,22 +24,22 @@ _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0
 
 
 def check_path(text: str) -> PurePosixPath:
-    """The relative path that `text` names inside a bundle. Raises `PathEscape` for anything doubtful."""
+    """Returns the relative path that `text` names inside a bundle. Raises `PathEscape` for anything doubtful."""
     refuse_unsafe(text)
     return PurePosixPath(text)
 
 
 def refuse_unsafe(text: str) -> None:
-    """The same check, without making a path of it."""
+    """Raises `PathEscape` for a doubtful path, as `check_path` does, without making a path object."""
     if reason := _fault(text):
         raise PathEscape(f"the path {text[:100]!r} is refused: {reason}")
 
 
 def check_unique(paths: Iterable[str]) -> None:
-    """Refuse paths (each already checked) that some file system would take for one and the same.
+    """Refuses paths (each already checked) that some file system would take for the same file.
 
-    That is: equal after case folding or Unicode normalising, in whole or in a directory they lie in, or a
-    file that is also the directory of another. Raises `PathEscape`.
+    Two paths collide if they, or directories above them, are equal after case folding or Unicode normalising, or if a
+    file is also the directory of another. Raises `PathEscape`.
     """
     spelling: dict[str, str] = {}
     files: set[str] = set()

@@ -102,7 +102,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class Policy:
-    """Made by `read_policy`."""
+    """A user's policy of trusted signers, made by `read_policy`."""
 
     path: Path
     require_signature: bool
@@ -115,10 +115,10 @@ def describe(method: Method, identity: str) -> str:
 
 @gated()
 def find_policy(stated: Policy | str | os.PathLike[str] | None) -> Policy | None:
-    """The policy that was asked for, or else the user's own, where there is one.
+    """Returns the policy that the caller named, or else the user's own if there is one.
 
-    Raises `PolicyInvalid` for one that was asked for and is not there, or is not a policy, and `IntegrityError`
-    for one that others could have written.
+    Raises `PolicyInvalid` if a named policy is missing or malformed, and `IntegrityError` if others could have written
+    it.
     """
     if isinstance(stated, Policy):
         return stated
@@ -129,7 +129,7 @@ def find_policy(stated: Policy | str | os.PathLike[str] | None) -> Policy | None
 
 
 def default_path() -> Path | None:
-    """Where the user's own policy lies, if there is one."""
+    """Returns the path of the user's own policy; `None` if there is no home directory."""
     base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     if not base.is_absolute():  # the XDG specification has relative paths ignored
         try:
@@ -140,7 +140,7 @@ def default_path() -> Path | None:
 
 
 def read_policy(path: Path) -> Policy:
-    """Read a policy and the keys that it names. Raises as `find_policy`."""
+    """Reads a policy and the keys that it names. Raises as `find_policy`."""
     data = _read_own(path, "")
     try:
         strict_json.loads(data, max_bytes=MAX_POLICY_BYTES)
@@ -173,7 +173,7 @@ def _pin(path: Path, where: str, entry: _KeyEntry | _CertificateEntry | _Sigstor
 
 
 def _read_own(path: Path, where: str) -> bytes:
-    """The bytes of a file that no one else can write, nor put another in its place."""
+    """Returns the bytes of a file that no one else can write or replace."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         try:

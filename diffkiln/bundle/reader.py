@@ -8,11 +8,12 @@ import time
 import weakref
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from diffkiln.bundle import hashed, safe_open
+from diffkiln.bundle.card import MAX_BUILD_BYTES, read_build
 from diffkiln.bundle.digest import Progress
-from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
+from diffkiln.bundle.layout import BUILD, MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
 from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES, RESERVED, FileRow, Manifest, Role, bundle_id, parse_manifest
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
 from diffkiln.bundle.readers import Readers
@@ -63,13 +64,13 @@ class Bundle:
         roles: Collection[Role] | None = None,
         receipt: Literal["ignore", "renew", "use"] = "ignore",
     ) -> Verified:
-        """Check the whole directory against the manifest and hash its files.
+        """Checks the whole directory against the manifest and hashes its files.
 
-        `progress` is called with the bytes hashed since its last call, from one thread at a time. With
-        `roles` only files of these roles are hashed now; the structure is always checked whole, and every
-        other file is hashed before its bytes are handed out. `receipt` "use" takes weights that were hashed
-        at an earlier load and look untouched as they are, and "renew" hashes them; both note what was hashed, and
-        `Verified.hash_rest` what was hashed since.
+        `progress` is called with the bytes hashed since its last call, from one thread at a time. With `roles`, only
+        files of these roles are hashed now; every other file is hashed before its bytes are handed out. The structure
+        is always checked whole. `receipt` "use" accepts weights that an earlier load hashed and that look untouched;
+        "renew" hashes them again. Both note for the next load which files were hashed; `Verified.hash_rest` notes later
+        ones.
 
         Raises `Incomplete`, `DigestMismatch`, `PathEscape` or `UnexpectedFile`.
         """
@@ -96,8 +97,16 @@ class Bundle:
 
     @property
     def whole(self) -> bool:
-        """Whether every file that the manifest names is here, as far as can be said without looking."""
+        """Returns True if the bundle claims every file that its manifest names; the files are not looked at."""
         return len(self.files) == len(self.manifest.files)
+
+    @property
+    def build(self) -> Mapping[str, Any]:
+        """Returns the content of `build.json`; empty if it cannot be read, since nothing depends on it."""
+        try:
+            return read_build(safe_open.read_small(self._root, BUILD, MAX_BUILD_BYTES))
+        except IntegrityError:
+            return {}
 
     def close(self) -> None:
         self._finalizer()
@@ -113,14 +122,14 @@ class Bundle:
 def open_bundle(
     path: str | os.PathLike[str], *, expect_id: str | None = None, ignore_signature: bool = False
 ) -> Bundle:
-    """Open the bundle at `path` and read its manifest.
+    """Opens the bundle at `path` and reads its manifest.
 
-    `path` itself must be a real directory; symbolic links above it are resolved once, here. With
-    `expect_id` (a pin) the bundle must have that id. `ignore_signature` is for who is about to replace it.
+    `path` itself must be a real directory; symbolic links above it are resolved once, here. With `expect_id` (a pin)
+    the bundle must have that id. `ignore_signature` is for callers that are about to replace the signature.
 
-    Raises `IntegrityError` where there is no bundle, `Incomplete` where part of the manifest is missing,
-    `DigestMismatch` where manifest, digest and pin disagree, `SignatureInvalid` for a signature of another
-    manifest, and whatever `parse_manifest` raises.
+    Raises `IntegrityError` if there is no bundle, `Incomplete` if part of the manifest is missing, `DigestMismatch` if
+    manifest, digest and pin disagree, `SignatureInvalid` for the signature of another manifest, and whatever
+    `parse_manifest` raises.
     """
     resolved = _real_directory(path)
     root = safe_open.open_root(resolved)
@@ -192,12 +201,12 @@ def _read_signature(root: int, manifest: bytes) -> Signature | None:
 
 
 def digest_line(manifest: bytes) -> bytes:
-    """What `manifest.sha256` holds: the line that `sha256sum -c` understands."""
+    """Returns the content of `manifest.sha256`: a line that `sha256sum -c` understands."""
     return f"{bundle_id(manifest)}  {MANIFEST}\n".encode()
 
 
 def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileRow]) -> None:
-    """Everything named is there, whole and plain; nothing else is."""
+    """Checks that every named file is there, whole and plain, and that nothing else is."""
     directories = {""}
     for path in rows:
         while (path := path.rpartition("/")[0]) not in directories:

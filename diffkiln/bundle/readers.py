@@ -16,7 +16,7 @@ Job = Callable[[Progress], None]
 
 
 class Readers:
-    """Runs jobs in threads.
+    """A pool of threads that run jobs.
 
     Args:
         progress: called with the bytes since its last call, from one thread at a time.
@@ -52,4 +52,4 @@ class Readers:
 
 
 class Stopped(Exception):
-    """Another thread has failed, or nobody waits for this one any more."""
+    """The end of a job because another thread has failed, or nobody waits for this one any more."""

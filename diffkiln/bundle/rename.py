@@ -18,7 +18,7 @@ _UNKNOWN = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename, and fail with `FileExistsError` if `target` is there."""
+    """Renames a file or directory. Raises `FileExistsError` if `target` exists."""
     if _renameat2(source, target, _NOREPLACE):
         return
     if os.path.lexists(target):
@@ -27,7 +27,7 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically. False where the file system cannot."""
+    """Swaps two names atomically. Returns False if the file system cannot."""
     return _renameat2(first, second, _EXCHANGE)
 
 

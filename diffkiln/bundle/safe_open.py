@@ -22,7 +22,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
 def resolve_parent(path: str | os.PathLike[str]) -> Path:
-    """`path` with the directories above it resolved, once and for all, and itself left as it is."""
+    """Returns `path` with the directories above it resolved; the last component is left as it is."""
     absolute = Path(path).absolute()  # asks for the working directory, which may be gone, only where it must
     if absolute.name in {"", ".."}:
         return absolute.resolve()
@@ -30,13 +30,13 @@ def resolve_parent(path: str | os.PathLike[str]) -> Path:
 
 
 def open_root(path: Path) -> int:
-    """Open the bundle's own directory. `path` comes from `resolve_parent`."""
+    """Opens the bundle's own directory. `path` comes from `resolve_parent`."""
     with explained(str(path)):
         return os.open(path, _DIRECTORY)
 
 
 def open_directory(root: int, path: str) -> int:
-    """Open a directory below `root`; the empty path is `root` itself (as a descriptor of its own)."""
+    """Opens a directory below `root`. The empty path opens `root` itself as a new descriptor."""
     descriptor = os.open(".", _DIRECTORY, dir_fd=root)
     try:
         for component in PurePosixPath(path).parts:
@@ -51,9 +51,9 @@ def open_directory(root: int, path: str) -> int:
 
 
 def open_file(root: int, path: str, bundle: Path | None = None) -> int:
-    """Open a plain file below `root` for reading: regular, and with no other name (hard link).
+    """Opens a plain file below `root` for reading: a regular file without another name (hard link).
 
-    With `bundle`, its directory, names in the private staging of its own writer do not count.
+    With `bundle`, the bundle's directory, names in the staging of its own writer do not count.
     """
     head, _, name = path.rpartition("/")
     directory = open_directory(root, head)
@@ -80,7 +80,7 @@ def check_plain(path: str, status: os.stat_result, bundle: Path | None = None) -
 
 
 def read_small(root: int, path: str, limit: int) -> bytes:
-    """The whole of a plain file that may have at most `limit` bytes."""
+    """Returns the content of a plain file of at most `limit` bytes."""
     descriptor = open_file(root, path)
     try:
         with explained(path):
@@ -93,7 +93,7 @@ def read_small(root: int, path: str, limit: int) -> bytes:
 
 
 def read_up_to(descriptor: int, limit: int) -> bytes:
-    """The first `limit` bytes, or fewer where the file ends earlier."""
+    """Returns the first `limit` bytes, or fewer if the file ends earlier."""
     parts: list[bytes] = []
     offset = 0
     while offset < limit and (part := os.pread(descriptor, min(limit - offset, 1 << 24), offset)):
@@ -103,9 +103,10 @@ def read_up_to(descriptor: int, limit: int) -> bytes:
 
 
 def filled(path: str, descriptor: int, view: memoryview, offset: int, piece: int | None = None) -> Iterator[memoryview]:
-    """Fill `view` with the file's bytes from `offset` on, and give each part, of at most `piece` bytes, as it comes.
+    """Fills `view` with the file's bytes from `offset` on, and yields each part of at most `piece` bytes when it is
+    read.
 
-    Raises `DigestMismatch` where the file ends early.
+    Raises `DigestMismatch` if the file ends early.
     """
     done = 0
     while done < len(view):
@@ -118,7 +119,7 @@ def filled(path: str, descriptor: int, view: memoryview, offset: int, piece: int
 
 
 def kind(mode: int) -> str:
-    """What a thing in the file system is, in words."""
+    """Returns what kind of file this is, in words."""
     kinds = {
         stat.S_IFREG: "a file",
         stat.S_IFDIR: "a directory",
@@ -133,7 +134,7 @@ def kind(mode: int) -> str:
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turn what the system says about `path` into our own errors."""
+    """Turns the system's errors about `path` into diffkiln's own."""
     try:
         yield
     except FileNotFoundError as error:

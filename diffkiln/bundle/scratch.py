@@ -21,7 +21,7 @@ from pathlib import Path
 
 from diffkiln.bundle.private import closed_to_others
 from diffkiln.bundle.state import existing_state_dir, state_dir
-from diffkiln.errors import BuildError, IntegrityError
+from diffkiln.errors import BuildError, IntegrityError, SystemRefused
 
 # What `tempfile` and `mktemp` make has other endings: what is not ours stays.
 _NAME = re.compile(r"diffkiln-[a-z]+-[0-9a-f]{16}")
@@ -31,7 +31,7 @@ _swept: set[Path] = set()
 
 
 class Scratch:
-    """One such folder.
+    """A temporary folder.
 
     Args:
         kind: what it is for, in one word.
@@ -52,7 +52,7 @@ class Scratch:
         self._owner = os.getpid()
 
     def remove(self) -> None:
-        """Take the folder away. In a forked child, leave it to the parent."""
+        """Removes the folder. A forked child leaves it to the parent."""
         if self._lock < 0:
             return
         if os.getpid() == self._owner:
@@ -63,7 +63,7 @@ class Scratch:
 
 @contextmanager
 def scratch(kind: str) -> Iterator[Path]:
-    """A temporary folder while it lasts. Raises as `Scratch`."""
+    """Yields a temporary folder and removes it afterwards. Raises as `Scratch`."""
     made = Scratch(kind)
     try:
         yield made.path
@@ -72,7 +72,7 @@ def scratch(kind: str) -> Iterator[Path]:
 
 
 def dead(parent: Path) -> Iterator[Path]:
-    """Folders in `parent` that processes of this user left when they were killed."""
+    """Yields the folders in `parent` that killed processes of this user left behind."""
     with suppress(OSError):
         for name in sorted(os.listdir(parent)):
             if _NAME.fullmatch(name) and (lock := _locked_if_dead(parent / name)) is not None:
@@ -81,7 +81,7 @@ def dead(parent: Path) -> Iterator[Path]:
 
 
 def remove_dead(parent: Path) -> None:
-    """Remove them."""
+    """Removes the folders in `parent` that killed processes of this user left behind."""
     for path in dead(parent):
         # Again, and held meanwhile: another process may be removing it.
         if (lock := _locked_if_dead(path)) is not None:
@@ -90,7 +90,7 @@ def remove_dead(parent: Path) -> None:
 
 
 def places() -> list[Path]:
-    """Where folders may lie: the temporary directory, and what stands in for it."""
+    """Returns where scratch folders may lie: the temporary directory and its substitute."""
     found = [Path(tempfile.gettempdir())]
     if (own := existing_state_dir("scratch")) is not None:
         found.append(own)
@@ -107,6 +107,29 @@ def _safe_place() -> Path:
         raise IntegrityError(
             f"{temporary} lets other users put their files in the place of yours. Set TMPDIR to a directory of yours"
         ) from error
+
+
+def place_to_run() -> Path:
+    """Returns where native code can lie: the state directory where the temporary one runs no programs.
+
+    Raises:
+        SystemRefused: neither does.
+    """
+    place = _safe_place()
+    if runs_programs(place):
+        return place
+    with suppress(BuildError):
+        if runs_programs(own := state_dir("scratch")):
+            return own
+    raise SystemRefused(
+        f"{place} is mounted noexec: native code cannot be loaded from there. Set TMPDIR to a directory of yours on a "
+        "file system that runs programs"
+    )
+
+
+def runs_programs(place: Path) -> bool:
+    """Returns False for a directory on a file system that is mounted `noexec`."""
+    return not os.statvfs(place).f_flag & os.ST_NOEXEC
 
 
 def _made(kind: str, parent: Path) -> tuple[Path, int]:
@@ -126,7 +149,7 @@ def _made(kind: str, parent: Path) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock a folder. Where the file system has no locks, nobody can take a folder for a dead one's either."""
+    """Locks a folder. On a file system without locks, no process can take a folder for a dead one's either."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,7 +159,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _locked_if_dead(path: Path) -> int | None:
-    """The descriptor that holds the lock of a folder; `None` for one that is in use, another user's, or gone."""
+    """Returns a descriptor that holds the lock of a folder; `None` if the folder is in use, another user's, or gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

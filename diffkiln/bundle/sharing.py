@@ -21,12 +21,12 @@ _NOT_IN_KERNEL = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNO
 
 
 def staging_pattern(name: str) -> re.Pattern[str]:
-    """What the staging directories of the bundle of this name are called."""
+    """Returns the pattern of the names of a bundle's staging directories."""
     return re.compile(rf"\.{re.escape(name)}\.staging-\d+-[0-9a-f]{{16}}")
 
 
 def only_staged(bundle: Path, path: str, status: os.stat_result) -> bool:
-    """Whether every other name of the bundle's file `path` is in private staging directories beside the bundle."""
+    """Returns True if all other names of the bundle's file `path` are in private staging beside the bundle."""
     for _ in range(3):  # a writer may come or go between the two looks
         if status.st_nlink == 1 + sum(os.path.samestat(status, other) for other in _staged(bundle, path, status)):
             return True
@@ -41,7 +41,7 @@ def only_staged(bundle: Path, path: str, status: os.stat_result) -> bool:
 
 
 def _staged(bundle: Path, path: str, status: os.stat_result) -> Iterator[os.stat_result]:
-    """The files at the same place in what such directories hold."""
+    """Yields the status of the file at the same path in each of the bundle's staging directories."""
     pattern = staging_pattern(bundle.name)
     with suppress(OSError):
         for name in os.listdir(bundle.parent):
@@ -61,9 +61,9 @@ def _is_private(directory: Path, owner: int) -> bool:
 
 
 def link(source: Path, target: Path, status: os.stat_result) -> bool:
-    """Give the file that was opened a second name; False where the file system has none, or `source` is another file.
+    """Gives the open file a second name. Returns False if the file system cannot, or if `source` is now another file.
 
-    Raises `FileExistsError` if `target` is there.
+    Raises `FileExistsError` if `target` exists.
     """
     try:
         os.link(source, target, follow_symlinks=False)
@@ -78,9 +78,9 @@ def link(source: Path, target: Path, status: os.stat_result) -> bool:
 
 
 def clone(descriptor: int, target: Path) -> None:
-    """Copy an open file inside the kernel, which shares the blocks where the file system can; else through memory.
+    """Copies an open file inside the kernel, which shares blocks where the file system can; otherwise through memory.
 
-    Raises `OSError` if `target` is there or cannot be written.
+    Raises `OSError` if `target` exists or cannot be written.
     """
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
         done, size = 0, os.fstat(descriptor).st_size

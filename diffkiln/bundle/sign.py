@@ -26,11 +26,11 @@ Signer = Callable[[bytes], bytes]
 def sign_bundle(
     path: str | os.PathLike[str], signer: Signer, *, force: bool = False, progress: Progress | None = None
 ) -> tuple[str, Signature]:
-    """Hash the whole bundle, sign its manifest, and put the signature beside it, in one step.
+    """Hashes the whole bundle, signs its manifest, and stores the signature beside it, in one step.
 
-    Gives the bundle's id and the signature. With `force` one that is there is replaced, broken or not. Raises
-    `SpecError` if there is one, whatever `Bundle.verify` raises if the bundle is not whole, `SpecError` or
-    `MissingDependency` if it cannot be signed, and `BuildError` if the signature cannot be written.
+    Returns the bundle's id and the signature. `force` replaces an existing signature, broken or not. Raises `SpecError`
+    if there is a signature already or the bundle cannot be signed, whatever `Bundle.verify` raises if the bundle is not
+    whole, `MissingDependency` without the extra, and `BuildError` if the signature cannot be written.
     """
     # A signature of an earlier manifest, which keeps the bundle from being opened, may be what is to be replaced.
     with open_bundle(path, ignore_signature=force) as bundle:
@@ -50,7 +50,9 @@ def sign_bundle(
 
 
 def _install(data: bytes, bundle: Path, root: int) -> None:
-    """Written beside the bundle, since in it a half-made file would be one that the manifest does not name."""
+    """Writes the signature beside the bundle first: a half-made file inside would be one that the manifest does not
+    name.
+    """
     staged = bundle.parent / f".{bundle.name}.signing-{os.getpid()}-{secrets.token_hex(8)}"
     with explained(bundle / SIGNATURE, "write", len(data)):
         try:

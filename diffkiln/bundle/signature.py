@@ -95,7 +95,9 @@ class Signature:
 
 
 def parse_signature(data: bytes, manifest: bytes) -> Signature:
-    """Read a `manifest.sig` that may be hostile. Raises `SignatureInvalid`, also if it is of another manifest."""
+    """Reads a `manifest.sig` that may be hostile. Raises `SignatureInvalid`, also for the signature of another
+    manifest.
+    """
     try:
         raw = strict_json.loads(data, max_bytes=MAX_SIGNATURE_BYTES)
         file = _File.model_validate(raw)
@@ -109,7 +111,7 @@ def parse_signature(data: bytes, manifest: bytes) -> Signature:
     if signed != (found := sha256_bytes(manifest)):
         raise SignatureInvalid(
             f"{SIGNATURE} is of the bundle {signed[:64]!r}, and {MANIFEST} is that of {found}: one of them was "
-            "changed. Fetch the bundle again; if you built it anew yourself, sign it again"
+            "changed. Fetch the bundle again; if you rebuilt it, sign it again"
         )
     # What model-signing decodes is what was read here, however either takes doubtful base64.
     raw["dsseEnvelope"]["payload"] = base64.b64encode(file.dsseEnvelope.payload).decode()
@@ -134,26 +136,28 @@ def _of(material: _Material, raw: dict[str, Any], manifest: bytes) -> Signature:
 
 
 def with_key(data: bytes, key: bytes) -> bytes:
-    """The signature with its public key (DER) added, so that a fingerprint is enough to pin it."""
+    """Returns the signature with its public key (DER) added, so that a fingerprint is enough to pin it."""
     raw = json.loads(data)
     raw["verificationMaterial"]["publicKey"]["rawBytes"] = base64.b64encode(key).decode()
     return (json.dumps(raw, indent=2) + "\n").encode()
 
 
 def fingerprint(der: bytes) -> str:
-    """SHA-256 of a public key or certificate as DER: `openssl pkey -pubin -in KEY -outform DER | sha256sum`."""
+    """Returns the SHA-256 of a public key or certificate as DER: `openssl pkey -pubin -in KEY -outform DER |
+    sha256sum`.
+    """
     return hashlib.sha256(der).hexdigest()
 
 
 def pem_of_key(der: bytes) -> bytes:
-    """A public key as PEM, written as OpenSSL writes it."""
+    """Returns a public key as PEM, written as OpenSSL writes it."""
     text = base64.b64encode(der)
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
     return b"\n".join([b"-----BEGIN PUBLIC KEY-----", *lines, b"-----END PUBLIC KEY-----", b""])
 
 
 def key_of_pem(pem: bytes) -> bytes:
-    """The DER of the one public key in `pem`. Raises `ValueError`."""
+    """Returns the DER of the only public key in `pem`. Raises `ValueError`."""
     head, begin, rest = pem.partition(b"-----BEGIN PUBLIC KEY-----")
     body, end, tail = rest.partition(b"-----END PUBLIC KEY-----")
     if not begin or not end or b"-----BEGIN" in head + tail:

@@ -18,13 +18,13 @@ from diffkiln.errors import IntegrityError, MissingDependency, SignatureInvalid,
 
 
 def sign_with_key(manifest: bytes, key: Path) -> bytes:
-    """Sign with an elliptic-curve private key (PEM, not encrypted: P-256, P-384 or P-521). Raises `SpecError`."""
+    """Signs with an elliptic-curve private key (PEM, not encrypted: P-256, P-384 or P-521). Raises `SpecError`."""
     data = _signed(manifest, lambda config: config.use_elliptic_key_signer(private_key=key), f"key {key}")
     return with_key(data, _public_key(key))
 
 
 def sign_with_certificate(manifest: bytes, key: Path, certificate: Path, chain: Iterable[Path]) -> bytes:
-    """Sign with a certificate's private key; `chain` are the certificates between it and the root."""
+    """Signs with a certificate's private key; `chain` holds the certificates between it and the root."""
 
     def configure(config: Any) -> Any:
         return config.use_certificate_signer(
@@ -35,7 +35,7 @@ def sign_with_certificate(manifest: bytes, key: Path, certificate: Path, chain: 
 
 
 def sign_with_sigstore(manifest: bytes, identity_token: str | None) -> bytes:
-    """Sign keyless, by sigstore: needs the network, and a browser where there is no token."""
+    """Signs without a key, by sigstore. Needs the network, and a browser if there is no token."""
 
     def configure(config: Any) -> Any:
         return config.use_sigstore_signer(identity_token=identity_token, use_ambient_credentials=True)
@@ -44,9 +44,9 @@ def sign_with_sigstore(manifest: bytes, identity_token: str | None) -> bytes:
 
 
 def signer_of(signature: Signature, policy: Policy | None) -> Pin | None:
-    """The pinned identity that made the signature; `None` where the policy pins no such identity.
+    """Returns the pinned identity that made the signature; `None` if the policy pins no such identity.
 
-    Raises `SignatureInvalid` for a signature that is not what it says it is, `MissingDependency` without the extra.
+    Raises `SignatureInvalid` for a forged or broken signature, and `MissingDependency` without the extra `sign`.
     """
     pins = [pin for pin in (policy.pins if policy else ()) if pin.method == signature.method]
     if signature.method == "key":
@@ -66,7 +66,7 @@ def signer_of(signature: Signature, policy: Policy | None) -> Pin | None:
 
 
 def claimed(signature: Signature) -> str:
-    """Whom the signature names, in words."""
+    """Returns the identity that the signature names, in words."""
     if signature.method != "key":
         return describe(signature.method, " = ".join(sorted(names_in(signature.certificate))) or "nobody")
     if signature.key:
@@ -75,7 +75,7 @@ def claimed(signature: Signature) -> str:
 
 
 def names_in(certificate: bytes) -> frozenset[str]:
-    """The identities in a certificate: its alternative names or, where it has none, its common name."""
+    """Returns the identities in a certificate: its alternative names, or else its common name."""
     _library()
     from cryptography import x509
     from cryptography.x509.oid import NameOID
@@ -93,7 +93,7 @@ def names_in(certificate: bytes) -> frozenset[str]:
 
 
 def _key_signer(signature: Signature, pins: list[Pin]) -> Pin | None:
-    """Checked by the key that the signature holds, so that a broken one is told from one of somebody else."""
+    """Returns the pin whose key made the signature. A key in the signature tells a broken one from a stranger's."""
     known = {signature.key} if signature.key else {pin.key for pin in pins if _hint(pin.key) == signature.hint}
     if not known:
         return None
@@ -107,7 +107,7 @@ def _hint(key: bytes) -> str:
 
 
 def _check(signature: Signature, pin: Pin) -> None:
-    """Have model-signing check the signature against one identity. Raises `SignatureInvalid`."""
+    """Checks the signature against one identity with model-signing. Raises `SignatureInvalid`."""
     config = _library().verifying.Config()
     with scratch("signature") as folder:
         (folder / MANIFEST).write_bytes(signature.manifest)

@@ -31,7 +31,7 @@ from diffkiln.errors import BuildError, PathEscape
 class Staging:
     """The staging directory of one writer. The caller holds the lock of `output`.
 
-    With `resumed` it is the one that an earlier run may have left, and what it holds is kept.
+    With `resumed`, an earlier run's staging and its content are kept.
     """
 
     def __init__(self, output: Path, resumed: bool = False) -> None:
@@ -58,18 +58,18 @@ class Staging:
                 raise
 
     def remove(self) -> None:
-        """Take the staging away, and whatever is in it. What cannot be removed is left to the next run."""
+        """Removes the staging and everything in it. The next run removes what cannot be removed now."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Leave the staging to the next run."""
+        """Leaves the staging to the next run."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def install(self) -> None:
-        """Put what is in `root`, already synced, at the output's name. All or nothing, also on Ctrl-C."""
+        """Moves the synced content of `root` to the output's name: all or nothing, also on Ctrl-C."""
         aside = self._directory / "old"
         with explained(self._output, "publish"):
             if not os.path.lexists(self._output):
@@ -98,10 +98,10 @@ class Staging:
 
 
 def remove_stale(output: Path) -> None:
-    """Remove the staging directories that dead runs for `output` left; put a bundle set aside back first.
+    """Removes the staging directories that dead runs for `output` left, and first restores a bundle set aside.
 
-    The caller holds the lock of `output`. Staging that another process has locked, or that belongs to another
-    user, stays.
+    The caller holds the lock of `output`. Staging that another process has locked, or that belongs to another user,
+    stays.
     """
     pattern = staging_pattern(output.name)
     for name in sorted(os.listdir(output.parent)):
@@ -123,20 +123,20 @@ def _remove_if_dead(staging: Path, output: Path) -> None:
 
 
 def _put_back(staging: Path, output: Path) -> None:
-    """Give the output its name again where a run died between two renames."""
+    """Restores the output's name after a run died between two renames."""
     if (staging / "old").is_dir() and not os.path.lexists(output):
         os.rename(staging / "old", output)
 
 
 def _check_ours(path: Path, descriptor: int) -> None:
-    """Others could have put links into a directory that they made, or can write to."""
+    """Checks that nobody else made the directory or can write to it, and so could have put links into it."""
     status = os.fstat(descriptor)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise PathEscape(f"{path} belongs to another user, or is open to others. Remove it")
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every directory, the inner ones first, and what in it is not a directory. Links are not followed."""
+    """Yields every directory, the inner ones first, with its entries that are no directories. Follows no links."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -147,7 +147,7 @@ def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def sync_tree(root: Path) -> None:
-    """fsync every file and every directory, the inner ones first."""
+    """Syncs every file and every directory to the disk, the inner ones first."""
     for directory, files in walk(root):
         for file in files:
             sync(file)
@@ -173,7 +173,7 @@ def is_full(error: OSError) -> bool:
 
 @contextmanager
 def explained(path: Path, doing: str, needed: int | None = None) -> Iterator[None]:
-    """Turn an `OSError` while `doing` something to `path` into a `BuildError` that says what and why."""
+    """Turns an `OSError` raised while `doing` something to `path` into a `BuildError` with both and the reason."""
     try:
         yield
     except OSError as error:

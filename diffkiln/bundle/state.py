@@ -10,21 +10,21 @@ from diffkiln.errors import BuildError
 
 
 def state_dir(name: str) -> Path:
-    """`$XDG_STATE_HOME` (or `~/.local/state`) `/diffkiln/<name>`, made if need be: ours alone, mode 0700.
+    """Returns `$XDG_STATE_HOME` (or `~/.local/state`) `/diffkiln/<name>`, and makes it if necessary, with mode 0700.
 
-    Raises `PathEscape` for a symbolic link, `IntegrityError` if others own it or may write to it, and
-    `BuildError` if it cannot be made.
+    Raises `PathEscape` for a symbolic link, `IntegrityError` if others own it or may write to it, and `BuildError` if
+    it cannot be made.
     """
     return state_home().directory(name)
 
 
 def existing_state_dir(name: str) -> Path | None:
-    """The same, checked the same, where it exists already, else `None`; nothing is made."""
+    """Returns the directory as `state_dir` does, with the same checks, or `None` if it does not exist."""
     return state_home().existing(name)
 
 
 def state_home() -> Home:
-    """The directory that `state_dir` is in."""
+    """Returns the directory that `state_dir` makes directories in."""
     stated = Path(os.environ.get("XDG_STATE_HOME", ""))
     # The XDG specification has relative paths ignored.
     base = stated if stated.is_absolute() else _own_home("XDG_STATE_HOME") / ".local" / "state"
@@ -32,13 +32,13 @@ def state_home() -> Home:
 
 
 def cache_home(root: Path | None = None) -> Home:
-    """The directory of caches: `root`, or `cache_root()` where none is given. It may be a link to a larger disk."""
+    """Returns the directory of caches: `root`, or else `cache_root()`. It may be a link to a larger disk."""
     path = Path(os.path.realpath(cache_root() if root is None else root))
     return Home(path, "cache", "DIFFKILN_CACHE_DIR")
 
 
 def cache_root() -> Path:
-    """`$DIFFKILN_CACHE_DIR`, else `diffkiln` in `$XDG_CACHE_HOME` or ~/.cache."""
+    """Returns `$DIFFKILN_CACHE_DIR`, or else `diffkiln` in `$XDG_CACHE_HOME` or ~/.cache."""
     if stated := os.environ.get("DIFFKILN_CACHE_DIR"):
         return Path(stated)
     # The XDG specification has relative paths ignored.

@@ -22,13 +22,13 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class StrictJSONError(ValueError):
-    """The text is not JSON as we accept it; the message says why."""
+    """Text that is not acceptable JSON; the message says why."""
 
 
 def loads(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
-    """Parse `data`. Raises `StrictJSONError`, never `RecursionError`.
+    """Parses `data`. Raises `StrictJSONError`, never `RecursionError`.
 
-    With `constants`, the infinities and NaN of Python's writer are accepted: configurations of schedulers hold them.
+    With `constants`, Python's spellings of NaN and infinity are accepted: configurations of schedulers hold them.
     """
     if len(data) > max_bytes:
         raise StrictJSONError(f"{len(data)} bytes, more than the {max_bytes} that are accepted")

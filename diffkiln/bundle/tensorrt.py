@@ -19,7 +19,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One of the two: its module, its distribution, its name in sentences, and what installs it."""
+    """A TensorRT library: its module, its distribution, its name in sentences, and its install command."""
 
     module: str
     package: str

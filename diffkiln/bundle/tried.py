@@ -43,7 +43,7 @@ class Tried:
         except FileNotFoundError:
             return False
         except (OSError, DiffkilnError) as error:  # not a reason not to load: the engine is tested
-            log.warning("testing engines again, since what was tested before cannot be relied on: %s", error)
+            log.warning("testing engines again, since the notes of earlier tests are unreliable: %s", error)
             return False
         return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
 

@@ -23,17 +23,17 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class NativePermit:
-    """Leave to load the native code of one verified bundle, and why. Made by `authorise_native` alone."""
+    """The permission to load one verified bundle's native code, with its reason. Made by `authorise_native` alone."""
 
     verified: Verified
     reason: str
 
 
 def authorise_native(verified: Verified, allow_native: bool = False, policy: Policy | None = None) -> NativePermit:
-    """Decide whether this bundle's native code may be loaded.
+    """Decides whether this bundle's native code may be loaded.
 
-    Raises `NativeCodeRefused`, `SignatureInvalid` for a broken signature where it comes to that, and
-    `MissingDependency` where a signature cannot be checked without the extra `sign`.
+    Raises `NativeCodeRefused`, `SignatureInvalid` for a broken signature, and `MissingDependency` if a signature cannot
+    be checked without the extra `sign`.
     """
     native = [row.path for row in verified.files if row.role == "native"]
     if not native:
@@ -55,9 +55,9 @@ def authorise_native(verified: Verified, allow_native: bool = False, policy: Pol
 
 
 def require_signer(verified: Verified, policy: Policy | None) -> Pin | None:
-    """The pinned identity that signed the bundle; `None` where none did and the policy does not require one.
+    """Returns the pinned identity that signed the bundle; `None` if there is none and the policy does not require one.
 
-    Raises `SignerRefused` where it does, and as `authorise_native` for what cannot be checked.
+    Raises `SignerRefused` if the policy requires one, and as `authorise_native` if the signature cannot be checked.
     """
     pin = _signer(verified, policy)
     if pin is None and policy is not None and policy.require_signature:
@@ -70,7 +70,7 @@ def require_signer(verified: Verified, policy: Policy | None) -> Pin | None:
 
 
 def _signer(verified: Verified, policy: Policy | None) -> Pin | None:
-    """Without pins nobody is asked who signed, so that a signed bundle loads without the extra too."""
+    """Returns the signer's pin. Without pins nothing is checked, so a signed bundle also loads without the extra."""
     if verified.signature is None or policy is None or not policy.pins:
         return None
     return signer_of(verified.signature, policy)
@@ -89,7 +89,7 @@ def _found_against_pinned(verified: Verified, policy: Policy | None) -> str:
 
 
 def write_receipt(bundle_id: str) -> None:
-    """Note that this user built the bundle. Raises `BuildError` if the note cannot be kept."""
+    """Notes that this user built the bundle. Raises `BuildError` if the note cannot be kept."""
     name = _checked(bundle_id)
     directory = state_dir("receipts")
     try:
@@ -100,7 +100,9 @@ def write_receipt(bundle_id: str) -> None:
 
 
 def has_receipt(bundle_id: str) -> bool:
-    """Whether this user built the bundle here. Raises `IntegrityError` if others could have said so."""
+    """Returns True if this user built the bundle here. Raises `IntegrityError` if others could have written the
+    receipt.
+    """
     directory = existing_state_dir("receipts")
     if directory is None:
         return False

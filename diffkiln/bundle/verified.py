@@ -3,7 +3,8 @@
 What is handed out is what was hashed. Small files are hashed again as they are read. Weights are hashed in the buffer
 that they are read into, or read through descriptors that have been held open since they were hashed, so that putting
 another file in their place changes nothing. Native code is copied into a private directory and hashed on the way.
-Nothing is mapped into memory: a file that is cut short while in use gives an error, not SIGBUS.
+Nothing of the bundle is mapped into memory: a file that is cut short while in use gives an error, not SIGBUS. Weights
+that processes share are mapped from private copies (diffkiln.bundle.mapped).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
 from diffkiln.bundle.layout import PARTIAL
 from diffkiln.bundle.manifest import FileRow, Manifest
+from diffkiln.bundle.mapped import mapped
 from diffkiln.bundle.paths import check_path
 from diffkiln.bundle.readers import Readers
-from diffkiln.bundle.scratch import Scratch
+from diffkiln.bundle.scratch import Scratch, place_to_run
 from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
 from diffkiln.errors import CallError, DiffkilnError, DigestMismatch, Incomplete, IntegrityError
@@ -38,7 +40,7 @@ _PIECE = 1 << 24
 
 
 class _Held:
-    """Descriptors and temporary directories, given back once."""
+    """The descriptors and temporary directories of a bundle, released once."""
 
     def __init__(self) -> None:
         self.descriptors: list[int] = []
@@ -52,9 +54,10 @@ class _Held:
 
 
 class Verified:
-    """Made by `Bundle.verify`. A context manager; closing gives back descriptors and temporary copies.
+    """A bundle whose files have been checked, made by `Bundle.verify`. Closing it releases descriptors and copies.
 
-    `manifest` is the whole bundle's; `files` and `targets` are what of it is here (diffkiln.bundle.partial).
+    It is a context manager. `manifest` describes the whole bundle; `files` and `targets` are those that are here
+    (diffkiln.bundle.partial).
     """
 
     def __init__(
@@ -84,9 +87,9 @@ class Verified:
         self._finalizer = weakref.finalize(self, self._held.release)
 
     def read(self, path: str) -> bytes:
-        """The bytes of a config, program, doc or (small) weights file, hashed again here.
+        """Returns the bytes of a config, program, doc or (small) weights file, hashed again here.
 
-        Raises `Incomplete` for a path that the manifest does not name, `DigestMismatch` for other bytes.
+        Raises `Incomplete` for a path that the manifest does not name, and `DigestMismatch` for other bytes.
         """
         row = self._row(path)
         if row.role == "native":
@@ -103,10 +106,10 @@ class Verified:
         return data
 
     def descriptor(self, path: str) -> int:
-        """An open descriptor of a weights file, for `os.pread`. It belongs to this object: do not close it.
+        """Returns an open descriptor of a weights file, for `os.pread`. It belongs to this object: do not close it.
 
-        The file has been hashed; where `verify` was told to leave weights out, it is hashed now.
-        A read that comes back short means that the file was cut: use `read_into`, which checks.
+        The file has been hashed, now if `verify` left weights out. A short read means that the file was cut: use
+        `read_into`, which checks.
         """
         descriptor, _ = self._weights_of(path)
         self.check(path)
@@ -115,12 +118,12 @@ class Verified:
     def read_into(
         self, path: str, buffer: memoryview | bytearray, offset: int = 0, progress: Progress | None = None
     ) -> None:
-        """Fill `buffer` (writable, contiguous) with weights from byte `offset` on.
+        """Fills `buffer` (writable, contiguous) with weights from byte `offset` on.
 
-        A file that has not been hashed yet, and that is read to its end, is hashed on the way: what was hashed is then
-        what lies in the buffer. On an error the buffer must not be used.
+        A file that has not been hashed yet and is read to its end is hashed on the way, so the hashed bytes are those
+        in the buffer. After an error the buffer must not be used.
 
-        Raises `DigestMismatch` if the file is another one, ends early or was written to since it was hashed.
+        Raises `DigestMismatch` if the file is another one, ends early, or was written to after it was hashed.
         """
         view = memoryview(buffer).cast("B")
         if path not in self._hashed and offset + len(view) == self._row(path).size:
@@ -129,29 +132,50 @@ class Verified:
             self._fill(path, self.descriptor(path), view, offset)
 
     def peek(self, path: str, size: int, offset: int = 0) -> bytes:
-        """The bytes of a weights file before it is hashed: for a header, which says where things lie.
+        """Returns bytes of a weights file before it is hashed: for a header, which says where tensors lie.
 
-        Whoever uses what lies there has it hashed first. Raises as `read_into`.
+        The caller has the file hashed before it uses the tensors. Raises as `read_into`.
         """
         data = bytearray(size)
         self._fill(path, self._weights_of(path)[0], memoryview(data), offset)
         return bytes(data)
 
     def size(self, path: str) -> int:
-        """The size in bytes that the manifest states, and that the file has."""
+        """Returns the size in bytes that the manifest states, and that the file has."""
         return self._row(path).size
 
     def pread(self, path: str, size: int, offset: int = 0) -> bytes:
-        """`size` bytes of a weights file from `offset` on; errors as `read_into`."""
+        """Returns `size` bytes of a weights file from `offset` on; raises as `read_into`."""
         buffer = bytearray(size)
         self.read_into(path, buffer, offset)
         return bytes(buffer)
 
-    def native_copy(self, prefix: str) -> Path:
-        """Copy every file of role native under the directory `prefix` into a private (0700) temporary
-        directory, hashing what is written, and give that directory. It lives until `close`.
+    def shared(self, path: str, data: int) -> memoryview | None:
+        """Returns a weights file in memory that processes of this user share, from a private copy.
 
-        Raises `DigestMismatch`, and `Incomplete` where the manifest names no native file there.
+        What is written into it is this process's own. None where there can be no such copy: read the file then.
+
+        Args:
+            path: Of the file.
+            data: Where its tensors begin, which then begin at a page of memory.
+
+        Raises:
+            DigestMismatch: the file is not the one that the manifest names.
+        """
+        row = self._row(path)
+        self._weights_of(path)
+
+        def write(target: Path, pad: int) -> None:
+            self._copy_file(row, target, pad=pad)
+
+        return mapped(row.sha256, row.size, data, write)
+
+    def native_copy(self, prefix: str) -> Path:
+        """Copies every native file under the directory `prefix` into a private (0700) temporary directory and returns
+        it.
+
+        The written bytes are hashed. The directory lives until `close`. Raises `DigestMismatch`, and `Incomplete` if
+        the manifest names no native file there.
         """
         prefix = str(check_path(prefix))
         self._check_open()
@@ -163,14 +187,14 @@ class Verified:
         return self._copies[prefix]
 
     def hand_over(self, path: str, target: Path, share: bool) -> bool:
-        """Put a file into a bundle that is being written, as `target`, which is not there yet.
+        """Puts a file into a bundle that is being written, as `target`, which must not exist.
 
-        Weights are the same file under a second name if `share` is set and the file system can, else a copy, which
-        copies no bytes where the file system shares them. Weights that `verify` left out are not hashed here: whoever
-        loads them does. Anything else is copied and hashed on the way.
+        With `share`, weights get a second name (hard link) if the file system can; otherwise they are copied, without
+        moving bytes where the file system shares blocks. Weights that `verify` left out are hashed by their next
+        reader, not here. Any other file is copied and hashed on the way.
 
         Returns:
-            Whether it is the same file.
+            True if both names are the same file.
 
         Raises:
             DigestMismatch: the file is not, or is no longer, the one that the manifest names.
@@ -189,7 +213,7 @@ class Verified:
         return shared
 
     def check(self, path: str, progress: Progress | None = None) -> None:
-        """Hash one file unless it has been. Raises `DigestMismatch`."""
+        """Hashes one file unless that has been done. Raises `DigestMismatch`."""
         row = self._row(path)
         if path in self._hashed:
             return
@@ -208,22 +232,22 @@ class Verified:
         return path in self._hashed
 
     def hash_all(self, paths: Iterable[str], readers: Readers) -> None:
-        """Hash several files at a time, unless they have been. Raises `DigestMismatch`."""
+        """Hashes several files at a time, unless that has been done. Raises `DigestMismatch`."""
         readers.run([partial(self.check, path) for path in paths])
 
     def hash_rest(self, readers: Readers) -> None:
-        """Hash the weights that have not been, and note for the next load what was. Raises `DigestMismatch`."""
+        """Hashes the remaining weights, and notes all hashed files for the next load. Raises `DigestMismatch`."""
         self.hash_all(self._weights.keys() - self._hashed, readers)
         if self._receipt is not None:
             self._receipt.note(self.stamps())
 
     def keep(self, receipt: Receipt) -> None:
-        """Note for the next load what is hashed, now and later. Called by `Bundle.verify`."""
+        """Notes hashed files for the next load, now and later. Called by `Bundle.verify`."""
         self._receipt = receipt
         receipt.note(self.stamps())
 
     def hold_weights(self) -> None:
-        """Open every weights file, for good. Called once, by `Bundle.verify`."""
+        """Opens every weights file and keeps it open. Called once, by `Bundle.verify`."""
         for row in self._rows.values():
             if row.role == "weights":
                 descriptor = self._open(row.path)
@@ -231,11 +255,11 @@ class Verified:
                 self._weights[row.path] = descriptor, stamp_of(os.fstat(descriptor))
 
     def accept(self, stamps: Mapping[str, Stamp]) -> None:
-        """Take weights that are as they were when they were hashed for hashed. Called by `Bundle.verify`."""
+        """Accepts weights as hashed if their stamps are unchanged. Called by `Bundle.verify`."""
         self._hashed |= {path for path, (_, stamp) in self._weights.items() if stamps.get(path) == stamp}
 
     def stamps(self) -> dict[str, Stamp]:
-        """Of the weights that have been hashed, and that nothing has happened to since they were opened."""
+        """Returns the stamps of the weights that have been hashed and have not changed since they were opened."""
         return {
             path: stamp
             for path, (descriptor, stamp) in self._weights.items()
@@ -243,7 +267,7 @@ class Verified:
         }
 
     def close(self) -> None:
-        """Close the descriptors and remove the temporary copies. May be called twice."""
+        """Closes the descriptors and removes the temporary copies. May be called twice."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -255,7 +279,7 @@ class Verified:
     def _copy(self, prefix: str, rows: list[FileRow]) -> Path:
         needed = sum(row.size for row in rows)
         try:
-            made = Scratch("native")
+            made = Scratch("native", place_to_run())
             self._held.directories.append(made)
             for row in rows:
                 self._copy_file(row, made.path / row.path[len(prefix) + 1 :])
@@ -266,7 +290,8 @@ class Verified:
             ) from error
         return made.path
 
-    def _copy_file(self, row: FileRow, target: Path, mode: int = 0o600) -> None:
+    def _copy_file(self, row: FileRow, target: Path, mode: int = 0o600, pad: int = 0) -> None:
+        """Copies a file, behind so many zeros, and hashes it on the way."""
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         digest = hashlib.sha256()
         size = 0
@@ -274,6 +299,7 @@ class Verified:
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
             with open(descriptor, "wb") as file:
+                file.write(bytes(pad))
                 for chunk in chunks_of(row.path, source):
                     size += len(chunk)
                     if size > row.size:

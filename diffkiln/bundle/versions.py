@@ -23,7 +23,7 @@ _PART = re.compile(r"(==|>=|<)\s*([0-9.]+?)(\.\*)?", re.ASCII)
 
 
 def fits(found: str, wanted: str) -> bool:
-    """Whether a version is one that the specifier wants; an empty one wants any.
+    """Returns True if the specifier accepts the version; an empty specifier accepts any.
 
     Raises:
         ValueError: this diffkiln cannot read the specifier.
@@ -32,14 +32,14 @@ def fits(found: str, wanted: str) -> bool:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version."""
+    """Returns the first three numbers of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _fits(found: tuple[int, ...], part: str) -> bool:
     match = _PART.fullmatch(part)
     if match is None:
-        raise ValueError(f"{part!r} is no version specifier")
+        raise ValueError(f"{part!r} is not a version specifier")
     operator, version, any_patch = match.groups()
     wanted = numbers(version)
     if any_patch:

@@ -43,13 +43,13 @@ from diffkiln.errors import BuildError, DiffkilnError, DigestMismatch, MissingDe
 
 
 class BundleWriter:
-    """Context manager that writes one bundle to `output`, which is a path that is not there yet.
+    """A context manager that writes one bundle to `output`, a path that does not exist yet.
 
-    With `force` a bundle that is there is replaced, at the moment of `publish` and not before. Leaving the
-    context without `publish`, by an exception or not, leaves the output as it was.
+    With `force`, an existing bundle is replaced at the moment of `publish`. Leaving the context without `publish`, by
+    an exception or not, leaves the output as it was.
 
-    Entering raises `SpecError` for an output that cannot be meant, `OutputBusy` if another process is
-    writing it, and `BuildError` if the directory above cannot be written to.
+    Entering raises `SpecError` for an output that cannot be meant, `OutputBusy` if another process is writing it, and
+    `BuildError` if the directory above cannot be written to.
     """
 
     def __init__(self, output: str | os.PathLike[str], force: bool = False) -> None:
@@ -86,20 +86,20 @@ class BundleWriter:
 
     @property
     def rows(self) -> tuple[FileRow, ...]:
-        """What has been written so far, sorted by path."""
+        """Returns the rows of the files written so far, sorted by path."""
         return tuple(self._rows[path][0] for path in sorted(self._rows))
 
     def path(self, rel: str) -> Path:
-        """Where to write the file `rel` oneself; the directories above it are made. Call `add` afterwards."""
+        """Returns the path at which the caller writes the file `rel`, and makes its directories. `add` must follow."""
         target = self._target(rel)
         with explained(target.parent, "make the directory"):
             target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def write(self, rel: str, data: bytes, role: Role) -> FileRow:
-        """Write a small file.
+        """Writes a small file.
 
-        Raises `PathEscape` or `ManifestInvalid` for its name, `BuildError` if it is there already.
+        Raises `PathEscape` or `ManifestInvalid` for its name, and `BuildError` if it exists.
         """
         self._target(rel, role)
         target = self.path(rel)
@@ -107,17 +107,17 @@ class BundleWriter:
         return self._register(rel, target, sha256_bytes(data), role)
 
     def add(self, rel: str, role: Role) -> FileRow:
-        """Register a file that was written at `path(rel)`. It may not change any more."""
+        """Registers a file that was written at `path(rel)`. The file must not change any more."""
         target = self._target(rel, role)
         with explained(target, "read"):
             _check_plain(target)
             return self._register(rel, target, sha256_file(target), role)
 
     def keep(self, row: FileRow, source: Verified) -> None:
-        """Take over a file of another bundle as it is, with its row. Weights of the bundle that this one replaces stay
-        the same file, under a second name until the old one goes.
+        """Takes over a file of another bundle unchanged, with its row.
 
-        Raises `DigestMismatch` if it is not the one that its row names, `BuildError` if it is there already.
+        Weights of the bundle that this one replaces stay the same file, under a second name until the old bundle goes.
+        Raises `DigestMismatch` if the file differs from its row, and `BuildError` if it exists.
         """
         target = self.path(row.path)
         with explained(target, "write", row.size):
@@ -129,14 +129,14 @@ class BundleWriter:
             )
 
     def write_unhashed(self, rel: str, data: bytes) -> None:
-        """Write `build.json` or `README.md`, which are outside the id and the digests."""
+        """Writes `build.json` or `README.md`, which are outside the id and the digests."""
         if rel not in UNHASHED:
             raise BuildError(f"{rel!r} belongs into the manifest; only {sorted(UNHASHED)} are outside it")
         _write(self._staging.root / rel, data)
         self._unhashed.add(rel)
 
     def require_space(self, size: int) -> None:
-        """Raise `BuildError` now if `size` more bytes (of files to be written) will not fit."""
+        """Raises `BuildError` now if `size` more bytes (of files to be written) will not fit."""
         free = free_bytes(self.output.parent)
         if free < size:
             raise BuildError(
@@ -145,21 +145,27 @@ class BundleWriter:
             )
 
     def publish(
-        self, build: Callable[[tuple[FileRow, ...]], Manifest], report: Callable[[Manifest], None] | None = None
+        self,
+        build: Callable[[tuple[FileRow, ...]], Manifest],
+        report: Callable[[Manifest], None] | None = None,
+        trial: Callable[[Path], None] | None = None,
     ) -> str:
-        """Write the manifest that `build` makes of `rows`, sync everything, take the output's place.
+        """Writes the manifest that `build` makes of `rows`, syncs all files, and takes the output's place.
 
-        `report` is called with the manifest once it is known to be one, and may still `write_unhashed`.
+        `trial` is called with the directory, complete but for what is outside the digests, and may still refuse.
+        `report` is called with the validated manifest after that, and may still `write_unhashed`.
 
-        Gives the bundle's id. Raises `BuildError`, with the output as it was before.
+        Returns the bundle's id. Raises `BuildError`, with the output as it was before.
         """
         self._check_staged()
         data, manifest = self._manifest(build)
-        if report is not None:
-            report(manifest)
         root = self._staging.root
         _write(root / MANIFEST, data)
         _write(root / MANIFEST_DIGEST, digest_line(data))
+        if trial is not None:
+            trial(root)
+        if report is not None:
+            report(manifest)
         with explained(root, "sync"):
             sync_tree(root)
         check_replaceable(self.output, self._force)
@@ -183,7 +189,7 @@ class BundleWriter:
         return data, manifest
 
     def _check_staged(self) -> None:
-        """What is in the staging is what was registered, unchanged; empty directories go."""
+        """Checks that the staging holds exactly the registered files, unchanged. Removes empty directories."""
         root = self._staging.root
         found: set[str] = set()
         with explained(root, "read"):
@@ -216,7 +222,7 @@ class BundleWriter:
         return self._staging.root / path
 
     def _explanation(self, error: BaseException | None) -> BuildError | None:
-        """A caller's own write to the staging that failed, said in our words."""
+        """Returns a `BuildError` for a failed write of the caller's own to the staging; `None` for other errors."""
         if not isinstance(error, OSError):
             return None
         root = self._staging.root
@@ -238,5 +244,5 @@ def _write(target: Path, data: bytes) -> None:
 def _check_plain(path: Path, names: int = 1) -> os.stat_result:
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != names:
-        raise BuildError(f"{path} is not a plain file of its own (a link?); write a copy")
+        raise BuildError(f"{path} is not a plain file (a link?). Write a copy")
     return status

@@ -38,7 +38,7 @@ def check_config(config: Any, where: str, *, scheduler: bool = False) -> None:
     """
     for key, value in _leaves(config):
         if key in _DTYPE_KEYS and isinstance(value, str) and value.removeprefix("torch.") not in (*DTYPES, "auto"):
-            raise ManifestInvalid(f"{where}: {key} is {value[:100]!r}, which is no type of torch's")
+            raise ManifestInvalid(f"{where}: {key} is {value[:100]!r}, which is not a type of torch's")
         if type(value) is not int:
             continue
         if scheduler:
@@ -51,7 +51,7 @@ def check_config(config: Any, where: str, *, scheduler: bool = False) -> None:
 
 @contextmanager
 def bounded_building(where: str) -> Iterator[None]:
-    """While it lasts, modules are counted and tensors measured before they are computed.
+    """Counts modules, and measures tensors before they are computed, inside the `with` block.
 
     Raises:
         LimitExceeded: A configuration makes more modules, or a larger table, than the limits allow.
@@ -72,7 +72,7 @@ def bounded_building(where: str) -> Iterator[None]:
 
 
 class _Measured(TorchDispatchMode):
-    """Has each operation that computes on the CPU tell its result's size first, on the meta device."""
+    """A mode that measures the result of each CPU operation on the meta device before it is computed."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _takes_memory(func: Any) -> bool:
 
 
 def _foreseen(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The results' shapes; none where torch cannot foresee them, or where nothing is computed on the CPU."""
+    """Returns the results' shapes; none if torch cannot foresee them, or if the CPU computes nothing."""
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     if any(tensor.is_meta for tensor in given) or kwargs.get("device") == torch.device("meta"):
         return []
@@ -109,7 +109,7 @@ def _foreseen(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Ten
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value of a configuration with the key that it stands under."""
+    """Yields every plain value of a configuration with its key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, str(name))

@@ -18,10 +18,10 @@ _HARD = 2
 
 
 class Renewable(Protocol):
-    """What holds locks or threads."""
+    """An owner of locks or threads."""
 
     def renew(self) -> None:
-        """Make them anew, in a forked child, before anything else runs there."""
+        """Makes the resources anew in a forked child, before anything else runs there."""
         ...
 
 
@@ -32,15 +32,15 @@ _paused = False
 
 
 def renewed(owner: Renewable) -> None:
-    """Have `owner.renew()` called in every forked child for as long as the owner lives."""
+    """Registers the owner: `owner.renew()` is called in every forked child as long as the owner lives."""
     _known.add(owner)
 
 
 def keep_openmp(single: Callable[[], object]) -> None:
-    """Have forked children compute with OpenMP; `single` makes a child compute with one thread where that cannot be.
+    """Makes forked children compute with OpenMP. `single` is called where that is impossible and sets one thread.
 
-    GNU's OpenMP waits in a child for the threads that it had in the parent. If it lets them go before the fork, both
-    start new ones when they next need them.
+    GNU's OpenMP waits in a child for the parent's threads. If it lets them go before the fork, both start new ones when
+    they next need them.
     """
     _without_openmp[:] = [single]
 
@@ -84,12 +84,12 @@ def _in_child() -> None:
 
 
 def _let_threads_go() -> bool:
-    """Whether every OpenMP in this process is known to work in a child."""
+    """Returns True if every OpenMP in this process is known to work in a child."""
     return all(map(_paused_by, _openmps()))
 
 
 def _openmps() -> set[str]:
-    """The files of the OpenMP libraries in this process; Intel's and LLVM's see to forks themselves."""
+    """Returns the files of the OpenMP libraries in this process; Intel's and LLVM's handle forks themselves."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
             files = {line.split(maxsplit=5)[-1].strip() for line in maps if "gomp" in line}

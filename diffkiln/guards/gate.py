@@ -60,7 +60,7 @@ def ours(error: BaseException, what: str) -> DiffkilnError:
     """Returns the error of ours that says what `error`, raised within `what`, comes to."""
     told = " ".join(f"{type(error).__name__}: {_said(error)}".split())[:500]
     if is_no_memory(error):
-        return OutOfMemory(f"{what}: this machine has not enough memory ({told}). Free some, or offload weights")
+        return OutOfMemory(f"{what}: this machine has too little memory ({told}). Free some, or offload weights")
     if isinstance(error, OSError) and error.errno is not None:
         named = f" ({error.filename})" if error.filename else ""
         return SystemRefused(f"{what}: the system refuses it: {error.strerror}{named}. Mend that, and try again")
@@ -84,7 +84,7 @@ def is_no_memory(error: BaseException) -> bool:
 
 
 def _callers(function: Any) -> Any:
-    """Returns a function that marks what the caller's own function raises; what is no function stays what it is."""
+    """Returns a function that marks what the caller's own function raises; what is not a function stays what it is."""
     if not callable(function):
         return function
 

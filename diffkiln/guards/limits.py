@@ -34,6 +34,7 @@ class Limits:
         buffer_bytes: Bytes of the tables, such as positions, that a configuration computes one at a time. 1 GiB.
         timesteps: Timesteps that a scheduler is trained for. 100,000.
         adapter_rank: Rank of one layer of an adapter. 8,192.
+        adapter_bytes: Bytes of an adapter's file that a loaded pipeline is given. 16 GiB.
         gguf_values: Values in the metadata of a GGUF file. 2,000,000.
         regex_seconds: Seconds that the regular expressions of a pass may take for all names. 5.
         source_bytes: Bytes of the weights of a component, as its configuration describes them. 4 TiB.
@@ -53,6 +54,7 @@ class Limits:
     buffer_bytes: int = 1 << 30
     timesteps: int = 100_000
     adapter_rank: int = 8_192
+    adapter_bytes: int = 16 << 30
     gguf_values: int = 2_000_000
     regex_seconds: float = 5.0
     source_bytes: int = 4 << 40

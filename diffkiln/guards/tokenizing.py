@@ -34,7 +34,9 @@ _PIECE_SECONDS = 1.0
 
 
 class _Growth(NamedTuple):
-    """What a step makes of n characters at most: n times `factor`, and `more` at each end and between any two."""
+    """The growth of a text of n characters in a step: at most n times `factor`, and `more` at each end and between any
+    two.
+    """
 
     step: str
     factor: int
@@ -49,7 +51,7 @@ class BoundedTokenizer:
         where: Its name, for messages.
 
     Raises:
-        ManifestInvalid: It is no tokenizer.
+        ManifestInvalid: It is not a tokenizer.
         LimitExceeded: It is larger, or asks for more, than the limits allow.
     """
 
@@ -68,7 +70,7 @@ class BoundedTokenizer:
         except IntegrityError:
             raise
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ManifestInvalid(f"{where!r} is no tokenizer: {type(error).__name__}: {error}") from error
+            raise ManifestInvalid(f"{where!r} is not a tokenizer: {type(error).__name__}: {error}") from error
         text = data if isinstance(data, str) else data.decode()
         self.tokenizer = self._tried("read", lambda: Tokenizer.from_str(text))
         self.tokenizer.no_truncation()
@@ -124,7 +126,7 @@ class BoundedTokenizer:
                 )
 
     def _check_added(self, rows: list[Mapping[str, Any]], growths: list[_Growth]) -> None:
-        """The library normalizes the tokens that are added when it reads the file."""
+        """Checks the added tokens, which the library normalizes when it reads the file."""
         if chars := sum(len(row["content"]) for row in rows if row.get("normalized")):
             self._check_growth(chars, growths)
 
@@ -153,7 +155,7 @@ class BoundedTokenizer:
 
 
 def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normalizer or a splitter, in order; those of which nothing is known are refused."""
+    """Yields the steps of a normalizer or a splitter, in order; refuses unknown ones."""
     for name in ("normalizers", "pretokenizers"):
         if isinstance(part, dict) and name in part:
             yield from _nested(part, name)
@@ -172,7 +174,7 @@ def _nested(part: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> _Growth:
-    """How much a step makes of a text at most."""
+    """Returns how much a step can lengthen a text."""
     match step["type"]:
         case "Replace" if pattern := str(step["pattern"].get("String", "")):
             return _Growth("Replace", max(1, -(-len(step["content"]) // len(pattern))))
@@ -189,12 +191,12 @@ def _growth(step: Mapping[str, Any]) -> _Growth:
 
 
 def _longest_replacement(charsmap: str | None) -> int:
-    """Bytes of the longest string that SentencePiece's table puts in the place of a character.
+    """Returns the bytes of the longest string by which SentencePiece's table replaces a character.
 
     The table is the size of a trie (4 bytes), the trie, and strings that end with a zero.
     """
     try:
         table = base64.b64decode(charsmap or "", validate=True)
     except (binascii.Error, TypeError) as error:
-        raise ManifestInvalid(f"a tokenizer's table of characters is none: {error}") from error
+        raise ManifestInvalid(f"a tokenizer's table of characters is malformed: {error}") from error
     return max(1, *map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")))

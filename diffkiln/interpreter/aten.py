@@ -16,7 +16,19 @@ from diffkiln.guards.gate import is_no_memory
 from diffkiln.interpreter.attention import by_kernel
 from diffkiln.interpreter.checked import checked
 from diffkiln.interpreter.dtypes import dtype_of, format_of
-from diffkiln.program import Device, DType, Layout, MemoryFormat, Op, Program, Ref, TensorType, kernel_of, refs
+from diffkiln.program import (
+    Device,
+    DType,
+    Layout,
+    MemoryFormat,
+    Op,
+    Program,
+    Ref,
+    TensorType,
+    kernel_of,
+    last_step,
+    refs,
+)
 from diffkiln.program.operators import allowed, has_equal
 
 #: Gives for an operation that is not ATen's the function that runs it: tensors in, a sequence of tensors out.
@@ -51,13 +63,13 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 
 def schemas(programs: Sequence[Program]) -> dict[str, str]:
-    """The schema of every ATen operator that the programs use, to be compared when a bundle is loaded."""
+    """Returns the schema of every ATen operator that the programs use; loading a bundle compares them."""
     names = {op.name for program in programs for op in program.ops if op.is_aten}
     return {name: str(overload(name)._schema) for name in sorted(names)}
 
 
 def check_schemas(recorded: Mapping[str, str]) -> None:
-    """Compare the schemas that a bundle was recorded with to this torch's.
+    """Compares the schemas that a bundle was recorded with to this torch's.
 
     Raises:
         Incompatible: lists every operator that is missing or has another schema, found against required.
@@ -76,7 +88,7 @@ def check_schemas(recorded: Mapping[str, str]) -> None:
 
 
 def literal(arg: Any, device: torch.device) -> Any:
-    """A literal argument as torch takes it; `Ref`s stay."""
+    """Returns a literal argument as torch takes it; `Ref`s stay."""
     match arg:
         case DType(name):
             return dtype_of(name)
@@ -90,12 +102,20 @@ def literal(arg: Any, device: torch.device) -> Any:
 
 
 def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as a real one whose last dimension holds real and imaginary parts; others as they are."""
+    """Returns a complex tensor as a real one whose last dimension holds real and imaginary parts; others unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+class CutShort(Exception):
+    """Raised by the end of a step: no more steps run, and what follows the last one goes on from `latents`."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__("cut short")
+        self.latents = latents
+
+
 class Interpreter:
-    """Runs one program on one device. Values live in slots and are freed after their last use.
+    """The interpreter of one program on one device. Values live in slots and are freed after their last use.
 
     Args:
         program: verified.
@@ -126,6 +146,7 @@ class Interpreter:
         self._steps = [self._step(op, special or {}) for op in program.ops]
         self._outputs = [self._slot(ref.name) for ref in program.outputs]
         self._free = self._last_uses()
+        self._env: list[Any] = []
 
     def __call__(
         self,
@@ -134,7 +155,7 @@ class Interpreter:
         constants: Mapping[str, torch.Tensor] | None = None,
         prefix: str = "",
     ) -> list[torch.Tensor]:
-        """Run: tensors in the order of the program's inputs in, its outputs in their order out.
+        """Runs the program: takes tensors in the order of its inputs, and returns its outputs in their order.
 
         `weights` is looked up at every call as `prefix + name`, `constants` by key.
         """
@@ -145,8 +166,36 @@ class Interpreter:
             env[slot] = weights[prefix + name]  # type: ignore[index]
         for slot, key in self._constants:
             env[slot] = constants[key]  # type: ignore[index]
+        self._env = env
+        try:
+            self._run(env, self._steps, self._free)
+        except CutShort as cut:
+            self._finish(env, cut.latents)
+        finally:
+            self._env = []
+        return [env[slot] for slot in self._outputs]
+
+    def as_if_last(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """Returns what the program would give if the step that has just ended were its last one.
+
+        The end of a step may call it. The run then goes on as if it had not: it has its values to itself.
+
+        Args:
+            latents: Of that step.
+        """
+        env = list(self._env)
+        self._finish(env, latents)
+        return [env[slot] for slot in self._outputs]
+
+    def _finish(self, env: list[Any], latents: torch.Tensor) -> None:
+        """Runs what follows the last step, from these latents."""
+        last = last_step(self.program)
+        env[self._slots[self.program.ops[last].outputs[0]]] = latents
+        self._run(env, self._steps[last + 1 :], self._free[last + 1 :])
+
+    def _run(self, env: list[Any], steps: Sequence[Any], frees: Sequence[list[int]]) -> None:
         watch = self._watch
-        for (run, outs), free in zip(self._steps, self._free, strict=True):
+        for (run, outs), free in zip(steps, frees, strict=True):
             if watch is not None:
                 watch()
             result = run(env)
@@ -157,7 +206,6 @@ class Interpreter:
                     env[slot] = value
             for slot in free:
                 env[slot] = None
-        return [env[slot] for slot in self._outputs]
 
     def _slot(self, name: str) -> int:
         return self._slots.setdefault(name, len(self._slots))
@@ -179,7 +227,7 @@ class Interpreter:
         return run, outs[0] if alone else outs
 
     def _compared(self, run: Callable[[list[Any]], Any], op: Op, alone: bool) -> Callable[[list[Any]], Any]:
-        """The operation, whose results are compared with the types that the program declares."""
+        """Returns the operation with its results compared with the types that the program declares."""
         declared = [self.program.types[name] for name in op.outputs]
 
         def compared(env: list[Any]) -> Any:
@@ -193,7 +241,7 @@ class Interpreter:
         return compared
 
     def _bind(self, function: Callable[..., Any], op: Op) -> Callable[[list[Any]], Any]:
-        """The operation as a function of the slots, with literals resolved ahead of time."""
+        """Returns the operation as a function of the slots, with literals resolved ahead of time."""
         base = [literal(arg, self.device) for arg in op.args]
         kwargs = {key: literal(arg, self.device) for key, arg in op.kwargs.items()}
         plain = [(i, self._slot(arg.name)) for i, arg in enumerate(base) if isinstance(arg, Ref)]
@@ -243,7 +291,7 @@ _RAISED = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError,
 
 
 def _explained(run: Callable[[list[Any]], Any], where: str) -> Callable[[list[Any]], Any]:
-    """The operation, whose failures are errors of ours. They say nothing of the tensors' numbers."""
+    """Returns the operation with its failures as diffkiln's errors, which say nothing of the tensors' numbers."""
 
     def explained(env: list[Any]) -> Any:
         try:
@@ -254,12 +302,12 @@ def _explained(run: Callable[[list[Any]], Any], where: str) -> Callable[[list[An
             if is_no_memory(error):
                 raise  # the gate of the public function says so
             reason = str(error).partition("\n")[0][:200]
-            raise CallError(f"{where} failed: {reason}. The bundle asks for what this operator cannot do") from error
+            raise CallError(f"{where} failed: {reason}. The operator cannot do this with these arguments") from error
 
     return explained
 
 
 def gives_one_tensor(function: Any) -> bool:
-    """Whether an operator gives a tensor, and not a tuple or a list of them."""
+    """Returns True if an operator gives a tensor, and not a tuple or a list of them."""
     returns = function._schema.returns
     return len(returns) == 1 and str(returns[0].type) == "Tensor"

@@ -36,7 +36,7 @@ _REFUSALS = ("No available kernel", "No viable backend")
 
 @contextlib.contextmanager
 def only(kernel: str) -> Iterator[None]:
-    """While it lasts, torch computes attention by this kernel of its own, or raises a RuntimeError."""
+    """Makes torch compute attention by this kernel of its own, or raise a RuntimeError, inside the `with` block."""
     with _TURNING:
         before = [enabled() for enabled, _ in _SWITCHES.values()]
         for name, (_, switch) in _SWITCHES.items():
@@ -49,7 +49,7 @@ def only(kernel: str) -> Iterator[None]:
 
 
 def by_kernel(function: Callable[..., Any], kernel: str, who: str) -> Callable[..., Any]:
-    """A function whose attention runs by one of torch's kernels.
+    """Returns a function whose attention runs by one of torch's kernels.
 
     Args:
         function: whatever computes attention, be it the operator or a whole model.
@@ -78,7 +78,7 @@ def by_kernel(function: Callable[..., Any], kernel: str, who: str) -> Callable[.
 
 @contextlib.contextmanager
 def kernel_for(program: Program) -> Iterator[None]:
-    """While it lasts, torch lowers attention by the one of its kernels that the program asks for, if it asks for one.
+    """Makes torch lower attention by the kernel that the program asks for, if any, inside the `with` block.
 
     Raises:
         VerifyError: it asks for several.

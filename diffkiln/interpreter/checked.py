@@ -41,7 +41,7 @@ def _whole(self: Any, other: Any) -> bool:
 
 
 def _division(quotient: bool) -> Check:
-    """The division by -1 is a change of sign, which wraps as all of torch's integers do, and leaves no rest."""
+    """Returns a check for division. Division by -1 is a change of sign, which wraps like all of torch's integers."""
 
     def check(function: Callable[..., Any]) -> Callable[..., Any]:
         def divided(self: Any, other: Any, **kwargs: Any) -> Tensor:
@@ -65,7 +65,9 @@ def _division(quotient: bool) -> Check:
 
 
 def _strided(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch counts the offset from the start of the storage, which may hold other tensors."""
+    """Returns the operator on a dense copy, since torch counts offsets from the storage's start, which may hold other
+    tensors.
+    """
 
     def viewed(self: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
         dense = self.contiguous()
@@ -93,8 +95,8 @@ def _repeated(_function: Callable[..., Any]) -> Callable[..., Any]:
 
     def repeated(self: Tensor, repeats: Tensor, dim: int, *, output_size: int) -> Tensor:
         ends = repeats.cumsum(0)
-        places = torch.searchsorted(ends, torch.arange(output_size, device=self.device, dtype=ends.dtype), right=True)
-        return _aten.index_select.default(self, dim, places.clamp(max=self.shape[dim] - 1))
+        taken = torch.searchsorted(ends, torch.arange(output_size, device=self.device, dtype=ends.dtype), right=True)
+        return _aten.index_select.default(self, dim, taken.clamp(max=self.shape[dim] - 1))
 
     return repeated
 
@@ -119,7 +121,7 @@ _INDICES: dict[str, tuple[int, int | None]] = {
 
 
 def _clamped(function: Callable[..., Any], which: int, dim: int | None) -> Callable[..., Any]:
-    """The operator with each index moved to the nearest that its dimension has."""
+    """Returns the operator with each index moved to the nearest one that its dimension has."""
 
     def clamped(*args: Any, **kwargs: Any) -> Any:
         given = list(args)

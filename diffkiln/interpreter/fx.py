@@ -41,9 +41,9 @@ def compiled(
     fullgraph: bool = True,
     special: Mapping[str, Special] | None = None,
 ) -> tuple[Run, bool]:
-    """Compile a region and run it once, on zeros.
+    """Compiles a region and runs it once, on zeros.
 
-    The function that comes back compiles no more and compares nothing: it is for tensors of the region's own types.
+    The returned function compiles nothing more and compares nothing: it is for tensors of the region's own types.
 
     Args:
         region: verified.
@@ -84,7 +84,9 @@ def compiled(
 
 
 def as_graph(region: Program, device: torch.device, special: Mapping[str, Special]) -> torch.fx.GraphModule:
-    """A region as torch's graph of its inputs, weights and constants. Outputs are contiguous and no input's alias."""
+    """Returns a region as torch's graph of its inputs, weights and constants. Outputs are contiguous and alias no
+    input.
+    """
     graph = torch.fx.Graph()
     nodes = {name: graph.placeholder(f"a{position}") for position, name in enumerate(engine_types(region))}
     given = frozenset(nodes.values())
@@ -112,11 +114,11 @@ def as_graph(region: Program, device: torch.device, special: Mapping[str, Specia
 def _function(op: Op, special: Mapping[str, Special]) -> Callable[..., Any]:
     if op.is_aten:
         return overload(op.name)
-    return torch.compiler.disable(special[op.name](op), reason=f"{op.name} is no operator of torch's")
+    return torch.compiler.disable(special[op.name](op), reason=f"{op.name} is not an operator of torch's")
 
 
 def _options(isa: str, flags: Mapping[str, bool]) -> dict[str, Any]:
-    """Inductor's configuration, as far as this torch has it; equal on every machine of a target."""
+    """Returns Inductor's configuration, as far as this torch has it; equal on every machine of a target."""
     import torch._inductor
 
     wanted = {
@@ -134,7 +136,7 @@ def _options(isa: str, flags: Mapping[str, bool]) -> dict[str, Any]:
 
 
 def _explained(error: Exception) -> DiffkilnError:
-    """What stopped torch, in one line."""
+    """Returns the reason that stopped torch, in one line."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)

@@ -23,7 +23,7 @@ INDUCTOR = forks.Lock()
 
 @contextmanager
 def host_settings(isa: str, folder: Path) -> Iterator[None]:
-    """Inductor with a cache of its own and the target's vectors, which it would otherwise find by trying compilers.
+    """Gives Inductor its own cache and the target's vectors, which it would otherwise find by trying compilers.
 
     Args:
         isa: the host's instruction set; empty for what the machine has.
@@ -51,10 +51,10 @@ def host_settings(isa: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def declared_once(wrapper: Any) -> Iterator[None]:
-    """Inductor's writer of C++, which declares the arrays of a shape once for each place that they are written to.
+    """Makes Inductor's writer of C++ declare the arrays of a shape once for each place that they are written to.
 
-    torch 2.11 knows a place by the address of a method that is bound anew for every line, so that which arrays it takes
-    for declared is left to chance, and two builds differ. Later versions know the object that the method is bound to.
+    torch 2.11 identifies a place by the address of a method that is bound anew for every line. Which arrays it takes
+    for declared is then chance, and two builds differ. Later versions know the object that the method is bound to.
     """
     original = wrapper.codegen_int_array_var
     if "__self__" in inspect.getsource(original):
@@ -77,7 +77,7 @@ def declared_once(wrapper: Any) -> Iterator[None]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables while it lasts."""
+    """Sets environment variables inside the `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -92,7 +92,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch warns its own authors of: parts of it that use parts that are deprecated."""
+    """Hides torch's warnings about its own use of deprecated parts."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)

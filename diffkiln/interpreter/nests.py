@@ -12,12 +12,12 @@ import torch
 
 
 def same_geometry(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one storage lie in it alike."""
+    """Returns True if two tensors of one storage have the same shape, stride and offset."""
     return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
 
 
 def tensors_in(nest: Any) -> Iterator[torch.Tensor]:
-    """The tensors in lists, tuples and dicts within each other, in their order."""
+    """Yields the tensors in nested lists, tuples and dicts, in order."""
     if isinstance(nest, torch.Tensor):
         yield nest
     elif isinstance(nest, (list, tuple)):
@@ -29,7 +29,7 @@ def tensors_in(nest: Any) -> Iterator[torch.Tensor]:
 
 
 def map_tensors(nest: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same nest with each tensor changed."""
+    """Returns the same nest with each tensor changed."""
     if isinstance(nest, torch.Tensor):
         return change(nest)
     if isinstance(nest, (list, tuple)):

@@ -35,26 +35,31 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }
 
-#: Operators of one rounding, or of none: IEEE 754 defines their result. What gives a view needs no name here.
+#: Operators of one rounding, or of none: IEEE 754 defines their result. What gives a view needs no name here. A square
+#: root is not among them: torch takes it from MKL, whose last bit follows the CPU.
 _EXACT_NAMES = """
     abs add amax amin cat ceil clamp clamp_max clamp_min clone complex constant_pad_nd copy copysign cummax
     cummin div embedding empty empty_like empty_permuted empty_strided eye fill floor flip fmod full full_like
     gather index index_fill index_put index_select item lift_fresh_copy masked_fill masked_scatter masked_select
     max maximum min minimum mul nan_to_num neg new_empty new_empty_strided new_full new_ones new_zeros nextafter
     ones ones_like pad pixel_shuffle pixel_unshuffle reciprocal relu repeat repeat_interleave resize roll rot90
-    round rsub scalar_tensor scatter select_scatter set sgn sign slice_scatter sort sqrt stack sub take
+    round rsub scalar_tensor scatter select_scatter set sgn sign slice_scatter sort stack sub take
     take_along_dim threshold tile to topk tril triu trunc where zero zeros zeros_like _local_scalar_dense
     _to_copy
 """
 _EXACT = frozenset(_EXACT_NAMES.split())
 #: Those of them that are products and sums where the numbers are complex: some CPUs round both together.
-_OF_COMPLEX = frozenset({"abs", "div", "mul", "reciprocal", "sgn", "sqrt"})
+_OF_COMPLEX = frozenset({"abs", "div", "mul", "reciprocal", "sgn"})
 #: Exponents for which torch takes no logarithm, and rounds once.
-_PLAIN_POWERS = (0, 0.5, 1, 2)
+_PLAIN_POWERS = (0, 1, 2)
 
 #: What float64 is computed by in extended precision.
 _EXTENDED: Mapping[str, Callable[..., Any]] = {
+    "acos": np.arccos,
+    "asin": np.arcsin,
+    "atan": np.arctan,
     "cos": np.cos,
+    "cosh": np.cosh,
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
@@ -66,6 +71,8 @@ _EXTENDED: Mapping[str, Callable[..., Any]] = {
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "sin": np.sin,
+    "sinh": np.sinh,
+    "sqrt": np.sqrt,
     "tan": np.tan,
     "tanh": np.tanh,
 }
@@ -76,7 +83,7 @@ _NUMPY = ("cos", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "power
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """While it lasts, torch and NumPy give the same bits on every machine, for plain tensors on the CPU."""
+    """Makes torch and NumPy give the same bits on every machine, for plain CPU tensors, inside the `with` block."""
     if any(isinstance(mode, _Portable) for mode in _get_current_dispatch_mode_stack()):
         yield
         return
@@ -86,7 +93,7 @@ def portable() -> Iterator[None]:
 
 @contextmanager
 def portable_numpy() -> Iterator[None]:
-    """While it lasts, NumPy's functions give the same bits on every machine; torch's are left alone."""
+    """Makes NumPy's functions give the same bits on every machine, inside the `with` block; torch's are left alone."""
     with ExitStack() as stack:
         for name in _NUMPY:
             function = getattr(np, name)
@@ -125,7 +132,7 @@ def _evaluated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
 
 
 class _Portable(TorchDispatchMode):
-    """Evaluates every operator portably."""
+    """A mode that evaluates every operator portably."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -137,7 +144,7 @@ class _Portable(TorchDispatchMode):
 
 
 class _Now(threading.local):
-    """Whether this thread evaluates an operator for a mode, so that none outside of that mode does so again."""
+    """The state of this thread: whether it evaluates an operator for a mode, so that no outer mode does so again."""
 
     evaluating = False
 
@@ -225,7 +232,7 @@ def _attempt(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _extended(name: str, args: Sequence[Any]) -> torch.Tensor | None:
-    """A float64 operator in extended precision; None for one that is not elementwise, which stays as it is."""
+    """Computes a float64 operator in extended precision; returns None for an operator that is not elementwise."""
     function = _EXTENDED.get(name)
     if function is None:
         return None

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While it lasts the libraries show no progress bars, log errors only, and warn their developers of nothing."""
+    """Hides progress bars, log lines below an error, and developers' warnings of the libraries, inside the `with`
+    block.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -33,9 +35,32 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
+def heard(name: str) -> Iterator[list[str]]:
+    """Gathers what the library of this name warns of, and does not show it, inside the `with` block."""
+    told: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    logger = logging.getLogger(name)
+    before = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Ear(logging.WARNING)], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield told
+    finally:
+        logger.handlers, logger.propagate = before[1], before[2]
+        logger.setLevel(before[0])
+
+
+@contextmanager
 def quiet_imports() -> Iterator[None]:
-    """While it lasts nothing below an error is logged: diffusers imports what is there, and that tells of more packages
-    that could be, and of kernels on the Hub."""
+    """Hides all log lines below an error inside the `with` block.
+
+    While it is imported, diffusers looks for other packages, and these tell of packages that could be there and of
+    kernels on the Hub.
+    """
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

@@ -28,6 +28,7 @@ from diffkiln.program.ir import (
     weight_of_call,
 )
 from diffkiln.program.listing import listing, module_listing
+from diffkiln.program.schedule import last_step, why_unseen, why_whole
 from diffkiln.program.serial import (
     dumps,
     fingerprint,
@@ -66,6 +67,7 @@ __all__ = [
     "fingerprint",
     "is_rebatched",
     "kernel_of",
+    "last_step",
     "listing",
     "map_refs",
     "module_from_json",
@@ -85,4 +87,6 @@ __all__ = [
     "verify_types",
     "weight_in",
     "weight_of_call",
+    "why_unseen",
+    "why_whole",
 ]

@@ -24,7 +24,7 @@ _HALF = ("float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel. What it says of dtypes, masks and widths is true of GPUs; torch's kernels for CPUs take them all.
+    """An attention kernel. Its dtypes, masks and widths are those on GPUs; torch's kernels for CPUs take all.
 
     Attributes:
         package: the distribution that has it; empty for torch's own.
@@ -102,13 +102,13 @@ PACKAGED = tuple(name for name, kernel in KERNELS.items() if kernel.package)
 
 
 def install_line(package: str) -> str:
-    """What installs a package, of a kernel or any other."""
+    """Returns the command that installs a package."""
     return next((row.install for row in KERNELS.values() if row.package == package), f"pip install {package}")
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The arguments of one attention, whichever way its operation writes them."""
+    """The arguments of one attention, in whichever form its operation writes them."""
 
     query: Ref
     key: Ref
@@ -119,7 +119,7 @@ class Attention:
 
 
 def read_attention(op: Op) -> Attention:
-    """The arguments of an `SDPA` or ATTENTION operation."""
+    """Returns the arguments of an `SDPA` or ATTENTION operation."""
     if op.name == ATTENTION:
         query, key, value = op.args
         return Attention(query, key, value, None, op.attrs["causal"], op.attrs["scale"])  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def read_attention(op: Op) -> Attention:
 
 
 def kernel_of(op: Op) -> str | None:
-    """The kernel that an operation asks for, if it is attention and asks for one."""
+    """Returns the kernel that an attention operation asks for; `None` if it asks for none or is not attention."""
     return op.attrs.get("kernel") if op.name in (SDPA, ATTENTION) else None
 
 
@@ -155,7 +155,7 @@ def device_problem(name: str, device: str, capability: tuple[int, int]) -> str:
 
 
 def call_problems(name: str, op: Op, types: Mapping[str, TensorType], device: str) -> Iterator[str]:
-    """Why a kernel cannot compute one attention of a program with these types on "cpu" or "cuda"."""
+    """Yields why a kernel cannot compute one attention of a program with these types on "cpu" or "cuda"."""
     kernel, call = KERNELS[name], read_attention(op)
     query, key, value = (types[ref.name] for ref in (call.query, call.key, call.value))
     shapes = [query.shape, key.shape, value.shape]

@@ -19,5 +19,5 @@ def batch_of(name: str) -> str:
 
 
 def is_rebatched(module: Module) -> bool:
-    """Whether every program of a component is at another batch than its pipeline's own call has."""
+    """Returns True if every program of a component is at another batch than its pipeline's own call."""
     return bool(module.programs) and all(program.batch for program in module.programs.values())

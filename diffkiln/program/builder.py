@@ -134,22 +134,22 @@ class Builder:
         for name, ref in zip(call.outputs, listed.outputs, strict=True):
             self.replace_uses(name, ref)
 
-    def outline(self, places: Sequence[int], call: Callable[[Program], tuple[str, Mapping[str, Any]]]) -> None:
+    def outline(self, positions: Sequence[int], call: Callable[[Program], tuple[str, Mapping[str, Any]]]) -> None:
         """Puts one operation in the place of several that follow each other, which become a program of their own.
 
         That takes everything as an input, weights and constants too, and its values are numbered in order: runs that
         compute the same give equal programs. `call` is given it, and gives the operation's name and attributes.
         """
-        part = _part(self.program, places, closed=True)
+        part = _part(self.program, positions, closed=True)
         names = {item.name: f"%in.{index}" for index, item in enumerate(part.inputs)}
         names |= {name: f"%{index}" for index, name in enumerate(part.makers())}
         outlined = rename(part, names)
         verify(outlined, alone=True)
         name, attrs = call(outlined)
         args, results = tuple(item.ref for item in part.inputs), tuple(ref.name for ref in part.outputs)
-        for place in places:
-            self.replace(place)
-        self.replace(places[-1], Op(name, args, results, attrs=attrs))
+        for position in positions:
+            self.replace(position)
+        self.replace(positions[-1], Op(name, args, results, attrs=attrs))
 
     # -- the end --
 
@@ -193,7 +193,7 @@ class Builder:
 
 
 def rename(program: Program, names: Mapping[str, str]) -> Program:
-    """The program with values renamed, wherever they stand."""
+    """Returns the program with values renamed at every use."""
 
     def new(name: str) -> str:
         return names.get(name, name)
@@ -228,18 +228,18 @@ def prune(program: Program) -> Program:
     return _with_types_in_use(replace(program, ops=tuple(reversed(kept))))
 
 
-def split_off(program: Program, places: Sequence[int], outputs: tuple[Ref, ...] | None = None) -> Program:
+def split_off(program: Program, positions: Sequence[int], outputs: tuple[Ref, ...] | None = None) -> Program:
     """Returns the operations at some places, in order, as a program of what they take from the others.
 
     It gives what others read of them, or the `outputs`.
     """
-    part = _part(program, places, outputs)
+    part = _part(program, positions, outputs)
     verify(part, alone=True)
     return part
 
 
 def caller_of(program: Program) -> Program:
-    """A program of the same inputs and outputs that is one call of the region of its name."""
+    """Returns a program of the same inputs and outputs that consists of one call of the region of its name."""
     edit = Builder(program, ops=(), outputs=())
     args = tuple(item.ref for item in program.inputs)
     attrs = {"region": program.name, "instance": ""}
@@ -250,11 +250,11 @@ def caller_of(program: Program) -> Program:
 
 
 def _part(
-    program: Program, places: Sequence[int], outputs: tuple[Ref, ...] | None = None, closed: bool = False
+    program: Program, positions: Sequence[int], outputs: tuple[Ref, ...] | None = None, closed: bool = False
 ) -> Program:
-    """Operations as a program; a closed one takes weights and constants as inputs, too, under their own names."""
-    chosen = set(places)
-    ops = tuple(program.ops[place] for place in places)
+    """Returns operations as a program; a closed one takes weights and constants as inputs, under their own names."""
+    chosen = set(positions)
+    ops = tuple(program.ops[position] for position in positions)
     made = {name for op in ops for name in op.outputs}
     if outputs is None:
         others = (op for at, op in enumerate(program.ops) if at not in chosen)

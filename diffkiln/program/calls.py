@@ -1,12 +1,18 @@
-"""The programs of a call: one for each choice of what its caller may give besides prompts."""
+"""The programs of a call: one for each choice of what its caller may give besides prompts; and what they give."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from diffkiln.program.ir import Program
+
+#: Results that are pictures, and those that are sound, by the names that diffusers gives them.
+PICTURES, SOUNDS = ("images", "frames"), ("audios", "audio")
 
 
 class Given(NamedTuple):
-    """What the caller gives: negative prompts of its own, and latents to begin with."""
+    """The optional arguments of a caller: its own negative prompts, and latents to begin with."""
 
     negative: bool = False
     latents: bool = False
@@ -19,3 +25,9 @@ class Given(NamedTuple):
 
 #: By the program's name.
 GIVEN = {given.name: given for given in (Given(), Given(True), Given(False, True), Given(True, True))}
+
+
+def text_keywords(programs: Sequence[Program]) -> list[str]:
+    """Returns the keywords whose texts reach a tokenizer."""
+    rows = (row for program in programs for text in program.texts for row in text["rows"])
+    return list(dict.fromkeys(row["keyword"] for row in rows if "keyword" in row))

@@ -14,7 +14,7 @@ def heavy_weights(region: Program) -> bool:
     """
     weights = images = 0
     for op in region.ops:
-        if _is_convolution(op):
+        if is_convolution(op):
             image, weight = op.args[0], op.args[1]
             assert isinstance(image, Ref)
             assert isinstance(weight, Ref)
@@ -23,5 +23,6 @@ def heavy_weights(region: Program) -> bool:
     return weights > images
 
 
-def _is_convolution(op: Op) -> bool:
+def is_convolution(op: Op) -> bool:
+    """Returns True for an operator that convolves."""
     return op.name.startswith(("aten.conv1d.", "aten.conv2d.", "aten.conv3d.", "aten.convolution."))

@@ -30,8 +30,8 @@ MAX_SIDE = 2**16
 
 
 def is_edits(value: Any) -> bool:
-    """Returns True if this is a list of edits: ["resize", width, height, filter], ["crop", left, top, right, bottom],
-    and ["convert", mode]."""
+    """Returns True if this is a list of edits: ["resize", width, height, filter] or, in two steps, ["resize", width,
+    height, filter, gap], as Pillow's `reducing_gap`; ["crop", left, top, right, bottom]; and ["convert", mode]."""
     return isinstance(value, list | tuple) and all(map(_is_edit, value))
 
 
@@ -39,6 +39,8 @@ def _is_edit(edit: Any) -> bool:
     match edit:
         case ["resize", width, height, str(name)]:
             return is_size([width, height]) and name in FILTERS
+        case ["resize", width, height, str(name), gap] if type(gap) in (int, float):
+            return is_size([width, height]) and name in FILTERS and name != TORCH_BICUBIC and 1 <= gap < MAX_SIDE
         case ["crop", int(), int(), int(), int()]:
             near = all(abs(number) < MAX_SIDE for number in edit[1:])
             return near and is_size([edit[3] - edit[1], edit[4] - edit[2]])
@@ -48,7 +50,7 @@ def _is_edit(edit: Any) -> bool:
 
 
 def is_size(value: Any) -> bool:
-    """Whether this is [width, height] in pixels."""
+    """Returns True if the value is [width, height] in pixels."""
     sides = value if isinstance(value, list | tuple) else ()
     return len(sides) == 2 and all(type(side) is int and 0 < side < MAX_SIDE for side in sides)
 
@@ -62,13 +64,13 @@ def is_scaled(value: Any) -> bool:
 
 
 def _numbers(values: Any) -> bool:
-    """Whether these are numbers, and none that is beyond all use, which computing would stumble over."""
+    """Returns True if these are numbers of a usable size."""
     plain = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
     return plain and all(abs(value) < MAX_SIDE for value in values)
 
 
 def size_after(edits: Any, size: Any) -> tuple[int, int] | None:
-    """Width and height of an image of some size after its edits; None where neither says it."""
+    """Returns width and height of an image after its edits; None if neither edits nor `size` give them."""
     for name, *numbers in reversed(edits):
         match name:
             case "resize":
@@ -79,7 +81,7 @@ def size_after(edits: Any, size: Any) -> tuple[int, int] | None:
 
 
 def image_keywords(inputs: Any) -> dict[str, int]:
-    """Keyword → the number of images that it takes, in a call program's inputs."""
+    """Returns keyword → number of images that it takes, from a call program's inputs."""
     found: dict[str, int] = {}
     for item in inputs:
         source: Mapping[str, Any] = item.source

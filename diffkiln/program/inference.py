@@ -1,4 +1,4 @@
-"""The types of a program's values, inferred from those of its inputs, and the memory that a run takes.
+"""The types of a program's values, inferred from those of its inputs.
 
 Everything is known before anything runs: shapes are literals, and operators are those of the closed list. So a program
 that declares another type than the one that it computes is refused, and what it needs is compared with what the user
@@ -7,8 +7,7 @@ allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from diffkiln.errors import VerifyError
@@ -26,7 +25,7 @@ from diffkiln.program.ir import (
     TensorType,
     refs,
 )
-from diffkiln.program.operators import OPERATORS, SIZES, Number, Refused, nbytes
+from diffkiln.program.operators import OPERATORS, SIZES, Number, Refused
 from diffkiln.program.operators.products import attended
 
 #: How long a text and a list among the arguments may be, far above any recorded ones.
@@ -73,7 +72,7 @@ def _results(op: Op, values: Mapping[str, _Value], where: str) -> tuple[TensorTy
     except Refused as reason:
         raise VerifyError(f"{where} is refused: {str(reason)[:300]}") from None
     except TypeError as error:
-        raise VerifyError(f"{where} is refused: its arguments are not those of the operator: {error}") from None
+        raise VerifyError(f"{where} is refused: its arguments do not fit the operator: {error}") from None
     results = (found,) if isinstance(found, TensorType) else tuple(found)
     if len(results) != len(op.outputs):
         raise VerifyError(f"{where}: it gives {len(results)} values, and {len(op.outputs)} are named")
@@ -100,7 +99,7 @@ def _argument(arg: Any, values: Mapping[str, _Value]) -> Any:
 
 
 def _special(op: Op, values: Mapping[str, _Value]) -> tuple[TensorType, ...]:
-    """Returns the types of what is no operator. `verify_types` has compared calls with what they call."""
+    """Returns the types of what is not an operator. `verify_types` has compared calls with what they call."""
     given = [values[ref.name] for ref in refs(op.args)]
     if op.name == NOISE:
         return (TensorType(op.attrs["dtype"], tuple(op.attrs["shape"])),)
@@ -116,89 +115,5 @@ def _special(op: Op, values: Mapping[str, _Value]) -> tuple[TensorType, ...]:
 
 def _declared(value: _Value) -> TensorType:
     if isinstance(value, Number):
-        raise Refused("a number that the caller brings is no result")
+        raise Refused("a number of the caller is not a result")
     return value
-
-
-# -- memory --
-
-
-def _named(text: str) -> frozenset[str]:
-    return frozenset(f"aten.{name}" for name in text.split())
-
-
-#: Operators that give the memory of their argument, if its elements lie in their order.
-_MAYBE_VIEWS = _named("reshape.default view.default contiguous.default flatten.using_ints ravel.default") | _named(
-    "view_as.default reshape_as.default"
-)
-#: The same, if their argument has the type that is asked for.
-_CASTS = _named("to.dtype to.device to.other to.dtype_layout type_as.default")
-#: Views that keep the order of elements.
-_DENSE = _named("unsqueeze.default squeeze.default squeeze.dim squeeze.dims unflatten.int alias.default detach.default")
-_KEEPS_ORDER = _DENSE | _MAYBE_VIEWS | _CASTS
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The most bytes of results that a run of a program holds at once, and the operation that is running then."""
-
-    nbytes: int
-    where: str
-
-
-def peak_memory(program: Program, inside: Callable[[Op], int] = lambda _op: 0) -> Peak:
-    """Returns what the results of a program take at most, freed after their last use.
-
-    Inputs, weights and constants are not counted: they are there before the run. `inside` gives what a call takes
-    while it runs.
-    """
-    last = _last_uses(program)
-    owner: dict[str, str] = {}  # a value → the value whose memory it shares
-    dense: set[str] = set(program.types) - {name for op in program.ops for name in op.outputs}
-    size: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    for index, op in enumerate(program.ops):
-        base = _shared(op, program, dense)
-        for name in op.outputs:
-            whole = owner.get(base, base) if base else name
-            owner[name] = whole
-            if whole == name:
-                size[name] = nbytes(program.types[name])
-            ends[whole] = max(ends.get(whole, index), last.get(name, index))
-            if base is None or (base in dense and op.name in _KEEPS_ORDER):
-                dense.add(name)
-    leaving: list[list[str]] = [[] for _ in program.ops]
-    for name in size:
-        if ends[name] < len(program.ops):
-            leaving[ends[name]].append(name)
-    held, peak = 0, Peak(0, "")
-    for index, op in enumerate(program.ops):
-        held += sum(size.get(name, 0) for name in op.outputs)
-        now = held + inside(op)
-        if now > peak.nbytes:
-            peak = Peak(now, f"program {program.name!r}, operation {index} ({op.name})")
-        held -= sum(size[name] for name in leaving[index])
-    return peak
-
-
-def _last_uses(program: Program) -> dict[str, int]:
-    last: dict[str, int] = {}
-    for index, op in enumerate(program.ops):
-        for ref in refs((op.args, op.kwargs)):
-            last[ref.name] = index
-    for ref in program.outputs:
-        last[ref.name] = len(program.ops)
-    return last
-
-
-def _shared(op: Op, program: Program, dense: set[str]) -> str | None:
-    """Returns the value whose memory the results share; None if they have memory of their own."""
-    first = op.args[0] if op.args else None
-    if not op.is_aten or not isinstance(first, Ref):
-        return None
-    if OPERATORS[op.name].view:
-        return first.name
-    if op.name in _MAYBE_VIEWS and first.name in dense:
-        return first.name
-    same = op.name in _CASTS and program.types[first.name] == program.types[op.outputs[0]]
-    return first.name if same else None

@@ -103,7 +103,7 @@ class Input:
 
     @property
     def ref(self) -> Ref:
-        """Its use."""
+        """Returns a reference to the input."""
         return Ref(self.name)
 
     @property
@@ -155,6 +155,7 @@ class Program:
     `texts` are the text templates of a call. `signature` describes how Python calls what was recorded:
     {"args": […], "kwargs": {…}, "result": …} with `Ref`s for tensors, so that a region can stand in for its module.
     `batch` is "doubled" or "halved" for a component's program at another batch than its pipeline calls it with.
+    `ahead` says that a call runs this program of a component before its denoising loop, a preamble.
     `recorded_from` is the class of a region's block, where the region was recorded and not read.
     """
 
@@ -166,16 +167,17 @@ class Program:
     texts: tuple[Mapping[str, Any], ...] = ()
     signature: Mapping[str, Any] = field(default_factory=dict)
     batch: str = ""
+    ahead: bool = False
     recorded_from: str = field(default="", compare=False)
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of the weights, without sigil, in order of first use."""
+        """Returns the names of the weights, without sigil, in order of first use."""
         return tuple(name[1:] for name in self.uses() if name.startswith("@"))
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Keys of the constants, without sigil, in order of first use."""
+        """Returns the keys of the constants, without sigil, in order of first use."""
         return tuple(name[1:] for name in self.uses() if name.startswith("#"))
 
     def result_types(self, stem: str) -> dict[str, TensorType]:
@@ -187,7 +189,7 @@ class Program:
         return {name: op for op in self.ops for name in op.outputs}
 
     def uses(self) -> Iterator[str]:
-        """Every value used, once, in order of first use."""
+        """Yields every value that is used, once, in order of first use."""
         seen: set[str] = set()
         for group in (*(op.uses for op in self.ops), self.outputs):
             for ref in group:
@@ -216,7 +218,7 @@ class Module:
 
 
 def engine_types(region: Program) -> dict[str, TensorType]:
-    """What a region's engine takes, in order: its inputs, its weights and its constants, by their names in it."""
+    """Returns the types of an engine's arguments, in order: inputs, weights and constants, by their names."""
     names = [f"@{name}" for name in region.weights] + [f"#{key}" for key in region.constants]
     return {item.name: item.type for item in region.inputs} | {name: region.types[name] for name in names}
 
@@ -241,7 +243,7 @@ def owner_of(weight: str) -> tuple[str, str]:
 
 
 def refs(arg: Any) -> Iterator[Ref]:
-    """The values that an argument (or any nest of tuples, lists and dicts of them) uses, in order."""
+    """Yields the values that an argument (or any nest of tuples, lists and dicts) uses, in order."""
     if isinstance(arg, Ref):
         yield arg
     elif isinstance(arg, (tuple, list)):
@@ -253,7 +255,7 @@ def refs(arg: Any) -> Iterator[Ref]:
 
 
 def map_refs(arg: Any, rename: Callable[[Ref], Any]) -> Any:
-    """The argument with every `Ref` replaced by `rename(ref)`."""
+    """Returns the argument with every `Ref` replaced by `rename(ref)`."""
     if isinstance(arg, Ref):
         return rename(arg)
     if isinstance(arg, (tuple, list)):

@@ -24,14 +24,14 @@ def listing(program: Program) -> str:
 
 
 def text_line(text: Mapping[str, Any]) -> str:
-    """What becomes of the prompts before they are tokens."""
+    """Returns a line that says how the prompts become tokens."""
     length = f"{text['max_length']} tokens" if text["max_length"] else "any length"
     how = ", ".join([*text["transforms"], *(rule.shown for rule in rules_of(text)), length])
     return f"  text {' | '.join(map(_row, text['rows']))} → {text['tokenizer']} ({how})"
 
 
 def _row(row: Mapping[str, Any]) -> str:
-    """A fixed text, or a prompt between what stands around it; the batch's later prompts have their index."""
+    """Returns a fixed text, or a prompt between its prefix and suffix; later prompts of the batch have their index."""
     if "text" in row:
         return repr(row["text"])
     which = f"[{row['index']}]" if row["index"] else ""

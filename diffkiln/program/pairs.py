@@ -26,13 +26,13 @@ OPERATORS = frozenset(
 
 
 def touches_complex(op: Op, program: Program) -> bool:
-    """Whether an operation takes or gives complex numbers."""
+    """Returns True if an operation takes or gives complex numbers."""
     names = (*(ref.name for ref in refs((op.args, op.kwargs))), *op.outputs)
     return any(program.types[name].dtype in PARTS for name in names if name in program.types)
 
 
 def pair_problems(program: Program) -> Iterator[str]:
-    """What of a program's complex numbers has no form in pairs, each operator once."""
+    """Yields each operator on complex numbers that has no form in pairs, once."""
     told: set[str] = set()
     for op in program.ops:
         if op.name not in OPERATORS | told and touches_complex(op, program):

@@ -135,7 +135,7 @@ def _named(name: str, sigil: str) -> str:
 
 
 def _text_from_json(text: Any) -> dict[str, Any]:
-    """A text template, checked as far as the listing and the runtime read it without asking."""
+    """Reads a text template, checked as far as the listing and the runtime read it without checks."""
     for row in _is(list, text["rows"]):
         if "text" in row:
             _is(str, row["text"])
@@ -176,13 +176,15 @@ def program_to_json(program: Program) -> dict[str, Any]:
     }
     if program.texts:
         data["texts"] = [dict(text) for text in program.texts]
+    if program.ahead:
+        data["ahead"] = True
     if program.signature:
         data["signature"] = {key: arg_to_json(value) for key, value in program.signature.items()}
     return data
 
 
 def program_from_json(data: Any) -> Program:
-    """Read one program; whatever is malformed is a ManifestInvalid. `verify` checks what it says."""
+    """Reads one program. Raises `ManifestInvalid` for malformed data; `verify` checks what the program says."""
     if _deeper_than(data, MAX_DEPTH):
         raise ManifestInvalid(f"not a program: it nests deeper than {MAX_DEPTH}")
     try:
@@ -199,7 +201,8 @@ def program_from_json(data: Any) -> Program:
         texts = tuple(_text_from_json(text) for text in data.get("texts", ()))
         signature = {key: arg_from_json(value) for key, value in data.get("signature", {}).items()}
         name = _is(str, data["name"])
-        return Program(name, inputs, ops, outputs, types, texts, signature, batch_of(name))
+        ahead = _is(bool, data.get("ahead", False))
+        return Program(name, inputs, ops, outputs, types, texts, signature, batch_of(name), ahead)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not a program: {type(error).__name__} {error}") from error
 
@@ -224,7 +227,7 @@ def module_from_json(data: Any) -> Module:
 
 
 def dumps(data: Any) -> bytes:
-    """Deterministic JSON, one operation a line, so that a diff of two programs reads well."""
+    """Returns deterministic JSON, one operation a line, so that a diff of two programs reads well."""
     return (_layout(data, 0) + "\n").encode()
 
 
@@ -240,7 +243,9 @@ def _layout(data: Any, depth: int) -> str:
 
 
 def fingerprint(program: Program) -> str:
-    """SHA-256 of what the program computes; its name is left out, so equal programs have equal fingerprints."""
+    """Returns the SHA-256 of what the program computes. Its name does not count, so equal programs have equal
+    fingerprints.
+    """
     data = program_to_json(program)
     del data["name"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from diffkiln.program.serial import program_to_json
 Dimension = tuple[int, int]
 
 #: Where a number stands: the operation, and the way from there through its arguments.
-Place = tuple[int | str, ...]
+Path = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Expression:
     offset: int = 0
 
     def of(self, size: Callable[[Dimension], Any]) -> Any:
-        """The number where `size` gives the dimensions, which may be symbols."""
+        """Returns the number for the dimensions that `size` gives, which may be symbols."""
         value: Any = 1
         for dimension in self.dimensions:
             value = value * size(dimension)
@@ -56,11 +56,11 @@ class Family:
 
     members: tuple[Program, ...]
     ranges: Mapping[Dimension, tuple[int, int]]
-    sizes: Mapping[Place, Expression]
+    sizes: Mapping[Path, Expression]
 
     def at(self, size: Callable[[Dimension], Any]) -> Program:
-        """The program with its numbers as they are where `size` gives its inputs' dimensions."""
-        values = {place: expression.of(size) for place, expression in self.sizes.items()}
+        """Returns the program with the numbers that belong to the input dimensions that `size` gives."""
+        values = {path: expression.of(size) for path, expression in self.sizes.items()}
         ops = tuple(
             replace(
                 op,
@@ -73,7 +73,7 @@ class Family:
 
 
 def families(programs: Sequence[Program]) -> list[Family]:
-    """The programs, those that differ by sizes alone together; each program is in one family.
+    """Groups programs that differ only by sizes; each program is in one family.
 
     A dimension of one element stays what it is: many operators mean something else by it.
     """
@@ -94,20 +94,20 @@ def _unified(members: Sequence[Program]) -> Family | None:
         for dimension, given in enumerate(zip(*(item.type.shape for item in items), strict=True)):
             if len(set(given)) > 1:
                 sizes[position, dimension] = given
-    numbers: dict[Place, Expression] = {}
-    for places in zip(*(list(_numbers(member)) for member in members), strict=True):
-        values = tuple(value for _, value in places)
+    numbers: dict[Path, Expression] = {}
+    for paths in zip(*(list(_numbers(member)) for member in members), strict=True):
+        values = tuple(value for _, value in paths)
         if len(set(values)) > 1:
             expression = _expression(values, sizes)
             if expression is None:
                 return None
-            numbers[places[0][0]] = expression
+            numbers[paths[0][0]] = expression
     ranges = {dimension: (min(given), max(given)) for dimension, given in sizes.items()}
     return Family(tuple(members), ranges, numbers)
 
 
 def _expression(values: Sequence[int], sizes: Mapping[Dimension, tuple[int, ...]]) -> Expression | None:
-    """The simplest expression that has these values: a dimension, a product of two, a multiple of one, or more."""
+    """Returns the simplest expression with these values: a dimension, a product of two, a multiple of one, or more."""
     distinct = {given: dimension for dimension, given in reversed(list(sizes.items()))}
     products: list[tuple[tuple[Dimension, ...], tuple[int, ...]]] = [((d,), given) for given, d in distinct.items()]
     for (a, left), (b, right) in itertools.combinations_with_replacement(list(products), 2):
@@ -129,7 +129,7 @@ def _multiple(values: Sequence[int], given: Sequence[int]) -> tuple[Fraction, in
 
 
 def _shifted(values: Sequence[int], given: Sequence[int]) -> tuple[Fraction, int] | None:
-    """A multiple and a constant. The first two that differ decide it, and all must agree."""
+    """Returns a multiple and a constant. The first two that differ decide it, and all must agree."""
     pairs = list(dict.fromkeys(zip(given, values, strict=True)))
     if len(pairs) < 2 or len({x for x, _ in pairs}) != len(pairs):
         return None
@@ -144,29 +144,29 @@ def _shifted(values: Sequence[int], given: Sequence[int]) -> tuple[Fraction, int
 # -- numbers and what is left without them --
 
 
-def _numbers(program: Program) -> Iterator[tuple[Place, int]]:
+def _numbers(program: Program) -> Iterator[tuple[Path, int]]:
     for index, op in enumerate(program.ops):
         yield from _within(op.args, (index, "args"))
         for key in sorted(op.kwargs):
             yield from _within(op.kwargs[key], (index, key))
 
 
-def _within(arg: Any, place: Place) -> Iterator[tuple[Place, int]]:
+def _within(arg: Any, path: Path) -> Iterator[tuple[Path, int]]:
     if isinstance(arg, tuple):
         for index, item in enumerate(arg):
-            yield from _within(item, (*place, index))
+            yield from _within(item, (*path, index))
     elif isinstance(arg, int) and not isinstance(arg, bool):
-        yield place, arg
+        yield path, arg
 
 
-def _put(arg: Any, place: Place, values: Mapping[Place, Any]) -> Any:
+def _put(arg: Any, path: Path, values: Mapping[Path, Any]) -> Any:
     if isinstance(arg, tuple):
-        return tuple(_put(item, (*place, index), values) for index, item in enumerate(arg))
-    return values.get(place, arg)
+        return tuple(_put(item, (*path, index), values) for index, item in enumerate(arg))
+    return values.get(path, arg)
 
 
 def _structural_key(program: Program) -> str:
-    """What programs that differ by sizes alone have in common."""
+    """Returns what programs that differ only by sizes have in common."""
 
     def bare(arg: Any) -> Any:
         if isinstance(arg, tuple):

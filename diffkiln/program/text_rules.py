@@ -33,7 +33,7 @@ TRANSFORMS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class Spelling:
-    """What stands between a pair of marks is tokenized character by character, with the marks, and the rest as it is.
+    """A rule by which text between a pair of marks is tokenized character by character, with the marks.
 
     Attributes:
         pairs: the opening and the closing mark of each pair.

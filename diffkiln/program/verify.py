@@ -87,7 +87,7 @@ def verify(
     regions: Mapping[str, Program] | None = None,
     alone: bool = False,
 ) -> None:
-    """Check that `program` is well formed.
+    """Checks that `program` is well formed.
 
     Args:
         program: any of the three levels.
@@ -111,7 +111,7 @@ def verify(
         if not alone:
             _verify_callee(op, where, modules, regions)
         if _holds_mapping((op.args, *op.kwargs.values())):
-            raise VerifyError(f"{where}: a dictionary is no argument of an operation")
+            raise VerifyError(f"{where}: a dictionary is not an argument of an operation")
         for ref in op.uses:
             _verify_use(ref.name, program, defined, where)
         for name in op.outputs:
@@ -123,7 +123,7 @@ def verify(
 
 
 def verify_module(module: Module) -> None:
-    """`verify` for every program and region of a component."""
+    """Verifies every program and region of a component."""
     for region in module.regions.values():
         verify(region)
     for program in module.programs.values():
@@ -145,6 +145,8 @@ def _verify_input(item: Input, program: Program) -> None:
         raise VerifyError(f"{where}: its source lacks a proper {wrong}")
     if kind == "image":
         _verify_image(item, where)
+    if kind == "tensor" and not _index(item.source.get("index", 0)):
+        raise VerifyError(f"{where}: its place in a list is none")
     if kind == "tokens" and item.source["text"] >= len(program.texts):
         raise VerifyError(f"{where}: there is no text {item.source['text']}")
 
@@ -152,12 +154,12 @@ def _verify_input(item: Input, program: Program) -> None:
 def _verify_image(item: Input, where: str) -> None:
     source, type_ = item.source, item.type
     if type_.dtype != "float32" or len(type_.shape) != 4 or type_.shape[0] != len(source["index"]):
-        raise VerifyError(f"{where}: {type_} is no tensor of {len(source['index'])} images")
+        raise VerifyError(f"{where}: {type_} is not a tensor of {len(source['index'])} images")
     left = size_after(source["edits"], source["size"])
     if left is not None and left != (type_.shape[3], type_.shape[2]):
         raise VerifyError(f"{where}: its images end at {left[0]} x {left[1]} pixels (width x height), not {type_}")
     if "mean" in (source["scaled"] or ()) and type_.shape[1] != len(source["scaled"]["mean"]):
-        raise VerifyError(f"{where}: {type_} has not the channels that are scaled")
+        raise VerifyError(f"{where}: {type_} lacks the channels that are scaled")
 
 
 def _wrong(given: Mapping[str, Any], rules: Mapping[str, Callable[[Any], bool]]) -> list[str]:
@@ -206,7 +208,7 @@ def _verify_callee(
 
 
 def _verify_kernel(op: Op, where: str) -> None:
-    """An operator has no attributes, but for the attention's that names its kernel."""
+    """Checks that an operator has no attributes; only attention may have one, which names its kernel."""
     if not op.attrs:
         return
     if op.name != SDPA or op.attrs.keys() != {"kernel"}:

@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 
 class Stream(Protocol):
-    """A queue of what a device is to do, in order."""
+    """A queue of a device's work, in order."""
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -30,7 +30,7 @@ class Stream(Protocol):
 
 
 class Event(Protocol):
-    """A place in a stream. `synchronize` has the host wait until the device has got there."""
+    """A place in a stream. `synchronize` makes the host wait until the device has reached it."""
 
     def record(self, stream: Any = None) -> None: ...
 
@@ -39,7 +39,7 @@ class Event(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device: free, all there are, and what torch's tensors take."""
+    """A device's memory in bytes: free, total, and used by torch's tensors."""
 
     free: int
     total: int
@@ -153,7 +153,7 @@ class Cuda:
 
 
 def _registered(address: int, nbytes: int) -> str:
-    """Pins memory of the host; gives why it cannot, or nothing."""
+    """Returns the reason if memory of the host cannot be pinned; pins it and returns nothing otherwise."""
     runtime: Any = torch.cuda.cudart()
     try:
         code = int(runtime.cudaHostRegister(address, nbytes, 0))
@@ -177,6 +177,33 @@ def indexed(device: torch.device) -> torch.device:
     if device.type != "cuda" or device.index is not None or not available():
         return device
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory of a GPU, in bytes: that torch's tensors used, and that torch held for them."""
+
+    allocated: int
+    reserved: int
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begins to look anew for the most memory that a GPU uses; does nothing for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> Peak | None:
+    """Returns the most memory that a GPU used since `forget_peak`; None for the CPU, which has none of its own."""
+    if device.type != "cuda":
+        return None
+    return Peak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+
+
+def wait(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given; does nothing for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def available() -> bool:
@@ -206,7 +233,7 @@ def active(device: torch.device) -> AbstractContextManager[object]:
 
 
 class CudaCapture:
-    """Records by torch's graphs. All of them share memory, as they are replayed in the order of their recording."""
+    """A recorder by torch's graphs. All graphs share memory, as they are replayed in the order of their recording."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

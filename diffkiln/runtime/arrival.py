@@ -15,32 +15,43 @@ from diffkiln.runtime.weights import WeightStore
 
 
 class Arrival:
-    """Reads and hashes in threads, from the moment it is made. A context manager around what goes on meanwhile.
+    """A context manager that reads and hashes weights in threads, from the moment it is made.
 
-    When it ends every file has been hashed, or `DigestMismatch` is raised. Where something else fails meanwhile, the
-    weights are waited for all the same, since a wrong digest is the better reason. Ctrl-C stops them.
+    When it ends, every file has been hashed, or `DigestMismatch` is raised. If something else fails meanwhile, the
+    weights are still waited for, since a wrong digest is the better reason. Ctrl-C stops them.
 
     Args:
         verified: the bundle.
         place: where weights are used. Resident weights of a CPU are read here, and others hashed alone.
         offload: the spec's offload policy as JSON, or None.
         progress: called with the number of bytes hashed or read since its last call.
+        share: whether resident weights of a CPU are shared with other processes.
     """
 
     def __init__(
-        self, verified: Verified, place: torch.device, offload: Mapping[str, Any] | None, progress: Progress | None
+        self,
+        verified: Verified,
+        place: torch.device,
+        offload: Mapping[str, Any] | None,
+        progress: Progress | None,
+        share: bool = False,
     ) -> None:
-        self._verified, self._place, self._offload = verified, place, offload
+        self._verified, self._place, self._offload, self._share = verified, place, offload, share
         self._readers = Readers(progress)
         self._pool = ThreadPoolExecutor(1, "diffkiln-arrival")
         # In the load's own context, which holds its limits.
         context = contextvars.copy_context()
         self._resident: Future[WeightStore | None] = self._pool.submit(context.run, self._bring)
 
-    def store(self) -> WeightStore:
-        """The weight store, after the context manager has ended."""
+    def store(self, offload: Mapping[str, Any] | None) -> WeightStore:
+        """Returns the weight store; call it after the context manager has ended.
+
+        Args:
+            offload: the policy that was decided on meanwhile.
+        """
         resident = self._resident.result()
-        return resident or WeightStore(self._verified, self._verified.manifest.weights, self._place, self._offload)
+        groups = self._verified.manifest.weights
+        return resident or WeightStore(self._verified, groups, self._place, offload, share=self._share)
 
     def __enter__(self) -> Arrival:
         return self
@@ -61,6 +72,7 @@ class Arrival:
         resident = None
         if self._offload is None and self._place.type == "cpu":
             groups = self._verified.manifest.weights
-            resident = WeightStore(self._verified, groups, self._place, None, readers=self._readers)
+            readers, share = self._readers, self._share
+            resident = WeightStore(self._verified, groups, self._place, None, readers=readers, share=share)
         self._verified.hash_rest(self._readers)
         return resident

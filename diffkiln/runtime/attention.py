@@ -45,7 +45,7 @@ def packaged(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
 
 
 def check_kernels(asked: Mapping[str, Sequence[str]], place: torch.device) -> None:
-    """Compare the device with what the bundle's attention kernels need.
+    """Compares the device with the needs of the bundle's attention kernels.
 
     Args:
         asked: kernels by component.
@@ -72,7 +72,7 @@ def check_kernels(asked: Mapping[str, Sequence[str]], place: torch.device) -> No
 
 
 def kernels_of(modules: Mapping[str, Module]) -> dict[str, list[str]]:
-    """The kernels that the programs ask for, by component."""
+    """Returns the kernels that the programs ask for, by component."""
     return {name: sorted(set(_asked(module))) for name, module in modules.items()}
 
 
@@ -84,17 +84,17 @@ def _asked(module: Module) -> Iterator[str]:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """With the channels side by side in memory, which every package asks for."""
+    """Returns the tensor with its channels side by side in memory, which every package requires."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _tokens_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """[batch, heads, tokens, channels] as [batch, tokens, heads, channels], and the other way round."""
+    """Turns [batch, heads, tokens, channels] into [batch, tokens, heads, channels], and back."""
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
 def _flash(library: Any) -> Attend:
-    """`flash_attn_func`, which the three generations of FlashAttention all have."""
+    """Returns attention by `flash_attn_func`, which all three generations of FlashAttention have."""
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float | None

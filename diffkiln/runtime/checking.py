@@ -11,7 +11,8 @@ from diffkiln.errors import ManifestInvalid
 from diffkiln.guards.limits import Limits
 from diffkiln.interpreter.aten import type_of
 from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, owner_of
-from diffkiln.program.inference import infer_types, peak_memory
+from diffkiln.program.inference import infer_types
+from diffkiln.program.memory import peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types
 from diffkiln.runtime.accelerator import accelerator, available
 

@@ -29,7 +29,7 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
 
 
 def missing_flags(isa: str) -> list[str]:
-    """The CPU features that the level demands and this CPU lacks."""
+    """Returns the CPU features that the level demands and this CPU lacks."""
     present = _cpu_flags()
     missing: list[str] = []
     for level, flags in ISA_FLAGS.items():
@@ -40,7 +40,7 @@ def missing_flags(isa: str) -> list[str]:
 
 
 def check_target(requires: Requires, isa: str | None, native: bool) -> None:
-    """Compare the machine with what a bundle's engines for one target need.
+    """Compares the machine with the needs of a bundle's engines for one target.
 
     Args:
         requires: the manifest's.
@@ -88,7 +88,9 @@ def _differences(requires: Requires, isa: str | None, native: bool) -> Iterator[
 
 
 def _cuda_differences(requires: Requires) -> Iterator[Problem]:
-    """Engines are linked with CUDA's runtime, whose name has the major version; a driver must know their code."""
+    """Yields differences of CUDA's major version, which engines are linked to, and of the driver, which must know their
+    code.
+    """
     if requires.cuda:
         found = torch.version.cuda
         if found is None or numbers(found)[0] != numbers(requires.cuda)[0]:
@@ -99,7 +101,7 @@ def _cuda_differences(requires: Requires) -> Iterator[Problem]:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """What must hold whatever is loaded: Python and packages."""
+    """Checks what every load needs: Python and packages."""
     check_target(manifest.requires, None, native=False)
 
 
@@ -114,7 +116,7 @@ def machine(requires: Requires, place: torch.device) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The CPU's model, the level that torch runs at, and a digest of the CPU's flags."""
+    """Returns the CPU's model, the level that torch runs at, and a digest of the CPU's flags."""
     stated: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -136,7 +138,7 @@ def _version(what: str, found: str, wanted: str, hint: str = "") -> Iterator[Pro
 
 
 def _installed(package: str) -> str | None:
-    """The version of a package, or of another distribution that brings the same module."""
+    """Returns the version of a package, or of another distribution that brings the same module."""
     for name in chain((package,), stand_ins(package)):
         try:
             return metadata.version(name)
@@ -164,7 +166,7 @@ def _glibc() -> str | None:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version; None where there is none, or it does not say."""
+    """Returns the NVIDIA driver's version; None if there is none, or it does not say."""
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", file.readline())

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from diffkiln.errors import CallError, IntegrityError
+from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import dtype_of, type_of
 from diffkiln.program import REGION, Module, Program, Ref
-from diffkiln.runtime.executor import Engine
+from diffkiln.runtime.changes import Watch
+from diffkiln.runtime.engines import Engine, holds_weights
+
+log = get_logger(__name__)
 
 
 class Mismatch(Exception):
@@ -42,7 +46,8 @@ class EngineBlock:
         name: of the block, for messages.
         engines: the regions of this block, each with its engine.
         constants: folded tensors by key.
-        eager: run the block's own code where no region fits, instead of raising CallError.
+        eager: run the block's own code where no region fits, or where the block was changed, instead of raising
+            CallError.
     """
 
     def __init__(
@@ -59,8 +64,24 @@ class EngineBlock:
              [constants[key] for key in region.constants])
             for region, engine in engines
         ]  # fmt: skip
+        self._block, self._held = block, any(holds_weights(engine) for _, engine in engines)
+        self._watch: Watch | None = None
+        self._told = False
+
+    def watch(self, filed: bool = False) -> None:
+        """Notices from now on what is changed inside of the block.
+
+        Args:
+            filed: the weights lie in files between their uses, so that what is written to them in place is lost.
+        """
+        self._watch = Watch(self._block, self._held, filed)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CallError(f"{self._name}: a block with an engine cannot be copied or saved. Load the bundle once more")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._watch is not None and (change := self._watch.change()):
+            return self._changed(change)(*args, **kwargs)
         reasons = []
         for region, engine, weights, constants in self._ways:
             try:
@@ -81,6 +102,19 @@ class EngineBlock:
             "these"
         )
 
+    def _changed(self, change: str) -> Callable[..., Any]:
+        """Runs the block's own code, where it may run in the engine's place."""
+        if not self._eager:
+            raise CallError(
+                f"{self._name}: {change}, which the compiled block would ignore. Undo it, or put it into the spec (an "
+                "adapter by the pass fuse_lora, or by load_lora where the bundle is loaded without as_diffusers), or "
+                'compile with "on_incompatible": "eager" in "runtime" to run such a block without its engine'
+            )
+        if not self._told:
+            log.warning("%s runs without its engine: %s", self._name, change)
+            self._told = True
+        return self._original
+
 
 def plug_in(
     component: torch.nn.Module,
@@ -88,7 +122,7 @@ def plug_in(
     engines: Mapping[str, Engine],
     constants: Mapping[str, torch.Tensor],
     eager: bool,
-) -> int:
+) -> list[EngineBlock]:
     """Gives every block that has an engine an `EngineBlock`. What is no block runs as diffusers has it.
 
     Args:
@@ -99,22 +133,28 @@ def plug_in(
         eager: see `EngineBlock`.
 
     Returns:
-        How many blocks have one.
+        Those that were given; `watch` them when nothing more is done to the blocks.
     """
     regions: dict[str, dict[str, None]] = {}
     for program in recorded.programs.values():
         for op in program.ops:
-            if op.name == REGION and op.attrs["instance"] and op.attrs["region"] in engines:
+            # A region without a signature takes more than the block is given.
+            known = (
+                op.name == REGION and op.attrs["region"] in engines and recorded.regions[op.attrs["region"]].signature
+            )
+            if known and op.attrs["instance"]:
                 regions.setdefault(op.attrs["instance"], {})[op.attrs["region"]] = None
+    made: list[EngineBlock] = []
     for instance, names in regions.items():
         block = component.get_submodule(instance)
         pairs = [(recorded.regions[name], engines[name]) for name in names]
-        block.forward = EngineBlock(block, instance, pairs, constants, eager)
-    return len(regions)
+        made.append(EngineBlock(block, instance, pairs, constants, eager))
+        block.forward = made[-1]
+    return made
 
 
 def arguments(region: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a call by the names of the region's inputs.
+    """Returns the tensors of a call by the names of the region's inputs.
 
     Raises:
         Mismatch: the call has other arguments, or tensors of other types, than were recorded.
@@ -132,7 +172,7 @@ def arguments(region: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def _match(template: Any, value: Any, where: str, found: dict[str, torch.Tensor]) -> None:
     if isinstance(template, Ref):
         if not isinstance(value, torch.Tensor):
-            raise Mismatch(f"{where} is no tensor, compiled for one")
+            raise Mismatch(f"{where} is not a tensor, compiled for one")
         found[template.name] = value
     elif isinstance(template, (tuple, list)):
         if not isinstance(value, (tuple, list)) or len(value) != len(template):
@@ -149,7 +189,7 @@ def _match(template: Any, value: Any, where: str, found: dict[str, torch.Tensor]
 
 
 def _built(template: Any, values: Mapping[str, torch.Tensor]) -> Any:
-    """A result as the block gives it."""
+    """Returns a result in the form that the block gives."""
     if isinstance(template, Ref):
         return values[template.name]
     if isinstance(template, (tuple, list)):
@@ -160,7 +200,7 @@ def _built(template: Any, values: Mapping[str, torch.Tensor]) -> Any:
 
 
 def weight_getter(module: torch.nn.Module, name: str) -> Callable[[], torch.Tensor]:
-    """A function that gives a weight as it is now: a parameter, a buffer, or a tensor inside of a quantized one.
+    """Returns a function that gives a weight's present value: a parameter, a buffer, or a tensor of a quantized one.
 
     Raises:
         IntegrityError: the module has no such weight.

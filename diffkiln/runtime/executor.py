@@ -7,23 +7,42 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.guards import forks
-from diffkiln.interpreter.aten import Interpreter, Special, dtype_of
+from diffkiln.interpreter.aten import CutShort, Interpreter, Special, dtype_of
 from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
-from diffkiln.program import ATTENTION, CALL, NOISE, REGION, STEP, Module, Op, Program, owner_of, weight_in
+from diffkiln.program import (
+    ATTENTION,
+    CALL,
+    NOISE,
+    REGION,
+    STEP,
+    Module,
+    Op,
+    Program,
+    last_step,
+    owner_of,
+    weight_in,
+    why_unseen,
+    why_whole,
+)
+from diffkiln.program.moments import Groups, Key
+from diffkiln.program.residency import Residency
 from diffkiln.runtime.attention import packaged
 from diffkiln.runtime.engines import Engine, holds_weights
-from diffkiln.runtime.graphs import Graphs
+from diffkiln.runtime.finite import Outputs, all_finite, check, not_finite, outputs_of
+from diffkiln.runtime.graphs import WHOLE, Graphs
 from diffkiln.runtime.host_numbers import place_constants, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.places import current
 from diffkiln.runtime.precision import float32_precision
-from diffkiln.runtime.weights import Cursor, Key, WeightStore
+from diffkiln.runtime.turns import PATIENCE, Turn, Turns
+from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
 
 #: Set in the tests: every executor compares the type of every result with the declared one.
 PARANOID = bool(os.environ.get("DIFFKILN_PARANOID"))
@@ -32,12 +51,8 @@ PARANOID = bool(os.environ.get("DIFFKILN_PARANOID"))
 StepEnd = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 
-#: Seconds that a call waits for another thread's.
-PATIENCE = 600.0
-
-
 class Executor:
-    """Runs the call programs of one bundle on one device, one call at a time.
+    """The executor of one bundle's call programs on one device, one call at a time.
 
     Args:
         modules: components by name.
@@ -49,10 +64,14 @@ class Executor:
         graphs: launches calls as CUDA graphs; None launches operation by operation.
         seconds: how long one call may take, looked at before each operation; None for no limit.
         paranoid: compares the type of every result with the declared one.
+        planned: gives the plan of a call's weights; without it groups that are offloaded come and go.
 
     Attributes:
-        patience: seconds that a call waits for another thread's, before it raises.
+        turns: whose call runs, and who waits.
+        observer: opened around each component of a call, with the component's name; not where calls are CUDA graphs.
     """
+
+    observer: Callable[[str], contextlib.AbstractContextManager[object]] | None = None
 
     def __init__(
         self,
@@ -65,18 +84,20 @@ class Executor:
         graphs: Graphs | None = None,
         seconds: float | None = None,
         paranoid: bool = False,
+        planned: Callable[[Program], Residency] | None = None,
     ) -> None:
+        self._planned = planned
         self._seconds, self._ends, self._paranoid = seconds, 0.0, paranoid or PARANOID
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
         #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
         self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_decompositions(device)}
         self.constants = place_constants(constants, device)
+        inside = {key for key, engine in engines.items() if holds_weights(engine)}
+        self.groups = Groups(modules, lambda component, weight: store.key_of(component, weight), inside)
         self._components: dict[tuple[str, str], _Component] = {}
         self._calls: dict[int, _Call] = {}
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self.patience = PATIENCE
+        self.turns = Turns()
         self._run: _Run | None = None
         self._forked = False
         forks.renewed(self)
@@ -88,8 +109,11 @@ class Executor:
         generator: Generators = None,
         step_end: StepEnd | None = None,
         latents: bool = False,
+        timeout: float | None = PATIENCE,
+        allow_nan: bool = False,
+        ready: Callable[[], None] = lambda: None,
     ) -> list[torch.Tensor]:
-        """Run a call program.
+        """Runs a call program.
 
         Args:
             program: a call; its inputs in order.
@@ -97,84 +121,139 @@ class Executor:
             generator: where noise comes from.
             step_end: called after each denoising step; what it gives takes the latents' place.
             latents: give those of the last step, and not what the program gives.
+            timeout: seconds to wait for calls of other threads; None waits for ever.
+            allow_nan: give results that are not finite, too.
+            ready: called first, within this call's turn.
 
         Raises:
-            CallError: another thread runs this pipeline too long, or the callback gives latents of another shape, or
-                there is a callback and nowhere to call it, or latents are asked for and there are no steps.
+            Busy: other threads run this pipeline for longer than `timeout`.
+            NotFinite: the result is not finite, or a decoder's output is not.
+            CallError: the callback gives latents of another shape, or there is a callback and nowhere to call it, or
+                latents are asked for and there are no steps.
         """
         if latents and not any(op.name == STEP for op in program.ops):
             raise CallError("output_type: this pipeline does not show its latents. Choose 'pil', 'np' or 'pt'")
         if self.graphs is not None:
             self.graphs.check(step_end is not None)
         call = self._call(program)
-        with self.running(call.schedule, generator, step_end), torch.inference_mode(), float32_precision(self.tf32):
+        running = self.running(call.schedule, generator, step_end, timeout, call.residency)
+        with running as run, torch.inference_mode(), float32_precision(self.tf32):
+            ready()
+            run.call, run.watched = program, not allow_nan
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
             if self.graphs is not None:
                 special = self._special()
-                found = self.graphs(call.listed, values, lambda: self._weights(program), self.constants, special)
+                own, stopped = partial(self._weights, program), lambda: run.turn.interrupted
+                found = self.graphs(call.listed, values, own, self.constants, special, stopped)
             else:
                 found = call.run(values, self._weights(program), self.constants)
-            return self.run.latents if latents else found
+            given = run.latents if latents else found
+            if not allow_nan:
+                self._check_finite(run, given, decoded=not latents)
+            return given
+
+    def _check_finite(self, run: _Run, given: Sequence[torch.Tensor], decoded: bool) -> None:
+        if self.graphs is None or all_finite(given):
+            check(run.outputs, given, decoded)
+        else:
+            raise not_finite(*self.graphs.first_not_finite())
+
+    def interrupt(self) -> bool:
+        """Ends the call that runs now after the step that it is in; what follows the steps is still run.
+
+        Returns:
+            False where no call runs.
+
+        Raises:
+            CallError: this call cannot be cut short.
+        """
+        run = self._run
+        if run is None:
+            return False
+        if reason := self._why_whole(run.call):
+            raise CallError(
+                f"interrupt: this pipeline's call cannot be cut short, since {reason}. Raise an exception in a "
+                "callback to end it without a result"
+            )
+        run.turn.interrupted = True
+        return True
+
+    def preview(self) -> tuple[Program, list[torch.Tensor]]:
+        """Decodes the latents of the step that has just ended, as if it were the last one; the call then goes on.
+
+        Returns:
+            The call program that runs, and what it would give.
+
+        Raises:
+            CallError: no step of this thread's call has just ended, or the call's latents cannot be decoded.
+        """
+        run = self._run
+        if run is None or run.call is None or not run.shown or run.turn.thread != threading.get_ident():
+            raise CallError("preview: there is something to show at the end of a step: ask in callback_on_step_end")
+        if reason := why_unseen(run.call):
+            raise CallError(f"preview: this pipeline's steps cannot be shown, since {reason}")
+        call = self._call(run.call)
+        run_last = call.run.as_if_last if self.graphs is None else self.graphs.as_if_last
+        # Within a limit of memory, the denoiser's weights make room for the decoder's.
+        alone = COMES_AND_GOES if call.residency is not None and call.residency.strategy == "auto" else None
+        with run.aside(self.store.follow(self._order(call.listed.ops[last_step(call.listed) + 1 :]), alone)):
+            return run.call, run_last(run.latents[0])
+
+    def _why_whole(self, call: Program | None) -> str:
+        if call is None:
+            return "a component runs by itself"
+        if self.graphs is not None and self.graphs.unit == WHOLE:
+            return "all steps are one CUDA graph"
+        return why_whole(call)
 
     def component(self, name: str, program: str) -> _Component:
-        """One component program, ready to run."""
+        """Returns one component program, ready to run."""
         key = (name, program)
         if key not in self._components:
-            self._components[key] = _Component(self, name, self.modules[name].programs[program])
+            self._components[key] = _Component(self, name, program)
         return self._components[key]
 
     def run_component(self, name: str, program: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run one component by itself (for verification): tensors in the order of its program's inputs."""
+        """Runs one component by itself (for verification), on tensors in the order of its program's inputs."""
         component = self.component(name, program)
         with self.running(component.schedule), torch.inference_mode(), float32_precision(self.tf32):
             return component(*inputs)
 
     @contextlib.contextmanager
     def running(
-        self, schedule: Sequence[Key], generator: Generators = None, step_end: StepEnd | None = None
-    ) -> Iterator[None]:
-        """A run that brings in groups of weights in this order. One at a time: other threads wait for their turn.
+        self,
+        schedule: Sequence[Key],
+        generator: Generators = None,
+        step_end: StepEnd | None = None,
+        timeout: float | None = PATIENCE,
+        residency: Residency | None = None,
+    ) -> Iterator[_Run]:
+        """Begins a run that brings in groups of weights in this order. Other threads wait for their turn.
 
         Raises:
-            CallError: another thread has been running this pipeline for longer than `patience`, or this one is; or the
-                pipeline is on a GPU and was loaded before a fork.
+            Busy: other threads have been running this pipeline for longer than `timeout`.
+            CallError: this thread is running it; or it is closed; or it is on a GPU and was loaded before a fork.
         """
         if self._forked and self.device.type == "cuda":
             raise CallError("this pipeline was loaded before a fork, which CUDA does not survive. Load it in the child")
-        lock = self._take_turn()
-        self._run = run = _Run(self.store.follow(schedule), generator, step_end)
-        self._ends = time.monotonic() + (self._seconds or 0.0)
-        try:
-            with current(self.device):
-                yield
-        finally:
-            self._run = None
+        with self.turns.taken(timeout) as turn:
+            cursor = self.store.follow(schedule, residency)
+            self._run = run = _Run(turn, cursor, generator, step_end)
+            self._ends = time.monotonic() + (self._seconds or 0.0)
             try:
-                run.cursor.close()
+                with current(self.device):
+                    yield run
             finally:
-                self._owner = None
-                lock.release()
+                self._run = None
+                run.cursor.close()
 
     def renew(self) -> None:
-        """In a forked child: a call that another thread of the parent was making goes on there alone."""
-        self._lock = threading.Lock()
+        """Begins anew in a forked child: a call that another thread of the parent was making goes on there alone."""
         self._forked = True
-        if self._run is not None and self._run.thread != threading.get_ident():
-            self._run = self._owner = None
+        if self._run is not None and self._run.turn.thread != threading.get_ident():
+            self._run = None
             self._components.clear()  # which hold what that call was using
             self._calls.clear()
-
-    def _take_turn(self) -> threading.Lock:
-        lock = self._lock
-        if self._owner == threading.get_ident():
-            raise CallError("this pipeline is called within its own call, say by a callback. Load the bundle twice")
-        if not lock.acquire(timeout=self.patience):
-            raise CallError(
-                f"this pipeline has been running in another thread for {self.patience:.0f} seconds. Wait for it, or "
-                "load the bundle once for each thread"
-            )
-        self._owner = threading.get_ident()
-        return lock
 
     @property
     def run(self) -> _Run:
@@ -196,7 +275,7 @@ class Executor:
             )
 
     def _weights(self, program: Program) -> dict[str, torch.Tensor]:
-        """Those that a call takes itself."""
+        """Returns the weights that a call takes itself."""
         return {name: self.store.peek(*owner_of(name)) for name in program.weights}
 
     def _special(self) -> Mapping[str, Special]:
@@ -205,17 +284,30 @@ class Executor:
     def _call(self, program: Program) -> _Call:
         if id(program) not in self._calls:
             interpreter = self.interpreter(program, self._special())
-            schedule = [
-                key
-                for op in program.ops
-                if op.name == CALL
-                for key in self.component(op.attrs["component"], op.attrs["program"]).schedule
-            ]
-            self._calls[id(program)] = _Call(program, interpreter.program, interpreter, schedule)
+            residency = self._planned(program) if self._planned is not None else None
+            order = self._order(program.ops)
+            self._calls[id(program)] = _Call(program, interpreter.program, interpreter, order, residency)
         return self._calls[id(program)]
 
+    def _order(self, ops: Sequence[Op]) -> list[Key]:
+        """Returns the groups of weights that operations of a call use, in the order of their use."""
+        calls = [op.attrs for op in ops if op.name == CALL]
+        return [key for attrs in calls for key in self.component(attrs["component"], attrs["program"]).schedule]
+
     def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
-        return self.component(op.attrs["component"], op.attrs["program"])
+        name = op.attrs["component"]
+        component = self.component(name, op.attrs["program"])
+        if self.graphs is not None:
+            return component  # what is launched again runs nothing here: graphs have their results looked at
+
+        def call(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+            with self.observer(name) if self.observer is not None else contextlib.nullcontext():
+                given = component(*inputs)
+            if self.run.watched and (outputs := outputs_of(name, given)) is not None:
+                self.run.outputs.append(outputs)
+            return given
+
+        return call
 
     def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
@@ -228,48 +320,76 @@ class Executor:
         def end(latents: torch.Tensor) -> Sequence[torch.Tensor]:
             self.run.latents = [latents]
             if self.run.step_end is None:
-                return [latents]
-            changed = self.run.step_end(step, timestep, latents)
+                return self._goes_on()
+            self.run.shown = True
+            try:
+                changed = self.run.step_end(step, timestep, latents)
+            finally:
+                self.run.shown = False
             if changed.shape != latents.shape or changed.dtype != latents.dtype:
                 raise CallError(
                     f"callback_on_step_end gave latents {changed.dtype} {tuple(changed.shape)} after step {step}; they "
                     f"were {latents.dtype} {tuple(latents.shape)}"
                 )
             self.run.latents = [changed.to(self.device)]
-            return self.run.latents
+            return self._goes_on()
 
         return end
 
+    def _goes_on(self) -> Sequence[torch.Tensor]:
+        """Returns the latents at the end of a step, unless the caller wants no further one."""
+        run = self.run
+        if run.turn.interrupted:
+            raise CutShort(run.latents[0])
+        return run.latents
+
 
 class _Call(NamedTuple):
-    """A call program, which is kept so that its id stays its own; the same as it runs here; its groups in order."""
+    """A call program, which is kept so that its id stays its own; the same as it runs here; its groups in order, and
+    which of them stay.
+    """
 
     program: Program
     listed: Program
     run: Interpreter
     schedule: list[Key]
+    residency: Residency | None
 
 
 class _Run:
-    """What belongs to one call."""
+    """The state of one call."""
 
-    def __init__(self, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
-        self.cursor, self.generator, self.step_end = cursor, generator, step_end
-        self.thread = threading.get_ident()
+    def __init__(self, turn: Turn, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
+        self.turn, self.cursor, self.generator, self.step_end = turn, cursor, generator, step_end
+        self.call: Program | None = None
+        self.watched = False
+        self.outputs: list[Outputs] = []
         self.block: Key | None = None
         self.latents: list[torch.Tensor] = []
+        self.shown = False
+
+    @contextlib.contextmanager
+    def aside(self, cursor: Cursor) -> Iterator[None]:
+        """Leaves this run's place in its schedule, and what is known of its outputs, as they are for a while."""
+        kept = self.cursor, self.watched
+        self.cursor, self.watched = cursor, False
+        try:
+            yield
+        finally:
+            self.cursor, self.watched = kept
 
 
 class _Component:
     """One component program with its weights' groups."""
 
-    def __init__(self, executor: Executor, name: str, program: Program) -> None:
-        self._executor, self._name, self._program = executor, name, program
+    def __init__(self, executor: Executor, name: str, program: str) -> None:
+        self._executor, self._name = executor, name
         self._module = executor.modules[name]
-        self._interpreter = executor.interpreter(program, {REGION: self._region, **executor.special})
+        listed = self._module.programs[program]
+        self._interpreter = executor.interpreter(listed, {REGION: self._region, **executor.special})
         self._held: dict[str, torch.Tensor] = {}
-        self._own = list(dict.fromkeys(executor.store.key_of(name, weight) for weight in self._weights()))
-        self.schedule = [*self._own, *self._block_order()]
+        self._own = executor.groups.own(name, program)
+        self.schedule = executor.groups.entered(name, program)
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         run = self._executor.run
@@ -283,31 +403,8 @@ class _Component:
             for key in self._own:
                 run.cursor.leave(key)
 
-    def _weights(self) -> Iterator[str]:
-        """Those that are needed throughout: of the operators around the blocks, and of regions that are no blocks."""
-        yield from self._program.weights
-        for op in self._program.ops:
-            if op.name == REGION and not op.attrs["instance"]:
-                engine = self._executor.engines.get((self._name, op.attrs["region"]))
-                if engine is None or not holds_weights(engine):
-                    yield from self._module.regions[op.attrs["region"]].weights
-
-    def _block_order(self) -> list[Key]:
-        """The groups of the regions in the order of their use; a group that serves neighbours comes once."""
-        order: list[Key] = []
-        for op in self._program.ops:
-            key = self._group_of(op) if op.name == REGION else None
-            if key is not None and key not in self._own and (not order or order[-1] != key):
-                order.append(key)
-        return order
-
-    def _group_of(self, op: Op) -> Key | None:
-        """The group of a block's weights; None for a region that is no block, or has none."""
-        weights = self._module.regions[op.attrs["region"]].weights if op.attrs["instance"] else ()
-        return self._executor.store.key_of(self._name, weight_in(op, weights[0])) if weights else None
-
     def _enter_block(self, key: Key | None) -> Mapping[str, torch.Tensor]:
-        """Make a block's group the one that is in use; the one before it may leave."""
+        """Makes a block's group the one in use; the group before it may leave."""
         run = self._executor.run
         if key in self._own:
             return self._executor.store.get(key)  # type: ignore[arg-type]
@@ -320,7 +417,11 @@ class _Component:
 
     def _region(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         name, prefix = op.attrs["region"], weight_in(op, "")
-        region, key, constants = self._module.regions[name], self._group_of(op), self._executor.constants
+        region, key, constants = (
+            self._module.regions[name],
+            self._executor.groups.of_block(self._name, op),
+            self._executor.constants,
+        )
         engine = self._executor.engines.get((self._name, name))
         if engine is None:
             replay = self._executor.interpreter(region, self._executor.special)

@@ -21,8 +21,9 @@ from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, Incompatible
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import Interpreter, Special
-from diffkiln.program import NOISE, STEP, Op, Program, split_off
+from diffkiln.program import CALL, NOISE, STEP, Op, Program, split_off
 from diffkiln.runtime.accelerator import CudaCapture
+from diffkiln.runtime.finite import all_finite
 
 log = get_logger(__name__)
 
@@ -37,14 +38,15 @@ Capture = Callable[[Callable[[], Tensors]], tuple[Callable[[], object], Tensors]
 
 
 class Piece(NamedTuple):
-    """A part of a call: a program of what it takes and gives, and whether the host runs it."""
+    """A part of a call: a program of its arguments and results, and whether the host runs it."""
 
     program: Program
     host: bool
 
 
 def cut(call: Program, unit: str) -> list[Piece]:
-    """A call in pieces, in order: those of the host, of one operation each, and as little as can be between them.
+    """Splits a call into pieces, in order: host pieces of one operation each, and as few pieces as possible between
+    them.
 
     Args:
         call: a call program.
@@ -66,7 +68,7 @@ def cut(call: Program, unit: str) -> list[Piece]:
 
 
 class Graphs:
-    """Runs calls by graphs, which it records when a call comes for the first time.
+    """The CUDA graphs of calls, each recorded at the first call.
 
     Args:
         unit: what one graph spans, "step" or "program".
@@ -76,14 +78,15 @@ class Graphs:
     def __init__(self, unit: str, device: torch.device, capture: Capture | None = None) -> None:
         self.unit, self._device, self._capture = unit, device, capture
         self._calls: dict[tuple[int, tuple[object, ...]], _Call] = {}
+        self._running: _Call | None = None
 
     def close(self) -> None:
-        """Let go of all that was recorded, and of the memory that it holds."""
+        """Releases all recorded graphs and their memory."""
         self._calls.clear()
         self._capture = None
 
     def check(self, with_callback: bool) -> None:
-        """Whether a call can be made.
+        """Checks that a call can be made.
 
         Raises:
             CallError: somebody is to be called at the end of each step, and no step ends outside a graph.
@@ -101,8 +104,9 @@ class Graphs:
         weights: Callable[[], Mapping[str, torch.Tensor]],
         constants: Mapping[str, torch.Tensor],
         special: Mapping[str, Special],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[torch.Tensor]:
-        """Run a call program; numbers among its inputs are part of what is recorded.
+        """Runs a call program; numbers among its inputs are part of the recorded graphs.
 
         Args:
             program: a call.
@@ -110,6 +114,7 @@ class Graphs:
             weights: gives those of the program itself, once.
             constants: by key.
             special: runs the operations that are not ATen's.
+            stopped: asked at the end of each step: whether no further one is wanted.
 
         Raises:
             Incompatible: an operation cannot be recorded.
@@ -128,10 +133,27 @@ class Graphs:
                 return lambda given: run(given, held, constants)
 
             self._calls[key] = _Call(program, [(piece, runner(piece)) for piece in cut(program, self.unit)], capture)
-        return self._calls[key](inputs)
+        self._running = self._calls[key]
+        try:
+            return self._running(inputs, stopped)
+        finally:
+            self._running = None
+
+    def as_if_last(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """Returns what the call that runs would give if the step that has just ended were its last one.
+
+        Args:
+            latents: Of that step.
+        """
+        return self._running.as_if_last(latents) if self._running is not None else []
+
+    def first_not_finite(self) -> tuple[str, torch.dtype | None]:
+        """Returns the components of the first piece of the last call whose results are not finite, and their type."""
+        call = next(reversed(self._calls.values()), None)
+        return call.first_not_finite() if call is not None else ("", None)
 
     def _make_room(self, program: int) -> None:
-        """Let go of the graphs of those of a program's numbers that were used longest ago."""
+        """Releases a program's graphs for the numbers that were used longest ago."""
         recorded = [key for key in self._calls if key[0] == program]
         for key in recorded[: 1 - KEPT]:
             del self._calls[key]
@@ -150,23 +172,68 @@ class _Call:
         self._places: dict[str, Any] = {}
         self._launches: dict[int, Callable[[], object]] = {}
 
-    def __call__(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    def __call__(self, inputs: Sequence[Any], stopped: Callable[[], bool]) -> list[torch.Tensor]:
         for item, value in zip(self._program.inputs, inputs, strict=True):
             self._put(item.name, value)
-        for index, (piece, run) in enumerate(self._pieces):
-            given = [self._places[item.name] for item in piece.program.inputs]
-            if piece.host:
-                results = run([_copy(value) for value in given])
-                for ref, value in zip(piece.program.outputs, results, strict=True):
-                    self._put(ref.name, value)
+        resumed = 0
+        for index, (piece, _) in enumerate(self._pieces):
+            if index < resumed:
                 continue
-            if index not in self._launches:
-                self._record(index, given)
-            self._launches[index]()
+            if not piece.host:
+                self._launch(index)
+                continue
+            results = self._on_host(index)
+            if piece.program.ops[0].name == STEP and stopped():
+                resumed = self._after_steps(results[0])
+        return self._results()
+
+    def as_if_last(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """Does as `Graphs.as_if_last`. What follows the steps has places of its own, filled again at the end."""
+        for index in range(self._after_steps(latents), len(self._pieces)):
+            if self._pieces[index][0].host:
+                self._on_host(index)
+            else:
+                self._launch(index)
+        return self._results()
+
+    def first_not_finite(self) -> tuple[str, torch.dtype | None]:
+        """Does as `Graphs.first_not_finite`."""
+        for piece, _ in self._pieces:
+            values = [self._places.get(ref.name) for ref in piece.program.outputs]
+            wrong = [value for value in values if isinstance(value, torch.Tensor) and not all_finite([value])]
+            names = dict.fromkeys(op.attrs["component"] for op in piece.program.ops if op.name == CALL)
+            if wrong and names:
+                return " or ".join(names), wrong[0].dtype
+        return "", None
+
+    def _results(self) -> list[torch.Tensor]:
         return [_copy(self._places[ref.name]) for ref in self._program.outputs]
 
+    def _given(self, piece: Piece) -> list[Any]:
+        return [self._places[item.name] for item in piece.program.inputs]
+
+    def _on_host(self, index: int) -> Tensors:
+        """Runs a piece of the host; returns its results."""
+        piece, run = self._pieces[index]
+        results = run([_copy(value) for value in self._given(piece)])
+        for ref, value in zip(piece.program.outputs, results, strict=True):
+            self._put(ref.name, value)
+        return results
+
+    def _launch(self, index: int) -> None:
+        """Launches a piece, which is recorded first if it never ran."""
+        if index not in self._launches:
+            self._record(index, self._given(self._pieces[index][0]))
+        self._launches[index]()
+
+    def _after_steps(self, latents: Any) -> int:
+        """Returns the piece after the last step, which goes on from these latents."""
+        last = max(index for index, (piece, _) in enumerate(self._pieces) if piece.program.ops[0].name == STEP)
+        self._put(self._pieces[last][0].program.outputs[0].name, latents)
+        return last + 1
+
     def _put(self, name: str, value: Any) -> None:
-        """What a caller or the host gives, into its place."""
+        """Copies a value of the caller or the host into its place."""
         place = self._places.get(name)
         if isinstance(place, torch.Tensor):
             place.copy_(value)
@@ -191,7 +258,7 @@ class _Call:
 
 
 def _goes_on(op: Op) -> Callable[..., Tensors]:
-    """The end of a step within a graph: nobody is called."""
+    """Returns the end of a step within a graph, where nobody is called."""
     return lambda latents: [latents]
 
 
@@ -200,27 +267,27 @@ def _copy(value: Any) -> Any:
 
 
 def _cause(error: RuntimeError) -> RuntimeError:
-    """What went wrong first: what is recorded fails, and then the end of the recording does."""
+    """Returns the first error: a failed operation makes the end of the recording fail too."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return error
 
 
 def graphs_for(manifest: Manifest, place: torch.device) -> Graphs | None:
-    """The graphs that a bundle asks for; None where it asks for none, or runs on a CPU.
-
-    Raises:
-        Incompatible: its weights have no fixed places.
-    """
+    """Returns the graphs that a bundle asks for; None if it asks for none, or runs on a CPU."""
     unit: Any = manifest.runtime.get("cuda_graphs")
     if unit is None:
         return None
-    if manifest.runtime.get("offload") is not None:
-        raise Incompatible(
-            "cuda_graphs: found weights that are offloaded, required weights that stay where they are, since a graph "
-            "holds their addresses. Compile with one of the two"
-        )
     if place.type != "cuda":
         log.warning("no CUDA graphs: the bundle asks for them, and runs on %s", place)
         return None
     return Graphs(unit, place)
+
+
+def check_addresses(graphs: Graphs | None, offload: Mapping[str, Any] | None) -> None:
+    """Raises `Incompatible` for graphs of weights that are offloaded."""
+    if graphs is not None and offload is not None:
+        raise Incompatible(
+            "cuda_graphs: found weights that are offloaded, required weights that stay where they are, since a graph "
+            "holds their addresses. Compile with one of the two, or give more memory"
+        )

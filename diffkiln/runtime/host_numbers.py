@@ -40,7 +40,7 @@ def read_on_host(program: Program, device: torch.device) -> Program:
 
 
 def _with_number(op: Op, edit: Builder) -> Op:
-    """The operation with its number on the host, if exactly one of its operands is a constant of one number."""
+    """Returns the operation with its number on the host, if exactly one of its operands is a constant of one number."""
     first, second, *rest = op.args
     if not (isinstance(first, Ref) and isinstance(second, Ref)):
         return op

@@ -14,7 +14,7 @@ from diffkiln.program.images import DEEP, TORCH_BICUBIC
 
 
 def image_list(keyword: str, value: Any) -> list[Any]:
-    """The images that a caller gives for one keyword.
+    """Returns the images that a caller gives for one keyword.
 
     Args:
         value: a `PIL.Image.Image`, a NumPy array [height, width, channels] or a tensor [channels, height, width], 0 to
@@ -36,7 +36,7 @@ def image_list(keyword: str, value: Any) -> list[Any]:
 
 
 def refusal(source: Mapping[str, Any], images: Sequence[Any]) -> str:
-    """Why these images of one keyword do not fit an input; empty where they do."""
+    """Returns why these images of one keyword do not fit an input; empty if they fit."""
     keyword, wanted = source["keyword"], source["size"]
     for index in source["index"] if wanted else ():
         size = _size(images[index])
@@ -49,7 +49,7 @@ def refusal(source: Mapping[str, Any], images: Sequence[Any]) -> str:
 
 
 def pixels(source: Mapping[str, Any], shape: Sequence[int], images: Sequence[Any]) -> torch.Tensor:
-    """The tensor of one input, equal to what diffusers' `VaeImageProcessor.preprocess` gives.
+    """Returns the tensor of one input, equal to the result of diffusers' `VaeImageProcessor.preprocess`.
 
     Args:
         source: of the input; see `diffkiln.program.images`.
@@ -95,7 +95,7 @@ def _row(source: Mapping[str, Any], shape: Sequence[int], image: Any) -> torch.T
 
 
 def _edited(source: Mapping[str, Any], image: Image.Image) -> np.ndarray[Any, Any]:
-    """The pixels of an image after its edits: uint8 or bool, [height, width, channels] or [height, width]."""
+    """Returns the pixels of an image after its edits: uint8 or bool, [height, width, channels] or [height, width]."""
     keyword = source["keyword"]
     if image.mode.startswith(DEEP):  # which Pillow would cut off at 255, so that all is white
         raise CallError(
@@ -113,7 +113,7 @@ def _edited(source: Mapping[str, Any], image: Image.Image) -> np.ndarray[Any, An
 
 
 def _scaled(array: np.ndarray[Any, Any], scaled: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    """Pixels as transformers' processors scale and shift them: [height, width, channels], float32."""
+    """Scales and shifts pixels as transformers' processors do: [height, width, channels], float32."""
     numbers = (array.astype(np.float64) * scaled["factor"]).astype(np.float32)
     if "mean" not in scaled:
         return numbers
@@ -121,9 +121,10 @@ def _scaled(array: np.ndarray[Any, Any], scaled: Mapping[str, Any]) -> np.ndarra
 
 
 def _resize(image: Image.Image, values: Sequence[Any]) -> Image.Image:
-    width, height, name = values
+    width, height, name, *gap = values
     if name != TORCH_BICUBIC:
-        return image.resize((width, height), resample=Image.Resampling[name.upper()])
+        how = {"reducing_gap": gap[0]} if gap else {}
+        return image.resize((width, height), resample=Image.Resampling[name.upper()], **how)
     given = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
     made = torch.nn.functional.interpolate(given, (height, width), mode="bicubic", antialias=True)
     return Image.fromarray(made[0].permute(1, 2, 0).numpy())
@@ -137,7 +138,7 @@ _EDITS = {
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Returns width and height in pixels."""
     if isinstance(image, Image.Image):
         return image.size
     height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2]
@@ -145,7 +146,7 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _channels_first(keyword: str, image: Any) -> torch.Tensor:
-    """[channels, height, width] of an array or of a tensor of real numbers: float64 where it is that, else float32."""
+    """Returns [channels, height, width] of an array or a real tensor: float64 if it has that type, else float32."""
     if isinstance(image, torch.Tensor):
         if image.is_complex():
             raise CallError(f"{keyword}: a tensor of {image.dtype}, required real numbers")
@@ -161,7 +162,7 @@ def _channels_first(keyword: str, image: Any) -> torch.Tensor:
 
 
 def _resized(source: Mapping[str, Any], shape: Sequence[int], image: torch.Tensor) -> torch.Tensor:
-    """Numbers from 0 to 1 at the size of the input, as diffusers resizes tensors: by the nearest pixel."""
+    """Resizes numbers from 0 to 1 to the size of the input, as diffusers resizes tensors: by the nearest pixel."""
     keyword = source["keyword"]
     if image.numel() == 0:
         raise CallError(f"{keyword}: numbers of shape {tuple(image.shape)} (channels, height, width) are no image")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +35,8 @@ from diffkiln.runtime.checking import check_budget, check_stored
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.engines import holds_weights
 from diffkiln.runtime.executor import Executor
-from diffkiln.runtime.graphs import graphs_for
+from diffkiln.runtime.graphs import check_addresses, graphs_for
+from diffkiln.runtime.memory import decided, limit_of, offload_policy
 from diffkiln.runtime.opening import open_engines, read_constants, read_json, read_modules, read_text, read_variant
 from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.places import current
@@ -59,43 +61,67 @@ def load(
     progress: Progress | None = None,
     limits: Limits | None = None,
     paranoid: bool = False,
+    max_memory: str | int | None = None,
+    share_weights: bool = False,
 ) -> Any:
-    """Load a bundle. Nothing is compiled, and neither diffusers nor transformers is imported.
+    """Loads a bundle. Compiles nothing, and imports neither diffusers nor transformers.
 
     Args:
         path: the bundle's directory, or hf://owner/name@commit, which is fetched from the Hub once (extra `hub`).
-        allow_native: load native code though this user did not build the bundle here.
-        as_diffusers: give the original diffusers pipeline, with the engines plugged in, instead.
-        device: where to run; the bundle's target by default.
-        check_engines: compare every engine with the replay of its region before it serves, or none. By default those
-            that were not compared here before; on a CPU the smallest of each kind, and no large ones.
-        policy: whose signatures count; the user's own policy file by default, where there is one.
-        rehash: hash weights again that were hashed at an earlier load and look untouched.
+        allow_native: load native code that this user did not build on this machine.
+        as_diffusers: return the original diffusers pipeline, with the engines plugged in.
+        device: the device to run on; by default the bundle's target.
+        check_engines: True compares every engine with the replay of its region, False none. By default, engines that
+            were not compared on this machine are compared; on a CPU only the smallest of each kind, and no large ones.
+        policy: the policy with the trusted signers; by default the user's own policy file, if there is one.
+        rehash: hash all weights again, even those unchanged since the last load.
         progress: called with the number of bytes hashed since its last call.
-        limits: what the bundle may take; `diffkiln.guards.limits.Limits()` has the defaults.
-        paranoid: compare the type of every result with the declared one, at each call. Slower by some microseconds an
-            operation.
+        limits: the memory, time and text that the bundle may use; `diffkiln.Limits()` has the defaults.
+        paranoid: compare the type of every result with the declared type, at each call. This costs some microseconds
+            an operation.
+        max_memory: the most memory that a call may take on the device for weights, constants and results, as bytes or
+            such as "8GiB". Weights that do not fit beside the others are brought in as they are needed. By default what
+            the bundle says.
+        share_weights: keep one copy of the weights in memory for all processes of this user that ask for it, on a CPU
+            and where the bundle keeps its weights resident. It lies in the cache directory, in files that nobody else
+            can write to, and takes as much disk. Elsewhere this changes nothing.
 
     Raises:
-        PolicyInvalid: the policy is not one.
-        IntegrityError: the bundle is not whole, or not signed as the policy requires, or its native code is refused.
-        Incompatible: the bundle is for another machine, torch or format.
-        HubError: the Hub does not give what the address names.
+        SpecError: `max_memory` is no amount of memory.
+        PolicyInvalid: the policy is malformed.
+        IntegrityError: the bundle is incomplete, lacks a signature that the policy requires, or has native code that
+            is not allowed.
+        Incompatible: the bundle is for another machine, torch or format, or a call needs more than `max_memory`.
+        HubError: the Hub does not have the bundle, or refuses it.
     """
+    options = LoadOptions(allow_native, check_engines, progress, paranoid, limit_of(max_memory), share_weights)
+    if as_diffusers and options.max_memory is not None:
+        raise Incompatible(
+            "max_memory: as_diffusers runs diffusers' own code, which keeps no limit. Leave one of them out"
+        )
     with applied(limits):
-        return _loaded(path, allow_native, as_diffusers, device, check_engines, policy, rehash, progress, paranoid)
+        return _loaded(path, as_diffusers, device, policy, rehash, options)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The options of a load, as `load` describes them; `max_memory` is in bytes."""
+
+    allow_native: bool = False
+    check_engines: bool | None = None
+    progress: Progress | None = None
+    paranoid: bool = False
+    max_memory: int | None = None
+    share_weights: bool = False
 
 
 def _loaded(
     path: str | os.PathLike[str],
-    allow_native: bool,
     as_diffusers: bool,
     device: str | torch.device | None,
-    check_engines: bool | None,
     policy: Policy | str | os.PathLike[str] | None,
     rehash: bool,
-    progress: Progress | None,
-    paranoid: bool,
+    options: LoadOptions,
 ) -> Any:
     if isinstance(path, str) and path.startswith("hf://"):
         from diffkiln.hub import cached
@@ -106,7 +132,7 @@ def _loaded(
     with open_bundle(path) as bundle:
         # Weights are hashed as they are read, beside the rest of the load, unless diffusers reads them.
         roles = None if as_diffusers else _ROLES - {"weights"}
-        verified = bundle.verify(progress, roles, receipt="renew" if rehash else "use")
+        verified = bundle.verify(options.progress, roles, receipt="renew" if rehash else "use")
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
@@ -114,28 +140,25 @@ def _loaded(
         check_device(verified.manifest, device)
         with current(device):
             if not as_diffusers:
-                return _load(verified, allow_native, trusted, device, check_engines, progress, paranoid)
+                return load_verified(verified, trusted, device, options)
             from diffkiln.runtime.diffusers.loading import load_as_diffusers
 
             if verified.manifest.runtime.get("cuda_graphs"):
                 log.warning("no CUDA graphs: they are of the bundle's program, which as_diffusers does not run")
             return load_as_diffusers(
-                verified, allow_native=allow_native, policy=trusted, device=device, check_engines=check_engines
+                verified,
+                allow_native=options.allow_native,
+                policy=trusted,
+                device=device,
+                check_engines=options.check_engines,
             )
     except BaseException:
         verified.close()
         raise
 
 
-def _load(
-    verified: Verified,
-    allow_native: bool,
-    policy: Policy | None,
-    device: Any,
-    check_engines: bool | None,
-    progress: Progress | None,
-    paranoid: bool,
-) -> CompiledPipeline:
+def load_verified(verified: Verified, policy: Policy | None, device: Any, options: LoadOptions) -> CompiledPipeline:
+    """Loads a bundle that has been opened; the arguments are those of `load`."""
     manifest, limits = verified.manifest, active()
     limits.check("variants", len(manifest.pipeline.variants), "the manifest")
     if manifest.runtime.get("only_diffusers"):
@@ -146,8 +169,8 @@ def _load(
     check_manifest(manifest)
     place = place_for(manifest, device)
     graphs = graphs_for(manifest, place)
-    offload: Any = manifest.runtime.get("offload")
-    with Arrival(verified, place, offload, progress) as arrival:
+    offload = offload_policy(manifest, place, options.max_memory)
+    with Arrival(verified, place, offload, options.progress, options.share_weights) as arrival:
         modules = read_modules(verified)
         check_kernels(kernels_of(modules), place)
         check_schemas(read_json(verified, SCHEMAS))
@@ -156,12 +179,16 @@ def _load(
         calls = [program for variant in variants for program in variant.programs.values()]
         check_budget(modules, calls, limits, place)
     # By now every file has been hashed, so native code may be loaded.
-    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
+    engines = open_engines(verified, modules, constants, place, options.allow_native, policy, options.check_engines)
     tf32: Any = manifest.runtime.get("tf32")
-    store = arrival.store()
+    offload, planned = decided(verified, modules, offload, variants)
+    check_addresses(graphs, offload)
+    store = arrival.store(offload)
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
     check_stored(modules, calls, store.type_of, constants, inside)
-    executor = Executor(modules, store, constants, engines, place, tf32, graphs, limits.seconds, paranoid)
+    executor = Executor(
+        modules, store, constants, engines, place, tf32, graphs, limits.seconds, options.paranoid, planned
+    )
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)
         for row in manifest.files

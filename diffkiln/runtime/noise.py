@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,8 +14,19 @@ from diffkiln.errors import CallError
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+def check_generators(value: Any) -> None:
+    """Raises `CallError` for what draws nothing, such as a seed."""
+    each = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not (each and all(isinstance(item, torch.Generator) for item in each)):
+        seed = value if isinstance(value, int) and not isinstance(value, bool) else 7
+        raise CallError(
+            f"generator: {reprlib.repr(value)} is neither a torch.Generator nor a list of them. Write "
+            f'generator=torch.Generator("cpu").manual_seed({seed})'
+        )
+
+
 def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device: torch.device) -> torch.Tensor:
-    """Standard normal noise after the rules of `diffusers.utils.torch_utils.randn_tensor`.
+    """Draws standard normal noise by the rules of `diffusers.utils.torch_utils.randn_tensor`.
 
     A CPU generator draws on the CPU and the noise is moved; a CUDA generator draws on its device; a list draws each
     image by itself and must have as many generators as images.

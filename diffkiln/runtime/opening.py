@@ -21,16 +21,16 @@ from diffkiln.runtime.checking import check_call, check_module
 from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine
 from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.tables import read_table
 from diffkiln.runtime.targets import choose_target
 from diffkiln.runtime.trials import Trials
 from diffkiln.runtime.variants import CompiledVariant
-from diffkiln.runtime.weights import read_table
 
 log = get_logger(__name__)
 
 
 def read_json(verified: Verified, path: str) -> Any:
-    """A JSON file of the bundle.
+    """Returns the content of a JSON file of the bundle.
 
     Raises:
         ManifestInvalid: it is not JSON.
@@ -51,7 +51,7 @@ def read_text(verified: Verified, path: str) -> str:
 
 
 def read_modules(verified: Verified) -> dict[str, Module]:
-    """Every component's programs, verified."""
+    """Returns every component's programs, verified."""
     modules = {}
     calls = {path for variant in verified.manifest.pipeline.variants for path in variant.programs.values()}
     for row in verified.manifest.files:
@@ -68,7 +68,7 @@ def read_modules(verified: Verified) -> dict[str, Module]:
 
 
 def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) -> CompiledVariant:
-    """One variant with its call programs, verified."""
+    """Returns one variant with its call programs, verified."""
     variant = verified.manifest.pipeline.variants[index]
     programs: dict[str, Program] = {}
     for name, path in variant.programs.items():
@@ -84,7 +84,7 @@ def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) 
 
 
 def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
-    """The folded tensors by key, on the CPU, from the bytes that were hashed."""
+    """Returns the folded tensors by key, on the CPU, from the hashed bytes."""
     import safetensors
 
     if not any(row.path == CONSTANTS for row in verified.manifest.files):
@@ -105,7 +105,7 @@ def read_constants(verified: Verified) -> dict[str, torch.Tensor]:
             if row["data"]
             else torch.empty(0, dtype=torch.uint8)
         )
-        # A byte that is neither 0 nor 1 is no boolean: compilers take it for one or the other, as it suits them.
+        # A byte that is neither 0 nor 1 is not a boolean: compilers take it for one or the other, as it suits them.
         values = flat != 0 if dtype == torch.bool else flat.view(dtype)
         constants[key] = values.reshape(row["shape"]).clone()
     return constants
@@ -126,7 +126,7 @@ def open_engines(
     policy: Policy | None,
     check_engines: bool | None,
 ) -> dict[tuple[str, str], Engine]:
-    """The engines of the target that fits; none where the bundle allows to replay on a machine that it is not for."""
+    """Opens the engines of the target that fits; none if the bundle may be replayed on other machines."""
     manifest = verified.manifest
     if not manifest.engines:
         return {}
@@ -174,7 +174,7 @@ def _open(
 
 
 def _region_of(row: EngineRow, modules: Mapping[str, Module]) -> Program:
-    """The region that an engine is for.
+    """Returns the region that an engine is for.
 
     Raises:
         ManifestInvalid: the bundle does not have it, or it takes other inputs.

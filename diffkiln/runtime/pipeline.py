@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,37 +18,50 @@ from diffkiln.guards.limits import active, applied
 from diffkiln.interpreter.aten import dtype_of
 from diffkiln.program import Program
 from diffkiln.program.calls import Given
+from diffkiln.runtime.adapters.api import Adaptable
+from diffkiln.runtime.adapters.shelf import Mix, Shelf
+from diffkiln.runtime.attributes import Interrupt, check_place, refused
 from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.given import LATENTS, described, is_negative, tensor_inputs, tensor_list, untaken
 from diffkiln.runtime.image_end import image_list, pixels
-from diffkiln.runtime.images import check_output_type, convert
-from diffkiln.runtime.noise import Generators
+from diffkiln.runtime.images import OWN, check_output_type
+from diffkiln.runtime.noise import Generators, check_generators
+from diffkiln.runtime.results import form_of, output_of
 from diffkiln.runtime.text import TextEnd
-from diffkiln.runtime.variants import CompiledVariant, no_variant
+from diffkiln.runtime.turns import PATIENCE
+from diffkiln.runtime.variants import CompiledVariant, checks_of, no_variant
 
 PROMPT, NEGATIVE = "prompt", "negative_prompt"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _STEP_INPUTS = "callback_on_step_end_tensor_inputs"
+#: Keywords that belong to the caller, whatever was compiled.
+_CALLERS = (
+    PROMPT,
+    NEGATIVE,
+    "generator", "latents", "output_type", "return_dict", "callback_on_step_end", "adapters", "timeout", "allow_nan",
+)  # fmt: skip
 #: So many variants stand in `repr`.
 _NAMED = 4
+_OWN = frozenset({"class_name", "variants", "executor", "bundle", "limits", "_text", "_shelf"})
 
 
-class Output(dict[str, Any]):
-    """What a call gives: `.images` or `.frames`, as diffusers names it."""
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a caller: texts, images and tensors by keyword, and the keywords that a variant fixes."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    images: dict[str, list[Any]] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
 
 
-class CompiledPipeline:
+class CompiledPipeline(Adaptable):
     """A bundle, ready to run.
 
     Attributes:
-        variants: what it was compiled for.
+        variants: the choices of fixed keywords that the bundle was compiled for.
         executor: runs its programs; `executor.store` counts the weights in memory.
-        limits: what a call may take: those that `load` was given.
+        limits: the limits of a call, as given to `load`.
     """
 
     def __init__(
@@ -56,6 +71,24 @@ class CompiledPipeline:
         self.bundle = bundle
         self.limits = active()
         self._text = text
+        self._shelf = Shelf(bundle, executor, self.variants)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what this class has. What only the original has would be ignored, so it is refused."""
+        if name not in _OWN and not hasattr(type(self), name):
+            raise refused(name, "set")
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            raise refused(name, "set") from None
+
+    def __getattr__(self, name: str) -> Any:
+        raise refused(name, "found")
+
+    def __reduce__(self) -> Any:
+        raise CallError(
+            "a loaded pipeline cannot be copied or sent to another process. Send the bundle's path: load it"
+        )
 
     @gated("callback_on_step_end")
     def __call__(
@@ -64,63 +97,150 @@ class CompiledPipeline:
         *,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str = OWN,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, Any] | None]
         | None = None,
+        adapters: Mapping[str, float] | None = None,
+        timeout: float | None = PATIENCE,
+        allow_nan: bool = False,
         **keywords: Any,
     ) -> Any:
-        """Make images or videos.
+        """Makes images, videos or sound.
+
+        A pipeline makes one call at a time. Calls of other threads wait for their turn, in the order they came.
 
         Args:
-            prompt: one, or a list as long as the variant's batch.
-            generator: one, or one for each image; the same generator gives the same noise as in diffusers.
+            prompt: a prompt, or a list as long as the variant's batch; none if the pipeline takes none.
+            generator: a generator, or one for each image. The same generator gives the same noise as in diffusers.
             latents: your own noise, in the form that the original pipeline takes.
-            output_type: "pil", "np", "pt" or "latent".
-            return_dict: False gives a tuple.
-            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step; latents that
-                it returns in a dict take the place of the step's.
-            **keywords: negative_prompt, prompt_2, guidance_scale, height, … as in the original call. One that was fixed
-                when the bundle was compiled must have the value of a variant. Images (image, mask_image, …) are
+            output_type: "pil", "np", "pt" or "latent"; by default "pil" for pictures, and the original's own for the
+                rest.
+            return_dict: False returns a tuple.
+            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step. If it returns
+                latents in a dict, these replace the step's latents.
+            adapters: loaded adapters with their scales, for this call alone; by default those of `set_adapters`.
+            timeout: seconds to wait for calls of other threads; None waits for ever.
+            allow_nan: returns the result even if numbers overflowed, as diffusers does: mostly black pictures.
+            **keywords: negative_prompt, prompt_2, guidance_scale, height, … as in the original call. A keyword that was
+                fixed at compile time must have the value of a variant. Images (image, mask_image, …) are
                 `PIL.Image.Image`s, arrays [height, width, channels] or tensors [channels, height, width] of numbers
-                from 0 to 1, or lists of them.
+                from 0 to 1, or lists of them. Tensors that the spec declares (prompt_embeds, …) are tensors or arrays
+                of that shape.
 
         Raises:
-            CallError: an unknown keyword, a value that no variant has, a wrong number of prompts or images, or an
-                unknown output type.
+            CallError: an unknown keyword, a value that no variant has, a wrong number of prompts or images, a tensor of
+                another shape, or an unknown output type; a call from a callback of this pipeline's own call; or the
+                pipeline is closed.
+            Busy: calls of other threads took longer than `timeout`.
+            NotFinite: the result is not finite; names the component that gave such numbers first.
         """
+        given = {PROMPT: prompt, LATENTS: latents} | keywords
+        mix = None if adapters is None else self._shelf.checked(adapters)
         with applied(self.limits):
-            return self._called(prompt, generator, latents, output_type, return_dict, callback_on_step_end, keywords)
+            step_end = callback_on_step_end
+            return self._called(given, generator, output_type, return_dict, step_end, timeout, allow_nan, mix)
 
     def _called(
         self,
-        prompt: str | Sequence[str] | None,
+        given: Mapping[str, Any],
         generator: Generators,
-        latents: torch.Tensor | None,
         output_type: str,
         return_dict: bool,
         callback_on_step_end: Callable[..., Any] | None,
-        keywords: Mapping[str, Any],
+        timeout: float | None,
+        allow_nan: bool,
+        mix: Mix | None,
     ) -> Any:
         check_output_type(output_type)
-        prompts, images, fixed = self._split(prompt, keywords)
-        self._check_step_inputs(fixed)
-        variant, program = self._choose(prompts, images, fixed, latents is not None)
-        inputs = list(self._inputs(variant, program, prompts, images, fixed, latents))
+        check_generators(generator)
+        self.executor.turns.check()
+        call = self._split(given)
+        self._check_step_inputs(call.fixed)
+        variant, program = self._choose(call)
+        form = form_of(program, output_type)
+        inputs = list(self._inputs(variant, program, call))
         step_end = self._step_end(callback_on_step_end)
-        result = self.executor(program, inputs, generator, step_end, latents=output_type == "latent")[0]
-        name = str(program.signature.get("result", "images"))
-        made = result if output_type == "latent" else convert(result, output_type)
-        return Output({name: made}) if return_dict else (made,)
+        latents = form == "latent"
+        ready = partial(self._shelf.ready, mix)
+        made = self.executor(program, inputs, generator, step_end, latents, timeout, allow_nan, ready)
+        output = output_of(program, made, form)
+        return output if return_dict else tuple(output.values())
 
     def __repr__(self) -> str:
-        """Returns the class, the device and the variants, the first few by name."""
+        """Returns the class, the device, the variants, the first few by name, and whether images are checked."""
         names = [variant.name for variant in self.variants]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f"<{self.class_name}, compiled, on {self.executor.device}: {', '.join(names[:_NAMED])}{more}>"
+        checked = checks_of(self.variants, self.bundle)
+        return f"<{self.class_name}, compiled, on {self.executor.device}: {', '.join(names[:_NAMED])}{more}{checked}>"
 
-    def close(self) -> None:
-        """Let go of weights, graphs, threads, descriptors and temporary files."""
+    @property
+    def device(self) -> torch.device:
+        """Returns the device on which the pipeline runs."""
+        return self.executor.device
+
+    @gated()
+    def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
+        """Returns this pipeline, which stays where it is; any other device or dtype is refused."""
+        check_place(self.device, args, kwargs)
+        return self
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Does nothing for `disable=True`: a compiled call shows no bar. Any other setting is refused."""
+        if config != {"disable": True}:
+            raise CallError("set_progress_bar_config: a compiled call shows no bar. Use callback_on_step_end")
+
+    @property
+    def interrupt(self) -> Interrupt:
+        """Ends the call that runs after its step: `pipe.interrupt()`, from a callback or another thread.
+
+        The steps that are left are skipped, and the latents as they are become the result. `interrupt()` returns False
+        where no call runs, and raises `CallError` where the call cannot be cut short. As in diffusers,
+        `pipe._interrupt = True` does the same, and `if pipe.interrupt` asks whether it was done.
+        """
+        return Interrupt(self.executor)
+
+    @property
+    def _interrupt(self) -> bool:
+        return bool(self.interrupt)
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self.interrupt.set(bool(value))
+
+    @gated()
+    def preview(self, output_type: str = OWN) -> Any:
+        """Returns the pictures of the step that has just ended, from within `callback_on_step_end`.
+
+        The bundle's own decoder makes them of that step's latents, as if the step were the last one; the call then goes
+        on as if nobody had asked. Each preview takes the time of one decoding.
+
+        Args:
+            output_type: "pil", "np" or "pt"; by default as in a call.
+
+        Raises:
+            CallError: no step has just ended, or this pipeline's latents cannot be decoded before the last one.
+        """
+        check_output_type(output_type)
+        if output_type == "latent":
+            raise CallError("preview: the callback is given the latents. Choose 'pil', 'np' or 'pt'")
+        program, made = self.executor.preview()
+        return output_of(program, made, form_of(program, output_type))
+
+    @gated()
+    def close(self, timeout: float | None = PATIENCE) -> None:
+        """Lets go of weights, graphs, threads, descriptors and temporary files, once the call that runs has ended.
+
+        Calls that wait for their turn are refused at once, and so is every later one.
+
+        Args:
+            timeout: seconds to wait for the call that runs; None waits for ever.
+
+        Raises:
+            Busy: it did not end within `timeout`; the pipeline stays closed to calls, and `close` can be tried again.
+            CallError: a callback of this pipeline's own call closes it.
+        """
+        self.executor.turns.close(timeout)
         if self.executor.graphs is not None:
             self.executor.graphs.close()
         self.executor.store.close()
@@ -134,48 +254,54 @@ class CompiledPipeline:
 
     # -- choosing --
 
-    def _split(
-        self, prompt: Any, keywords: Mapping[str, Any]
-    ) -> tuple[dict[str, list[str]], dict[str, list[Any]], dict[str, Any]]:
-        """Prompts by keyword, images by keyword, and the rest."""
-        given = {PROMPT: prompt} | dict(keywords)
-        taken = {keyword for variant in self.variants for keyword in variant.images}
-        prompts: dict[str, list[str]] = {}
-        images: dict[str, list[Any]] = {}
-        rest: dict[str, Any] = {}
+    def _split(self, given: Mapping[str, Any]) -> _Call:
+        """Splits a call's arguments into texts, images, tensors and the rest."""
+        images = {keyword for variant in self.variants for keyword in variant.images}
+        texts = {PROMPT, NEGATIVE, *(keyword for variant in self.variants for keyword in variant.texts)}
+        tensors = {keyword for variant in self.variants for keyword in variant.tensors} | {LATENTS}
+        call = _Call()
         for name, value in given.items():
-            if name.startswith((PROMPT, NEGATIVE)) and not name.endswith(("embeds", "mask")):
+            if name in texts:
                 if value is not None:
-                    prompts[name] = _texts(name, value)
-            elif name in taken:
+                    call.texts[name] = _texts(name, value)
+            elif name in images:
                 if value is not None:
-                    images[name] = image_list(name, value)
-            else:  # arrays compare by element, and are no word of an error
-                rest[name] = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
-        if PROMPT not in prompts:
-            raise CallError("prompt: give one, or a list of them")
-        return prompts, images, rest
+                    call.images[name] = image_list(name, value)
+            elif name in tensors:
+                if value is not None:
+                    call.tensors[name] = value
+            else:
+                call.fixed[name] = value
+        return call
 
-    def _choose(
-        self,
-        prompts: Mapping[str, list[str]],
-        images: Mapping[str, Sequence[Any]],
-        fixed: Mapping[str, Any],
-        latents: bool,
-    ) -> tuple[CompiledVariant, Program]:
-        batch, refused = len(prompts[PROMPT]), ""
-        others = {keyword: value for keyword, value in fixed.items() if keyword != _STEP_INPUTS}
-        for variant in self.variants:
-            if variant.batch_size == batch and all(variant.agrees(k, v) for k, v in others.items()):
-                reason = variant.image_refusal(images)
+    def _choose(self, call: _Call) -> tuple[CompiledVariant, Program]:
+        refused = ""
+        # Arrays compare by element, and are no word of an error.
+        plain = {k: v.tolist() if isinstance(v, np.ndarray | torch.Tensor) else v for k, v in call.fixed.items()}
+        others = {keyword: value for keyword, value in plain.items() if keyword != _STEP_INPUTS}
+        # Of those that take any guidance scale, one may be for scales that turn guidance off.
+        for variant in sorted(self.variants, key=lambda variant: not variant.in_range(others)):
+            if variant.fits(call.texts) and all(variant.agrees(k, v) for k, v in others.items()):
+                reason = variant.text_refusal(call.texts)
+                reason = reason or variant.image_refusal(call.images) or variant.tensor_refusal(call.tensors)
                 if not reason:
-                    return variant, self._program(variant, prompts, latents)
+                    return variant, self._program(variant, call)
                 refused = refused or reason
-        raise CallError(refused or no_variant(self.class_name, self.variants, batch, others))
+        raise CallError(refused or self._no_variant(call, others))
 
-    def _program(self, variant: CompiledVariant, prompts: Mapping[str, list[str]], latents: bool) -> Program:
-        negative = any(keyword.startswith(NEGATIVE) for keyword in prompts)
-        name = Given(negative and Given(negative=True).name in variant.programs, latents).name
+    def _no_variant(self, call: _Call, others: Mapping[str, Any]) -> str:
+        known = {name for variant in self.variants for name in variant.fixed if variant.fixed[name] is not None}
+        strange = {k: v for k, v in call.fixed.items() if k not in known and v is not None}
+        if reason := next(untaken(self.class_name, strange), ""):
+            return reason
+        shown = {keyword: described(call.fixed[keyword]) for keyword in others}
+        batch = len(call.texts.get(PROMPT, ())) or None
+        return no_variant(self.class_name, self.variants, batch, others, _CALLERS, shown)
+
+    def _program(self, variant: CompiledVariant, call: _Call) -> Program:
+        negative = any(map(is_negative, call.texts)) and Given(negative=True).name in variant.programs
+        latents = LATENTS in call.tensors and LATENTS not in tensor_inputs(variant.programs["call"].inputs)
+        name = Given(negative, latents).name
         if name not in variant.programs:
             raise CallError(
                 f"latents: this bundle was not compiled to take them (it has {', '.join(variant.programs)})"
@@ -184,27 +310,21 @@ class CompiledPipeline:
 
     # -- inputs --
 
-    def _inputs(
-        self,
-        variant: CompiledVariant,
-        program: Program,
-        prompts: Mapping[str, list[str]],
-        images: Mapping[str, Sequence[Any]],
-        fixed: Mapping[str, Any],
-        latents: torch.Tensor | None,
-    ) -> Iterator[Any]:
-        complete = with_defaults(program, prompts, variant.batch_size)
+    def _inputs(self, variant: CompiledVariant, program: Program, call: _Call) -> Iterator[Any]:
+        complete = with_defaults(program, call.texts, variant.batch_size)
         tokens = [self._text.encode(text, complete) for text in program.texts]
+        wanted = tensor_inputs(program.inputs)
+        tensors = {keyword: tensor_list(keyword, call.tensors[keyword], items) for keyword, items in wanted.items()}
         for item in program.inputs:
             source = item.source
             if source["kind"] == "tokens":
                 value: Any = tokens[source["text"]][source["key"]]
             elif source["kind"] == "scalar":
-                value = _scalar(item.source, fixed)
+                value = _scalar(item.source, call.fixed)
             elif source["kind"] == "image":
-                value = pixels(source, item.type.shape, images[source["keyword"]])
+                value = pixels(source, item.type.shape, call.images[source["keyword"]])
             else:
-                value = latents
+                value = tensors[source["keyword"]][source.get("index", 0)]
             if isinstance(value, torch.Tensor) and tuple(value.shape) != item.type.shape:
                 raise CallError(f"{item.argument}: shape {tuple(value.shape)}, this variant takes {item.type.shape}")
             yield value.to(dtype_of(item.type.dtype)) if isinstance(value, torch.Tensor) else value
@@ -235,7 +355,9 @@ def _texts(keyword: str, value: Any) -> list[str]:
 
 
 def with_defaults(program: Program, prompts: Mapping[str, list[str]], batch: int) -> dict[str, list[str]]:
-    """The prompts with those left out filled in as diffusers does: prompt_2 is prompt, no negative prompt is empty."""
+    """Returns the prompts with missing ones filled in as diffusers does: prompt_2 is prompt, a negative prompt is
+    empty.
+    """
     complete = dict(prompts)
     wanted = {row["keyword"] for text in program.texts for row in text["rows"] if "keyword" in row}
     for keyword in sorted(wanted - complete.keys()):
@@ -254,7 +376,7 @@ def _scalar(source: Mapping[str, Any], given: Mapping[str, Any]) -> float:
     try:
         value = float(source["default"] if value is None else value)
     except (TypeError, ValueError):
-        raise CallError(f"{source['keyword']}: {reprlib.repr(value)} is no number") from None
+        raise CallError(f"{source['keyword']}: {reprlib.repr(value)} is not a number") from None
     if "above" in source and value <= source["above"]:
         raise CallError(
             f"{source['keyword']}: {value} turns guidance off, which is another program. Compile a variant with it"

@@ -11,7 +11,7 @@ from diffkiln.runtime.accelerator import active, available, count
 
 
 def current(place: torch.device) -> AbstractContextManager[object]:
-    """While it lasts, a GPU is the current one: engines take its current stream, and capabilities are asked of it.
+    """Makes a GPU the current one inside the `with` block: engines use its stream and capabilities are asked of it.
 
     Raises:
         Incompatible: there are fewer GPUs than that.

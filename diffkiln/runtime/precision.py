@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def float32_precision(tf32: bool | None) -> Iterator[None]:
-    """While it lasts, float32 products of matrices and convolutions may (True) or must not (False) be computed in TF32.
+    """Sets whether float32 products and convolutions are computed in TF32, inside the `with` block.
 
     None leaves torch's settings alone. They belong to the process: other threads see them too.
     """

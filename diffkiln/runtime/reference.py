@@ -66,7 +66,7 @@ def _attention(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
 
 
 def _typed(op: Op, region: Program) -> Callable[..., Sequence[torch.Tensor]]:
-    """An operation with the types that were recorded; its result in float32."""
+    """Returns an operation with the recorded types, and its result in float32."""
     function = overload(op.name)
     dtypes = [dtype_of(region.types[arg.name].dtype) if isinstance(arg, Ref) else None for arg in op.args]
     named = {key: dtype_of(region.types[arg.name].dtype) for key, arg in op.kwargs.items() if isinstance(arg, Ref)}

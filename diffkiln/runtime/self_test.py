@@ -32,10 +32,10 @@ OF_A_SLICE = 8.0
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a tensor is from another: the relative L2 difference, and that of the worst slice.
+    """The distance of a tensor from another: the relative L2 difference, and that of the worst slice.
 
-    A slice has one index in one dimension, as a row has. Its difference is relative to a slice of average norm,
-    so that slices near zero do not count.
+    A slice has one index in one dimension, as a row has. Its difference is relative to a slice of average norm, so that
+    slices near zero do not count.
     """
 
     overall: float
@@ -101,7 +101,7 @@ def _compared(region: Program, own: Errors, found: Errors, what: str) -> float:
 
 
 def _floor(region: Program) -> float:
-    """The error that is always allowed: one rounding of the narrowest type, or what float32 may differ by."""
+    """Returns the error that is always allowed: one rounding of the narrowest type, or float32's own."""
     narrow = [torch.finfo(dtype_of(kind.dtype)).eps / 2 for kind in region.types.values() if kind.dtype in NARROW]
     rounds = any(op.name.startswith("aten.round.") for op in region.ops)
     return max(*narrow, WIDE, ROUNDS if rounds and not narrow else 0.0)
@@ -121,7 +121,7 @@ class Repeated:
         self._next = 0
 
     def __call__(self, count: int) -> torch.Tensor:
-        """The next `count` values, as a tensor of their own."""
+        """Returns the next `count` values, as a tensor of their own."""
         start, self._next = self._next, (self._next + count) % self._COUNT
         if start + count <= self._COUNT:
             return self._values[start : start + count].clone()
@@ -129,7 +129,7 @@ class Repeated:
 
 
 def sample(type_: TensorType, normal: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """Values that keep those of a network around one, made of `normal(count)`; masks that leave everything in."""
+    """Returns values that keep a network's activations near one, made of `normal(count)`; masks leave everything in."""
     dtype = dtype_of(type_.dtype)
     count = math.prod(type_.shape)
     if dtype.is_complex:

@@ -23,7 +23,7 @@ ReadInto = Callable[[str, memoryview, int], None]
 
 
 class Reader:
-    """Reads pieces of files into memory of the host, several at a time."""
+    """A reader of pieces of files into host memory, several at a time."""
 
     def __init__(self, read_into: ReadInto, threads: int = READERS, piece: int = PIECE) -> None:
         self._read_into, self._threads, self._piece = read_into, threads, piece
@@ -99,7 +99,7 @@ class Staging:
         self._buffers, self._copied = [], [None, None]
 
     def _free(self) -> tuple[torch.Tensor, int]:
-        """The buffer whose turn it is, once the device has copied what was in it."""
+        """Returns the buffer whose turn it is, once the device has copied its content."""
         if not self._buffers:
             self._buffers = [self._accelerator.pinned(self._size) for _ in range(2)]
         turn, self._next = self._next, 1 - self._next

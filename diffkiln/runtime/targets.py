@@ -32,9 +32,9 @@ EXACT, SAME_MAJOR, PTX = 2, 1, 0
 
 @dataclass(frozen=True)
 class Choice:
-    """The target whose engines this machine uses, and why; why not each of the others.
+    """The target whose engines this machine uses, with reasons for and against each.
 
-    `target` is None where the bundle has no engines.
+    `target` is None if the bundle has no engines.
     """
 
     target: str | None
@@ -48,7 +48,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class GpuFit:
-    """How engines for a GPU fit another: `rank` is EXACT, SAME_MAJOR, PTX, or None; `number` orders those of one."""
+    """The fit of engines for one GPU to another: `rank` is EXACT, SAME_MAJOR, PTX, or None; `number` orders equal
+    ranks.
+    """
 
     rank: int | None
     number: int
@@ -56,7 +58,7 @@ class GpuFit:
 
 
 def gpu_fit(found: tuple[int, int] | None, sm: str, ptx: str | None = None) -> GpuFit:
-    """How engines that hold a cubin for `sm`, and PTX for `ptx` if any, fit a GPU of the compute capability `found`.
+    """Returns how engines with a cubin for `sm`, and PTX for `ptx` if any, fit a GPU of the compute capability `found`.
 
     Args:
         found: (major, minor), such as (8, 9); None for a machine without a GPU.
@@ -81,12 +83,12 @@ def gpu_fit(found: tuple[int, int] | None, sm: str, ptx: str | None = None) -> G
 
 
 def own_level() -> str | None:
-    """The highest level of x86-64 that this CPU has; None below the lowest that diffkiln knows."""
+    """Returns the highest level of x86-64 that this CPU has; None below the lowest that diffkiln knows."""
     return max((level for level in ISA_FLAGS if not missing_flags(level)), default=None)
 
 
 def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> Choice:
-    """The bundle's target that fits this machine best.
+    """Returns the bundle's target that fits this machine best.
 
     Args:
         manifest: the bundle's.
@@ -123,7 +125,7 @@ def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None
 
 
 def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
-    """The name of the target that `choose` gives, which it also logs."""
+    """Returns the name of the target that `choose` gives, and logs it."""
     choice = choose(manifest, place, here)
     if choice.target is not None:
         log.info("engines of the target %s", choice)
@@ -131,7 +133,7 @@ def choose_target(manifest: Manifest, place: torch.device, here: Collection[str]
 
 
 def fitting_targets(manifest: Manifest, device: str | torch.device | None = None) -> tuple[str, ...]:
-    """The target whose engines `load` would use here; none where there is none, or where the bundle can do without.
+    """Returns the target whose engines `load` would use here; none if the bundle has none, or can do without.
 
     Raises:
         Incompatible: no target fits, and the bundle needs one.
@@ -146,9 +148,9 @@ def fitting_targets(manifest: Manifest, device: str | torch.device | None = None
 
 
 def place_for(manifest: Manifest, device: str | torch.device | None = None) -> torch.device:
-    """Where a bundle runs: where the caller says, else on its targets' device; of two, on a GPU that a target fits.
+    """Returns where a bundle runs: the caller's device, or else the targets' device; of two, a GPU that a target fits.
 
-    A GPU is given with its number, so that it stays the same when the caller makes another one the current one.
+    A GPU comes with its number, so that it stays the same when the caller makes another one current.
     """
     if device is not None:
         return indexed(torch.device(device))
@@ -166,7 +168,7 @@ def place_for(manifest: Manifest, device: str | torch.device | None = None) -> t
 
 
 def check_device(manifest: Manifest, place: torch.device) -> None:
-    """A bundle for a GPU on a machine that has none is told so at once.
+    """Refuses a bundle for a GPU on a machine without one, at once.
 
     Raises:
         Incompatible: in one sentence.
@@ -182,7 +184,7 @@ def check_device(manifest: Manifest, place: torch.device) -> None:
 
 
 def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
-    """How well the machine fits a target, the higher the better, and in words. Raises `Incompatible`."""
+    """Returns how well the machine fits a target, higher is better, and the same in words. Raises `Incompatible`."""
     isas: Any = manifest.runtime.get("targets", {})
     level = str(isas.get(name, "")) or None
     sm, ptx = _gpu_of(manifest, name)
@@ -206,19 +208,19 @@ def _fit(manifest: Manifest, name: str) -> tuple[tuple[int, int], str]:
 
 
 def _gpu_of(manifest: Manifest, name: str) -> tuple[str | None, str | None]:
-    """What a target's engines hold: the SM of their cubins, and of their PTX if they have it."""
+    """Returns the SM of the engines' cubins, and of their PTX if they have it."""
     row = _gpu_row(manifest, name)
     return row.get("sm", manifest.requires.sm), row.get("ptx")
 
 
 def _gpu_row(manifest: Manifest, name: str) -> dict[str, Any]:
-    """What the manifest says of a target that is a GPU."""
+    """Returns the manifest's row for a target that is a GPU."""
     rows: Any = manifest.runtime.get("gpus", {})
     return rows.get(name, {})
 
 
 def _parsed(text: str) -> tuple[int, int, str]:
-    """`sm_90a` as (9, 0, "a"). Raises `Incompatible` for what this diffkiln cannot read."""
+    """Splits `sm_90a` into (9, 0, "a"). Raises `Incompatible` for a name that this diffkiln cannot read."""
     found = _SM.fullmatch(text)
     if found is None:
         raise Incompatible(f"gpu: required {text!r}, which this diffkiln cannot read. Install a later diffkiln")

@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 class TextEnd:
-    """Turns prompts into the token tensors that a call program takes.
+    """The encoder of prompts into the token tensors that a call program takes.
 
     Args:
         tokenizers: name in the pipeline → the tokenizer's JSON.
@@ -41,7 +41,7 @@ class TextEnd:
             check_texts(program, self._json.keys())
 
     def encode(self, text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
-        """Tokens of one recorded text.
+        """Returns the tokens of one recorded text.
 
         Args:
             text: an entry of `Program.texts`.
@@ -77,7 +77,7 @@ class TextEnd:
         )
 
     def _encode_pieces(self, text: Mapping[str, Any], rows: list[str], rule: Spelling) -> list[Encoding]:
-        """The tokens of each row's pieces, one after the other; those that are too many are cut at the end."""
+        """Returns the tokens of each row's pieces, in order; too many are cut at the end."""
         tokenizer = self._tokenizer({**text, "padding": "none", "truncation": False})
         encodings = []
         for row in rows:
@@ -100,8 +100,8 @@ class TextEnd:
         most = text["max_length"]
         if text["padding"] == "max_length" and most and count > most:
             raise CallError(
-                f"{row.get('keyword', 'a prompt')}: {count} tokens with what the pipeline puts around it, this variant "
-                f"takes {most}. Shorten it, or compile for a longer one"
+                f"{row.get('keyword', 'a prompt')}: {count} tokens with the pipeline's own text; this variant "
+                f"takes {most}. Shorten it, or compile for longer prompts"
             )
 
     def _row(self, row: Mapping[str, Any], text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class _Row(_Strict):
-    """One prompt of a batch, with what stands around it, or a fixed text."""
+    """One prompt of a batch, with its prefix and suffix, or a fixed text."""
 
     text: str | None = None
     keyword: str = ""
@@ -67,7 +67,7 @@ def check_texts(program: Program, tokenizers: Collection[str]) -> None:
         if text.tokenizer not in tokenizers:
             raise ManifestInvalid(f"{where} names the tokenizer {text.tokenizer!r}, which the bundle does not have")
         if text.padding == "max_length" and None in (text.max_length, text.pad_id, text.pad_token, text.pad_type_id):
-            raise ManifestInvalid(f"{where} pads to a length, and does not say to which or with what")
+            raise ManifestInvalid(f"{where} pads to a length, but names neither length nor padding")
         active().check("tokens", len(text.rows) * (text.max_length or 1), where)
         for row in text.rows:
             active().check("text_chars", sum(map(len, (row.text or "", row.prefix, row.suffix))), where)

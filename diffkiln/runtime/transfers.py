@@ -33,7 +33,7 @@ class Stretch(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file's tensors lie on a GPU: where each begins, what is copied there as (from, to, bytes), and the size."""
+    """The layout of a file's tensors on a GPU: where each begins, copies as (from, to, bytes), and the size."""
 
     starts: Mapping[str, int]
     copies: tuple[tuple[int, int, int], ...]
@@ -41,7 +41,7 @@ class Layout:
 
 
 def aligned(entries: Mapping[str, Stretch]) -> Layout:
-    """Each tensor at a multiple of `ALIGNMENT`, with as few copies as that takes.
+    """Places each tensor at a multiple of `ALIGNMENT`, with as few copies as possible.
 
     Args:
         entries: by name, none overlapping another. They lie side by side, so one of three elements displaces all that
@@ -97,17 +97,17 @@ class TransferQueue:
         return flat, arrived
 
     def wait(self, arrived: Event) -> None:
-        """Have what is launched next wait for an arrival, and for no later one."""
+        """Makes work launched next wait for this arrival, and for no later one."""
         self._accelerator.current_stream().wait_event(arrived)
 
     def leaves(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Keep tensors' memory until what was launched with them has run. Whoever holds them then lets them go."""
+        """Keeps tensors' memory until work launched with them has run. The holder then drops them."""
         current = self._accelerator.current_stream()
         for tensor in tensors:
             self._accelerator.keep(tensor, current)
 
     def left(self) -> None:
-        """They were let go. From here on, not before, torch gives their memory to others once it is free."""
+        """Records that the tensors were dropped. From here on torch may reuse their memory once it is free."""
         gone = self._accelerator.event()
         gone.record(self._accelerator.current_stream())
         self._left.append(gone)

@@ -57,7 +57,7 @@ class Trials:
 
 
 def chosen(rows: Sequence[EngineRow], modules: Mapping[str, Module]) -> set[str]:
-    """The paths of the smallest engine of each kind, unless it is too large to be tried at a load."""
+    """Returns the paths of the smallest engine of each kind, unless it is too large to try at a load."""
     smallest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for row in rows:
         region = modules[row.component].regions.get(row.region) if row.component in modules else None
@@ -72,5 +72,5 @@ def chosen(rows: Sequence[EngineRow], modules: Mapping[str, Module]) -> set[str]
 
 
 def elements(region: Program) -> int:
-    """How many elements the values of a region have, weights included."""
+    """Returns the number of elements in a region's values, weights included."""
     return sum(kind.numel for kind in region.types.values())

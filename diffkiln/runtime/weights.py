@@ -7,9 +7,7 @@ after it: the program says exactly when, so the store follows a schedule instead
 
 from __future__ import annotations
 
-import json
-import math
-import struct
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,140 +18,36 @@ from typing import Any
 import torch
 
 from diffkiln.bundle import GroupRow, Job, Readers, Verified
-from diffkiln.bundle.layout import CHANNELS_LAST, UNUSED
-from diffkiln.errors import IntegrityError, ManifestInvalid
+from diffkiln.errors import IntegrityError
 from diffkiln.guards import forks
-from diffkiln.guards.limits import active
 from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import TensorType
-from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
+from diffkiln.program.moments import Key
+from diffkiln.program.residency import Residency
+from diffkiln.runtime.accelerator import Accelerator, accelerator
+from diffkiln.runtime.groups import Group, keys_by_weight, read_groups
 from diffkiln.runtime.staging import Reader, Staging
-from diffkiln.runtime.transfers import ALIGNMENT, Layout, TransferQueue, aligned, copied
+from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue, copied
 
-#: (component, group name)
-Key = tuple[str, str]
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 #: What one reader takes at a time of a file that has been hashed.
 _PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file: dtype, shape as it lies there, and its bytes [start, end) in the data."""
+class Patch:
+    """A change of some weights of one group.
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    channels_last: bool = False
-
-    @property
-    def used_shape(self) -> tuple[int, ...]:
-        """The shape in which programs use the tensor."""
-        if not self.channels_last:
-            return self.shape
-        count, height, width, channels = self.shape
-        return count, channels, height, width
-
-    def of(self, raw: torch.Tensor) -> torch.Tensor:
-        """The tensor, a view of its bytes."""
-        # A byte that is neither 0 nor 1 is no boolean: compilers take it for one or the other, as it suits them.
-        tensor = (raw != 0 if self.dtype == torch.bool else raw.view(self.dtype)).reshape(self.shape)
-        return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
-
-
-@dataclass
-class Group:
-    """One file: its tensors, where its data begins and how many bytes it has."""
-
-    key: Key
-    file: str
-    entries: Mapping[str, Entry]
-    offset: int
-    nbytes: int
-    layout: Layout  # on a GPU
-    pinned: torch.Tensor | None = None  # host copy, when it is streamed to a GPU from host memory
-    arrived: Event | None = None  # of its last copy to a GPU
-
-
-def read_table(path: str, size: int, pread: Callable[[int, int], bytes]) -> tuple[dict[str, Any], int]:
-    """Returns the header of a safetensors file as it stands there, within limits, and its length in bytes.
-
-    Args:
-        path: Its name, for messages.
-        size: Its size in bytes.
-        pread: Gives so many bytes of it, from an offset on.
-
-    Raises:
-        ManifestInvalid: The header is no JSON object.
-        LimitExceeded: It is longer, or has more rows, than the limits allow.
+    Attributes:
+        weights: their names.
+        apply: changes them in place, given the group's tensors with the originals among them.
     """
-    if size < 8:
-        raise ManifestInvalid(f"{path!r} is too short for a safetensors file")
-    (length,) = struct.unpack("<Q", pread(8, 0))
-    if length > size - 8:
-        raise ManifestInvalid(f"{path!r}: its header claims {length} bytes of {size}")
-    active().check("header_bytes", length, path)
-    try:
-        table = json.loads(pread(length, 8))
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
-    if not isinstance(table, dict):
-        raise ManifestInvalid(f"{path!r} has a broken safetensors header: it is no object")
-    active().check("header_rows", len(table), path)
-    return table, length
 
-
-def read_header(verified: Verified, path: str) -> tuple[dict[str, Entry], int, int]:
-    """The tensors of a safetensors file, the offset of its data and the data's size, all checked for consistency.
-
-    Raises:
-        ManifestInvalid: the header is not one.
-        LimitExceeded: it is longer, or has more rows, than the limits allow.
-    """
-    size = verified.size(path)
-    table, length = read_table(path, size, partial(verified.peek, path))
-    data = size - 8 - length
-    try:
-        turned = json.loads(table.get("__metadata__", {}).get(CHANNELS_LAST, "[]"))
-        if not isinstance(turned, list) or any(len(table[name]["shape"]) != 4 for name in turned):
-            raise ValueError(f"{CHANNELS_LAST} must list tensors of four dimensions")
-        last = set(turned)
-        entries = {name: _entry(row, data, name in last) for name, row in table.items() if name != "__metadata__"}
-        _refuse_overlaps(entries)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ManifestInvalid(f"{path!r} has a broken safetensors header: {error}") from None
-    return entries, 8 + length, data
-
-
-def _entry(row: Mapping[str, Any], size: int, channels_last: bool) -> Entry:
-    dtype, (start, end) = _DTYPES[row["dtype"]], row["data_offsets"]
-    shape = tuple(row["shape"])
-    if not all(type(n) is int for n in (start, end, *shape)) or any(n < 0 for n in shape):
-        raise ValueError(f"a tensor {row} whose sizes are not whole numbers")
-    # Zeros count as one: torch multiplies from left to right and must not overflow on the way.
-    if math.prod(max(n, 1) for n in shape) >= 2**63:
-        raise ValueError(f"a tensor {row} of more elements than 64 bits count")
-    if not 0 <= start <= end <= size or math.prod(shape) * dtype.itemsize != end - start or start % dtype.itemsize:
-        raise ValueError(f"a tensor {row} that does not fit {size} bytes")
-    return Entry(dtype, shape, start, end, channels_last)
-
-
-def _refuse_overlaps(entries: Mapping[str, Entry]) -> None:
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start < end:
-            raise ValueError(f"the tensor {name} begins before another one ends")
-        end = entry.end
+    weights: tuple[str, ...]
+    apply: Callable[[Mapping[str, torch.Tensor]], None]
 
 
 class WeightStore:
-    """Brings groups of weights to the device and counts what is there.
+    """The store that brings groups of weights to the device and counts those that are there.
 
     Args:
         verified: the bundle; weights are read through its held descriptors.
@@ -162,11 +56,12 @@ class WeightStore:
         offload: the spec's offload policy as JSON, or None to keep everything on the device.
         on: stands for the device; None finds it.
         readers: read resident weights, several files at a time.
+        share: whether resident weights in the host's memory are shared with other processes of this user.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
         groups_now, groups_peak: the same in groups.
-        brought: how many times a group was brought in.
+        brought, bytes_brought: how many times a group was brought in, and the bytes of all together.
     """
 
     def __init__(
@@ -177,21 +72,20 @@ class WeightStore:
         offload: Mapping[str, Any] | None,
         on: Accelerator | None = None,
         readers: Readers | None = None,
+        share: bool = False,
     ) -> None:
-        self.device, self.offload = device, offload
+        self.device, self.offload, self._share = device, offload, share
         self._verified = verified
         self._accelerator = on or accelerator(device)
         self._reader = Reader(lambda file, view, offset: verified.read_into(file, view, offset))
         self._staging = Staging(self._accelerator, self._reader) if self._accelerator else None
-        self.groups: dict[Key, Group] = {}
-        self._of_weight: dict[tuple[str, str], Key] = {}
-        for component, rows in groups.items():
-            for row in rows:
-                if row.name != UNUSED:
-                    self._add(component, row)
-        self.bytes_now = self.bytes_peak = self.groups_now = self.groups_peak = self.brought = 0
+        self.groups = read_groups(verified, groups)
+        self._of_weight = keys_by_weight(self.groups)
+        self.bytes_now = self.bytes_peak = self.groups_now = self.groups_peak = self.brought = self.bytes_brought = 0
         self._counting = threading.Lock()
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
+        self._patches: Mapping[Key, Sequence[Patch]] = {}
+        self._written: set[tuple[Key, str]] = set()
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
@@ -207,7 +101,7 @@ class WeightStore:
             self._close_readers()
 
     def key_of(self, component: str, weight: str) -> Key:
-        """The group that holds a weight."""
+        """Returns the key of the group that holds a weight."""
         try:
             return self._of_weight[component, weight]
         except KeyError:
@@ -222,19 +116,60 @@ class WeightStore:
         return TensorType(dtype_name(entry.dtype), entry.used_shape)
 
     def peek(self, component: str, weight: str) -> torch.Tensor:
-        """A copy of one weight on the device, read by itself."""
+        """Returns a copy of one weight on the device, read by itself."""
         group = self.groups[self.key_of(component, weight)]
         entry = group.entries[weight]
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         self._verified.read_into(group.file, memoryview(raw.numpy().data), group.offset + entry.start)
         return entry.of(raw).to(self.device)
 
-    def follow(self, schedule: Sequence[Key]) -> Cursor:
-        """Start a run that will use groups in this order."""
-        return Cursor(self, schedule)
+    @property
+    def patched_on(self) -> torch.device:
+        """Returns the device on which patches find weights: the host's memory, where they are streamed from there."""
+        pinned = any(group.pinned is not None for group in self.groups.values())
+        return torch.device("cpu") if pinned else self.device
+
+    def patch(self, patches: Mapping[Key, Sequence[Patch]]) -> None:
+        """Makes the weights the originals with these patches. No run may be going on.
+
+        What stays in memory is written in place, from the bundle's files, so that addresses stay and nothing of the
+        patches before is left. What is read from files before each use is patched as it arrives. After an error some
+        weights are neither: call this again before the next run.
+
+        Raises:
+            DigestMismatch: a file was written to since it was hashed.
+        """
+        self._patches = patches
+        if self.offload is not None:
+            self.drop_but(frozenset())  # what stayed from the last call has the patches before
+        if self.offload is not None and not any(group.pinned is not None for group in self.groups.values()):
+            return
+        wanted = {(key, name) for key, rows in patches.items() for row in rows for name in row.weights}
+        self._written |= wanted
+        self._synchronize()
+        for key in sorted({key for key, _ in self._written}):
+            tensors = self._kept(self.groups[key])
+            for name in sorted(name for owner, name in self._written if owner == key):
+                self._restore(self.groups[key], name, tensors[name])
+            for row in patches.get(key, ()):
+                row.apply(tensors)
+        self._synchronize()
+        self._written = wanted
+
+    def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor:
+        """Starts a run that will use groups in this order.
+
+        Args:
+            schedule: the groups as they come into use.
+            residency: says which of them stay between their uses, and what else is here leaves; by default none of
+                them stays that is offloaded, and what else is here is left alone.
+        """
+        if residency is not None:
+            self.drop_but(residency.stays)
+        return Cursor(self, schedule, residency or COMES_AND_GOES)
 
     def close(self) -> None:
-        """Stop the prefetching thread and let go of all weights."""
+        """Stops the prefetching thread and releases all weights."""
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
@@ -246,7 +181,7 @@ class WeightStore:
             group.pinned = None
 
     def renew(self) -> None:
-        """In a forked child: the prefetching thread is the parent's, and what it was bringing in never arrives."""
+        """Starts afresh in a forked child: the prefetching thread is the parent's, and its weights never arrive."""
         self._counting = threading.Lock()
         if self._worker:
             self._worker = _worker()
@@ -257,7 +192,7 @@ class WeightStore:
     # -- for Cursor --
 
     def get(self, key: Key) -> dict[str, torch.Tensor]:
-        """The group's tensors on the device, by name; brings it in if it is not there."""
+        """Returns the group's tensors on the device, by name; brings the group in if necessary."""
         if key not in self._here:
             self._here[key] = _done(self._bring(key))
         tensors = self._here[key].result()
@@ -284,34 +219,42 @@ class WeightStore:
             del future
             self._transfers.left()
 
+    def drop_but(self, stays: frozenset[Key]) -> None:
+        """Drops every group that is here but those that stay."""
+        for key in set(self._here) - stays:
+            self.drop(key)
+
     def held(self) -> set[Key]:
         return set(self._here)
 
     # -- reading --
-
-    def _add(self, component: str, row: GroupRow) -> None:
-        entries, offset, nbytes = read_header(self._verified, row.file)
-        key = (component, row.name)
-        self.groups[key] = Group(key, row.file, entries, offset, nbytes, aligned(entries))
-        for name in entries:
-            self._of_weight[component, name] = key
 
     def _bring(self, key: Key) -> dict[str, torch.Tensor]:
         group = self.groups[key]
         return self._arrived(group, self._flat(group))
 
     def _bring_all(self, readers: Readers) -> None:
-        """Read every group into memory, the largest first, since a file that has to be hashed is one thread's."""
-        buffers = {key: torch.empty(group.nbytes, dtype=torch.uint8) for key, group in self.groups.items()}
+        """Reads every group into memory, the largest first, since one thread hashes a file."""
+        buffers = self._mapped() if self._share else {}
         jobs: list[Job] = []
-        for key in sorted(buffers, key=lambda key: self.groups[key].nbytes, reverse=True):
+        for key in sorted(self.groups.keys() - buffers.keys(), key=lambda key: self.groups[key].nbytes, reverse=True):
+            buffers[key] = torch.empty(self.groups[key].nbytes, dtype=torch.uint8)
             jobs += self._reading(self.groups[key], memoryview(buffers[key].numpy().data))
         readers.run(jobs)
         for key, buffer in buffers.items():
             self._here[key] = _done(self._arrived(self.groups[key], buffer))
 
+    def _mapped(self) -> dict[Key, torch.Tensor]:
+        """Returns the groups that lie in memory that processes share."""
+        found = {}
+        for key, group in self.groups.items():
+            whole = self._verified.shared(group.file, group.offset) if group.nbytes else None
+            if whole is not None:
+                found[key] = torch.frombuffer(whole, dtype=torch.uint8, offset=group.offset, count=group.nbytes)
+        return found
+
     def _reading(self, group: Group, view: memoryview) -> Iterator[Job]:
-        """What reads a group: in pieces, or whole where that hashes the file."""
+        """Yields jobs that read a group: in pieces, or as a whole if that hashes the file."""
         size = _PIECE if self._verified.is_hashed(group.file) else max(len(view), 1)
         for start in range(0, len(view), size):
             piece, offset = view[start : start + size], group.offset + start
@@ -320,6 +263,7 @@ class WeightStore:
     def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         with self._counting:
             self.brought += 1
+            self.bytes_brought += group.nbytes
             self.bytes_now += group.nbytes
             self.groups_now += 1
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
@@ -332,16 +276,16 @@ class WeightStore:
             yield name, entry.of(flat[start : start + entry.end - entry.start])
 
     def _flat(self, group: Group) -> torch.Tensor:
-        """The group's data as one buffer on the device."""
+        """Returns the group's data as one buffer on the device."""
         there = self._accelerator
         if there is None or self._staging is None:
-            return self._read(group, torch.empty(group.nbytes, dtype=torch.uint8))
+            return self._patched(group, self._read(group, _pages(group.nbytes)))
         pinned, staging = group.pinned, self._staging
 
         def copy() -> torch.Tensor:
             if pinned is not None:
                 return copied(pinned, group.layout, there)
-            return staging.bring(group.file, group.offset, group.nbytes, group.layout)
+            return self._patched(group, staging.bring(group.file, group.offset, group.nbytes, group.layout))
 
         if self._transfers is not None:
             flat, group.arrived = self._transfers.bring(copy)
@@ -350,7 +294,7 @@ class WeightStore:
             return copy()
 
     def _fill_host(self, there: Accelerator) -> None:
-        """Every group in memory of the host, from which it is brought in: one piece of exactly their size."""
+        """Puts every group into host memory, in one piece of exactly their size, to be brought in from there."""
         starts, size = {}, 0
         for key, group in self.groups.items():
             starts[key] = size
@@ -358,6 +302,38 @@ class WeightStore:
         arena = there.pinned(size)
         for key, group in self.groups.items():
             group.pinned = self._read(group, arena[starts[key] : starts[key] + group.nbytes])
+
+    # -- patches --
+
+    def _patched(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
+        """Patches a group that has just been read from its file, in the current stream."""
+        if rows := self._patches.get(group.key):
+            tensors = dict(self._tensors(group, flat))
+            for row in rows:
+                row.apply(tensors)
+        return flat
+
+    def _kept(self, group: Group) -> Mapping[str, torch.Tensor]:
+        """Returns a group's tensors where they stay: on the device, or in the host's memory."""
+        if group.pinned is None:
+            return self._here[group.key].result()
+        return {name: entry.of(group.pinned[entry.start : entry.end]) for name, entry in group.entries.items()}
+
+    def _restore(self, group: Group, name: str, tensor: torch.Tensor) -> None:
+        """Writes a weight's original from the bundle's file over what is there."""
+        entry = group.entries[name]
+        here = tensor.device.type == "cpu"
+        raw = entry.bytes_of(tensor) if here else torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._verified.read_into(group.file, memoryview(raw.numpy().data), group.offset + entry.start)
+        if not here:
+            tensor.copy_(entry.of(raw))
+
+    def _synchronize(self) -> None:
+        """Waits until the device has done what other threads launched, and this one."""
+        if self._accelerator is not None:
+            with self._accelerator.active():
+                self._accelerator.default_stream().synchronize()
+                self._accelerator.current_stream().synchronize()
 
     def _read(self, group: Group, buffer: torch.Tensor) -> torch.Tensor:
         return self._reader.fill(group.file, buffer, group.offset)
@@ -371,31 +347,45 @@ class WeightStore:
 class Cursor:
     """One run's place in its schedule: `enter` before a group's use, `leave` after it."""
 
-    def __init__(self, store: WeightStore, schedule: Sequence[Key]) -> None:
-        self._store, self._schedule, self._next = store, schedule, 0
-        self._used: set[Key] = set()
+    def __init__(self, store: WeightStore, schedule: Sequence[Key], residency: Residency) -> None:
+        self._store, self._schedule, self._residency, self._next = store, schedule, residency, 0
+        self._uses: dict[Key, int] = {}  # group → which use of the schedule its last one was
 
     def enter(self, key: Key) -> Mapping[str, torch.Tensor]:
-        """Tensors of the group by name, on the device. The group after it starts to come in."""
+        """Returns the tensors of the group by name, on the device, and starts to bring in the next group."""
         tensors = self._store.get(key)
-        self._used.add(key)
         while self._next < len(self._schedule) and self._schedule[self._next] != key:
             self._next += 1
+        self._uses[key] = self._next
         self._next += 1
-        if self._next < len(self._schedule):
+        if self._residency.ahead and self._next < len(self._schedule):
             self._store.prefetch(self._schedule[self._next])
         return tensors
 
     def leave(self, key: Key) -> None:
-        """The group is not needed now; it stays only if it is the next one."""
-        self._used.discard(key)
-        if self._next >= len(self._schedule) or self._schedule[self._next] != key:
+        """Marks the group as not needed now. It stays if the plan says so, or if it is the next to come ahead."""
+        use, keeps = self._uses.get(key, len(self._schedule)), self._residency.keeps
+        if use < len(keeps) and keeps[use]:
+            return
+        coming = self._schedule[self._next] if self._next < len(self._schedule) else None
+        if not self._residency.ahead or coming != key:
             self._store.drop(key)
 
     def close(self) -> None:
-        """Let go of everything that this run brought in, also after an error."""
-        for key in self._store.held():
-            self._store.drop(key)
+        """Releases what this run brought in, but for what stays until the next one; also after an error."""
+        self._store.drop_but(self._residency.stays)
+
+
+#: The plan of a run for which none was made.
+COMES_AND_GOES = Residency("group", ahead=True)
+
+
+def _pages(nbytes: int) -> torch.Tensor:
+    """Returns bytes in pages of their own, which go back to the system when they are let go.
+
+    The C library would keep those of less than 32 MiB for itself, so that groups that come and go added up.
+    """
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
 def _worker() -> ThreadPoolExecutor:

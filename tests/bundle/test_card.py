@@ -45,7 +45,7 @@ def test_licence_and_base_model_are_carried_over() -> None:
     assert told["library_name"] == "diffkiln"
     assert told["pipeline_tag"] == "text-to-image"
     assert told["tags"] == ["diffkiln", "compiled", "cpu"]
-    assert "base_model" not in told  # the manifest names "tiny", which is no repository
+    assert "base_model" not in told  # the manifest names "tiny", which is not a repository
 
 
 def test_model_of_the_hub_is_the_base_model_and_a_quantized_one_says_so() -> None:

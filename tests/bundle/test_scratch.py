@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from diffkiln.bundle import open_bundle, scratch
 from diffkiln.bundle.scratch import Scratch
-from diffkiln.errors import IntegrityError
+from diffkiln.errors import IntegrityError, SystemRefused
 from tests.bundle.making import ENGINE
 from tests.bundle.test_private import OTHER, as_root
 
@@ -153,3 +154,22 @@ def test_a_folder_that_is_taken_before_it_is_locked_is_made_again(
     monkeypatch.setattr(scratch, "_lock", late)
     with scratch.scratch("test") as folder:
         assert list(private_tmp.iterdir()) == [folder]
+
+
+def test_native_code_lies_where_programs_run(tmp_path, monkeypatch):
+    """The temporary directory may be mounted noexec; dlopen's words for that say nothing of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "closed_to_others", lambda _: True)
+    assert scratch.place_to_run() == tmp_path
+    monkeypatch.setattr(scratch, "runs_programs", lambda place: place != tmp_path)
+    assert scratch.place_to_run() != tmp_path
+    monkeypatch.setattr(scratch, "runs_programs", lambda _: False)
+    with pytest.raises(SystemRefused, match=r"mounted noexec: .*Set TMPDIR"):
+        scratch.place_to_run()
+
+
+def test_a_mount_without_programs_is_known():
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    without = [fields[1] for fields in mounts if "noexec" in fields[3].split(",") and Path(fields[1]).is_dir()]
+    assert not any(scratch.runs_programs(Path(place)) for place in without)
+    assert scratch.runs_programs(Path(sys.executable).parent)

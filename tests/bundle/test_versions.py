@@ -23,5 +23,5 @@ def test_versions_that_fit(found, wanted, fit):
 
 
 def test_what_cannot_be_read_is_an_error():
-    with pytest.raises(ValueError, match=r"'~=2\.13' is no version specifier"):
+    with pytest.raises(ValueError, match=r"'~=2\.13' is not a version specifier"):
         fits("2.13", "~=2.13")

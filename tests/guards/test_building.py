@@ -29,7 +29,7 @@ def test_number_beyond_all_models_is_refused(config: object, says: str) -> None:
 @pytest.mark.parametrize("name", ["load", "nn", "float33", "_dynamo"])
 def test_type_that_is_none_is_refused_and_not_looked_up(name: str) -> None:
     for config in ({"dtype": name}, {"vision_config": {"torch_dtype": name}}):
-        with pytest.raises(ManifestInvalid, match=f"is '{name}', which is no type"):
+        with pytest.raises(ManifestInvalid, match=f"is '{name}', which is not a type"):
             check_config(config, "text_encoder/config.json")
 
 

@@ -34,7 +34,7 @@ def raising(error: BaseException | None = None, callback: Any = None) -> Any:
         (KeyError("dtype"), InternalFault, "internal fault, KeyError: 'dtype'.*report"),
         (Panic("overflow"), InternalFault, "Panic: overflow"),
         (RecursionError(), InternalFault, "RecursionError"),
-        (MemoryError(), OutOfMemory, "not enough memory"),
+        (MemoryError(), OutOfMemory, "too little memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory, "memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), SystemRefused, r"No space left on device \(/x\)"),
     ],

@@ -238,6 +238,7 @@ FITTING: dict[str, dict[str, Any]] = {
         **{key: value for key, value in _STATISTICS.items() if key != "training"},
     },
     "group_norm": {"input": _IMAGE, "num_groups": 2, "weight": _WEIGHT, "bias": _WEIGHT},
+    "_weight_norm": {"v": _t("4 3 2"), "g": _t("4 1 1"), "dim": 0},
     "layer_norm": {"input": _t("2 3 8"), "normalized_shape": (8,), "weight": _t("8"), "bias": _t("8")},
     "rms_norm": {"input": _t("2 3 8"), "normalized_shape": (8,), "weight": _t("8"), "eps": 1e-6},
     "reflection_pad1d": {"self": _LINE, "padding": (1, 2)},

@@ -35,13 +35,13 @@ def test_a_recorded_source_is_well_formed():
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"shape": (3, 16, 24)}, "no tensor of 2 images"),
-        ({"shape": (1, 3, 16, 24)}, "no tensor of 2 images"),
-        ({"dtype": "int64"}, "no tensor of 2 images"),
+        ({"shape": (3, 16, 24)}, "is not a tensor of 2 images"),
+        ({"shape": (1, 3, 16, 24)}, "is not a tensor of 2 images"),
+        ({"dtype": "int64"}, "is not a tensor of 2 images"),
         ({"shape": (2, 3, 2**40, 24)}, "24 x 16 pixels"),
         ({"edits": [], "size": [9, 9]}, "9 x 9 pixels"),
         ({"edits": [["crop", 0, 0, 24, 17]]}, "24 x 17 pixels"),
-        ({"shape": (2, 1, 16, 24), "scaled": {"factor": 1, "mean": [0] * 3, "std": [1] * 3}}, "not the channels"),
+        ({"shape": (2, 1, 16, 24), "scaled": {"factor": 1, "mean": [0] * 3, "std": [1] * 3}}, "lacks the channels"),
         ({"index": [-1, 0]}, "lacks a proper .*index"),
         ({"index": []}, "lacks a proper .*index"),
         ({"size": [0, 5]}, "lacks a proper .*size"),
@@ -64,6 +64,11 @@ def test_a_source_that_does_not_fit_its_tensor_is_refused(changed, reason):
         ["resize", True, 4, "lanczos"],
         ["resize", 4, 4, "open"],
         ["resize", 4, 4],
+        ["resize", 4, 4, "bicubic", 0.5],
+        ["resize", 4, 4, "bicubic", True],
+        ["resize", 4, 4, "bicubic", float("nan")],
+        ["resize", 4, 4, "torch_bicubic", 2],
+        ["resize", 4, 4, "bicubic", 2, 2],
         ["crop", 4, 0, 4, 4],
         ["crop", -(2**40), 0, 4, 4],
         ["crop", -(2**16) + 1, 0, 2**16 - 1, 4],
@@ -81,6 +86,11 @@ def test_an_edit_that_is_none_is_refused(edit):
 def test_a_scale_beyond_use_is_refused(number):
     assert not is_scaled({"factor": number})
     assert not is_scaled({"factor": 1, "mean": [0, 0, number], "std": [1, 1, 1]})
+
+
+def test_an_image_may_be_resized_in_two_steps():
+    assert is_edits([["resize", 4, 4, "bicubic", 1], ["resize", 4, 4, "lanczos", 2.5]])
+    assert size_after([["resize", 8, 4, "bicubic", 1]], None) == (8, 4)
 
 
 def test_the_last_edit_decides_the_size():

@@ -1,7 +1,7 @@
 """What a call's steps compute, in a line of symbols."""
 
-from diffkiln.program import CALL, REGION, STEP, Module, Op, Program
-from diffkiln.program.schedule import line, schedule
+from diffkiln.program import CALL, NOISE, REGION, STEP, Module, Op, Program, Ref, TensorType
+from diffkiln.program.schedule import line, schedule, why_unseen
 
 
 def program(name, blocks):
@@ -39,3 +39,27 @@ def test_steps_of_another_denoiser_are_not_steps_that_reuse():
 def test_compiled_arithmetic_is_no_denoiser():
     arithmetic = ("scheduler", "step")
     assert shown("high", [("high", "whole"), arithmetic], [arithmetic]) == "●○"
+
+
+def steps(*after):
+    """Two steps, each of which computes a value and the latents, and the operations after them."""
+    ops = []
+    for number in range(2):
+        value = Ref(f"%value{number}")
+        ops.append(Op("aten.neg.default", (Ref("%start"),), (value.name,)))
+        ops.append(Op(STEP, (value,), (f"%latents{number}",), attrs={"step": number, "timestep": 1.0}))
+    ops += after
+    kind = TensorType("float32", (1,))
+    types = {name: kind for op in ops for name in op.outputs}
+    return Program("call", (), tuple(ops), (Ref("%after"),), types)
+
+
+def test_steps_can_be_shown_where_what_follows_needs_their_latents_alone_and_no_noise():
+    latents, after = Ref("%latents1"), ("%after",)
+    decoded = Op("aten.neg.default", (latents,), after)
+    assert why_unseen(steps(decoded)) == ""
+    noise = Op(NOISE, (), ("%noise",), attrs={"shape": [1], "dtype": "float32"})
+    assert why_unseen(steps(noise, decoded)) == "what follows the last step draws noise"
+    both = Op("aten.add.Tensor", (latents, Ref("%value1")), after)
+    assert "needs more of it than the latents" in why_unseen(steps(both))
+    assert why_unseen(program("no steps", 1)) == "it shows no steps"

@@ -165,7 +165,9 @@ def test_what_comparisons_took_is_given_back_before_weights_come(digits_bundle, 
     released: list[str] = []
     there = SimpleNamespace(release=lambda: released.append("given back"))
     monkeypatch.setattr(opening, "accelerator", lambda place: there)
-    monkeypatch.setattr(arrival, "WeightStore", lambda *given: released.append("weights") or WeightStore(*given))
+    monkeypatch.setattr(
+        arrival, "WeightStore", lambda *given, **more: released.append("weights") or WeightStore(*given, **more)
+    )
     with loading.load(digits_bundle, device="cpu", check_engines=checked) as pipe:
         assert isinstance(pipe.executor, Executor)
     assert released == (["given back", "weights"] if checked else ["weights"])

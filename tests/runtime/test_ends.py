@@ -105,7 +105,7 @@ def test_long_prompts_are_cut_and_the_user_is_told(end, caplog):
 
 def test_long_prompts_that_must_not_be_cut_are_refused(end):
     assert ids(end, "a red fox of a", truncation=False) == [[2, 3, 4, 6, 2]]
-    with pytest.raises(CallError, match="prompt: 6 tokens with what the pipeline puts around it, this variant takes 5"):
+    with pytest.raises(CallError, match="prompt: 6 tokens with the pipeline's own text; this variant takes 5"):
         ids(end, "a red fox of a photo", truncation=False)
 
 

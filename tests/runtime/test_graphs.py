@@ -15,7 +15,7 @@ import diffkiln
 from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, OutOfMemory, SpecError
 from diffkiln.program import NOISE, STEP, map_refs
-from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, Tensors, cut, graphs_for
+from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, Tensors, check_addresses, cut, graphs_for
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -129,8 +129,11 @@ def test_a_load_on_a_cpu_says_that_it_makes_none(caplog) -> None:
 
 
 def test_a_manifest_that_asks_for_both_is_refused() -> None:
+    graphs = graphs_for(_manifest(cuda_graphs="step", offload={}), torch.device("cuda"))
     with pytest.raises(Incompatible, match="cuda_graphs: found weights that are offloaded, required"):
-        graphs_for(_manifest(cuda_graphs="step", offload={}), torch.device("cuda"))
+        check_addresses(graphs, {})
+    check_addresses(graphs, None)
+    check_addresses(None, {})
 
 
 def _manifest(**runtime) -> Manifest:
@@ -287,3 +290,44 @@ def test_what_was_recorded_is_let_go(pipe) -> None:
     held = weakref.ref(next(iter(pipe.executor.graphs._calls.values())))
     pipe.executor.graphs.close()
     assert held() is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_interrupting_skips_pieces_as_it_skips_operations(pipe, first) -> None:
+    def stop(which, step, _timestep, values):
+        which._interrupt = step == 0
+        return values
+
+    want = draw(pipe, callback_on_step_end=stop)
+    whole = draw(pipe)
+    recording(pipe, STEPWISE)
+    if not first:
+        assert torch.equal(draw(pipe), whole)
+    assert torch.equal(draw(pipe, callback_on_step_end=stop), want)
+    assert torch.equal(draw(pipe, callback_on_step_end=stop, output_type="latent"), draw_latents(pipe, stop))
+    assert torch.equal(draw(pipe), whole)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_preview_is_launched_and_leaves_the_call_as_it_is(pipe, first) -> None:
+    def look(which, _step, _timestep, _values):
+        seen.append(which.preview("pt").images)
+
+    seen: list[torch.Tensor] = []
+    want = draw(pipe, callback_on_step_end=look)
+    recording(pipe, STEPWISE)
+    if not first:
+        draw(pipe)
+    assert torch.equal(draw(pipe, callback_on_step_end=look), want)
+    assert torch.equal(draw(pipe), want)
+    half = steps_of(pipe)
+    for before, launched in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(before, launched)
+
+
+def draw_latents(pipe, stop) -> torch.Tensor:
+    graphs, pipe.executor.graphs = pipe.executor.graphs, None
+    try:
+        return draw(pipe, callback_on_step_end=stop, output_type="latent")
+    finally:
+        pipe.executor.graphs = graphs

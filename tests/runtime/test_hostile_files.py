@@ -16,8 +16,8 @@ from diffkiln.errors import LimitExceeded, ManifestInvalid, VerifyError
 from diffkiln.interpreter.dtypes import dtype_of, format_of
 from diffkiln.program import ATTENTION, Input, Module, Op, Program, Ref, module_to_json, program_to_json
 from diffkiln.runtime.opening import read_constants, read_modules, read_variant
+from diffkiln.runtime.tables import read_header
 from diffkiln.runtime.texts import check_texts
-from diffkiln.runtime.weights import read_header
 from tests.fuzz.harnesses import Held
 from tests.program.programs import BODY, F4, MODULE, PIPELINE
 
@@ -91,7 +91,7 @@ TEXT: dict[str, Any] = {
         ({"transforms": ["exec"]}, ManifestInvalid, r"\$\.transforms\[0\]"),
         ({"pad_id": -1}, ManifestInvalid, r"\$\.pad_id"),
         ({"pad_id": 2**40}, ManifestInvalid, r"\$\.pad_id"),
-        ({"pad_id": None}, ManifestInvalid, "does not say to which or with what"),
+        ({"pad_id": None}, ManifestInvalid, "names neither length nor padding"),
         ({"padding_side": "up"}, ManifestInvalid, r"\$\.padding_side"),
         ({"rows": []}, ManifestInvalid, r"\$\.rows"),
     ],

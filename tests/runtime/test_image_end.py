@@ -197,6 +197,15 @@ def test_edits_are_done_in_their_order():
     assert torch.equal(got, 2.0 * torch.from_numpy(want)[None, None] - 1.0)
 
 
+def test_an_image_is_resized_in_two_steps_as_pillow_does_it():
+    image = noise(64, 64)
+    got = pixels(source(("resize", 5, 7, "bicubic", 1)), (1, 3, 7, 5), [image])
+    small = image.resize((5, 7), Image.Resampling.BICUBIC, reducing_gap=1)
+    assert small != image.resize((5, 7), Image.Resampling.BICUBIC)
+    want = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1)
+    assert torch.equal(got, 2.0 * want[None] - 1.0)
+
+
 def test_sizes_that_the_pipeline_looked_at_must_agree():
     assert refusal(source(size=[40, 30]), [noise()]) == ""
     assert refusal(source(), [noise(3, 3)]) == ""

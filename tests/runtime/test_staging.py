@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from diffkiln.errors import DigestMismatch
 from diffkiln.runtime.staging import Reader, Staging
+from diffkiln.runtime.tables import Entry
 from diffkiln.runtime.transfers import aligned
-from diffkiln.runtime.weights import Entry
 from tests.simulated import Simulated
 
 DATA = torch.randint(0, 256, (10_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()

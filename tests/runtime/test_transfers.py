@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffkiln.runtime.tables import Entry
 from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue, aligned, copied
-from diffkiln.runtime.weights import Entry
 from tests.simulated import Simulated
 
 

@@ -15,7 +15,8 @@ from diffkiln.bundle import open_bundle
 from diffkiln.bundle.layout import REST, UNUSED
 from diffkiln.errors import DiffkilnError, IntegrityError, ManifestInvalid
 from diffkiln.runtime import weights
-from diffkiln.runtime.weights import WeightStore, read_header
+from diffkiln.runtime.tables import read_header
+from diffkiln.runtime.weights import WeightStore
 
 CPU = torch.device("cpu")
 GROUP = {"strategy": "group", "type": "block_level", "num_blocks_per_group": 1, "use_stream": True}

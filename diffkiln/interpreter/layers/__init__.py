@@ -6,12 +6,14 @@ it. `as_diffusers` builds the same modules again. Nothing here knows of specs, p
 
 from diffkiln.interpreter.layers.blocks import drop_blocks, droppable_blocks, matching, repeated_blocks
 from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem, tile_side, tile_unit
+from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
 from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, Cast, FourBit, Int4, Int8, Sparse24, StorageFormat
 from diffkiln.interpreter.layers.stored import Stored, described, store, store_as_described
 
 __all__ = [
+    "FUSED",
     "MOST",
     "STORAGE_FORMATS",
     "Cast",
@@ -25,6 +27,7 @@ __all__ = [
     "described",
     "drop_blocks",
     "droppable_blocks",
+    "first_row",
     "is_channels_last",
     "matching",
     "merge_tokens",

@@ -9,10 +9,10 @@ import torch
 
 
 def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The instances of a module's repeated classes, outermost only, in order.
+    """Returns the instances of a module's repeated classes, outermost only, in order.
 
-    They are the classes that diffusers declares in `_repeated_blocks`; where a class declares none, those of
-    `_no_split_modules` that stand in a `ModuleList`.
+    diffusers declares these classes in `_repeated_blocks`. Without a declaration, they are those of `_no_split_modules`
+    that stand in a `ModuleList`.
     """
     classes = set(getattr(module, "_repeated_blocks", None) or ())
     if not classes:
@@ -29,8 +29,7 @@ def repeated_blocks(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]
 
 
 def droppable_blocks(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The blocks that diffusers declares to be repeated and that stand in a list, by name: a model runs them one after
-    the other."""
+    """Returns, by name, the declared repeated blocks that stand in a list: a model runs them one after the other."""
     if not getattr(module, "_repeated_blocks", None):
         return {}
     lists = {name for name, part in module.named_modules() if isinstance(part, torch.nn.ModuleList)}
@@ -38,12 +37,12 @@ def droppable_blocks(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that one of the patterns matches."""
+    """Returns the names that one of the patterns matches."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def drop_blocks(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Take the blocks that match out of their lists; the later ones move up. Gives the names that they had."""
+    """Removes the matching blocks from their lists; later ones move up. Returns the names that they had."""
     gone = matching(list(droppable_blocks(module)), patterns)
     lists: dict[str, set[int]] = {}
     for name in gone:

@@ -12,7 +12,7 @@ _STRIDE = 0.75
 
 
 def parts_problem(module: torch.nn.Module, slicing: bool, tiling: bool, tile: int | None) -> str:
-    """Why a decoder cannot work in slices or tiles; empty if it can."""
+    """Returns why a decoder cannot work in slices or tiles; empty if it can."""
     kind = type(module).__name__
     for wanted, method, flag in ((slicing, "enable_slicing", "use_slicing"), (tiling, "enable_tiling", "use_tiling")):
         if wanted and not (hasattr(module, method) and hasattr(module, flag)):
@@ -23,15 +23,16 @@ def parts_problem(module: torch.nn.Module, slicing: bool, tiling: bool, tile: in
 
 
 def tile_side(module: torch.nn.Module, tile: int | None) -> int | None:
-    """The side of the tiles in pixels; None where the module does not say."""
+    """Returns the side of the tiles in pixels; None if the module does not say."""
     side = tile or getattr(module, "tile_sample_min_height", None) or getattr(module, "tile_sample_min_size", None)
     return int(max(side)) if isinstance(side, (list, tuple)) else side
 
 
 def tile_unit(module: Any) -> int:
-    """What the side of a tile must be a multiple of, in pixels: four latents, so that tiles overlap by whole ones.
+    """Returns the number of pixels that a tile's side must be a multiple of: four latents, so that tiles overlap by
+    whole ones.
 
-    1 for a decoder whose overlap is another.
+    Returns 1 for a decoder with another overlap.
     """
     latent = getattr(module, "tile_latent_min_size", None)
     if latent and getattr(module, "tile_overlap_factor", None) == 1 - _STRIDE:
@@ -44,7 +45,7 @@ def tile_unit(module: Any) -> int:
 
 
 def decode_in_parts(module: Any, slicing: bool, tiling: bool, tile: int | None) -> list[str]:
-    """Have a decoder work in slices or tiles from now on; gives notes."""
+    """Makes a decoder work in slices or tiles from now on. Returns notes."""
     notes: list[str] = []
     if slicing:
         module.enable_slicing()

@@ -28,7 +28,7 @@ class GGUF(StorageFormat):
 
 
 def unpacked(data: torch.Tensor, kind: str, shape: Shape) -> torch.Tensor:
-    """The values of packed rows, in the type in which diffusers computes them (float16 for most).
+    """Returns the values of packed rows, in the type in which diffusers computes them (float16 for most).
 
     Raises:
         ImportError: the package gguf is not installed.

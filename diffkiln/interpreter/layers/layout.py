@@ -10,16 +10,16 @@ from diffkiln.interpreter.layers.blocks import repeated_blocks
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether a tensor [N, C, H, W] lies in memory as [N, H, W, C], and that is another order."""
+    """Returns True if a tensor [N, C, H, W] lies in memory as [N, H, W, C], and that is another order."""
     if tensor.dim() != 4 or tensor.is_contiguous():
         return False
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def to_channels_last(module: torch.nn.Module, try_only: bool = False) -> list[str]:
-    """Lay out the weights of 2D convolutions outside of repeated blocks with their channels last.
+    """Lays out the weights of 2D convolutions outside of repeated blocks with their channels last.
 
-    A 1 × 1 kernel is the same in both layouts and stays. Gives the names of the tensors that change, or would.
+    A 1 × 1 kernel is the same in both layouts and stays. Returns the names of the tensors that change, or would.
     """
     inside = {id(part) for _, block in repeated_blocks(module) for part in block.modules()}
     changed: list[str] = []

@@ -21,12 +21,12 @@ MOST = 1 - 1 / STRIDE
 
 
 class Merging:
-    """Mixed into an attention's own class."""
+    """A mix-in for an attention's own class."""
 
     merged_ratio: float
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attention over the merged tokens of `hidden_states` [batch, tokens, channels]; the shape stays."""
+        """Computes attention over the merged tokens of `hidden_states` [batch, tokens, channels]; the shape stays."""
         count = int(hidden_states.shape[1] * self.merged_ratio)
         attend = super().forward  # type: ignore[misc]
         if count == 0:
@@ -36,7 +36,7 @@ class Merging:
 
 
 class _Pairs:
-    """Which tokens are merged into which: the `count` of the others that are most like one of every fourth."""
+    """The tokens to be merged: the `count` of the others that are most like one of every fourth."""
 
     def __init__(self, tokens: torch.Tensor, count: int) -> None:
         length = tokens.shape[1]
@@ -51,7 +51,9 @@ class _Pairs:
         self.into = into.gather(1, self.gone)  # of `kept`
 
     def merge(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, channels] → [batch, tokens − count, channels]: the staying others, then the kept."""
+        """Merges tokens [batch, tokens, channels] → [batch, tokens − count, channels]: the staying others, then the
+        kept.
+        """
         channels = tokens.shape[-1]
         others, kept = tokens[:, self.others], tokens[:, self.kept]
         staying = others.gather(1, _wide(self.staying, channels))
@@ -62,7 +64,7 @@ class _Pairs:
         return torch.cat((staying, total / size.unsqueeze(-1)), dim=1)
 
     def unmerge(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The way back: a token that was merged takes the result of the one that it was merged into."""
+        """Restores all tokens: a merged token takes the result of the token that it was merged into."""
         channels = tokens.shape[-1]
         moved = tokens[:, self.staying.shape[1] :].gather(1, _wide(self.into, channels))
         kept = self.kept.expand(tokens.shape[0], -1)
@@ -75,7 +77,7 @@ def _wide(index: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def self_attentions(module: torch.nn.Module, patterns: Sequence[str]) -> dict[str, torch.nn.Module]:
-    """The self-attentions of a UNet's transformer blocks whose blocks' names match, by name."""
+    """Returns the self-attentions of a UNet's transformer blocks with matching names, by name."""
     blocks = dict(repeated_blocks(module))
     found: dict[str, torch.nn.Module] = {}
     for name in matching(list(blocks), patterns):
@@ -86,7 +88,7 @@ def self_attentions(module: torch.nn.Module, patterns: Sequence[str]) -> dict[st
 
 
 def merge_tokens(module: torch.nn.Module, ratio: float, patterns: Sequence[str]) -> list[str]:
-    """Make the self-attentions that match merge this share of their tokens. Gives their names."""
+    """Makes the matching self-attentions merge this share of their tokens. Returns their names."""
     chosen = self_attentions(module, patterns)
     for attention in chosen.values():
         attention.__class__ = _class(type(attention))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 @cache
 def rows_are_scaled() -> bool:
-    """Whether this torch multiplies so on a CPU."""
+    """Returns True if this torch multiplies with row scales on a CPU."""
     with _disable_current_modes():
         ones, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
         try:
@@ -27,7 +27,7 @@ def rows_are_scaled() -> bool:
 
 
 def row_scales() -> contextlib.AbstractContextManager[Any]:
-    """While it lasts a CPU multiplies so, if need be in float32."""
+    """Returns a context in which a CPU multiplies with row scales, in float32 if necessary."""
     return contextlib.nullcontext() if rows_are_scaled() else InFloat32()
 
 
@@ -54,7 +54,7 @@ def _product(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> torch.Tensor:
-    """As `torch._scaled_mm`: a [m, k], b [k, n], scale_a [m, 1] or one number, scale_b [1, n] or one number."""
+    """Multiplies as `torch._scaled_mm`: a [m, k], b [k, n]; scale_a [m, 1] and scale_b [1, n], or one number each."""
     product = (a.to(torch.float32) @ b.to(torch.float32)) * scale_a * scale_b
     if bias is not None:
         product = product + bias

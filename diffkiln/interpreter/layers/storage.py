@@ -18,7 +18,7 @@ Parts = dict[str, tuple[Shape, torch.dtype]]
 
 @dataclass(frozen=True)
 class StorageFormat(ABC):
-    """How a weight is stored. Its fields are its options.
+    """The format in which a weight is stored. Its fields are its options.
 
     Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer.
     """
@@ -27,21 +27,21 @@ class StorageFormat(ABC):
     stores: ClassVar[tuple[str, ...]] = ("weight",)
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON."""
+        """Returns the options as JSON."""
         return asdict(self)
 
     @abstractmethod
     def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
-        """The tensors that a parameter of this shape and type is stored as: part → shape, dtype."""
+        """Returns the tensors that a parameter of this shape and type is stored as: part → shape, dtype."""
 
     @abstractmethod
     def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter, out of its parts."""
+        """Returns the parameter, built from its parts."""
 
 
 @dataclass(frozen=True)
 class Cast(StorageFormat):
-    """In a smaller floating type, such as float8, and cast when it is used. The bias too."""
+    """A smaller floating type, such as float8, cast when it is used. The bias too."""
 
     name: ClassVar[str] = "cast"
     stores: ClassVar[tuple[str, ...]] = ("weight", "bias")
@@ -135,7 +135,7 @@ class FourBit(StorageFormat):
 
 
 def _blockwise(values: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
-    """values [n] times the scale of their block [⌈n/size⌉]; gives [n]."""
+    """Multiplies values [n] by the scale of their block [⌈n/size⌉]; returns [n]."""
     count, blocks = values.shape[0], scales.shape[0]
     padded = torch.nn.functional.pad(values, (0, blocks * size - count)) if blocks * size != count else values
     return (padded.reshape(blocks, size) * scales.unsqueeze(-1)).reshape(-1)[:count]
@@ -156,10 +156,10 @@ class Sparse24(StorageFormat):
 
     def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         where = parts["where"]
-        places = torch.stack([(where >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(shape[0], -1, 2)
+        indices = torch.stack([(where >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(shape[0], -1, 2)
         kept = parts["data"].reshape(shape[0], -1, 2)
         dense = kept.new_zeros(shape[0], kept.shape[1], 4)
-        return dense.scatter(-1, places.to(torch.int64), kept).reshape(shape)
+        return dense.scatter(-1, indices.to(torch.int64), kept).reshape(shape)
 
 
 STORAGE_FORMATS: dict[str, Any] = {storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24)}

@@ -13,7 +13,7 @@ from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, StorageFormat
 
 
 class Stored:
-    """Mixed into a layer's own class. What the layer computes stays as it was; where its weight lies is new.
+    """A mix-in for a layer's own class: the layer computes what it did, and its weight is stored in another form.
 
     The parts are persistent buffers, named after the parameter that they store: `weight_data`, `weight_scale`, ….
     """
@@ -24,7 +24,7 @@ class Stored:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, in the shape and type that it had before it was stored."""
+        """Returns the weight, in the shape and type that it had before it was stored."""
         return self._restored("weight")
 
     def _restored(self, name: str) -> torch.Tensor:
@@ -34,11 +34,11 @@ class Stored:
 
 
 class StoredWithBias(Stored):
-    """The same for a form that stores the bias too."""
+    """A mix-in for a format that stores the bias too."""
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The bias, or None."""
+        """Returns the bias, or None."""
         return self._restored("bias") if "bias" in self.stored else None
 
 
@@ -75,7 +75,7 @@ def _class(base: type, bias: bool) -> type:
 
 
 def described(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """The stored layers of a module as JSON, by name: what `restore_layers` needs to build them again."""
+    """Returns the stored layers of a module as JSON, by name, for `restore_layers`."""
     found: dict[str, dict[str, Any]] = {}
     for name, part in module.named_modules():
         if isinstance(part, Stored):
@@ -85,7 +85,7 @@ def described(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def storage_format_of(name: str) -> Any:
-    """The form of this name. GGUF's needs libraries that the others do not.
+    """Returns the format of this name. GGUF's needs libraries that the others do not.
 
     Raises:
         KeyError: there is none.
@@ -98,7 +98,7 @@ def storage_format_of(name: str) -> Any:
 
 
 def store_as_described(module: torch.nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make the layers of a module what `described` tells; their parts are empty.
+    """Turns the layers of a module into those that `described` tells; their parts are empty.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the description does not fit the module.

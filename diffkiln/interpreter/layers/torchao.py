@@ -18,8 +18,35 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 TYPES = (*_CONFIGS, "float8_weight_only", "float8_dynamic")
 
 
+#: torchao's configurations by name, and the types that they are.
+_NAMES = {
+    "Int8WeightOnlyConfig": "int8_weight_only",
+    "Int8DynamicActivationInt8WeightConfig": "int8_dynamic",
+    "Float8WeightOnlyConfig": "float8_weight_only",
+    "Float8DynamicActivationFloat8WeightConfig": "float8_dynamic",
+}
+
+
+def type_in(quantization: Any) -> tuple[str, str]:
+    """Returns the type and the granularity that a saved model's `quantization_config` states.
+
+    Raises:
+        ValueError: it is another type, by its name.
+    """
+    asked = quantization.get("quant_type") if isinstance(quantization, Mapping) else None
+    asked = asked.get("default", asked) if isinstance(asked, Mapping) else asked
+    name = str(asked.get("_type")) if isinstance(asked, Mapping) else str(asked)
+    if name not in _NAMES or not isinstance(asked, Mapping):
+        raise ValueError(name[:60])
+    data = asked.get("_data")
+    grain = data.get("granularity") if isinstance(data, Mapping) else None
+    grains = grain if isinstance(grain, list) else [grain]
+    whole = any(isinstance(each, Mapping) and each.get("_type") == "PerTensor" for each in grains)
+    return _NAMES[name], "per_tensor" if whole else "per_row"
+
+
 def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_row") -> None:
-    """Give a linear layer a weight of torchao's, in place; layers on the meta device too.
+    """Gives a linear layer one of torchao's weights, in place; also on the meta device.
 
     Args:
         kind: one of `TYPES`.
@@ -37,10 +64,10 @@ def quantize_linear(layer: torch.nn.Linear, kind: str, granularity: str = "per_r
 
 
 def _float8(weight: torch.Tensor, granularity: str, *, dynamic: bool) -> torch.Tensor:
-    """As torchao's configurations for float8 make it, with PyTorch's own kernel, and two differences.
+    """Quantizes as torchao's configurations for float8 do, with PyTorch's own kernel, and two differences.
 
-    Rows of zeros, which those turn into NaN, stay zeros. And they ask the GPU of the machine that compiles, which may
-    have none.
+    Rows of zeros, which those turn into NaN, stay zeros. The result also does not depend on the GPU of the compiling
+    machine, which may have none.
     """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
@@ -59,7 +86,7 @@ def _float8(weight: torch.Tensor, granularity: str, *, dynamic: bool) -> torch.T
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a weight of one shape and type is stored as: the class around it, its parts, and what is no tensor."""
+    """The parts in which a weight of one shape and type is stored: the class around them, tensors, and other values."""
 
     kind: Any
     parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -68,7 +95,7 @@ class _Stored:
 
 @lru_cache(maxsize=256)
 def _stored(shape: tuple[int, int], dtype: torch.dtype, kind: str, granularity: str) -> _Stored:
-    """Found out by quantizing an empty layer of that shape."""
+    """Finds out how torchao stores a weight, by quantizing an empty layer of that shape."""
     with _disable_current_modes():
         layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
         quantize_linear(layer, kind, granularity)
@@ -80,7 +107,7 @@ def _stored(shape: tuple[int, int], dtype: torch.dtype, kind: str, granularity: 
 
 
 def meta_linear(layer: torch.nn.Linear, kind: str, granularity: str) -> None:
-    """`quantize_linear` for a layer whose weight is a meta model: the same parts without computing anything."""
+    """Quantizes a layer of a meta model as `quantize_linear` does: the same parts, without computing anything."""
     weight = layer.weight
     stored = _stored((weight.shape[0], weight.shape[1]), weight.dtype, kind, granularity)
     parts = {name: weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in stored.parts.items()}
@@ -90,7 +117,7 @@ def meta_linear(layer: torch.nn.Linear, kind: str, granularity: str) -> None:
 
 
 def joined(parameter: torch.Tensor, parts: Mapping[str, torch.Tensor], kind: str, granularity: str) -> torch.Tensor:
-    """torchao's tensor around what it was stored as.
+    """Returns torchao's tensor around its stored parts.
 
     Args:
         parameter: the weight that it stands for, of which shape and type count.

@@ -52,6 +52,23 @@ _EQUALS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
     "aten._unsafe_view.default": ("aten.reshape.default", 2, ()),
 }
 
+#: torch's second names of operators, for every overload.
+_ALIASES: Mapping[str, str] = {
+    "absolute": "abs",
+    "arctan2": "atan2",
+    "clip": "clamp",
+    "divide": "div",
+    "fix": "trunc",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "multiply": "mul",
+    "negative": "neg",
+    "not_equal": "ne",
+    "subtract": "sub",
+}
+
 
 def allowed(name: str) -> bool:
     """Returns True if `name`, such as "aten.add.Tensor", is in the list."""
@@ -60,7 +77,15 @@ def allowed(name: str) -> bool:
 
 def has_equal(name: str) -> bool:
     """Returns True if another operator of the list is recorded in the place of this one."""
-    return name in _EQUALS
+    return name in _EQUALS or _alias(name) is not None
+
+
+def _alias(name: str) -> str | None:
+    """Returns the operator of the list of which this is another name."""
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    other = f"{namespace}.{_ALIASES.get(packet, '')}.{overload}"
+    return other if packet in _ALIASES and allowed(other) else None
 
 
 def safe_equal(op: Op) -> Op:
@@ -68,6 +93,8 @@ def safe_equal(op: Op) -> Op:
 
     Bundles of earlier versions hold such operations.
     """
+    if alias := _alias(op.name):
+        return replace(op, name=alias)
     if op.name not in _EQUALS:
         return op
     name, takes, keywords = _EQUALS[op.name]

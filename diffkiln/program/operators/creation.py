@@ -30,7 +30,7 @@ def options(default: str, dtype: Any, layout: Any, device: Any, pin_memory: Any)
     require(not pin_memory, "memory is not pinned by a program")
     if dtype is None:
         return default
-    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is no dtype of programs")
+    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is not a dtype of programs")
     return dtype.name
 
 
@@ -111,7 +111,7 @@ def _scalar_tensor(
 
 
 def _known(value: Any) -> float:
-    require(isinstance(value, int | float) and not isinstance(value, bool), f"{value!r} is no number that is known")
+    require(isinstance(value, int | float) and not isinstance(value, bool), f"{value!r} is not a number that is known")
     require(math.isfinite(value) and abs(value) <= MAX_SIZE, f"{value} is too large for a range")
     return value
 

@@ -37,11 +37,11 @@ def _one_index(index: Any) -> TensorType:
 @operator("index_select")
 def _index_select(self: Any, dim: Any, index: Any) -> TensorType:
     given = tensor(self)
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     if not given.shape:
         require(_one_index(index).numel == 1, "a number has one element")
         return given
-    return TensorType(given.dtype, (*given.shape[:place], _one_index(index).numel, *given.shape[place + 1 :]))
+    return TensorType(given.dtype, (*given.shape[:at], _one_index(index).numel, *given.shape[at + 1 :]))
 
 
 @operator("index_copy")
@@ -74,11 +74,11 @@ def _index_fill(self: Any, dim: Any, index: Any, value: Any) -> TensorType:
 def _gather(self: Any, dim: Any, index: Any, *, sparse_grad: Any = False) -> TensorType:
     flag(sparse_grad)
     given, where = tensor(self), _index(index)
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     require(where.dtype == "int64", "gather takes int64")
     require(len(where.shape) == len(given.shape), "the index has as many dimensions as the tensor")
     for other, size in enumerate(where.shape):
-        require(other == place or size <= given.shape[other], f"{where} is larger than {given}")
+        require(other == at or size <= given.shape[other], f"{where} is larger than {given}")
     return TensorType(given.dtype, where.shape)
 
 
@@ -86,11 +86,11 @@ def _gather(self: Any, dim: Any, index: Any, *, sparse_grad: Any = False) -> Ten
 def _take_along_dim(self: Any, indices: Any, dim: Any = None) -> TensorType:
     given, where = tensor(self), _index(indices)
     require(dim is not None and where.dtype == "int64", "take_along_dim takes int64 and a dimension")
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     require(len(where.shape) == len(given.shape) > 0, "the index has as many dimensions as the tensor")
-    sides = [(*item.shape[:place], 1, *item.shape[place + 1 :]) for item in (given, where)]
+    sides = [(*item.shape[:at], 1, *item.shape[at + 1 :]) for item in (given, where)]
     rest = broadcast(*sides)
-    return TensorType(given.dtype, (*rest[:place], where.shape[place], *rest[place + 1 :]))
+    return TensorType(given.dtype, (*rest[:at], where.shape[at], *rest[at + 1 :]))
 
 
 @operator("scatter.src", "scatter_add")
@@ -98,11 +98,11 @@ def _scatter(self: Any, dim: Any, index: Any, src: Any) -> TensorType:
     given, part, where = tensor(self), tensor(src), _index(index)
     require(part.dtype == given.dtype, f"{part} is not scattered into {given}")
     require(len(part.shape) == len(given.shape), "the source has as many dimensions as the tensor")
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     require(len(where.shape) == len(given.shape) and where.dtype == "int64", "scatter takes int64, of the same rank")
     for other, size in enumerate(where.shape):
         require(size <= part.shape[other], f"{where} is larger than {part}")
-        require(other == place or size <= given.shape[other], f"{where} is larger than {given}")
+        require(other == at or size <= given.shape[other], f"{where} is larger than {given}")
     return given
 
 
@@ -131,12 +131,12 @@ def _indexed(self: Any, indices: Any) -> TensorType:
     """Returns the type of `self[indices]`: dimensions that are indexed become those of the indices."""
     given = tensor(self)
     require(isinstance(indices, tuple | list) and 0 < len(indices) <= len(given.shape), "an index for each dimension")
-    places = [place for place, index in enumerate(indices) if index is not None]
-    require(bool(places), "at least one dimension is indexed")
-    shape = broadcast(*(_index(indices[place]).shape for place in places))
-    rest = [size for place, size in enumerate(given.shape) if place not in places]
-    together = places == list(range(places[0], places[-1] + 1))
-    first = places[0] if together else 0
+    indexed = [at for at, index in enumerate(indices) if index is not None]
+    require(bool(indexed), "at least one dimension is indexed")
+    shape = broadcast(*(_index(indices[at]).shape for at in indexed))
+    rest = [size for at, size in enumerate(given.shape) if at not in indexed]
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    first = indexed[0] if together else 0
     return TensorType(given.dtype, (*rest[:first], *shape, *rest[first:]))
 
 
@@ -147,7 +147,7 @@ def _index_tensor(self: Any, indices: Any) -> TensorType:
 
 @operator("index_put")
 def _index_put(self: Any, indices: Any, values: Any, accumulate: Any = False) -> TensorType:
-    """What a mask selects has no known length, so values that it takes are repeated along it."""
+    """Checks the operands. A mask selects an unknown number of elements, so values are repeated along it."""
     flag(accumulate)
     given, new = tensor(self), tensor(values)
     require(new.dtype == given.dtype, f"{new} is not put into {given}")

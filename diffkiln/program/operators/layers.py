@@ -44,27 +44,27 @@ def _convolved(
 ) -> TensorType:
     """Returns the type of a convolution, or, with `output_padding`, of a transposed one."""
     given, kernel = tensor(input), tensor(weight)
-    require(len(kernel.shape) == rank + 2, f"{kernel} is no kernel of {rank} dimensions")
-    require(len(given.shape) in (rank + 1, rank + 2), f"{given} is no input of {rank} dimensions")
+    require(len(kernel.shape) == rank + 2, f"{kernel} is not a kernel of {rank} dimensions")
+    require(len(given.shape) in (rank + 1, rank + 2), f"{given} is not an input of {rank} dimensions")
     require(given.dtype == kernel.dtype, f"{given} and {kernel} have different dtypes")
-    require(min(kernel.shape) > 0 and max(kernel.shape[2:], default=1) <= MAX_WINDOW, f"{kernel} is no kernel")
+    require(min(kernel.shape) > 0 and max(kernel.shape[2:], default=1) <= MAX_WINDOW, f"{kernel} is not a kernel")
     parts = integer(groups, 1)
     transposed = output_padding is not None
     channels = kernel.shape[0] if transposed else kernel.shape[1] * parts
     out = kernel.shape[1] * parts if transposed else kernel.shape[0]
     require(given.shape[-rank - 1] == channels and kernel.shape[0] % parts == 0, f"{given} has not {channels} channels")
     if bias is not None:
-        require(tensor(bias) == TensorType(given.dtype, (out,)), f"{bias} is no bias of {out} channels")
+        require(tensor(bias) == TensorType(given.dtype, (out,)), f"{bias} is not a bias of {out} channels")
     steps, pads, spread = _window(stride, rank, 1), _window(padding, rank, 0), _window(dilation, rank, 1)
     more = _window(output_padding, rank, 0) if transposed else (0,) * rank
     shape = []
-    for place, size in enumerate(given.shape[-rank:]):
-        reach = spread[place] * (kernel.shape[2 + place] - 1)
+    for at, size in enumerate(given.shape[-rank:]):
+        reach = spread[at] * (kernel.shape[2 + at] - 1)
         if transposed:
-            require(more[place] < max(steps[place], spread[place]), "output_padding is smaller than the stride")
-            found = (size - 1) * steps[place] - 2 * pads[place] + reach + more[place] + 1
+            require(more[at] < max(steps[at], spread[at]), "output_padding is smaller than the stride")
+            found = (size - 1) * steps[at] - 2 * pads[at] + reach + more[at] + 1
         else:
-            found = (size + 2 * pads[place] - reach - 1) // steps[place] + 1
+            found = (size + 2 * pads[at] - reach - 1) // steps[at] + 1
         require(found > 0 and size > 0, f"{given} is smaller than its kernel")
         shape.append(found)
     return TensorType(given.dtype, (*given.shape[: -rank - 1], out, *shape))
@@ -96,7 +96,7 @@ def _convolution_of(rank: int) -> Any:
         require(set(integers(stride)) == {1}, 'padding "same" takes strides of 1')
         given, kernel = tensor(input), tensor(weight)
         whole = _convolved(input, weight, bias, 1, MAX_WINDOW, dilation, groups, rank)
-        require(len(kernel.shape) == rank + 2, f"{kernel} is no kernel of {rank} dimensions")
+        require(len(kernel.shape) == rank + 2, f"{kernel} is not a kernel of {rank} dimensions")
         return TensorType(given.dtype, (*whole.shape[:-rank], *given.shape[-rank:]))
 
     def transposed(
@@ -134,7 +134,7 @@ def _convolution(
     groups: Any,
 ) -> TensorType:
     rank = len(tensor(weight).shape) - 2
-    require(rank in (1, 2, 3), f"{weight} is no kernel")
+    require(rank in (1, 2, 3), f"{weight} is not a kernel")
     more = output_padding if flag(transposed) else None
     return _convolved(input, weight, bias, stride, padding, dilation, groups, rank, more)
 
@@ -146,17 +146,17 @@ def _pooled(
     self: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any, rank: int
 ) -> TensorType:
     given = tensor(self)
-    require(len(given.shape) in (rank + 1, rank + 2), f"{given} is no input of {rank} dimensions")
+    require(len(given.shape) in (rank + 1, rank + 2), f"{given} is not an input of {rank} dimensions")
     kernel = _window(kernel_size, rank, 1)
     steps = kernel if stride == () else _window(stride, rank, 1)
     pads, spread = _window(padding, rank, 0), _window(dilation, rank, 1)
     flag(ceil_mode)
     shape = []
-    for place, size in enumerate(given.shape[-rank:]):
-        require(2 * pads[place] <= kernel[place], "padding is at most half of the kernel")
-        room = size + 2 * pads[place] - spread[place] * (kernel[place] - 1) - 1
-        found = (room + (steps[place] - 1 if ceil_mode else 0)) // steps[place] + 1
-        if ceil_mode and (found - 1) * steps[place] >= size + pads[place]:
+    for at, size in enumerate(given.shape[-rank:]):
+        require(2 * pads[at] <= kernel[at], "padding is at most half of the kernel")
+        room = size + 2 * pads[at] - spread[at] * (kernel[at] - 1) - 1
+        found = (room + (steps[at] - 1 if ceil_mode else 0)) // steps[at] + 1
+        if ceil_mode and (found - 1) * steps[at] >= size + pads[at]:
             found -= 1
         require(room >= 0 and found > 0, f"{given} is smaller than its window")
         shape.append(found)
@@ -194,7 +194,7 @@ for _rank in (1, 2, 3):
 def _adaptive_of(rank: int) -> Any:
     def adaptive(self: Any, output_size: Any) -> TensorType:
         given = tensor(self)
-        require(len(given.shape) in (rank + 1, rank + 2), f"{given} is no input of {rank} dimensions")
+        require(len(given.shape) in (rank + 1, rank + 2), f"{given} is not an input of {rank} dimensions")
         require(min(given.shape[-rank:]) > 0, f"{given} has nothing to average")
         return TensorType(given.dtype, (*given.shape[:-rank], *_window(output_size, rank, 1)))
 
@@ -230,9 +230,19 @@ def _layer_norm(
     return _normalized(input, normalized_shape, weight, bias)
 
 
+@operator("_weight_norm")
+def _weight_norm(v: Any, g: Any, dim: Any = 0) -> TensorType:
+    direction, length = tensor(v), tensor(g)
+    place = integer(dim, 0)
+    require(place < len(direction.shape), f"{direction} has no dimension {place}")
+    wanted = tuple(size if at == place else 1 for at, size in enumerate(direction.shape))
+    require(length == TensorType(direction.dtype, wanted), f"{length} is not the length of {direction}")
+    return direction
+
+
 @operator("rms_norm")
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> TensorType:
-    require(eps is None or isinstance(eps, int | float), f"{eps!r} is no number")
+    require(eps is None or isinstance(eps, int | float), f"{eps!r} is not a number")
     given = _normalized(input, normalized_shape, weight)
     if weight is None or tensor(weight).dtype == given.dtype:
         return given
@@ -267,7 +277,7 @@ def _batch_norm(
     flag(cudnn_enabled)
     given = tensor(input)
     require(training is False, "batch_norm is not trained: training must be false")
-    require(running_mean is not None and running_var is not None, "batch_norm takes what training found")
+    require(running_mean is not None and running_var is not None, "batch_norm takes the statistics of training")
     require(len(given.shape) >= 2, f"{given} has no channels")
     _parameters(given, given.shape[1:2], weight, bias, running_mean, running_var)
     return given

@@ -37,22 +37,22 @@ def _tile(self: Any, dims: Any) -> TensorType:
 @operator("repeat_interleave.self_int")
 def _repeat_interleave(self: Any, repeats: Any, dim: Any = None, *, output_size: Any = None) -> TensorType:
     given = tensor(self) if dim is not None else ravelled(self)
-    place = axis(0 if dim is None else dim, len(given.shape))
+    at = axis(0 if dim is None else dim, len(given.shape))
     require(bool(given.shape), "a tensor without dimensions has nothing to repeat along")
-    size = given.shape[place] * integer(repeats, 0)
+    size = given.shape[at] * integer(repeats, 0)
     require(output_size in (None, size), f"output_size={output_size!r} is not {size}")
-    return resized(given, place, size)
+    return resized(given, at, size)
 
 
 @operator("repeat_interleave.self_Tensor")
 def _repeat_each(self: Any, repeats: Any, dim: Any = None, *, output_size: Any = None) -> TensorType:
-    """The interpreter selects positions that it clamps, as torch believes `output_size`."""
+    """Checks the operands. torch believes `output_size`, so the interpreter selects positions that it clamps."""
     given, counts = tensor(self), tensor(repeats)
     require(dim is not None and bool(given.shape), "repeat_interleave takes the dimension")
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     require(counts.dtype in ("int32", "int64"), "repeats are integers")
-    require(counts.shape == (given.shape[place],), "repeat_interleave takes a count for each place")
-    return resized(given, place, integer(output_size, 0))
+    require(counts.shape == (given.shape[at],), "repeat_interleave takes a count for each place")
+    return resized(given, at, integer(output_size, 0))
 
 
 @operator("constant_pad_nd")
@@ -62,17 +62,17 @@ def _constant_pad(self: Any, pad: Any, value: Any = 0) -> TensorType:
     require(len(amounts) % 2 == 0 and len(amounts) <= 2 * len(given.shape), "padding comes in pairs, one a dimension")
     shape = list(given.shape)
     for index in range(len(amounts) // 2):
-        place = len(shape) - 1 - index
-        shape[place] += amounts[2 * index] + amounts[2 * index + 1]
-        require(shape[place] >= 0, f"{given} is cut by more than it has")
+        at = len(shape) - 1 - index
+        shape[at] += amounts[2 * index] + amounts[2 * index + 1]
+        require(shape[at] >= 0, f"{given} is cut by more than it has")
         cut = -min(amounts[2 * index], 0) - min(amounts[2 * index + 1], 0)
-        require(cut <= given.shape[place], f"{given} is cut by more than it has")
+        require(cut <= given.shape[at], f"{given} is cut by more than it has")
     return like(given, shape)
 
 
 def _edge_pad(given: TensorType, amounts: tuple[int, ...], spatial: int, inside: bool) -> TensorType:
     require(len(amounts) == 2 * spatial, f"padding of {spatial} dimensions takes {2 * spatial} numbers")
-    require(len(given.shape) in (spatial + 1, spatial + 2), f"{given} has not the dimensions to pad")
+    require(len(given.shape) in (spatial + 1, spatial + 2), f"{given} lacks the dimensions to pad")
     require(all(given.shape[-index - 1] > 0 for index in range(spatial)), f"{given} has no edge")
     require(min(amounts, default=0) >= 0, "padding by an edge is not negative")
     if inside:

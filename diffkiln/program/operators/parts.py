@@ -33,11 +33,11 @@ MAX_PARTS = 2**12
 def _slice(self: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> TensorType:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no slices")
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     first = integer(0 if start is None else start, -_FAR - 1, _FAR)
     last = integer(_FAR if end is None else end, -_FAR - 1, _FAR)
-    count = len(range(given.shape[place])[first : max(last, -_FAR) : integer(step, 1, MAX_SIZE)])
-    return resized(given, place, count)
+    count = len(range(given.shape[at])[first : max(last, -_FAR) : integer(step, 1, MAX_SIZE)])
+    return resized(given, at, count)
 
 
 operator("slice.Tensor", view=True)(_slice)
@@ -47,26 +47,26 @@ operator("slice.Tensor", view=True)(_slice)
 def _select(self: Any, dim: Any, index: Any) -> TensorType:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no parts")
-    place = axis(dim, len(given.shape))
-    integer(index, -given.shape[place], given.shape[place] - 1)
-    return like(given, (*given.shape[:place], *given.shape[place + 1 :]))
+    at = axis(dim, len(given.shape))
+    integer(index, -given.shape[at], given.shape[at] - 1)
+    return like(given, (*given.shape[:at], *given.shape[at + 1 :]))
 
 
 @operator("narrow", view=True)
 def _narrow(self: Any, dim: Any, start: Any, length: Any) -> TensorType:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no parts")
-    place = axis(dim, len(given.shape))
-    size = given.shape[place]
+    at = axis(dim, len(given.shape))
+    size = given.shape[at]
     first = integer(start, -size, size)
     first = first + size if first < 0 else first
-    return resized(given, place, integer(length, 0, size - first))
+    return resized(given, at, integer(length, 0, size - first))
 
 
 def _pieces(given: TensorType, dim: Any, lengths: Sequence[int]) -> list[TensorType]:
-    place = axis(dim, len(given.shape))
-    require(sum(lengths) == given.shape[place], f"parts of {tuple(lengths)} are not the whole of {given}")
-    return [resized(given, place, length) for length in lengths]
+    at = axis(dim, len(given.shape))
+    require(sum(lengths) == given.shape[at], f"parts of {tuple(lengths)} are not the whole of {given}")
+    return [resized(given, at, length) for length in lengths]
 
 
 @operator("split.Tensor", "unsafe_split.Tensor", view=True)
@@ -122,10 +122,10 @@ def _unbind(self: Any, dim: Any = 0) -> list[TensorType]:
 def _unfold(self: Any, dimension: Any, size: Any, step: Any) -> TensorType:
     given = tensor(self)
     require(bool(given.shape), "a tensor without dimensions has no windows")
-    place = axis(dimension, len(given.shape))
-    window = integer(size, 0, given.shape[place])
-    count = (given.shape[place] - window) // integer(step, 1) + 1
-    return like(given, (*resized(given, place, count).shape, window))
+    at = axis(dimension, len(given.shape))
+    window = integer(size, 0, given.shape[at])
+    count = (given.shape[at] - window) // integer(step, 1) + 1
+    return like(given, (*resized(given, at, count).shape, window))
 
 
 @operator("diagonal", view=True)
@@ -134,18 +134,18 @@ def _diagonal(self: Any, offset: Any = 0, dim1: Any = 0, dim2: Any = 1) -> Tenso
     a, b = axes((dim1, dim2), len(given.shape))
     shift = integer(offset)
     rows, columns = given.shape[a] + min(shift, 0), given.shape[b] - max(shift, 0)
-    rest = [n for place, n in enumerate(given.shape) if place not in (a, b)]
+    rest = [n for at, n in enumerate(given.shape) if at not in (a, b)]
     return like(given, (*rest, max(min(rows, columns), 0)))
 
 
 @operator("diag_embed")
 def _diag_embed(self: Any, offset: Any = 0, dim1: Any = -2, dim2: Any = -1) -> TensorType:
     given = tensor(self)
-    require(bool(given.shape), "a tensor without dimensions is no diagonal")
+    require(bool(given.shape), "a tensor without dimensions is not a diagonal")
     a, b = axes((dim1, dim2), len(given.shape) + 1)
     side = given.shape[-1] + abs(integer(offset, -MAX_SIZE, MAX_SIZE))
     rest = iter(given.shape[:-1])
-    return like(given, [side if place in (a, b) else next(rest) for place in range(len(given.shape) + 1)])
+    return like(given, [side if at in (a, b) else next(rest) for at in range(len(given.shape) + 1)])
 
 
 @operator("tril", "triu")
@@ -164,13 +164,13 @@ def _cat(tensors: Any, dim: Any = 0) -> TensorType:
     kept = [part for part in parts if part.shape != (0,)] or parts[:1]
     rank = len(kept[0].shape)
     require(rank > 0 and all(len(part.shape) == rank for part in kept), "parts of a concatenation have one rank")
-    place = axis(dim, rank)
-    rest = {(*part.shape[:place], *part.shape[place + 1 :]) for part in kept}
+    at = axis(dim, rank)
+    rest = {(*part.shape[:at], *part.shape[at + 1 :]) for part in kept}
     require(len(rest) == 1, "parts of a concatenation differ in one dimension alone")
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = promote(dtype, part.dtype)
-    return TensorType(dtype, resized(kept[0], place, sum(part.shape[place] for part in kept)).shape)
+    return TensorType(dtype, resized(kept[0], at, sum(part.shape[at] for part in kept)).shape)
 
 
 def _list(values: Any) -> list[TensorType]:
@@ -254,7 +254,7 @@ def _broadcast_tensors(tensors: Any) -> list[TensorType]:
 
 @operator("as_strided", view=True)
 def _as_strided(self: Any, size: Any, stride: Any, storage_offset: Any = None) -> TensorType:
-    """A view of a dense tensor, whose last element lies within it. The interpreter makes the tensor dense."""
+    """Checks that the last element of a view lies within its dense tensor. The interpreter makes the tensor dense."""
     given, shape, strides = tensor(self), sizes(size), integers(stride, 0)
     start = integer(0 if storage_offset is None else storage_offset, 0)
     require(len(shape) == len(strides), "a view has a stride for each size")

@@ -115,7 +115,7 @@ def _threshold(self: Any, threshold: Any, value: Any) -> TensorType:
 @operator("nan_to_num")
 def _nan_to_num(self: Any, nan: Any = None, posinf: Any = None, neginf: Any = None) -> TensorType:
     for value in (nan, posinf, neginf):
-        require(value is None or isinstance(value, int | float), f"{value!r} is no number")
+        require(value is None or isinstance(value, int | float), f"{value!r} is not a number")
     return tensor(self)
 
 
@@ -131,9 +131,9 @@ def _prelu(self: Any, weight: Any) -> TensorType:
 @operator("glu")
 def _glu(self: Any, dim: Any = -1) -> TensorType:
     given = tensor(self)
-    place = integer(dim, -len(given.shape), len(given.shape) - 1) % max(len(given.shape), 1)
-    require(given.shape[place] % 2 == 0, "glu halves an even size")
-    return TensorType(given.dtype, (*given.shape[:place], given.shape[place] // 2, *given.shape[place + 1 :]))
+    at = integer(dim, -len(given.shape), len(given.shape) - 1) % max(len(given.shape), 1)
+    require(given.shape[at] % 2 == 0, "glu halves an even size")
+    return TensorType(given.dtype, (*given.shape[:at], given.shape[at] // 2, *given.shape[at + 1 :]))
 
 
 # -- of two and three --
@@ -260,7 +260,7 @@ def _masked_fill(self: Any, mask: Any, value: Any) -> TensorType:
 def _complex(real: Any, imag: Any) -> TensorType:
     a, b = tensor(real), tensor(imag)
     require(a.dtype == b.dtype, "the real and imaginary parts have one dtype")
-    require(a.dtype in ("float32", "float64"), f"{a.dtype} is no part of a complex number")
+    require(a.dtype in ("float32", "float64"), f"{a.dtype} is not a part of a complex number")
     return TensorType(complex_of(a.dtype), broadcast(a.shape, b.shape))
 
 
@@ -286,7 +286,7 @@ def _view_as_real(self: Any) -> TensorType:
 def _view_as_complex(self: Any) -> TensorType:
     given = tensor(self)
     require(given.shape[-1:] == (2,), "view_as_complex takes pairs along the last dimension")
-    require(given.dtype in ("float32", "float64"), f"{given.dtype} is no part of a complex number")
+    require(given.dtype in ("float32", "float64"), f"{given.dtype} is not a part of a complex number")
     return TensorType(complex_of(given.dtype), given.shape[:-1])
 
 
@@ -303,7 +303,7 @@ def _cross(self: Any, other: Any, dim: Any = None) -> TensorType:
     a, b = tensor(self), tensor(other)
     shape = broadcast(a.shape, b.shape)
     places = range(len(shape)) if dim is None else [integer(dim, -len(shape), len(shape) - 1)]
-    require(any(shape[place] == 3 for place in places), "cross takes a dimension of size 3")
+    require(any(shape[at] == 3 for at in places), "cross takes a dimension of size 3")
     return TensorType(promote(a.dtype, b.dtype), shape)
 
 

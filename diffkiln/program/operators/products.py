@@ -113,7 +113,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> TensorType:
     require(given.shape[-1] == matrix.shape[-1], f"{given} and {matrix} have no product")
     result = TensorType(_one_dtype(given, matrix), (*given.shape[:-1], *matrix.shape[:-1]))
     if bias is not None:
-        require(tensor(bias).shape in (matrix.shape[:-1], ()), f"{bias} is no bias of {matrix}")
+        require(tensor(bias).shape in (matrix.shape[:-1], ()), f"{bias} is not a bias of {matrix}")
         _one_dtype(tensor(bias), given)
     return result
 
@@ -154,10 +154,10 @@ def _scaled_mm(
         require(scale.dtype == "float32", "scales are float32")
         require(scale.numel == 1 or scale.shape == whole, f"{scale} is neither one scale nor one a row")
     if bias is not None:
-        require(tensor(bias).shape == shape[1:], f"{bias} is no bias of {shape}")
+        require(tensor(bias).shape == shape[1:], f"{bias} is not a bias of {shape}")
     if out_dtype is None:
         return TensorType(a.dtype, shape)
-    require(isinstance(out_dtype, DType), f"{out_dtype!r} is no dtype")
+    require(isinstance(out_dtype, DType), f"{out_dtype!r} is not a dtype")
     return TensorType(one_of(out_dtype.name, ("float32", "float16", "bfloat16")), shape)
 
 
@@ -188,7 +188,7 @@ _TERM = re.compile(r"[a-zA-Z]*(?:\.\.\.[a-zA-Z]*)?", re.ASCII)
 
 @operator("einsum")
 def _einsum(equation: Any, tensors: Any, *, path: Any = None) -> TensorType:
-    require(isinstance(equation, str), f"{equation!r} is no equation")
+    require(isinstance(equation, str), f"{equation!r} is not an equation")
     require(path is None, "einsum takes no path")
     operands = _operands(tensors)
     left, arrow, right = equation.replace(" ", "").partition("->")
@@ -199,7 +199,7 @@ def _einsum(equation: Any, tensors: Any, *, path: Any = None) -> TensorType:
     for term, operand in zip(terms, operands, strict=True):
         rests.append(_labelled(term, operand, sizes))
     right = right if arrow else _implicit(left)
-    require(_TERM.fullmatch(right) is not None, f"{right!r} is no term of an equation")
+    require(_TERM.fullmatch(right) is not None, f"{right!r} is not a term of an equation")
     shape: list[int] = []
     for part in re.findall(r"\.\.\.|[a-zA-Z]", right):
         require(part == "..." or part in sizes, f"{part!r} is on the right of {equation!r} alone")
@@ -215,7 +215,7 @@ def _operands(values: Any) -> list[TensorType]:
 
 def _labelled(term: str, operand: TensorType, sizes: dict[str, int]) -> Sequence[int]:
     """Notes the size of each letter, and returns the sizes that the dots stand for."""
-    require(_TERM.fullmatch(term) is not None, f"{term!r} is no term of an equation")
+    require(_TERM.fullmatch(term) is not None, f"{term!r} is not a term of an equation")
     first, dots, last = term.partition("...")
     rest = len(operand.shape) - len(first) - len(last)
     require(rest >= 0 and (rest == 0 or dots != ""), f"{term!r} is not for {operand}")

@@ -24,7 +24,7 @@ def dtype_or(dtype: Any, default: str) -> str:
     """Returns the dtype that an option names, or the default where it is absent."""
     if dtype is None:
         return default
-    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is no dtype of programs")
+    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is not a dtype of programs")
     return dtype.name
 
 
@@ -34,8 +34,8 @@ def reduced(given: TensorType, dim: Any, keepdim: Any, dtype: str) -> TensorType
     rank = len(given.shape)
     chosen = range(rank) if dim is None or dim == () else axes(dim, rank)
     shape = []
-    for place, size in enumerate(given.shape):
-        if place not in chosen:
+    for at, size in enumerate(given.shape):
+        if at not in chosen:
             shape.append(size)
         elif keepdim:
             shape.append(1)
@@ -76,10 +76,10 @@ def _extreme_of_all(self: Any) -> TensorType:
 
 
 @operator("max.dim", "min.dim", "median.dim")
-def _extreme_and_place(self: Any, dim: Any, keepdim: Any = False) -> tuple[TensorType, TensorType]:
+def _extreme_and_index(self: Any, dim: Any, keepdim: Any = False) -> tuple[TensorType, TensorType]:
     given = tensor(self)
-    place = axis(dim, len(given.shape))
-    values = reduced(given, (place,), keepdim, given.dtype)
+    at = axis(dim, len(given.shape))
+    values = reduced(given, (at,), keepdim, given.dtype)
     return values, TensorType("int64", values.shape)
 
 
@@ -144,7 +144,7 @@ def _var_dim(self: Any, dim: Any, unbiased: Any = True, keepdim: Any = False) ->
 
 @operator("var.correction", "std.correction")
 def _var_correction(self: Any, dim: Any = None, *, correction: Any = None, keepdim: Any = False) -> TensorType:
-    require(correction is None or isinstance(correction, int | float), f"{correction!r} is no correction")
+    require(correction is None or isinstance(correction, int | float), f"{correction!r} is not a correction")
     return _spread(self, dim, keepdim)
 
 
@@ -163,7 +163,7 @@ def _vector_norm(self: Any, ord: Any = 2, dim: Any = None, keepdim: Any = False,
 
 @operator("linalg_norm")
 def _linalg_norm(self: Any, ord: Any = None, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> TensorType:
-    """Norms of matrices other than Frobenius' need a decomposition, whose time is hard to bound."""
+    """Refuses norms of matrices other than Frobenius', which need a decomposition whose time is hard to bound."""
     given = tensor(self)
     rank = len(given.shape) if dim is None else len(axes(dim, len(given.shape)))
     require(ord is None or rank == 1, "a norm of matrices has no order")
@@ -248,10 +248,10 @@ def _sort_stable(self: Any, *, stable: Any, dim: Any = -1, descending: Any = Fal
 def _topk(self: Any, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = True) -> list[TensorType]:
     flags(largest, sorted)
     given = tensor(self)
-    place = axis(dim, len(given.shape))
+    at = axis(dim, len(given.shape))
     if given.shape:
-        count = integer(k, 0, given.shape[place])
-        given = TensorType(given.dtype, (*given.shape[:place], count, *given.shape[place + 1 :]))
+        count = integer(k, 0, given.shape[at])
+        given = TensorType(given.dtype, (*given.shape[:at], count, *given.shape[at + 1 :]))
     else:
         integer(k, 1, 1)
     return [given, TensorType("int64", given.shape)]
@@ -270,7 +270,7 @@ def _quantile(self: Any, q: Any, dim: Any = None, keepdim: Any = False, *, inter
 def _searchsorted(
     sorted_sequence: Any, self: Any, *, out_int32: Any = False, right: Any = False, side: Any = None
 ) -> TensorType:
-    """A `sorter` is an index that torch follows, so it is not taken."""
+    """Refuses a `sorter`, since it is an index that torch follows."""
     flag(right)
     one_of(side, (None, "left", "right"))
     ordered, values = tensor(sorted_sequence), tensor(self)

@@ -28,9 +28,9 @@ def like(given: TensorType, shape: Sequence[int]) -> TensorType:
     return TensorType(given.dtype, tuple(shape))
 
 
-def resized(given: TensorType, place: int, size: int) -> TensorType:
+def resized(given: TensorType, at: int, size: int) -> TensorType:
     """Returns the type with another size of one dimension."""
-    return like(given, (*given.shape[:place], size, *given.shape[place + 1 :]))
+    return like(given, (*given.shape[:at], size, *given.shape[at + 1 :]))
 
 
 def _same(self: Any) -> TensorType:
@@ -71,7 +71,7 @@ def _reshape(self: Any, shape: Any = None, *, size: Any = None) -> TensorType:
 @operator("view.dtype", view=True)
 def _view_dtype(self: Any, dtype: Any) -> TensorType:
     given = tensor(self)
-    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is no dtype of programs")
+    require(isinstance(dtype, DType) and dtype.name in SIZES, f"{dtype!r} is not a dtype of programs")
     require(dtype.name != "bool", "bytes are not viewed as booleans, which have two values alone")
     old, new = SIZES[given.dtype], SIZES[dtype.name]
     if old == new:
@@ -108,9 +108,9 @@ def ravelled(self: Any) -> TensorType:
 @operator("unflatten.int", view=True)
 def _unflatten(self: Any, dim: Any, sizes: Any) -> TensorType:
     given = tensor(self)
-    place = axis(dim, len(given.shape))
-    parts = _reshape(like(given, given.shape[place : place + 1]), sizes).shape
-    return like(given, (*given.shape[:place], *parts, *given.shape[place + 1 :]))
+    at = axis(dim, len(given.shape))
+    parts = _reshape(like(given, given.shape[at : at + 1]), sizes).shape
+    return like(given, (*given.shape[:at], *parts, *given.shape[at + 1 :]))
 
 
 @operator("squeeze", view=True)
@@ -122,13 +122,13 @@ def _squeeze(self: Any) -> TensorType:
 def _squeeze_dims(self: Any, dim: Any) -> TensorType:
     given = tensor(self)
     chosen = axes(dim, len(given.shape))
-    return like(given, [n for place, n in enumerate(given.shape) if n != 1 or place not in chosen])
+    return like(given, [n for at, n in enumerate(given.shape) if n != 1 or at not in chosen])
 
 
 def unsqueezed(self: Any, dim: Any) -> TensorType:
     given = tensor(self)
-    place = axis(dim, len(given.shape) + 1)
-    return like(given, (*given.shape[:place], 1, *given.shape[place:]))
+    at = axis(dim, len(given.shape) + 1)
+    return like(given, (*given.shape[:at], 1, *given.shape[at:]))
 
 
 operator("unsqueeze", view=True)(unsqueezed)
@@ -141,8 +141,8 @@ def _expand(self: Any, size: Any, *, implicit: Any = False) -> TensorType:
     new = len(wanted) - len(given.shape)
     require(new >= 0, f"{given} is not expanded to fewer dimensions")
     shape = []
-    for place, size_ in enumerate(wanted):
-        old = given.shape[place - new] if place >= new else None
+    for at, size_ in enumerate(wanted):
+        old = given.shape[at - new] if at >= new else None
         require(size_ >= 0 or old is not None, "a new dimension has no size to keep")
         require(size_ in (old, -1) or old in (1, None), f"{given} is not expanded to {wanted}")
         shape.append(old if size_ == -1 else size_)
@@ -160,7 +160,7 @@ def _permute(self: Any, dims: Any) -> TensorType:
     given = tensor(self)
     order = axes(dims, len(given.shape))
     require(len(order) == len(given.shape), "permute names each dimension once")
-    return like(given, [given.shape[place] for place in order])
+    return like(given, [given.shape[at] for at in order])
 
 
 operator("permute", view=True)(_permute)
@@ -209,8 +209,8 @@ def _movedim(self: Any, source: Any, destination: Any) -> TensorType:
     if rank == 0:
         return given
     listed = dict(zip(new, old, strict=True))
-    rest = iter([place for place in range(rank) if place not in old])
-    return like(given, [given.shape[listed[place] if place in listed else next(rest)] for place in range(rank)])
+    rest = iter([at for at in range(rank) if at not in old])
+    return like(given, [given.shape[listed[at] if at in listed else next(rest)] for at in range(rank)])
 
 
 @operator("flip")
@@ -251,13 +251,13 @@ def _pixel_shuffle(self: Any, upscale_factor: Any) -> TensorType:
 
 
 def _image_of(given: TensorType) -> list[int]:
-    return [given.shape[place] for place in range(len(given.shape) - 3, len(given.shape))]
+    return [given.shape[at] for at in range(len(given.shape) - 3, len(given.shape))]
 
 
 @operator("pixel_unshuffle")
 def _pixel_unshuffle(self: Any, downscale_factor: Any) -> TensorType:
     given, factor = tensor(self), integer(downscale_factor, 1, 2**10)
-    require(len(given.shape) >= 3, f"{given} is no image")
+    require(len(given.shape) >= 3, f"{given} is not an image")
     channels, height, width = _image_of(given)
     require(height % factor == 0 and width % factor == 0, f"{given} does not divide into squares of {factor}")
     return like(given, (*given.shape[:-3], channels * factor**2, height // factor, width // factor))

@@ -29,14 +29,14 @@ def _resampled(given: TensorType, output_size: Any, factors: Sequence[Any], rank
 
     A factor that is not the ratio of the sizes leads torch to elements outside of the image, so it is refused.
     """
-    require(len(given.shape) == rank + 2, f"{given} is no input of {rank} dimensions")
+    require(len(given.shape) == rank + 2, f"{given} is not an input of {rank} dimensions")
     shape = integers(output_size, 1)
     require(len(shape) == rank and min(given.shape) > 0, f"{output_size!r} is not for {rank} dimensions")
     for old, new, factor in zip(given.shape[2:], shape, factors, strict=True):
         require(new <= old * MAX_WINDOW, f"an image is enlarged by at most {MAX_WINDOW}")
         if factor is None:
             continue
-        require(isinstance(factor, int | float) and math.isfinite(factor) and factor > 0, f"{factor!r} is no factor")
+        require(isinstance(factor, int | float) and math.isfinite(factor) and factor > 0, f"{factor!r} is not a factor")
         require(int(old * factor) == new, f"a factor of {factor} does not make {new} of {old}")
     return TensorType(given.dtype, (*given.shape[:2], *shape))
 
@@ -47,10 +47,10 @@ def _by_size_or_factor(input: Any, output_size: Any, scale_factors: Any, rank: i
     if output_size is not None:
         return _resampled(given, output_size, [None] * rank, rank)
     require(isinstance(scale_factors, tuple | list) and len(scale_factors) == rank, "resampling takes a factor each")
-    require(len(given.shape) == rank + 2, f"{given} is no input of {rank} dimensions")
+    require(len(given.shape) == rank + 2, f"{given} is not an input of {rank} dimensions")
     shape = []
     for old, factor in zip(given.shape[2:], scale_factors, strict=True):
-        require(isinstance(factor, int | float) and math.isfinite(factor) and factor > 0, f"{factor!r} is no factor")
+        require(isinstance(factor, int | float) and math.isfinite(factor) and factor > 0, f"{factor!r} is not a factor")
         shape.append(int(old * factor))
     return _resampled(given, tuple(shape), scale_factors, rank)
 
@@ -107,20 +107,20 @@ for _name, _rank in (
 _NORMS = (None, "forward", "backward", "ortho")
 
 
-def _transformed(given: TensorType, lengths: Sequence[int | None], places: Sequence[int], kind: str) -> TensorType:
+def _transformed(given: TensorType, lengths: Sequence[int | None], dims: Sequence[int], kind: str) -> TensorType:
     """Returns the type of a transform: "c" of complex numbers, "r" from real ones, "i" back to them."""
-    require(bool(places) and bool(given.shape), f"{given} has no dimension to transform")
+    require(bool(dims) and bool(given.shape), f"{given} has no dimension to transform")
     shape = list(given.shape)
-    for place, length in zip(places, lengths, strict=True):
+    for at, length in zip(dims, lengths, strict=True):
         if length is not None:
-            shape[place] = integer(length, 1)
-    last = places[-1]
+            shape[at] = integer(length, 1)
+    last = dims[-1]
     if kind == "r":
         require(real_of(given.dtype) == given.dtype, f"{given} is not real")
         shape[last] = shape[last] // 2 + 1
     elif kind == "i" and lengths[-1] is None:
         shape[last] = 2 * (shape[last] - 1)
-    require(min(shape[place] for place in places) > 0, f"{given} has nothing to transform")
+    require(min(shape[at] for at in dims) > 0, f"{given} has nothing to transform")
     dtype = complex_of(floating(given.dtype))
     return TensorType(real_of(dtype) if kind == "i" else dtype, tuple(shape))
 
@@ -141,9 +141,9 @@ def _transforms_of(kind: str) -> Any:
         lengths = None if s is None else integers(s, 1)
         count = rank if lengths is None else len(lengths)
         require(count <= rank, f"{given} has fewer dimensions than {count}")
-        places = list(range(rank - count, rank)) if dim is None else list(axes(dim, rank))
-        require(lengths is None or len(lengths) == len(places), "a transform takes a length for each dimension")
-        return _transformed(given, lengths or [None] * len(places), places, kind)
+        dims = list(range(rank - count, rank)) if dim is None else list(axes(dim, rank))
+        require(lengths is None or len(lengths) == len(dims), "a transform takes a length for each dimension")
+        return _transformed(given, lengths or [None] * len(dims), dims, kind)
 
     return of_one, of_two, of_many
 

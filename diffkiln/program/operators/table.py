@@ -80,7 +80,7 @@ def require(holds: bool, reason: str) -> None:
 
 def tensor(value: Any) -> TensorType:
     """Returns the argument if it is a tensor."""
-    require(isinstance(value, TensorType), f"{value!r} is no tensor")
+    require(isinstance(value, TensorType), f"{value!r} is not a tensor")
     return value
 
 
@@ -92,7 +92,7 @@ def tensors(values: Any) -> list[TensorType]:
 
 def integer(value: Any, low: int = -MAX_SIZE, high: int = MAX_SIZE) -> int:
     """Returns the argument if it is an integer of this range."""
-    require(isinstance(value, int) and not isinstance(value, bool), f"{value!r} is no integer")
+    require(isinstance(value, int) and not isinstance(value, bool), f"{value!r} is not an integer")
     require(low <= value <= high, f"{value} is not between {low} and {high}")
     return value
 
@@ -106,12 +106,12 @@ def integers(values: Any, low: int = -MAX_SIZE, high: int = MAX_SIZE) -> tuple[i
 
 def number(value: Any) -> Any:
     """Returns the argument if it is a number, known or brought by the caller."""
-    require(isinstance(value, bool | int | float | Number), f"{value!r} is no number")
+    require(isinstance(value, bool | int | float | Number), f"{value!r} is not a number")
     return value
 
 
 def numbers(*values: Any) -> None:
-    """Refuses what is no number."""
+    """Refuses what is not a number."""
     for value in values:
         number(value)
 
@@ -159,8 +159,8 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
     rank = max(map(len, shapes), default=0)
     result = [1] * rank
     for shape in shapes:
-        for place, size in enumerate(shape, rank - len(shape)):
+        for at, size in enumerate(shape, rank - len(shape)):
             if size != 1:
-                require(result[place] in (1, size), f"the shapes {shapes} do not broadcast")
-                result[place] = size
+                require(result[at] in (1, size), f"the shapes {shapes} do not broadcast")
+                result[at] = size
     return tuple(result)

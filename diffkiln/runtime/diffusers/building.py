@@ -6,6 +6,7 @@ weights. Classes come from diffusers and transformers alone; code that comes wit
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -17,19 +18,19 @@ import torch
 
 from diffkiln import plugins
 from diffkiln.bundle import GroupRow, PassRow, Verified
+from diffkiln.bundle.bags import BAGS, member_folder
 from diffkiln.bundle.configurations import fetches_code
 from diffkiln.bundle.layout import LAYERS
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency, SpecError
 from diffkiln.guards.building import bounded_building
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.interpreter.layers import store_as_described
-from diffkiln.runtime.weights import read_header
-
-_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+from diffkiln.interpreter.layers import FUSED, store_as_described
+from diffkiln.interpreter.layers.torchao import joined, type_in
+from diffkiln.runtime.tables import read_header
 
 
 def class_of(library: Any, name: Any) -> type:
-    """A class that model_index.json names.
+    """Returns a class that model_index.json names.
 
     Raises:
         Incompatible: it is of neither diffusers nor transformers, or the installed one lacks it.
@@ -39,6 +40,8 @@ def class_of(library: Any, name: Any) -> type:
 
     homes = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library) or getattr(diffusers.pipelines, str(library), None)
+    if library == "diffusers" and name in BAGS:
+        home = importlib.import_module(BAGS[name].place)
     kind = getattr(home, str(name), None) if home is not None else None
     if not isinstance(kind, type) or ".dummy_" in kind.__module__:
         raise Incompatible(f"{library}.{name}: neither the installed diffusers nor transformers has this class")
@@ -51,7 +54,7 @@ def class_of(library: Any, name: Any) -> type:
 
 
 def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]) -> torch.nn.Module:
-    """One module with its weights.
+    """Builds one module with its weights.
 
     Args:
         folder: with its config.json, and layers.json where layers are stored in another form.
@@ -67,14 +70,14 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
     for row in passes:
         pass_of(row).restore(module, row.options)
     plain = {_plain(name, module) for name in weights}
-    if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in _FUSED):
+    if any(f".{fused}." in name for name in plain - module.state_dict().keys() for fused in FUSED):
         module.fuse_qkv_projections()  # type: ignore[operator]
     try:
         store_as_described(module, layers)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise IntegrityError(f"{folder.name}/{LAYERS} does not fit {type(module).__name__}: {error}") from None
     _drop_missing(module, {_plain(name, module) for name in weights})
-    _put_all(module, _whole(module, weights, passes))
+    _put_all(module, _whole(module, weights, passes, folder))
     if empty := [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]:
         raise IntegrityError(f"{folder.name}: the bundle holds no weight {empty[0]!r} ({len(empty)} are missing)")
     return module.eval().requires_grad_(False)
@@ -97,7 +100,7 @@ def pass_of(row: PassRow) -> Any:
         return known[row.name].load().model_for(row.options)
     except SpecError as error:
         reason = error.problems[0].reason
-        raise Incompatible(f"this diffkiln cannot put into diffusers what {row.name} did: {reason}") from None
+        raise Incompatible(f"this diffkiln cannot repeat in diffusers what {row.name} did: {reason}") from None
 
 
 def _read_layers(folder: Path) -> dict[str, Any]:
@@ -107,12 +110,12 @@ def _read_layers(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise IntegrityError(f"{folder.name}/{LAYERS} is broken: {error}") from None
     if not isinstance(found, dict):
-        raise IntegrityError(f"{folder.name}/{LAYERS} is no table of layers")
+        raise IntegrityError(f"{folder.name}/{LAYERS} is not a table of layers")
     return found
 
 
 def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
-    """Every tensor of these groups, on the CPU, each in memory of its own."""
+    """Returns every tensor of these groups, on the CPU, each in memory of its own."""
     tensors: dict[str, torch.Tensor] = {}
     for row in rows:
         entries, offset, _ = read_header(verified, row.file)
@@ -125,31 +128,47 @@ def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torc
 
 
 def _skeleton(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Module:
-    """The module with its parameters on the meta device; buffers that no checkpoint holds are real."""
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import ModelMixin, no_init_weights
-    from transformers.initialization import no_init_weights as no_init_of_transformers
-
+    """Returns the module with its parameters on the meta device; buffers that no checkpoint holds are real."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(build_type)
     try:
-        empty = init_empty_weights(include_buffers=False)
-        where = f"component {folder.name}"
-        no_init = no_init_weights(), no_init_of_transformers()
-        with torch.random.fork_rng(devices=[]), bounded_building(where), no_init[0], no_init[1], empty:
-            if issubclass(kind, ModelMixin):
-                made: Any = kind
-                return made.from_config(made.load_config(folder, local_files_only=True))
-            config = kind.config_class.from_pretrained(folder, local_files_only=True)
-            module = kind._from_config(config, dtype=build_type)
-        module.tie_weights()
-        return module
+        return _bag(folder, kind, build_type) if kind.__name__ in BAGS else _bare(folder, kind, build_type)
     finally:
         torch.set_default_dtype(before)
 
 
+def _bag(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Module:
+    """Returns several models in one, each from a folder of its own beside the others."""
+    from accelerate import init_empty_weights
+
+    folders = []
+    while (beside := folder.parent / member_folder(kind.__name__, folder.name, len(folders))).is_dir():
+        folders.append(beside)
+    members = [_bare(each, class_of("diffusers", BAGS[kind.__name__].member), build_type) for each in folders]
+    with init_empty_weights(include_buffers=False):
+        return kind(members)
+
+
+def _bare(folder: Path, kind: Any, build_type: torch.dtype) -> torch.nn.Module:
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+    from transformers.initialization import no_init_weights as no_init_of_transformers
+
+    empty = init_empty_weights(include_buffers=False)
+    where = f"component {folder.name}"
+    no_init = no_init_weights(), no_init_of_transformers()
+    with torch.random.fork_rng(devices=[]), bounded_building(where), no_init[0], no_init[1], empty:
+        if issubclass(kind, ModelMixin):
+            made: Any = kind
+            return made.from_config(made.load_config(folder, local_files_only=True))
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        module = kind._from_config(config, dtype=build_type)
+    module.tie_weights()
+    return module
+
+
 def _build_type(weights: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> torch.dtype:
-    """The floating type of most weights."""
+    """Returns the floating type of most weights."""
     count: Counter[torch.dtype] = Counter()
     for name, tensor in weights.items():
         layer, _, leaf = name.rpartition(".")
@@ -164,7 +183,7 @@ def _build_type(weights: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) 
 
 
 def _plain(name: str, module: torch.nn.Module) -> str:
-    """The parameter's name, of a tensor inside of a quantized one."""
+    """Returns the parameter's name for the name of a tensor inside a quantized one."""
     known = module.state_dict().keys()
     while name not in known and "." in name and not name.endswith((".weight", ".bias")):
         name = name.rpartition(".")[0]
@@ -172,7 +191,7 @@ def _plain(name: str, module: torch.nn.Module) -> str:
 
 
 def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
-    """Leave out what the passes deleted: submodules of which the bundle holds nothing, such as unfused projections."""
+    """Removes submodules of which the bundle holds nothing, such as unfused projections that passes deleted."""
     seen = {id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False) if name in names}
     for path, part in list(module.named_modules()):
         for leaf, child in list(part._modules.items()):
@@ -185,7 +204,7 @@ def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
 
 
 def _whole(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow], folder: Path
 ) -> dict[str, torch.Tensor]:
     """Returns the weights put together again from the tensors that they are stored as."""
     known = module.state_dict().keys()
@@ -198,12 +217,12 @@ def _whole(
                 raise IntegrityError(f"the bundle holds a weight {name!r} that {type(module).__name__} does not have")
             parts.setdefault(base, {})[leaf] = tensor
     for base, inner in parts.items():
-        whole[base] = _joined(base.rpartition(".")[0], module.get_parameter(base), inner, passes)
+        whole[base] = _joined(base.rpartition(".")[0], module.get_parameter(base), inner, passes, folder)
     return whole
 
 
 def _joined(
-    layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], passes: Sequence[PassRow]
+    layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], passes: Sequence[PassRow], folder: Path
 ) -> torch.Tensor:
     for row in passes:
         try:
@@ -212,11 +231,18 @@ def _joined(
             raise Incompatible(str(error)) from None
         if whole is not None:
             return whole
-    raise IntegrityError(f"the bundle holds quantized weights of {layer!r}, which no pass quantized")
+    try:  # as its source had it
+        quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        return joined(weight, parts, *type_in(quantization))
+    except (OSError, ValueError, AttributeError):
+        reason = f"the bundle holds quantized weights of {layer!r}, which no pass quantized"
+        raise IntegrityError(reason) from None
+    except ImportError:
+        raise MissingDependency("this bundle's weights are torchao's in diffusers: pip install torchao") from None
 
 
 def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put weights in their places, and each in that of every parameter that was tied to it."""
+    """Puts weights in their places, and in those of every parameter that is tied to them."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():
         tables: list[dict[str, Any]] = [part._parameters, part._buffers]

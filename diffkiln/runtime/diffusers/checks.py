@@ -19,7 +19,7 @@ _HINT = "Get the bundle from somebody whom you trust"
 
 
 def check_configurations(verified: Verified) -> None:
-    """Refuse a bundle whose configuration would have a library fetch or run code.
+    """Refuses a bundle whose configuration would make a library fetch or run code.
 
     Raises:
         IntegrityError: with the file and the key.
@@ -36,7 +36,7 @@ def check_configurations(verified: Verified) -> None:
 
 
 def check_index(pipeline: Any, index: Mapping[str, Any], weights: Collection[str]) -> None:
-    """Refuse a model_index.json that has diffusers load more than tokenizers, processors and schedulers by itself.
+    """Refuses a model_index.json that makes diffusers load more than tokenizers, processors and schedulers.
 
     Args:
         pipeline: the class.
@@ -65,7 +65,7 @@ def _check_part(library: str, name: str) -> None:
 
 
 def library_and_class(component: str, entry: Any) -> tuple[str, str]:
-    """An entry of model_index.json. Raises `IntegrityError` for one that is none."""
+    """Returns library and class of an entry of model_index.json. Raises `IntegrityError` for any other entry."""
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(item, str) for item in entry):
         raise IntegrityError(f"model_index.json says {json.dumps(entry)[:80]} of {component!r}: no library and class")
     return entry[0], entry[1]

@@ -5,6 +5,7 @@ This and `originals` are the only parts of the runtime that import diffusers and
 
 from __future__ import annotations
 
+import inspect
 import json
 import weakref
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 
 from diffkiln.bundle import Policy, Verified, strict_json
 from diffkiln.bundle.layout import PIPELINE
-from diffkiln.bundle.scratch import Scratch, scratch
+from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, ManifestInvalid, MissingDependency
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
@@ -25,9 +26,11 @@ from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Module
 from diffkiln.runtime.attention import check_kernels
 from diffkiln.runtime.compatibility import check_manifest
+from diffkiln.runtime.diffusers.adapters import guard_adapters
 from diffkiln.runtime.diffusers.building import build, class_of, pass_of, read_weights
 from diffkiln.runtime.diffusers.checks import check_configurations, check_index, library_and_class
-from diffkiln.runtime.engine_blocks import plug_in
+from diffkiln.runtime.diffusers.offloading import enable_offload, to_disk
+from diffkiln.runtime.engine_blocks import EngineBlock, plug_in
 from diffkiln.runtime.opening import open_engines, read_constants, read_modules
 from diffkiln.runtime.targets import place_for
 
@@ -40,7 +43,7 @@ def load_as_diffusers(
     device: Any = None,
     check_engines: bool | None = None,
 ) -> Any:
-    """The original pipeline with the bundle's weights and engines.
+    """Loads the original pipeline with the bundle's weights and engines.
 
     Args:
         verified: the bundle. It is closed when the pipeline is there.
@@ -67,7 +70,7 @@ def load_as_diffusers(
     modules = read_modules(verified)
     eager = manifest.runtime.get("on_incompatible") == "eager"
     compiled = frozenset(row.component for row in manifest.engines)
-    restored = _Restored(modules, compiled, eager, _to_disk(place, offload), place)
+    restored = _Restored(modules, compiled, eager, to_disk(place, offload), place)
     for row in manifest.passes:
         pass_of(row).check_restore(row.options, restored)
     constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
@@ -76,23 +79,28 @@ def load_as_diffusers(
     for row in manifest.passes:
         if (component := str(row.options["component"])) in pipe.components:
             pass_of(row).restore_call(pipe.components[component], row.options)
+    blocks: list[EngineBlock] = []
     for name, recorded in modules.items():
         own = {region: engine for (component, region), engine in engines.items() if component == name}
         if name in manifest.weights:
-            plug_in(pipe.components[name], recorded, own, constants, eager)
+            blocks += plug_in(pipe.components[name], recorded, own, constants, eager)
     if offload is None:
         pipe.to(place)
     else:
-        _offload(pipe, place, offload)
+        enable_offload(pipe, place, offload)
     for row in manifest.passes:
         pass_of(row).restore_run(pipe, row.options)  # after offloading, so that a step that reuses moves no weights
+    for name in manifest.weights:
+        guard_adapters(pipe.components[name], name, manifest.passes)
+    for block in blocks:
+        block.watch(to_disk(place, offload))  # only now, since offloading and hooks change the blocks, too
     weakref.finalize(pipe, verified.close)  # engines live in files that the bundle holds
     return pipe
 
 
 @dataclass(frozen=True)
 class _Restored:
-    """What the passes must know of the bundle: `diffkiln.passes.base.Restored`."""
+    """The facts of the bundle that passes need: `diffkiln.passes.base.Restored`."""
 
     modules: Mapping[str, Module]
     compiled: frozenset[str]
@@ -104,8 +112,13 @@ class _Restored:
         check_kernels({component: [kernel]}, self.place)
 
 
-def _pipeline(verified: Verified) -> Any:
-    """The pipeline from the bundle's configuration and weights."""
+def with_modules(verified: Verified, modules: Mapping[str, torch.nn.Module]) -> Any:
+    """Returns the pipeline from the bundle's configuration, with these modules in the place of those of its weights."""
+    return _pipeline(verified, modules)
+
+
+def _pipeline(verified: Verified, modules: Mapping[str, torch.nn.Module] | None = None) -> Any:
+    """Returns the pipeline from the bundle's configuration and weights, or with other modules."""
     check_configurations(verified)
     with scratch("pipeline") as folder:
         for row in verified.manifest.files:
@@ -117,7 +130,7 @@ def _pipeline(verified: Verified) -> Any:
                 target.write_bytes(content)
         try:
             with quiet_libraries():
-                return _from(folder, verified)
+                return _from(folder, verified, modules)
         except DiffkilnError:
             raise
         except Exception as error:  # whatever the libraries raise
@@ -141,7 +154,7 @@ def _check_configuration(path: str, content: bytes) -> None:
             check_config(config, path, scheduler=file == _SCHEDULER)
 
 
-def _from(folder: Path, verified: Verified) -> Any:
+def _from(folder: Path, verified: Verified, modules: Mapping[str, torch.nn.Module] | None) -> Any:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     manifest = verified.manifest
@@ -150,44 +163,15 @@ def _from(folder: Path, verified: Verified) -> Any:
     if not issubclass(kind, DiffusionPipeline) or kind.__name__ != manifest.pipeline.class_name:
         raise IntegrityError(f"model_index.json names {index.get('_class_name')!r}, the manifest another pipeline")
     check_index(kind, index, manifest.weights)
-    parts: dict[str, Any] = {}
-    for component, rows in manifest.weights.items():
+    parts: dict[str, Any] = dict(modules or {})
+    for component, rows in manifest.weights.items() if modules is None else ():
         library, name = library_and_class(component, index.get(component))
         weights = read_weights(verified, rows)
         passes = [row for row in manifest.passes if row.options.get("component") == component]
         parts[component] = build(folder / component, class_of(library, name), weights, passes)
-    return kind.from_pretrained(folder, local_files_only=True, **parts)
+    taken = inspect.signature(kind.__init__).parameters
+    absent = {name: None for name, entry in index.items() if entry == [None, None] and name in taken}
+    return kind.from_pretrained(folder, local_files_only=True, **absent, **parts)
 
 
 _SCHEDULER = "scheduler_config.json"
-
-
-def _to_disk(place: torch.device, offload: Any) -> bool:
-    default = "host" if place.type == "cuda" else "disk"
-    return offload is not None and offload.get("to", default) == "disk"
-
-
-def _offload(pipe: Any, place: torch.device, offload: Any) -> None:
-    """diffusers' group offloading, component by component: in one folder their files would have the same names."""
-    from diffusers.hooks.group_offloading import apply_group_offloading
-
-    options: dict[str, Any] = {
-        "onload_device": place,
-        "offload_device": torch.device("cpu"),
-        "offload_type": offload["type"],
-        "num_blocks_per_group": int(offload["num_blocks_per_group"]),
-        "use_stream": bool(offload.get("use_stream")) and place.type == "cuda",
-    }
-    root = None
-    if _to_disk(place, offload):
-        made = Scratch("offload")
-        root = made.path
-        weakref.finalize(pipe, made.remove)
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            options["offload_to_disk_path"] = str(root / name) if root else None
-            own: Any = getattr(module, "enable_group_offload", None)
-            if own is not None:
-                own(**options)
-            else:
-                apply_group_offloading(module, **options)

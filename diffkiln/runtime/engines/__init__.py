@@ -33,11 +33,11 @@ class Engine(Protocol):
     """A loaded engine. Its inputs are the region's, then its weights, then its constants."""
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run. `flat` stays the caller's; what in it is not contiguous is copied first."""
+        """Runs the engine. `flat` stays the caller's; tensors that are not contiguous are copied first."""
         ...
 
     def check(self, flat: Sequence[torch.Tensor]) -> None:
-        """Compare inputs to what the engine was built for: for the self-test, since a call compares nothing.
+        """Compares inputs with those that the engine was built for. The self-test uses it; a call compares nothing.
 
         Raises:
             VerifyError: says which input differs and how.
@@ -46,12 +46,12 @@ class Engine(Protocol):
 
 
 def holds_weights(engine: Engine) -> bool:
-    """Whether an engine has weights of its own, and looks at none of those among its inputs."""
+    """Returns True if an engine has its own weights and ignores those among its inputs."""
     return getattr(engine, "holds_weights", False)
 
 
 def learned(engine: Engine) -> Mapping[str, bytes]:
-    """Files that running an engine made, to lie beside it so that the next that loads it need not make them again."""
+    """Returns files that running an engine made; stored beside it, they spare the next process that work."""
     files = getattr(engine, "learned", None)
     return files() if files is not None else {}
 
@@ -89,7 +89,7 @@ def stand_ins(package: str) -> Iterator[str]:
 
 
 def check_inputs(flat: Sequence[torch.Tensor], expected: Sequence[Layout], device: torch.device, what: str) -> None:
-    """The comparison of `Engine.check`. The stride of a dimension of one element means nothing and is not compared."""
+    """Compares inputs with layouts, as `Engine.check` does. Strides of dimensions of one element do not count."""
     if len(flat) != len(expected):
         raise VerifyError(f"{what}: {len(flat)} inputs found, {len(expected)} required")
     for position, (tensor, layout) in enumerate(zip(flat, expected, strict=True)):
@@ -103,7 +103,7 @@ def check_inputs(flat: Sequence[torch.Tensor], expected: Sequence[Layout], devic
 
 
 def _steps(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """The strides that mean something; none for a tensor without elements."""
+    """Returns the strides that matter; none for a tensor without elements."""
     if 0 in shape:
         return ()
     return tuple(step for size, step in zip(shape, stride, strict=True) if size != 1)

@@ -84,10 +84,10 @@ def _loader(package: Path, device: torch.device, alone: bool) -> Any:
 
 
 def _from_archive(directory: Path, device: torch.device, alone: bool) -> Any:
-    """The same by a torch whose loader takes archives only, which it unpacks into a private directory of its own.
+    """Loads an engine by a torch that takes only archives, which it unpacks into a private directory.
 
-    torch 2.11 is one. It takes the place of the metadata from that of a C++ source, which nobody compiles where there
-    is a library, and the archive's root from the first two names.
+    torch 2.11 is one. It finds the metadata by the name of a C++ source, which nobody compiles if there is a library,
+    and the archive's root by the first two names.
     """
     with scratch("engine") as folder:
         package = folder / "engine.pt2"

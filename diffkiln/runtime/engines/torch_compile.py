@@ -62,7 +62,7 @@ class TorchCompileEngine:
                 special={ATTENTION: packaged},
             )
         if not found:
-            _LOG.warning("%s: its caches do not fit this torch or its settings, and it was compiled anew", self._name)
+            _LOG.warning("%s: its caches do not fit this torch or its settings, and it was compiled again", self._name)
 
     def __call__(self, flat: list[torch.Tensor]) -> list[torch.Tensor]:
         with torch.inference_mode():

@@ -107,7 +107,7 @@ class TestRefusing:
     )
     def test_facts_that_are_none(self, copy: Path, changed: dict[str, object]) -> None:
         restated(copy, **changed)
-        with pytest.raises(ManifestInvalid, match=r"engine\.json: it does not say what the engine is"):
+        with pytest.raises(ManifestInvalid, match=r"engine\.json: it does not describe the engine"):
             opened(copy)
 
     @pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 10**5, b" " * 2**21])

@@ -82,7 +82,9 @@ class OnnxEngine:
         return outputs
 
     def renew(self) -> None:
-        """In a forked child: the session's threads are the parent's. It stays, since its end would wait for them."""
+        """Leaves the session to the parent, in a forked child, since its threads are the parent's and its end would
+        wait for them.
+        """
         self._parents, self._own = self._own, None
 
     @property
@@ -99,7 +101,7 @@ class OnnxEngine:
         bind(name, kind, index, NUMBERS[dtype_name(tensor.dtype)], tuple(tensor.shape), tensor.data_ptr())
 
     def _found(self, binding: Any, sizes: tuple[torch.Size, ...]) -> list[list[int]]:
-        """The shapes of what comes out: the first time at these sizes, by a run into ONNX Runtime's own memory."""
+        """Returns the outputs' shapes; the first time at these sizes, by a run into ONNX Runtime's own memory."""
         if sizes in self._shapes:
             return self._shapes[sizes]
         for name, _ in self._gives:
@@ -116,7 +118,7 @@ class OnnxEngine:
 
 
 def _session(model: Path, device: torch.device) -> Any:
-    """ONNX Runtime with as many threads as torch has now."""
+    """Opens ONNX Runtime with as many threads as torch has now."""
     try:
         import onnxruntime
     except ImportError:
@@ -140,7 +142,7 @@ def _session(model: Path, device: torch.device) -> Any:
 
 
 def _providers(available: Sequence[str], device: torch.device) -> list[Any]:
-    """The providers for a device, best first.
+    """Returns the providers for a device, best first.
 
     Raises:
         Incompatible: this ONNX Runtime has none for it.

@@ -31,7 +31,7 @@ _DEEPEST = 100
 
 
 def check_files(model: Path) -> None:
-    """Refuse a model that is cut short, or that refers to files outside its folder.
+    """Refuses a model that is cut short, or that refers to files outside its folder.
 
     Raises:
         Incomplete: the file, or one that it refers to, is missing or too short.
@@ -51,11 +51,11 @@ def check_files(model: Path) -> None:
 
 
 class _Cut(Exception):
-    """A message that ends before it should."""
+    """An error for a message that ends too early."""
 
 
 def _external(message: memoryview, kind: str, depth: int) -> Iterator[dict[str, str]]:
-    """Where tensors lie outside, by the keys location, offset and length."""
+    """Yields where tensors lie outside, by the keys location, offset and length."""
     if depth > _DEEPEST:
         raise _Cut(f"found messages nested more than {_DEEPEST} deep")
     ways, entries = _WAYS[kind], dict[str, str]()
@@ -71,7 +71,7 @@ def _external(message: memoryview, kind: str, depth: int) -> Iterator[dict[str, 
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a message that hold bytes, by their numbers; others are passed over."""
+    """Yields the fields of a message that hold bytes, by their numbers; skips others."""
     at, empty = 0, memoryview(b"")
     while at < len(message):
         tag, at = _varint(message, at)
@@ -80,7 +80,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             _, at = _varint(message, at)
             continue
         if wire not in (1, 2, 5):
-            raise _Cut(f"found a field of wire type {wire}, which ONNX has not")
+            raise _Cut(f"found a field of wire type {wire}, which ONNX lacks")
         length, at = _varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
         if at + length > len(message):
             raise _Cut(f"found {len(message) - at} bytes of a field, required {length}")
@@ -90,7 +90,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """A whole number and where it ends."""
+    """Returns a whole number and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):

@@ -101,7 +101,7 @@ class TensorrtEngine:
         return outputs
 
     def learned(self) -> Mapping[str, bytes]:
-        """The kernels that were compiled for this GPU and driver, for a bundle that is built where it runs."""
+        """Returns the kernels that were compiled for this GPU and driver, for a bundle that is built where it runs."""
         kernels = self._kernels.compiled()
         return {KERNELS: kernels} if kernels else {}
 
@@ -109,8 +109,9 @@ class TensorrtEngine:
         check_inputs(flat, self.inputs, self.device, self._name)
 
     def _weights_at(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as TensorRT takes it: real, contiguous, aligned, and on the GPU, where constants of one
-        number are not."""
+        """Returns the tensor as TensorRT takes it: real, contiguous, aligned, and on the GPU, also for constants of one
+        number.
+        """
         tensor = in_pairs(tensor).to(self.device).contiguous()
         return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
@@ -128,7 +129,7 @@ class TensorrtEngine:
         return tensor
 
     def _enqueue(self) -> None:
-        """Run after what torch has queued, and before what it queues next."""
+        """Runs after the work that torch has queued, and before the work that it queues next."""
         current: Any = self._accelerator.current_stream()
         own: Any = self._stream if current == self._accelerator.default_stream() else current
         own.wait_stream(current)
@@ -138,7 +139,7 @@ class TensorrtEngine:
             raise Incompatible(f"{self._name}: {self._facts.library.title} cannot run it on {self.device}")
 
     def _keep_kernels(self, sizes: tuple[torch.Size, ...]) -> None:
-        """The first call at these sizes may have compiled kernels."""
+        """Keeps the kernels that the first call at these sizes may have compiled."""
         if sizes not in self._sizes:
             self._sizes.add(sizes)
             self._kernels.keep()
@@ -150,7 +151,7 @@ def _by_name(engine: Any, mode: Any) -> frozenset[str]:
 
 
 def _torch_type(trt: Any, dtype: Any) -> torch.dtype:
-    """The dtype that TensorRT calls FLOAT."""
+    """Returns torch's name of TensorRT's dtype."""
     return {
         trt.float32: torch.float32, trt.float16: torch.float16, trt.bfloat16: torch.bfloat16, trt.int8: torch.int8,
         trt.int32: torch.int32, trt.int64: torch.int64, trt.bool: torch.bool,

@@ -24,7 +24,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine is.
+    """The facts of an engine.
 
     Attributes:
         library, version: what built it, and what alone runs it.
@@ -46,7 +46,7 @@ class Facts:
 
 
 def read_facts(directory: Path) -> Facts:
-    """The facts of the engine in a directory, whose file is whole.
+    """Returns the facts of the engine in a directory, and checks that its file is whole.
 
     Raises:
         Incomplete: a file is missing or cut short.
@@ -70,7 +70,7 @@ def _facts(path: Path) -> Facts:
         read = _Facts.model_validate_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         first = str(error).partition("\n")[0]
-        raise ManifestInvalid(f"{path}: it does not say what the engine is: {first}") from None
+        raise ManifestInvalid(f"{path}: it does not describe the engine: {first}") from None
     if read.library not in LIBRARIES:
         known = ", ".join(LIBRARIES)
         raise Incompatible(f"library: found {read.library!r}, this diffkiln runs {known}. Install a later diffkiln")
@@ -102,7 +102,7 @@ class _Facts(BaseModel):
 
 
 def check_machine(directory: Path, facts: Facts, device: torch.device) -> None:
-    """Compare library and GPU with what the engine was built for.
+    """Compares library and GPU with those that the engine was built for.
 
     Raises:
         Incompatible: all differences together; MissingDependency where the library is all that is missing.

@@ -31,7 +31,7 @@ class Kernels:
         self._file: Path | None = None
 
     def context(self, engine: Any, memory: Any) -> Any:
-        """A context that takes its kernels from those that are kept; an ordinary one where the library keeps none.
+        """Returns a context that uses the kept kernels; an ordinary one if the library keeps none.
 
         Args:
             engine: TensorRT's.
@@ -53,11 +53,11 @@ class Kernels:
         return engine.create_execution_context(config)
 
     def compiled(self) -> bytes:
-        """All kernels that the context has by now; nothing where the library keeps none."""
+        """Returns all kernels that the context has compiled so far; nothing if the library keeps none."""
         return b"" if self._cache is None else bytes(self._cache.serialize())
 
     def keep(self) -> None:
-        """Write what was compiled since the last time, whole or not at all. Nothing is lost where that cannot be."""
+        """Writes the kernels compiled since the last time, whole or not at all. A failure to write loses nothing."""
         if self._cache is None or self._file is None:
             return
         data = bytes(self._cache.serialize())
@@ -67,19 +67,19 @@ class Kernels:
             _replace(self._file, data)
             self._written = data
         except OSError as error:
-            log.warning("what TensorRT compiled is not kept, and will be compiled again: %s", error)
+            log.warning("kernels that TensorRT compiled are not kept, and will be compiled again: %s", error)
 
     def _own_file(self) -> Path | None:
-        """Where the user keeps them; None where there is no state directory to be had."""
+        """Returns the user's file of kernels; None if there is no state directory."""
         try:
             return state_dir("kernels") / f"{sha256_file(self._directory / ENGINE)}.cache"
         except BuildError as error:
-            log.warning("what TensorRT compiles is not kept, and will be compiled again: %s", error)
+            log.warning("kernels that TensorRT compiles are not kept, and will be compiled again: %s", error)
             return None
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises `OSError`."""
+    """Writes a file whole or not at all. Raises `OSError`."""
     handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

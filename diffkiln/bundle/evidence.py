@@ -1,0 +1,65 @@
+"""Reads what each pass cost when a bundle was built from `build.json`, which strangers may have written.
+
+What is not as expected is left out. Nothing depends on it: the file is outside the bundle's id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The values of one metric, which a gate of quality limits.
+
+    Attributes:
+        metric: its name.
+        gate: the limit in words, such as "at least 28".
+        floor: the limit, if it is the lowest value that is accepted.
+        cumulative: after each pass, by the pass's name, and of the finished bundle; None where it was not measured.
+        each: with each pass alone; empty where that was not asked for.
+    """
+
+    metric: str
+    gate: str
+    floor: float | None
+    cumulative: tuple[tuple[str, float | None], ...]
+    each: Mapping[str, float | None]
+
+
+def costs_of(build: Mapping[str, Any]) -> list[Costs]:
+    """Returns a table for each gate of quality; none for a spec without gates."""
+    return list(_tables(build))
+
+
+def _tables(build: Mapping[str, Any]) -> Iterator[Costs]:
+    ledger = build.get("ledger")
+    tables = ledger.get("tables") if isinstance(ledger, dict) else None
+    for table in tables if isinstance(tables, list) else ():
+        if not isinstance(table, dict) or not isinstance(table.get("metric"), str):
+            continue
+        low, high = _number(table.get("at_least")), _number(table.get("at_most"))
+        gate = _limit(low, high)
+        rows = tuple(_rows(table.get("cumulative")))
+        if gate and rows:
+            yield Costs(table["metric"], gate, low, rows, dict(_rows(table.get("each"))))
+
+
+def _limit(low: float | None, high: float | None) -> str:
+    if low is not None:
+        return f"at least {low:g}"
+    return "" if high is None else f"at most {high:g}"
+
+
+def _rows(given: Any) -> Iterator[tuple[str, float | None]]:
+    for row in given if isinstance(given, list) else ():
+        if isinstance(row, dict) and isinstance(row.get("pass"), str):
+            yield row["pass"], _number(row.get("value"))
+
+
+def _number(value: Any) -> float | None:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None

@@ -1,0 +1,123 @@
+"""Plans of memory: what the calls of a bundle take, phase by phase, and which weights stay to keep within a limit.
+
+`max_memory` bounds weights, constants and results. What a process needs besides is not counted: libraries, a GPU's
+context, and what operators take for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from diffkiln.program.ir import REGION, Program, weight_in
+from diffkiln.program.moments import PHASES, Groups, Key, Moment, moments
+from diffkiln.program.operators import nbytes
+from diffkiln.program.residency import Residencies, Residency
+
+#: The policy's fields: how weights move, and the bytes that a call may take.
+STRATEGY, MAX_MEMORY, AUTO = "strategy", "max_memory", "auto"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The moment of a phase in which a call takes the most memory. Sizes in bytes."""
+
+    phase: str
+    component: str
+    weights: int
+    results: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.results
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the row as a JSON value; sizes in bytes."""
+        return {"phase": self.phase, "component": self.component, "weights": self.weights, "results": self.results}
+
+
+class PlannedCall:
+    """One call with its moments and its plan."""
+
+    def __init__(self, listed: list[Moment], residency: Residency) -> None:
+        self.moments, self.residency = listed, residency
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Returns the largest moment of each phase; weights with constants."""
+        most: dict[str, Row] = {}
+        for moment, total in zip(self.moments, self.residency.memory, strict=True):
+            row = Row(moment.phase, moment.component, total - moment.results, moment.results)
+            if moment.phase not in most or row.total > most[moment.phase].total:
+                most[moment.phase] = row
+        return tuple(most[phase] for phase in PHASES if phase in most)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the plan as a JSON value; sizes in bytes."""
+        return {
+            "strategy": self.residency.strategy,
+            "peak_bytes": self.residency.peak,
+            "weights_brought_bytes": self.residency.brought,
+            "phases": [row.as_json() for row in self.rows],
+        }
+
+
+class Planner:
+    """The planner of one bundle's calls.
+
+    Args:
+        groups: of the weights that its programs use.
+        sizes: the bytes of each group.
+        policy: how weights are offloaded, as the spec's JSON; None keeps all of them in memory.
+        constants: bytes of folded tensors.
+        inside: (component, region) of engines that hold their weights themselves.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        sizes: Mapping[Key, int],
+        policy: Mapping[str, Any] | None,
+        constants: int = 0,
+        inside: Collection[tuple[str, str]] = (),
+    ) -> None:
+        self._groups, self._policy = groups, policy
+        held = sum(_held(groups, component, region) for component, region in inside)
+        self._residencies = Residencies(sizes, constants + held)
+        self._known: dict[int, tuple[Program, PlannedCall]] = {}
+
+    def __call__(self, call: Program) -> PlannedCall:
+        """Returns the plan of a call.
+
+        Raises:
+            TooSmall: no plan keeps within the policy's limit.
+        """
+        if id(call) not in self._known:
+            listed = moments(call, self._groups)
+            self._known[id(call)] = call, PlannedCall(listed, self._planned(listed))
+        return self._known[id(call)][1]
+
+    def residency(self, call: Program) -> Residency:
+        """Returns which weights a call keeps in memory. Raises `TooSmall` as `__call__` does."""
+        return self(call).residency
+
+    def _planned(self, listed: list[Moment]) -> Residency:
+        policy = self._policy
+        if policy is None:
+            return self._residencies.resident(listed)
+        ahead = bool(policy.get("use_stream", True))
+        limit = policy.get(MAX_MEMORY)
+        if policy.get(STRATEGY) != AUTO or limit is None:
+            return self._residencies.group(listed, ahead)
+        return self._residencies.within(listed, limit, ahead)
+
+
+def _held(groups: Groups, component: str, region: str) -> int:
+    """Returns the bytes of weights that an engine holds, of all blocks that it runs."""
+    module = groups.modules[component]
+    listed = module.regions[region]
+    calls = (op for program in module.programs.values() for op in program.ops if op.name == REGION)
+    weights = {weight_in(op, name): name for op in calls if op.attrs["region"] == region for name in listed.weights}
+    return sum(nbytes(listed.types[f"@{name}"]) for name in weights.values())

@@ -1,0 +1,200 @@
+"""The adapters of a loaded pipeline: which there are, with which scales they are in its weights, and who changes that.
+
+The weights hold one mix of adapters at a time. A call that asks for another one has the weights changed first, within
+its own turn; so whoever calls next gets what it asks for, too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffkiln.bundle import Verified
+from diffkiln.errors import CallError
+from diffkiln.guards.printable import get_logger
+from diffkiln.guards.spelling import suggest
+from diffkiln.program import REGION, owner_of, weight_in
+from diffkiln.runtime.adapters.adding import patches_of
+from diffkiln.runtime.adapters.moved import check_folded, check_moved
+from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
+from diffkiln.runtime.adapters.targets import Layers, denoiser, read_layers
+from diffkiln.runtime.engines import holds_weights
+from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.variants import CompiledVariant
+from diffkiln.runtime.weights import Key, Patch
+
+log = get_logger(__name__)
+
+#: An adapter is added at most so many times.
+MOST = 100.0
+#: Name of an adapter → its scale.
+Mix = Mapping[str, float]
+
+
+class Shelf:
+    """The adapters of one pipeline.
+
+    Args:
+        verified: The bundle.
+        executor: Whose weights are changed, within its turns.
+        variants: Whose programs say which weights adapters cannot change.
+    """
+
+    def __init__(self, verified: Verified, executor: Executor, variants: Sequence[CompiledVariant]) -> None:
+        self._verified, self._executor, self._variants = verified, executor, variants
+        self._loaded: dict[str, Adapter] = {}
+        self._mix: dict[str, float] = {}
+        self._applied: tuple[tuple[str, float], ...] | None = ()  # None: nobody knows, after an error
+        self._layers_of = cache(self._read_layers)
+
+    @property
+    def mix(self) -> Mix:
+        """Returns all adapters by name, with the scale that calls use."""
+        return {name: self._mix.get(name, 0.0) for name in list(self._loaded)}
+
+    def load(self, path: Path, name: str, scale: float, wanted: Wanted, timeout: float | None) -> None:
+        """Reads an adapter, while calls go on, and adds it to the mix, once no call runs.
+
+        Raises:
+            CallError: As `read_adapter`; there is an adapter of this name; or engines hold a weight that it changes.
+            Busy: Calls took longer than `timeout`.
+        """
+        self._check_free(name)
+        scale = checked_scale(name, scale)
+        adapter = read_adapter(path, wanted, self._layers_of, self._executor.store.patched_on)
+        self._check_reachable(adapter)
+        with self._executor.turns.taken(timeout):
+            self._check_free(name)
+            self._loaded[name] = adapter
+            try:
+                if scale:  # turned off, it needs no change: the weights may be another call's, which come again
+                    self._change_to(self._mix | {name: scale})
+            except BaseException:
+                del self._loaded[name]
+                raise
+
+    def set(self, mix: Mix, timeout: float | None) -> None:
+        """Makes this the mix of all calls that name no other."""
+        with self._executor.turns.taken(timeout):
+            self._change_to(self.checked(mix))
+
+    def unload(self, name: str, timeout: float | None) -> None:
+        """Takes an adapter out of the mix, and forgets it."""
+        self._check_known(name)
+        with self._executor.turns.taken(timeout):
+            self._check_known(name)
+            rest = {other: scale for other, scale in self._mix.items() if other != name}
+            if self._applied is None or name in dict(self._applied):
+                self._apply(rest)
+            self._mix = rest
+            del self._loaded[name]
+
+    def checked(self, mix: Any) -> dict[str, float]:
+        """Returns a caller's mix.
+
+        Raises:
+            CallError: It is no mapping of names to numbers, or names an adapter that is not loaded.
+        """
+        if not isinstance(mix, Mapping):
+            raise CallError('adapters: give names and scales, such as {"style": 0.8}, or {} for none')
+        for name in mix:
+            self._check_known(name)
+        return {name: checked_scale(name, scale) for name, scale in mix.items()}
+
+    def ready(self, mix: Mix | None) -> None:
+        """Brings a mix into the weights, or the mix of all calls for None. Called within a call's own turn."""
+        self._apply(self._mix if mix is None else self.checked(mix))
+
+    # -- changes, within a turn --
+
+    def _change_to(self, mix: Mix) -> None:
+        self._apply(mix)
+        self._mix = dict(mix)
+
+    def _apply(self, mix: Mix) -> None:
+        """Adds adapters to the originals in the order of their names, so that a mix always gives the same bits."""
+        wanted = tuple((name, mix[name]) for name in sorted(self._loaded) if mix.get(name))
+        if wanted == self._applied:
+            return
+        changes = [(scale, change) for name, scale in wanted for change in self._loaded[name].changes]
+        store = self._executor.store
+        patches: dict[Key, list[Patch]] = {}
+        for target, patch in patches_of(changes):
+            patches.setdefault(store.key_of(target.component, target.weight), []).append(patch)
+        self._applied = None
+        store.patch(patches)
+        self._applied = wanted
+
+    # -- checks --
+
+    def _check_free(self, name: str) -> None:
+        if name in self._loaded:
+            raise CallError(
+                f"load_lora: there is an adapter called {name!r}. Give another name, or first unload_lora({name!r})"
+            )
+
+    def _check_known(self, name: Any) -> None:
+        if name in self._loaded:
+            return
+        known = ", ".join(self._loaded) or "none"
+        hint = suggest(str(name), self._loaded) or "Load it by load_lora(path, name=…)"
+        raise CallError(f"adapters: {str(name)[:60]!r} is not loaded; loaded are: {known[:200]}. {hint}")
+
+    def _check_reachable(self, adapter: Adapter) -> None:
+        """Raises `CallError` if a layer has another name by now, or its weight is also elsewhere than in the store."""
+        check_moved(self._verified.manifest, {change.target.component for change in adapter.changes}, adapter.file)
+        unread = {row.target.component: row.target.layer for row in adapter.changes if not row.target.used}
+        check_folded(self._verified.manifest, unread, adapter.file)
+        fixed = self._fixed()
+        for change in adapter.changes:
+            if change.target.used and (change.target.component, change.target.weight) in fixed:
+                raise CallError(
+                    f"load_lora: engines hold the weights of {change.target.component}, such as "
+                    f"{change.target.layer}, so {adapter.file} cannot change them. Compile with the backend "
+                    "aot_inductor, or add the adapter by the pass fuse_lora"
+                )
+        unused = sum(not change.target.used for change in adapter.changes)
+        if unused:
+            log.info("%d layers of %s change nothing: no program reads their weights", unused, adapter.file)
+
+    def _fixed(self) -> Collection[tuple[str, str]]:
+        """Returns the weights that engines hold, and those that calls take themselves."""
+        found: set[tuple[str, str]] = set()
+        for variant in self._variants:
+            for program in variant.programs.values():
+                found.update(owner_of(name) for name in program.weights)
+        for component, module in self._executor.modules.items():
+            for op in (op for program in module.programs.values() for op in program.ops if op.name == REGION):
+                engine = self._executor.engines.get((component, op.attrs["region"]))
+                if engine is not None and holds_weights(engine):
+                    weights = module.regions[op.attrs["region"]].weights
+                    found.update((component, weight_in(op, weight)) for weight in weights)
+        return found
+
+    def _read_layers(self, component: str) -> Layers:
+        return read_layers(self._verified, component)
+
+    def wanted(self, component: str | None, ignored: Sequence[str], requantize: bool) -> Wanted:
+        """Returns how a file is to be read.
+
+        Raises:
+            CallError: The bundle has no such component.
+        """
+        components = self._verified.manifest.weights
+        if component is not None and component not in components:
+            raise CallError(f"load_lora: component {component[:60]!r} is none of {', '.join(components)}")
+        return Wanted(frozenset(components), component or denoiser(components), ignored, requantize)
+
+
+def checked_scale(name: str, scale: Any) -> float:
+    """Returns a scale as a number. Raises `CallError` if it is none, or too large."""
+    number = math.nan if isinstance(scale, bool) or not isinstance(scale, numbers.Real) else float(scale)
+    if not math.isfinite(number):
+        raise CallError(f"adapters: the scale of {name[:60]!r} is no number. Give one such as 0.8; 0 turns it off")
+    if abs(number) > MOST:
+        raise CallError(f"adapters: the scale of {name[:60]!r} is {number:g}, and ±{MOST:g} is the most. Give less")
+    return number

@@ -1,0 +1,144 @@
+"""The layers of the original model, and where each is among a bundle's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diffkiln.bundle import Verified
+from diffkiln.bundle.layout import LAYERS, PIPELINE, UNUSED
+from diffkiln.errors import ManifestInvalid
+from diffkiln.interpreter.layers import FUSED, Cast, Int8, first_row
+from diffkiln.runtime.tables import Entry, read_header
+
+#: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao;
+#: or in a form to which nothing can be added.
+PLAIN, FLOAT8, INT8, OTHER = "plain", "float8", "int8", "other"
+_STORED = {Cast.name: FLOAT8, Int8.name: INT8}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of the original model.
+
+    Attributes:
+        component: Of the pipeline.
+        layer: Its name in the bundle; of the fused layer, where it was fused.
+        form: How its weight is stored: one of the constants of this module.
+        weight: Name of the tensor that holds the weight, or the numbers of a quantized one.
+        shape: Of that tensor.
+        scale: Name of the scales of a quantized weight; empty without any.
+        bias: Name of the bias; empty without one.
+        part: Which rows of a fused layer it is, as (index, number of parts); None for all rows.
+        used: Whether a program reads it.
+    """
+
+    component: str
+    layer: str
+    form: str
+    weight: str
+    shape: tuple[int, ...]
+    scale: str = ""
+    bias: str = ""
+    part: tuple[int, int] | None = None
+    used: bool = True
+
+    def rows(self, count: int) -> slice | None:
+        """Returns the rows of the weight that a layer with so many outputs has; None if it cannot have so many."""
+        total = self.shape[0] if self.shape else 0
+        if self.part is None:
+            return slice(0, total) if count == total else None
+        start = first_row(*self.part, count, total)
+        return None if start is None else slice(start, start + count)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one component by the original model's names."""
+
+    component: str
+    targets: Mapping[str, Target]
+    underscored: Mapping[str, str]
+
+    def find(self, name: str, underscored: bool) -> Target | None:
+        """Returns the layer of this name; transformers' text encoders may have `text_model` before it, or not."""
+        for each in (name, *_variants(name, "_" if underscored else ".")):
+            known = self.underscored.get(each, "") if underscored else each
+            if target := self.targets.get(known):
+                return target
+        return None
+
+
+def _variants(name: str, dot: str) -> tuple[str, str]:
+    prefix = f"text_model{dot}"
+    return name.removeprefix(prefix), prefix + name
+
+
+def read_layers(verified: Verified, component: str) -> Layers:
+    """Returns the layers of a component, from the headers of its weights' files.
+
+    Raises:
+        ManifestInvalid: A header is malformed.
+    """
+    used: dict[str, Entry] = {}
+    unused: dict[str, Entry] = {}
+    for row in verified.manifest.weights[component]:
+        entries, _, _ = read_header(verified, row.file)
+        (unused if row.name == UNUSED else used).update(entries)
+    forms = _forms(verified, component)
+    targets: dict[str, Target] = {}
+    for entries, is_used in ((unused, False), (used, True)):
+        for name in entries:
+            if target := _target(component, name, entries, forms):
+                bias = f"{target.layer}.bias"
+                targets[target.layer] = replace(target, used=is_used, bias=bias if bias in entries else "")
+    targets = _parts(targets) | targets
+    return Layers(component, targets, {name.replace(".", "_"): name for name in targets})
+
+
+def _target(component: str, name: str, entries: Mapping[str, Entry], forms: Mapping[str, str]) -> Target | None:
+    """Returns the layer whose weight, or the main part of it, this tensor is."""
+    entry, (layer, _, leaf) = entries[name], name.rpartition(".")
+    shape = entry.used_shape
+    if leaf == "weight":
+        form = PLAIN if entry.dtype.itemsize > 1 else FLOAT8
+        form = form if entry.dtype.is_floating_point else OTHER
+        return Target(component, layer, form, name, shape)
+    if leaf == "weight_data":
+        stored = _STORED.get(forms.get(layer, ""), OTHER)
+        return Target(component, layer, stored, name, shape, f"{layer}.weight_scale" if stored == INT8 else "")
+    if leaf == "qdata" and layer.endswith(".weight"):
+        others = {key for key in entries if key.startswith(f"{layer}.")} - {name}
+        simple = others == {f"{layer}.scale"} and str(entry.dtype) == "torch.int8"
+        form, scale = (INT8, f"{layer}.scale") if simple else (OTHER, "")
+        return Target(component, layer.removesuffix(".weight"), form, name, shape, scale)
+    return None
+
+
+def _parts(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Returns the layers that were fused into others."""
+    found: dict[str, Target] = {}
+    for layer, target in targets.items():
+        home, _, leaf = layer.rpartition(".")
+        for index, part in enumerate(FUSED.get(leaf, ())):
+            found[f"{home}.{part}" if home else part] = replace(target, part=(index, len(FUSED[leaf])))
+    return found
+
+
+def _forms(verified: Verified, component: str) -> dict[str, str]:
+    """Returns the form in which each layer is stored that is not stored as diffusers stores it."""
+    path = f"{PIPELINE}{component}/{LAYERS}"
+    if not any(row.path == path for row in verified.files):
+        return {}
+    try:
+        table: Any = json.loads(verified.read(path))
+        return {layer: str(row["form"]) for layer, row in table.items()}
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        raise ManifestInvalid(f"{path!r} is not a table of layers") from None
+
+
+def denoiser(components: Collection[str]) -> str:
+    """Returns the component that an adapter is for whose names say none."""
+    return next((name for name in ("transformer", "unet") if name in components), next(iter(components)))

@@ -1,0 +1,139 @@
+"""The memory that the calls of a bundle take, and which of its weights stay in memory to keep within a limit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffkiln.bundle import Manifest, Verified, open_bundle
+from diffkiln.bundle.layout import CONSTANTS
+from diffkiln.errors import Incompatible, IntegrityError, SpecError
+from diffkiln.guards.amounts import bytes_of
+from diffkiln.guards.gate import gated
+from diffkiln.program import REGION, Module, Program, weight_in
+from diffkiln.program.moments import Groups, Key
+from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
+from diffkiln.program.residency import Residency, TooSmall
+from diffkiln.runtime.accelerator import accelerator
+from diffkiln.runtime.checking import total_memory
+from diffkiln.runtime.groups import keys_by_weight, read_groups
+from diffkiln.runtime.opening import read_modules, read_variant
+from diffkiln.runtime.variants import CompiledVariant
+
+
+@gated()
+def plan_memory(
+    path: str | os.PathLike[str], *, max_memory: str | int | None = None
+) -> dict[str, dict[str, PlannedCall]]:
+    """Plans the memory of a bundle's calls. No weight is read, and no engine is loaded.
+
+    Args:
+        path: the bundle's directory.
+        max_memory: the most memory that a call may take for weights, constants and results, as bytes or such as
+            "8GiB". By default what the bundle says.
+
+    Returns:
+        The plan of each variant's programs, by the variant's name and the program's. Sizes are in bytes.
+
+    Raises:
+        SpecError: `max_memory` is no amount of memory.
+        Incompatible: a call needs more than `max_memory`; says how much.
+        IntegrityError: the bundle is incomplete, or was changed.
+    """
+    most = limit_of(max_memory)
+    with open_bundle(path) as bundle, bundle.verify(roles={"program", "config"}) as verified:
+        modules = read_modules(verified)
+        count = len(verified.manifest.pipeline.variants)
+        variants = [read_variant(verified, index, modules) for index in range(count)]
+        planner = planner_of(verified, modules, _policy(verified.manifest, most))
+        return {
+            variant.name: {name: _planned(planner, variant, program) for name, program in variant.programs.items()}
+            for variant in variants
+        }
+
+
+def limit_of(max_memory: str | int | None) -> int | None:
+    """Returns a caller's limit in bytes. Raises `SpecError` for what is no amount of memory."""
+    try:
+        return None if max_memory is None else bytes_of(max_memory)
+    except ValueError as error:
+        raise SpecError(f"max_memory: {error}") from None
+
+
+def offload_policy(manifest: Manifest, place: torch.device, max_memory: int | None) -> dict[str, Any] | None:
+    """Returns how weights are offloaded on a device: the bundle's policy, or that of the caller's limit in bytes."""
+    policy = _policy(manifest, max_memory)
+    if policy is not None and policy.get(STRATEGY) == AUTO and policy.get(MAX_MEMORY) is None:
+        there = accelerator(place)
+        return policy | {MAX_MEMORY: there.memory().free if there else total_memory(place)}
+    return policy
+
+
+def _policy(manifest: Manifest, max_memory: int | None) -> dict[str, Any] | None:
+    offload: Any = manifest.runtime.get("offload")
+    if max_memory is None:
+        return offload
+    return {**(offload or {}), STRATEGY: AUTO, MAX_MEMORY: max_memory}
+
+
+def planner_of(verified: Verified, modules: Mapping[str, Module], policy: Mapping[str, Any] | None) -> Planner:
+    """Returns the planner of a bundle's calls."""
+    stored = read_groups(verified, verified.manifest.weights)
+    keys = keys_by_weight(stored)
+
+    def key_of(component: str, weight: str) -> Key:
+        try:
+            return keys[component, weight]
+        except KeyError:
+            raise IntegrityError(f"the bundle holds no weight {weight!r} of component {component!r}") from None
+
+    inside = {(name, region) for name, module in modules.items() for region in _inside(name, module, keys)}
+    sizes = {key: group.nbytes for key, group in stored.items()}
+    constants = sum(row.size for row in verified.manifest.files if row.path == CONSTANTS)
+    return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside)
+
+
+def _inside(component: str, module: Module, keys: Mapping[tuple[str, str], Key]) -> set[str]:
+    """Returns the regions whose engines hold the weights themselves, as no file has them."""
+    calls = [op for program in module.programs.values() for op in program.ops if op.name == REGION]
+    return {
+        op.attrs["region"]
+        for op in calls
+        for name in module.regions[op.attrs["region"]].weights
+        if (component, weight_in(op, name)) not in keys
+    }
+
+
+def decided(
+    verified: Verified,
+    modules: Mapping[str, Module],
+    policy: dict[str, Any] | None,
+    variants: Sequence[CompiledVariant],
+) -> tuple[dict[str, Any] | None, Callable[[Program], Residency] | None]:
+    """Returns the policy by which weights are offloaded, and the plan of each call where there is a limit.
+
+    Where all calls fit with all weights in memory, there is neither.
+
+    Raises:
+        Incompatible: a call needs more than the policy's limit.
+    """
+    if policy is None or policy.get(STRATEGY) != AUTO:
+        return policy, None
+    planner = planner_of(verified, modules, policy)
+    plans = [_planned(planner, variant, program) for variant in variants for program in variant.programs.values()]
+    if all(plan.residency.strategy == "resident" for plan in plans):
+        return None, None
+    return policy, planner.residency
+
+
+def _planned(planner: Planner, variant: CompiledVariant, program: Program) -> PlannedCall:
+    try:
+        return planner(program)
+    except TooSmall as error:
+        raise Incompatible(
+            f"max_memory: {error}, for variant {variant.name!r}. Most of it is needed {error.where}. Give that much, "
+            "or compile smaller inputs, tiles of the VAE, or quantized weights"
+        ) from None
