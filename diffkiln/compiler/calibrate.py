@@ -40,7 +40,7 @@ Metric = Callable[[torch.Tensor, Sequence[str]], float]
 
 
 class Calibration(Protocol):
-    """What a pass that has a schedule's steps chosen says of it; `texts` are its prompts."""
+    """The options of the pass that chooses a schedule's steps; `texts` are its prompts."""
 
     component: str
     seed: int
@@ -63,7 +63,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Why a schedule has the steps that it has.
+    """The reasons for a schedule's steps.
 
     Attributes:
         mask: which steps compute.
@@ -120,7 +120,7 @@ def calibrated(
     schedule: Schedule,
     metrics: Mapping[str, Metric],
 ) -> Evidence:
-    """Choose the steps of a schedule.
+    """Chooses the steps of a schedule.
 
     Args:
         recording: of the call, not rewritten.
@@ -171,7 +171,7 @@ def _metric(calibrate: Calibration, metrics: Mapping[str, Metric], run: _Real) -
 
 
 def _fewest(costs: list[list[float]], value: Callable[[Mask], float], calibrate: Calibration) -> int:
-    """The fewest computed steps whose images keep the metric: by halving, since more steps give better images."""
+    """Returns the fewest computed steps that keep the metric, by bisection: more steps give better images."""
     floor, count = float(calibrate.at_least or 0.0), len(costs)
     low, high, best = 1, count, float("-inf")
     while low < high:
@@ -203,7 +203,7 @@ class _Real:
         self._class_name = type(pipe).__name__
 
     def images(self, mask: Mask | None, splits: Mapping[str, Split]) -> torch.Tensor:
-        """What the call draws, with a schedule or without: [prompts, …] from 0 to 1."""
+        """Returns the call's images, with or without a schedule: [prompts, …] from 0 to 1."""
         component = self._calibrate.component
         call = (
             self.call
@@ -213,17 +213,17 @@ class _Real:
         return torch.cat([self.run(call, splits, index)[0].float() for index in range(len(self._calibrate.texts))])
 
     def run(self, call: Program, splits: Mapping[str, Split], prompt: int) -> list[torch.Tensor]:
-        """All that a form of the call gives for one prompt."""
+        """Returns all results of a form of the call for one prompt."""
         executor = self._executor(splits)
         variant = CompiledVariant("calibrated", {}, {"call": call})
         compiled = CompiledPipeline(self._class_name, [variant], executor, self._text, None)
         texts = [self._calibrate.texts[prompt]] * variant.batch_size
-        inputs = list(compiled._inputs(variant, call, {"prompt": texts}, {}, {}, None))
+        inputs = list(compiled._inputs(variant, call, compiled._split({"prompt": texts})))
         generator = torch.Generator().manual_seed(self._calibrate.seed + prompt)
         return executor(call, inputs, generator)
 
     def reuse(self, part: Split, inputs: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What a step that reuses gives, for the arguments of its own call and what another step kept."""
+        """Returns the results of a step that reuses, for its own arguments and the values that another step kept."""
         if part.reusing is None:
             return list(kept)
         taken = [inputs[position] for position in part.takes]
@@ -296,18 +296,18 @@ class _Traced:
         self.program = edit.build()
 
     def _tail(self, sites: Sequence[_Site]) -> Program:
-        """From the component's results to the latents at the step's end."""
+        """Returns the program from the component's results to the latents at the step's end."""
         ops, first, last = self._call.ops, sites[0].at, sites[-1].at
         end = next((at for at in range(last, len(ops)) if ops[at].name == STEP), len(ops) - 1)
         places = [at for at in range(first, end) if ops[at].name != CALL]
         return split_off(self._call, places, tuple(ops[end].uses)[:1])
 
     def latents(self, values: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
-        """The latents after a step, float64."""
+        """Returns the latents after a step, float64."""
         return values[self._tails[step].outputs[0].name].double()
 
     def change(self, run: _Real, values: Mapping[str, torch.Tensor], kept: int, step: int) -> torch.Tensor:
-        """How the latents after `step` differ from what they were, if it reuses what `kept` kept; float64."""
+        """Returns the change of the latents after `step` if it reuses the values of step `kept`; float64."""
         constants = run.recording.constants.tensors
 
         def value(ref: Ref) -> torch.Tensor:

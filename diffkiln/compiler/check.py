@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffkiln.compiler.decoding import too_large
+from diffkiln.compiler.gates import ready_gates
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import Problem, gather_problems
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.models.meta import meta_pipeline
 from diffkiln.models.opening import open_source
+from diffkiln.models.quantized import UNCOMPILED
 from diffkiln.models.source import SourceModel
 from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, State
 from diffkiln.passes.registry import read_passes
 from diffkiln.record.call import Request
-from diffkiln.record.requests import requests_of
+from diffkiln.record.rehearsal import rehearse
+from diffkiln.record.requests import places_of, requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 
@@ -30,34 +33,37 @@ SpecLike = Spec | str | Path | Mapping[str, Any]
 
 @gated()
 def check(spec: SpecLike, *, base: str | Path | None = None, limits: Limits | None = None) -> Plan:
-    """Check a spec from configuration alone: no weight is read, nothing is built.
+    """Checks a spec from configuration alone: no weight is read, nothing is built.
 
     Args:
         spec: a `Spec`, a path to its JSON, or the JSON as a dict.
-        base: folder that the source's relative path starts from; the spec file's by default.
-        limits: what the source and its adapters may ask for; the defaults of `Limits` where it is not given.
+        base: the folder that the source's relative path starts from; by default the spec file's folder.
+        limits: limits for the source and its adapters; by default those of `Limits()`.
 
     Raises:
         SpecError: the spec or its source is wrong.
         LimitExceeded: the source asks for more than `limits`.
-        IllegalPlan: passes that the model or the target does not allow, all of them.
+        IllegalPlan: the model or the target does not allow some passes; all of them are listed.
     """
     with applied(limits), collection_paused():
-        return _check(spec, base)
+        return check_with(spec, base)
 
 
-def _check(spec: SpecLike, base: str | Path | None) -> Plan:
+def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str] = ()) -> Plan:
+    """Checks as `check` does, where a gate may name metrics that the caller brings."""
     parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
-    home = _base(spec, base)
-    listed, targets, source = gather_problems(
+    home = base_of(spec, base)
+    listed, targets, source, gates = gather_problems(
         lambda: read_passes(parsed.passes),
         lambda: resolve_targets(parsed),
         lambda: open_source(parsed.source, home),
+        lambda: ready_gates(parsed, home, metrics),
     )
     listed = tuple(replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in listed)
     pipe = meta_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = tuple(requests_of(parsed, pipe))
+    rehearse(pipe, requests, places_of(parsed))
     state = _state(parsed, source, pipe, requests)
     before = {name: manager.nbytes(module) for name, module in state.modules.items()}
     steps = [item.step for item in listed]
@@ -72,7 +78,7 @@ def _check(spec: SpecLike, base: str | Path | None) -> Plan:
     after = before | {ran.listed.step.component: ran.nbytes for ran in report if ran.listed.step.component in before}
     return Plan(
         parsed, targets, source, requests, listed, listed, pipe, state, tuple(report), before, after,
-        tuple(source.notices),
+        tuple(source.notices), gates=gates,
     )  # fmt: skip
 
 
@@ -84,6 +90,9 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
     if runtime.offload is not None and runtime.offload.to == "host":
         reason = "on a CPU weights are used where they would wait: in the host's memory"
         yield Problem("$.runtime.offload.to", reason, 'Remove it, or set it to "disk".')
+    if runtime.offload is not None and runtime.offload.strategy == "auto" and runtime.offload.max_memory is None:
+        reason = "auto keeps within the memory of a GPU, and a CPU has none of its own"
+        yield Problem("$.runtime.offload.max_memory", reason, 'Set it, such as "8GiB".')
     if runtime.tf32 is not None:
         yield Problem("$.runtime.tf32", "a CPU has no TF32", "Remove it.")
     if runtime.cuda_graphs is not None:
@@ -96,7 +105,7 @@ def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Reques
     state = State(
         source.class_name,
         {name: pipe.components[name] for name in source.modules},
-        frozenset(Fact("gguf", name, "source.gguf") for name in source.gguf),
+        frozenset(_facts(source)),
         variants=tuple({**request.fixed, "batch_size": request.batch_size} for request in requests),
         scheduler=getattr(pipe, "scheduler", None),
         ranged=any(entry.has_ranges for entry in as_tuple(spec.inputs)),
@@ -108,12 +117,23 @@ def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Reques
     return replace(state, wanted_steps=wanted, steps=counts)
 
 
+def _facts(source: SourceModel) -> Iterator[Fact]:
+    """Yields what is true of components before any pass."""
+    yield from (Fact("gguf", name, "source.gguf") for name in source.gguf)
+    for name, part in source.components.items():
+        if part.quantized is None:
+            continue
+        yield Fact("quantized", name, "source")
+        if part.quantized.backend == "bitsandbytes":
+            yield Fact("quantized_by_bitsandbytes", name, "source", "uncompilable", UNCOMPILED)
+
+
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """While it lasts, cyclic garbage is left alone.
+    """Pauses Python's cyclic garbage collection inside the `with` block.
 
-    The meta models and tokenizers are hundreds of thousands of objects that live, and Python looks through all of them
-    again and again while they are made: a fifth of a check.
+    Meta models and tokenizers are hundreds of thousands of live objects. Python would look through all of them again
+    and again while they are made: a fifth of a check.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -128,7 +148,8 @@ def _spec_source(spec: Any) -> Any:
     return dict(spec) if isinstance(spec, Mapping) else Path(spec)
 
 
-def _base(spec: Any, base: str | Path | None) -> Path:
+def base_of(spec: Any, base: str | Path | None) -> Path:
+    """Returns the folder that the paths of a spec start from: `base`, or else that of the spec's file."""
     if base is not None:
         return Path(base)
     return Path(spec).expanduser().absolute().parent if isinstance(spec, (str, Path)) else Path()

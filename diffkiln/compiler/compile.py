@@ -17,19 +17,26 @@ from pathlib import Path
 from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.compiler.built import Built
 from diffkiln.compiler.calibrate import Metric, calibrate
-from diffkiln.compiler.check import SpecLike, check, collection_paused
+from diffkiln.compiler.check import SpecLike, base_of, check, check_with, collection_paused
 from diffkiln.compiler.dry_run import dry_run
+from diffkiln.compiler.ledger import Ledger, Mode, ledger_of, with_bundle
 from diffkiln.compiler.memory import keep_large_tensors_apart
+from diffkiln.compiler.origin import remember_source
 from diffkiln.compiler.packing import (
     EnginesPacker,
+    Uses,
     manifest_of,
     pack_configuration,
+    pack_constants,
     pack_licences,
     pack_programs,
     pack_report,
+    uses_of,
 )
 from diffkiln.compiler.plan import Plan
+from diffkiln.compiler.planning import check_memory, planned_calls
 from diffkiln.compiler.stages import Progress, Stages
+from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
 from diffkiln.compiler.weights import stream_weights
 from diffkiln.errors import RecordError
@@ -37,10 +44,13 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.models.folder import IF_READ
 from diffkiln.passes import manager
+from diffkiln.program.planner import PlannedCall
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
+from diffkiln.record.refusals import Refused
 
 
 @gated("progress")
@@ -54,37 +64,44 @@ def compile(
     cache: EngineCache | None = None,
     metrics: Mapping[str, Metric] | None = None,
     limits: Limits | None = None,
+    ledger: Mode = "cumulative",
 ) -> Built:
     """Compiles a spec into a bundle. The output appears whole, at the end, or not at all.
 
     Args:
         spec: a `Spec`, a path to its JSON, or the JSON as a dict.
-        output: directory to make; one that exists is refused.
-        force: replace a bundle that is there.
-        base: folder that the source's relative path starts from; the spec file's by default.
+        output: the directory to make. An existing one is refused.
+        force: replace an existing bundle.
+        base: the folder that the source's relative path starts from; by default the spec file's folder.
         progress: called with the name of each stage when it begins.
-        cache: of engines; the user's by default.
-        metrics: what a `calibrate` may name besides psnr: functions of images [n, …] from 0 to 1 and their prompts.
+        cache: the cache of engines; by default the user's.
+        metrics: metrics for `calibrate` and for gates of quality: functions of images [n, …] from 0 to 1 and their
+            prompts.
         limits: as for `check`.
+        ledger: with gates of quality, evaluate the passes one more each time, or "each" alone as well.
 
     Raises:
         SpecError, IllegalPlan: as `check`; also for an output that exists.
-        BuildError: the build failed; its subclasses say where.
+        BuildError: the build failed; the subclass says at which stage.
+        QualityError: the bundle does not keep a gate of quality; names the pass that cost it.
     """
-    stages = Stages(progress)
+    stages, home, own = Stages(progress), base_of(spec, base), metrics or {}
     keep_large_tensors_apart()
     with applied(limits), BundleWriter(output, force) as writer:
         with stages("check"):
-            plan = check(spec, base=base)
+            with collection_paused():
+                plan = check_with(spec, base, own)
             writer.require_space(sum(plan.bytes_after.values()))
         with stages("record"), quiet_libraries(), collection_paused():
             plan = _recorded(plan)
         verification = Verification(plan.pipe, plan.recording)
         with stages("verify the recording"), quiet_libraries():
             verification.check_calls(plan.requests)
-        plan = calibrate(plan, writer, metrics or {}, stages)
+        plan = calibrate(plan, writer, own, stages)
+        rows = ledger_of(plan, home, own, ledger, stages)
         with quiet_libraries():
             plan = _rewritten(plan)
+        check_memory(plan)
         if any(target.device == "cuda" for target in plan.targets):
             with stages("run the call on fake GPU tensors"):
                 dry_run(plan.recording, plan.spec.runtime.cuda_graphs)
@@ -94,26 +111,74 @@ def compile(
             plan = plan.packing(pack_programs(writer, plan))
         plan = _with_engines_and_weights(plan, writer, verification, cache or EngineCache(), stages)
         with stages("publish"):
+            trial = _Trial(plan, rows, home, own)
             identity = writer.publish(
-                lambda rows: manifest_of(rows, plan),
-                lambda manifest: pack_report(writer, manifest, plan, stages.seconds),
+                lambda files: manifest_of(files, plan),
+                lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
+                trial,
             )
     write_receipt(identity)
+    remember_source(identity, plan.spec.source, home)
     return Built(writer.output, identity, plan.notices, dict(stages.seconds))
+
+
+@gated()
+def plan_memory_of(
+    spec: SpecLike,
+    *,
+    base: str | Path | None = None,
+    max_memory: str | int | None = None,
+    limits: Limits | None = None,
+) -> dict[str, dict[str, PlannedCall]]:
+    """Plans the memory of the calls that a spec's bundle would make. No weight is read, and nothing is built.
+
+    Args:
+        spec, base, limits: as for `compile`.
+        max_memory: the most memory that a call may take for weights, constants and results, as bytes or such as
+            "8GiB". By default what the spec says.
+
+    Returns:
+        The plan of each variant's programs, by the variant's name and the program's. Sizes are in bytes.
+
+    Raises:
+        SpecError, IllegalPlan: as `check`; also for what is no amount of memory, and a call that needs more.
+        RecordError: the call cannot be recorded.
+    """
+    with applied(limits), quiet_libraries():
+        with collection_paused():
+            plan = check_with(spec, base)
+            plan = _recorded(plan)
+        return planned_calls(_rewritten(plan), max_memory)
+
+
+class _Trial:
+    """The trial of a bundle that is complete, which adds the bundle's own row to the ledger."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, base: Path, own: Mapping[str, Metric]) -> None:
+        self.ledger, self._plan, self._base, self._own = ledger, plan, base, own
+
+    def __call__(self, root: Path) -> None:
+        try_bundle(root, self._plan)
+        self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
 
 
 def _recorded(plan: Plan) -> Plan:
     """Returns the plan with its call recorded, or with the reason why not if the bundle may run as diffusers."""
     try:
-        recording = record(plan.pipe, plan.requests, Constants())
+        recording = record(plan.pipe, plan.requests, Constants(), IF_READ)
     except RecordError as error:
         if plan.spec.runtime.on_unrecordable != "diffusers":
+            if isinstance(error, Refused):  # as diffusers would, and so would a bundle that runs as diffusers
+                raise
             hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
         told = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
         return replace(plan, recording=Recording([], {}, Constants(), [], reason=str(error))).noting(told)
     manager.check_recording(recording, plan.listed, plan.targets)
-    plan = replace(plan, recording=recording).noting(recording.notices)
+    unread = {name for name in IF_READ if name in plan.source.components and name not in recording.read}
+    source = plan.source.without(unread)
+    plan = replace(plan, recording=recording, source=source).noting(source.notices[len(plan.source.notices) :])
+    plan = plan.noting(recording.notices)
     fixed = {name for each in recording.fixed for name in of_fixed_length(plan.pipe, each)}
     return plan.noting(
         f"the engines of {name} are for prompts padded to a fixed length: they do not fit the blocks of a pipeline "
@@ -140,11 +205,12 @@ def _with_engines_and_weights(
             with stages(f"compile the blocks of {request.component}"):
                 plan = plan.packing(engines.component(request, plan.targets))
     held = frozenset(request.component for request in plan.state.compile if request.holds_weights)
-    used = plan.recording.weight_types(held)
+    uses = uses_of(plan.recording, held)
     for name in plan.state.modules:
         with stages(f"weights of {name}"):
-            packed = stream_weights(plan, name, writer, engines, verification, frozenset(used.get(name, ())))
+            packed = stream_weights(plan, name, writer, engines, verification, uses.get(name, Uses()))
             plan = plan.packing(packed)
+    pack_constants(writer, plan.recording)
     return plan
 
 

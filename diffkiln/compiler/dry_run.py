@@ -7,6 +7,7 @@ without a GPU. The runtime's own executor runs the call; each component and each
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,14 @@ def dry_run(recording: Recording, graphs: str | None = None) -> None:
         executor = _DryExecutor(recording, constants, graphs, where)
         for calls in recording.calls:
             for program in calls.values():
-                run = where.named(f"the call {program.name!r}")(executor)
+                named = where.named(f"the call {program.name!r}")
+                run = named(partial(executor, allow_nan=True))  # no host reads the results
                 with _Watch(where):
                     run(program, [_input(item) for item in program.inputs])
 
 
 class _Where:
-    """What runs at the moment, for messages."""
+    """The work that is running, for messages."""
 
     def __init__(self) -> None:
         self.program = ""
@@ -103,7 +105,7 @@ class _DryExecutor(Executor):
         }
 
     def component(self, name: str, program: str) -> Any:
-        """The component program, which runs once for each set of types that it is given."""
+        """Returns the component program, which runs once for each set of types that it is given."""
         if (name, program) not in self._once:
             component = super().component(name, program)
             self._once[name, program] = _Once(self._where.named(f"{name}/{program}")(component), component.schedule)
@@ -149,7 +151,9 @@ class _Region:
 
 
 class _Watch(TorchDispatchMode):
-    """Raises a VerifyError at each operator that a GPU would refuse, or that waits for one or copies to one."""
+    """A mode that raises a VerifyError at each operator that a GPU would refuse, or that waits for a GPU or copies to
+    one.
+    """
 
     def __init__(self, where: _Where) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ _WAITS = "the host waits for a value of the GPU"
 
 
 def _refuses(name: str, given: Sequence[torch.Tensor]) -> str:
-    """Why a GPU refuses an operator, or the host waits for it; empty if neither."""
+    """Returns why a GPU refuses an operator, or makes the host wait; empty if neither."""
     if name == "_int_mm" and given[0].shape[0] <= 16:
         return "products of int8 need more than 16 rows"
     masked = name in ("index", "index_put", "_unsafe_index") and any(
@@ -199,7 +203,9 @@ def _refuses(name: str, given: Sequence[torch.Tensor]) -> str:
 
 
 def _copies(given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> str:
-    """Why an operator's tensors are in the wrong place; empty if they are not. Single numbers may be on the host."""
+    """Returns why an operator's tensors are in the wrong place; empty if they are not. Single numbers may be on the
+    host.
+    """
     if any(item.is_cpu and item.ndim for item in made):
         return "its result is on the host"
     if any(item.is_cpu and item.ndim for item in given):
@@ -210,7 +216,7 @@ def _copies(given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> str:
 
 
 def _overflows(name: str, made: Sequence[torch.Tensor]) -> str:
-    """Why an operator's result is too large for a GPU's kernel; empty if it is not."""
+    """Returns why an operator's result is too large for a GPU's kernel; empty if it is not."""
     if "upsample" in name and any(item.numel() > INT_MAX for item in made):
         return 'its result has more than 2³¹ values. Add a pass "vae" with "tiling", or draw fewer images at once'
     return ""
@@ -234,7 +240,7 @@ def _tensor(kind: TensorType) -> torch.Tensor:
 
 
 def _input(item: Input) -> Any:
-    """What a caller gives: a tensor, or a number."""
+    """Returns a stand-in for a caller's argument: a tensor, or a number."""
     return float(item.source["default"]) if item.source.get("kind") == "scalar" else _tensor(item.type)
 
 

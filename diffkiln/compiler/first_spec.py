@@ -18,9 +18,9 @@ import torch
 from diffkiln.errors import SpecError
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.quiet import quiet_libraries
-from diffkiln.models.folder import LEFT_OUT, entries, read_folder, read_index, source_error
+from diffkiln.models.folder import Wanted, entries, read_folder, read_index, source_error
 from diffkiln.models.meta import meta_pipeline
-from diffkiln.models.opening import HUB_ID, from_the_hub
+from diffkiln.models.opening import HUB_ID, from_the_hub, hint_for_file
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import State
 from diffkiln.passes.model.fuse_qkv import FuseQKV
@@ -33,18 +33,19 @@ _SHARE = 0.8
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user of `init` asks for; None is what the model has."""
+    """The wishes of a user of `init`; None takes the model's own value."""
 
     pipeline: str | None = None
     height: int | None = None
     width: int | None = None
     steps: int | None = None
+    frames: int | None = None
     targets: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class FirstSpec:
-    """A spec as JSON, and what its reader should know of how it came about."""
+    """A spec as JSON, with notes for its reader."""
 
     spec: Mapping[str, Any]
     notices: tuple[str, ...] = ()
@@ -74,13 +75,13 @@ def first_spec(
 
     Raises:
         SourceError: the model is not there or is not a diffusers pipeline.
-        SpecError: a target has no such name.
+        SpecError: a target has no such name, or the pipeline takes no such size.
         MissingDependency: the Hub is asked and huggingface_hub is not installed.
     """
     wishes = wishes or Wishes()
     targets = [_named(name) for name in wishes.targets] or [_this_machine()]
     folder, source = _found(model, Path(output), revision)
-    configured = _Configuration(folder, *read_folder(folder, weights=False, pipeline=wishes.pipeline))
+    configured = _Configuration(folder, *read_folder(folder, Wanted(wishes.pipeline), weights=False))
     if wishes.pipeline:
         source["pipeline"] = wishes.pipeline
     pipe = meta_pipeline(configured)
@@ -124,7 +125,7 @@ def write_spec(spec: Mapping[str, Any], output: Path, *, force: bool = False) ->
 
 
 def _laid_out(spec: Mapping[str, Any]) -> str:
-    """The spec with a line for each field and each pass, as people write it."""
+    """Returns the spec with a line for each field and each pass, as people write it."""
     lines = []
     for name, value in spec.items():
         if name == "passes" and value:
@@ -139,31 +140,29 @@ def _laid_out(spec: Mapping[str, Any]) -> str:
 
 
 def _found(model: str, output: Path, revision: str) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds the configuration, and the source as the spec says it."""
+    """Returns the folder that holds the configuration, and the source as the spec writes it."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         base = output.expanduser().absolute().parent
         return folder, {"model": os.path.relpath(folder.absolute(), base)}
     if folder.exists():
         reason = f"{model} is a file, not a folder in diffusers' format"
-        raise source_error(
-            reason, "Convert it: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)", "MODEL"
-        )
+        raise source_error(reason, hint_for_file(model), "MODEL")
     if not HUB_ID.fullmatch(model):
         raise source_error(f"there is no folder {model}", "A model on the Hub is named owner/name", "MODEL")
     return _from_hub(model, revision)
 
 
 def _from_hub(repo: str, revision: str) -> tuple[Path, dict[str, Any]]:
-    """The configuration of a repository, pinned to the commit that `revision` means now."""
+    """Fetches the configuration of a repository, pinned to the commit that `revision` means now."""
     with from_the_hub(repo, revision, "MODEL"):
         from huggingface_hub import HfApi, snapshot_download
 
         commit = str(HfApi().model_info(repo, revision=revision).sha)
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=["model_index.json"]))
         if not (folder / "model_index.json").is_file():
-            raise source_error(f"{repo} is no diffusers pipeline: it has no model_index.json", where="MODEL")
-        names = [name for name, entry in entries(read_index(folder)) if entry[0] and name not in LEFT_OUT]
+            raise source_error(f"{repo} is not a diffusers pipeline: it has no model_index.json", where="MODEL")
+        names = [name for name, entry in entries(read_index(folder)) if entry[0]]
         kinds = ("*.json", "*.txt", "*.model", "*.jinja")
         patterns = ["model_index.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
@@ -182,7 +181,7 @@ def _named(name: str) -> Target:
 
 
 def _this_machine() -> Target:
-    """The GPU of this machine, if there is one that has a name; else the default level of CPUs."""
+    """Returns this machine's GPU if it is a known one, or else the default level of CPUs."""
     gpu = find_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
     return gpu or TARGETS["cpu-x86-64-v3"]
 
@@ -199,7 +198,7 @@ def _target_as_json(target: Target) -> dict[str, str]:
 
 
 def _dtype(targets: Sequence[Target]) -> str | None:
-    """The type that GPUs compute fast in; None for CPUs, which take the weights as they were saved."""
+    """Returns the type that GPUs compute fast in; None for CPUs, which use the saved type."""
     gpus = [target for target in targets if target.device == "cuda"]
     if not gpus or len(gpus) < len(targets):
         return None
@@ -207,7 +206,7 @@ def _dtype(targets: Sequence[Target]) -> str | None:
 
 
 def _too_large(plan: State, targets: Sequence[Target]) -> bool:
-    """Whether the weights, at two bytes each, are too much for the smallest GPU."""
+    """Returns True if the weights, at two bytes each, are too much for the smallest GPU."""
     smallest = min((t.memory_bytes for t in targets if t.memory_bytes is not None), default=None)
     count = sum(tensor.numel() for module in plan.modules.values() for tensor in module.parameters())
     return smallest is not None and 2 * count > _SHARE * smallest
@@ -218,20 +217,37 @@ def _too_large(plan: State, targets: Sequence[Target]) -> bool:
 
 def _inputs(pipe: Any, wishes: Wishes) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
-    height, width = _sizes(pipe, parameters)
-    inputs: dict[str, Any] = {"height": wishes.height or height, "width": wishes.width or width}
+    images = _images(type(pipe), parameters)
+    inputs: dict[str, Any] = {}
+    if images or "height" in parameters:
+        height, width = _sizes(pipe, parameters)
+        inputs |= {"height": wishes.height or height, "width": wishes.width or width}
     for name in ("num_frames", "num_inference_steps", "guidance_scale"):
         default = parameters[name].default if name in parameters else None
         if isinstance(default, int | float):
             inputs[name] = default
-    inputs["num_inference_steps"] = wishes.steps or inputs.get("num_inference_steps", 50)
-    if images := _images(type(pipe), parameters):
+    if "num_inference_steps" in parameters:
+        inputs["num_inference_steps"] = wishes.steps or inputs.get("num_inference_steps", 50)
+    if "num_frames" in parameters and wishes.frames:
+        inputs["num_frames"] = wishes.frames
+    _all_granted(type(pipe).__name__, inputs, wishes)
+    if images:
         inputs["call"] = {keyword: {} for keyword in images}
     return inputs
 
 
+def _all_granted(pipeline: str, inputs: Mapping[str, Any], wishes: Wishes) -> None:
+    """Raises `SpecError` if the user asks for a size that the pipeline's call does not take."""
+    wished = {"height": wishes.height, "width": wishes.width, "steps": wishes.steps, "frames": wishes.frames}
+    keywords = {"steps": "num_inference_steps", "frames": "num_frames"}
+    for name, value in wished.items():
+        keyword = keywords.get(name, name)
+        if value is not None and keyword not in inputs:
+            raise SpecError(f"{pipeline} takes no {keyword}. Leave --{name} out")
+
+
 def _sizes(pipe: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int, int]:
-    """The pipeline's own height and width: the call's defaults, else those of its denoiser in latent pixels."""
+    """Returns the pipeline's own height and width: the call's defaults, or else its denoiser's in latent pixels."""
     height, width = (parameters[side].default if side in parameters else None for side in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):
         return height, width
@@ -243,14 +259,14 @@ def _sizes(pipe: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[int,
 
 
 def _images(kind: type, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The keywords of images that a call needs; those that only some calls have are left to the user."""
+    """Returns the image keywords that a call needs; the user adds optional ones."""
     taken = [name for name in IMAGES if name in parameters]
     needed = [name for name in taken if parameters[name].default is inspect.Parameter.empty]
     return needed if _starts_from_text(kind) else taken
 
 
 def _starts_from_text(kind: type) -> bool:
-    """Whether diffusers' own tables say that the pipeline makes images or videos from text alone."""
+    """Returns True if diffusers' own tables list the pipeline as making images or videos from text alone."""
     with quiet_libraries():
         from diffusers.pipelines import auto_pipeline
 
@@ -262,7 +278,7 @@ def _starts_from_text(kind: type) -> bool:
 
 
 def _passes(plan: State, target: Target) -> Iterator[dict[str, Any]]:
-    """Fused projections where diffusers would use them, and compiled blocks where the class declares any."""
+    """Yields fused projections if diffusers would use them, and compiled blocks if the class declares any."""
     for name in plan.denoisers:
         if not FuseQKV(component=name).check(plan, target, ""):
             yield {"name": "fuse_qkv", "component": name}
@@ -272,8 +288,11 @@ def _passes(plan: State, target: Target) -> Iterator[dict[str, Any]]:
 
 def _notices(pipe: Any, spec: Mapping[str, Any]) -> Iterator[str]:
     inputs = spec["inputs"]
-    shape = f"{inputs['width']} × {inputs['height']} pixels, {inputs['num_inference_steps']} steps"
-    yield f"{type(pipe).__name__} at {shape}: a bundle serves the sizes and steps of its spec, so set those you need"
+    told = [f"{inputs['width']} × {inputs['height']} pixels"] if "width" in inputs else []
+    told += [f"{inputs['num_frames']} frames"] if "num_frames" in inputs else []
+    told += [f"{inputs['num_inference_steps']} steps"] if "num_inference_steps" in inputs else []
+    at = ", ".join(told) or "its own size"
+    yield f"{type(pipe).__name__} at {at}: a bundle serves the sizes and steps of its spec, so set those you need"
     if not any(step["name"] == "compile" for step in spec["passes"]):
         yield "no component declares repeated blocks, so nothing is compiled; operations are replayed one by one"
     for keyword in inputs.get("call", {}):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from diffkiln.runtime.weights import Key
+from diffkiln.program.moments import Key
 
 
 class InMemory:
-    """A weight store, and its cursor, of components that are in memory already."""
+    """A weight store, and its cursor, for components that are in memory already."""
 
     def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self._weights = weights
@@ -30,7 +30,7 @@ class InMemory:
     def peek(self, component: str, weight: str) -> torch.Tensor:
         return self._weights[component][weight]
 
-    def follow(self, _schedule: Any) -> InMemory:
+    def follow(self, _schedule: Any, _residency: Any = None) -> InMemory:
         return self
 
     def close(self) -> None:

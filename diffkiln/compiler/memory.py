@@ -10,10 +10,10 @@ _M_MMAP_THRESHOLD = -3
 
 
 def keep_large_tensors_apart() -> None:
-    """Have glibc map memory of a mebibyte and more by itself, so that a tensor's memory is given back when it is freed.
+    """Makes glibc map memory of a mebibyte and more by itself, so that freeing a tensor returns its memory.
 
-    Left alone it raises that limit while tensors come and go, and quantizing layer by layer then leaves holes: the peak
-    was 1.33 times the largest component instead of 1.18 (SD 1.5, int8).
+    By default glibc raises that limit while tensors come and go, and quantizing layer by layer then leaves holes: the
+    peak was 1.33 times the largest component instead of 1.18 (SD 1.5, int8).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -21,7 +21,7 @@ def keep_large_tensors_apart() -> None:
 
 
 def return_memory() -> None:
-    """Give back what is free. The C library keeps the memory of freed tensors."""
+    """Returns free memory to the system. The C library keeps the memory of freed tensors."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:

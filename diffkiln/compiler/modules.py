@@ -52,28 +52,28 @@ def compile_module(
     options: Mapping[str, Any] | None = None,
     cache: EngineCache | None = None,
 ) -> CompiledModule:
-    """Compile one module for arguments of the types and shapes of an example.
+    """Compiles one module for arguments of the types and shapes of an example.
 
     Args:
-        module: on the CPU, with its weights, which stay its own: they may change without compiling again.
-        example_kwargs: keywords of its `forward`; the tensors' values do not matter, all others are fixed.
-        target: the machine, by a name that `diffkiln targets` lists.
-        backend: an exporter's name.
-        scope: "blocks", each repeated block; "between", what lies between them too; "whole", all of it.
-        fixed: keywords whose tensors are what they are in the example, at every call: masks, positions, lengths. They
-            are folded, and a module may choose its shapes or its way by them.
-        options: of the backend.
-        cache: of engines; the user's by default.
+        module: a module on the CPU. It keeps its weights, which may change without compiling again.
+        example_kwargs: keywords of its `forward`. The tensors' values do not matter; all other values are fixed.
+        target: a name that `diffkiln targets` lists.
+        backend: the name of a backend.
+        scope: "blocks" compiles each repeated block, "between" also the operations between them, "whole" everything.
+        fixed: keywords whose tensors have the example's values at every call: masks, positions, lengths. They are
+            folded, so a module may choose its shapes or its control flow by them.
+        options: options of the backend.
+        cache: the cache of engines; by default the user's.
 
     Raises:
-        SpecError: an unknown target, scope, or a fixed keyword that the example has not.
+        SpecError: an unknown target or scope, or a fixed keyword that the example lacks.
         RecordError: the module cannot be recorded, with the line of its code.
-        VerifyError: what was recorded or lowered gives something else than the module.
+        VerifyError: the recorded program or an engine gives other results than the module.
         ExportError: the backend cannot lower a region.
         Incompatible: the target is a CPU of a higher level than this machine's.
 
-    Engines for a GPU that this machine has not are built and not tried: what comes back can be saved, not called. To
-    call engines for the GPU that is here, move the module and the arguments to it.
+    Engines for a GPU that is not in this machine are built and not tried: the result can be saved, not called. To call
+    engines for the GPU that is here, move the module and the arguments to it.
     """
     machine = _machine(target)
     if scope not in _SCOPES:
@@ -130,7 +130,7 @@ class CompiledModule:
 
     @gated()
     def __call__(self, **kwargs: Any) -> Any:
-        """What the module gives for these keywords.
+        """Returns the module's result for these keywords.
 
         Raises:
             CallError: a tensor has another type or shape, or another argument another value, than the example's.
@@ -152,7 +152,7 @@ class CompiledModule:
 
     @gated()
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the engine of each region into a new directory: `<Region>/…`, as its backend lays it out.
+        """Writes the engine of each region into a new directory: `<Region>/…`, as its backend lays it out.
 
         Raises:
             BuildError: the directory is there already, or cannot be written.
@@ -175,11 +175,9 @@ class CompiledModule:
 def record_module(
     module: torch.nn.Module, kwargs: Mapping[str, Any], fixed: Collection[str], constants: Constants
 ) -> tuple[Callee, Module]:
-    """The module's program, compared with it bit for bit on the example; constants go where they are kept.
+    """Records the module's program, and compares it bit for bit with the module on the example.
 
-    Raises:
-        RecordError: the module cannot be recorded, with the line of its code.
-        VerifyError: the program gives something else than the module.
+    `constants` takes the folded tensors.
     """
     leaves, structure = flatten(((), dict(kwargs)))
     try:
@@ -205,7 +203,7 @@ def record_module(
 
 
 def _keyword_at(position: int, kwargs: Mapping[str, Any]) -> str:
-    """The keyword that the leaf at this position belongs to."""
+    """Returns the keyword that the leaf at this position belongs to."""
     owners = [name for name, value in kwargs.items() for _ in flatten(value)[0]]
     return owners[position]
 
@@ -220,7 +218,7 @@ def _machine(target: str | Target) -> Target:
 
 
 class _Elsewhere:
-    """In the place of an engine for a GPU that is not here."""
+    """The placeholder of an engine for a GPU that is not here."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -238,7 +236,7 @@ class _Elsewhere:
 
 
 def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
-    """The first keyword that differs."""
+    """Returns the first keyword that differs."""
 
     def told(value: Any) -> str:
         return str(type_of(value)) if isinstance(value, torch.Tensor) else repr(value)[:80]

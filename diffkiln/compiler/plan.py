@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from diffkiln.compiler.gates import ReadyGate
 from diffkiln.compiler.packed import Packed
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.base import Pass, State
@@ -34,6 +35,7 @@ class Plan:
         notices: what a user should know, such as components that are left out.
         recording: the programs; empty until the call is recorded.
         packed: what has gone into the bundle.
+        gates: the quality that it must keep.
     """
 
     spec: Spec
@@ -50,6 +52,7 @@ class Plan:
     notices: tuple[str, ...] = ()
     recording: Recording = field(default_factory=lambda: Recording([], {}, Constants(), []))
     packed: Packed = field(default_factory=Packed)
+    gates: tuple[ReadyGate, ...] = ()
 
     @property
     def dtype(self) -> str | None:

@@ -36,7 +36,7 @@ def add_target(
     progress: Progress | None = None,
     cache: EngineCache | None = None,
 ) -> Built:
-    """Build a bundle's engines for one more target, from the bundle alone.
+    """Builds a bundle's engines for one more target, from the bundle alone.
 
     Args:
         bundle: a whole bundle that has engines.
@@ -70,7 +70,7 @@ def strip(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
-    """Take the engines for some targets out of a bundle. At least one target stays.
+    """Removes the engines for some targets from a bundle. At least one target stays.
 
     Args:
         bundle: a whole bundle.
@@ -109,7 +109,7 @@ def retune(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
-    """Build the engines of the target that this machine is anew, on this machine, so that they are tuned on it.
+    """Rebuilds the engines for this machine's target on this machine, so that they are tuned for it.
 
     Raises:
         IllegalPlan: the engines are for a CPU, where nothing is tuned.
@@ -131,7 +131,7 @@ def retune(
 
 
 def _known(name: str) -> Target:
-    """The target of that name. Raises `SpecError`."""
+    """Returns the target of that name. Raises `SpecError`."""
     if name not in TARGETS:
         hint = suggest(name, TARGETS) or "`diffkiln targets` lists them"
         raise SpecError(f"there is no target {name!r}. {hint}")

@@ -11,7 +11,7 @@ Progress = Callable[[str], None]
 
 
 class Stages:
-    """Attributes: `seconds` that each finished stage took, by its name, in order."""
+    """The stages of a build. `seconds` has the time that each finished stage took, by its name, in order."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}

@@ -10,7 +10,7 @@ from diffkiln.record.text import tokenizer_of
 
 
 def tokenizers_of(recording: Recording, pipe: Any) -> dict[str, str]:
-    """The tokenizers that the calls use, by name, as the JSON of the tokenizers library.
+    """Returns the tokenizers that the calls use, by name, as JSON of the tokenizers library.
 
     Raises:
         RecordError: a tokenizer is not backed by that library.

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from diffkiln.bundle import BundleWriter
+from diffkiln.compiler.folding import Folding
 from diffkiln.compiler.memory import return_memory
 from diffkiln.compiler.packed import Packed
-from diffkiln.compiler.packing import EnginesPacker, WeightsPacker
+from diffkiln.compiler.packing import EnginesPacker, Uses, WeightsPacker
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.verify import Verification, check_batches
 from diffkiln.errors import PassError
@@ -40,7 +41,7 @@ _LARGE = 2**27
 
 @dataclass(frozen=True)
 class _Way:
-    """How a component comes into memory.
+    """The way in which a component comes into memory.
 
     Attributes:
         shards: the units of each, by the names that the passes leave.
@@ -59,15 +60,15 @@ def stream_weights(
     writer: BundleWriter,
     engines: EnginesPacker,
     verification: Verification,
-    used: frozenset[str],
+    uses: Uses,
 ) -> Packed:
-    """Write the weights of one component as the passes leave them, and verify it with them.
+    """Writes the weights of one component as the passes leave them, and verifies the component with them.
 
-    Engines that are to hold its weights are built while they are here.
+    Engines that are to hold the component's weights are built while these are in memory.
 
     Args:
         engines: builds those that are to hold its weights.
-        used: names of the weights that programs read.
+        uses: of the component's weights.
 
     Raises:
         SourceError: its checkpoint cannot be read.
@@ -79,7 +80,8 @@ def stream_weights(
     needed = verification.blocks_needed(plan.recording, name, meta)
     way = _way(plan, name, needed)
     packed = Packed(notices=way.notices)
-    packer = WeightsPacker(writer, name, plan.spec.runtime.offload, used)
+    packer = WeightsPacker(writer, name, plan.spec.runtime.offload, uses)
+    folding = Folding(plan.recording, name)
     trial = _Trial(name, needed, plan.recording, verification)
     for units in way.shards:
         module = _transformed(way.load(units), name, plan)
@@ -89,16 +91,18 @@ def stream_weights(
         _have_data(name, module, units)
         trial.add(module, units)
         packer.add(module)
+        folding.add(dict(weights_of(module)))
         for request in _holding(plan, name):
             packed += engines.component(request, plan.targets, dict(weights_of(module)))
         del module  # before the next one is loaded
+    folding.finish()
     if plan.bytes_before[name] > _LARGE:
         return_memory()
     return packed + packer.packed()
 
 
 class _Trial:
-    """Gathers what the verification of a component needs, and verifies it once that is there."""
+    """The arguments that the verification of a component needs; it runs once they are there."""
 
     def __init__(self, name: str, needed: Collection[str], recording: Recording, verification: Verification) -> None:
         self._name, self._recording, self._verification = name, recording, verification
@@ -129,7 +133,7 @@ def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
         found = _needs_all(plan, name) or open_shards(plan.source, name, plan.dtype)
     origins = {} if isinstance(found, str) else _origins(found, plan)
     if isinstance(found, Shards) and not origins:
-        found = "a pass puts other blocks in the place of its own"
+        found = "a pass replaces its blocks"
     if isinstance(found, Shards):
         return _in_shards(found, origins, needed)
     notices = (f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}",) if found else ()
@@ -138,12 +142,12 @@ def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
 
 
 def _holding(plan: Plan, name: str) -> list[CompileRequest]:
-    """What asks for engines with this component's weights in them."""
+    """Returns the requests for engines that hold this component's weights."""
     return [request for request in plan.state.compile if request.component == name and request.holds_weights]
 
 
 def _needs_all(plan: Plan, name: str) -> str:
-    """Why a pass takes the component whole only; empty if all take it in shards."""
+    """Returns why a pass takes the component only as a whole; empty if all take it in shards."""
     if _holding(plan, name):
         return "its engines hold its weights"
     steps = [item.step for item in plan.listed if item.step.component == name]
@@ -151,7 +155,7 @@ def _needs_all(plan: Plan, name: str) -> str:
 
 
 def _origins(found: Shards, plan: Plan) -> dict[str, str]:
-    """The blocks that the passes leave, each with the name that it had; empty if one is no block that was there."""
+    """Returns the blocks that the passes leave, with their former names; empty if one was no block before."""
     module = emptied(copy.deepcopy(found.module))
     before = repeated_blocks(module)  # held until the end: an id is that of a block that lives
     names = {id(block): block_name for block_name, block in before}
@@ -161,8 +165,7 @@ def _origins(found: Shards, plan: Plan) -> dict[str, str]:
 
 
 def _in_shards(found: Shards, origins: Mapping[str, str], needed: Collection[str]) -> _Way:
-    """What lies outside of the blocks, the blocks that are needed, and the others, in as few shards as `SHARD`
-    allows."""
+    """Puts the weights outside of blocks, the needed blocks and the others into as few shards as `SHARD` allows."""
     sizes = found.sizes()
     blocks = sorted(origins, key=lambda block: block not in needed)
     shards: list[list[str]] = [[OUTSIDE]]
@@ -178,7 +181,7 @@ def _in_shards(found: Shards, origins: Mapping[str, str], needed: Collection[str
 
 
 def _transformed(module: torch.nn.Module, name: str, plan: Plan) -> torch.nn.Module:
-    """After the passes, with every value that it has finite."""
+    """Applies the passes and checks that every value is finite."""
     refuse_nonfinite(module, name)
     if manager.apply(module, name, plan.listed):
         refuse_nonfinite(module, name, "after the passes")
@@ -186,7 +189,7 @@ def _transformed(module: torch.nn.Module, name: str, plan: Plan) -> torch.nn.Mod
 
 
 def _same_weights(name: str, meta: torch.nn.Module, module: torch.nn.Module) -> None:
-    """What was compiled is what will run: names, shapes and dtypes are those of the meta model."""
+    """Checks that names, shapes and dtypes are those of the meta model: what was compiled is what will run."""
     planned = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(meta)}
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights_of(module)}
     if planned == found:

@@ -180,7 +180,7 @@ def exporter(name: str) -> Exporter:
 
 
 def engine_inputs(region: Program) -> tuple[TensorType, ...]:
-    """The types of an engine's inputs in their order."""
+    """Returns the types of an engine's inputs in their order."""
     return tuple(engine_types(region).values())
 
 
@@ -190,13 +190,13 @@ def input_specs(region: Program) -> tuple[TensorSpec, ...]:
 
 
 def contiguous(type_: TensorType) -> TensorSpec:
-    """The layout of a contiguous tensor of this type."""
+    """Returns the layout of a contiguous tensor of this type."""
     stride = tuple(math.prod(max(size, 1) for size in type_.shape[i + 1 :]) for i in range(len(type_.shape)))
     return TensorSpec(dtype=type_.dtype, shape=type_.shape, stride=stride)
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """The layout of a tensor, which may be fake."""
+    """Returns the layout of a tensor, which may be fake."""
     return TensorSpec(
         dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stride=tuple(tensor.stride())
     )
@@ -209,13 +209,13 @@ def foreign(region: Program) -> list[str]:
 
 
 def foreign_operators(region: Program) -> list[Problem]:
-    """A problem where a region is not made of ATen operators alone."""
+    """Returns a problem if a region holds anything but ATen operators."""
     found = foreign(region)
     reason = f"the region {region.name!r} is not operators alone: {', '.join(found)}"
     return [Problem("", reason)] if found else []
 
 
 def unknown_options(options: Mapping[str, Any], known: Sequence[str]) -> list[Problem]:
-    """A problem for each option that the backend does not have."""
+    """Returns a problem for each option that the backend does not have."""
     hint = f"It takes {', '.join(sorted(known))}." if known else "It takes none."
     return [Problem(f"$.{name}", "the backend has no such option", hint) for name in options if name not in known]

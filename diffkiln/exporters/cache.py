@@ -34,7 +34,7 @@ _INDEX, _FILES = "index.json", "files"
 
 
 def engine_key(backend: str, version: int, lowering: Lowering, tools: Mapping[str, str]) -> str:
-    """The name of an engine in the cache; `tools` are the programs that build it, with their versions."""
+    """Returns the name of an engine in the cache; `tools` are the programs that build it, with their versions."""
     target = lowering.target
     decisive = {
         "backend": [backend, version],
@@ -60,11 +60,11 @@ class EngineCache:
 
     @property
     def toolchain(self) -> Path:
-        """Where builds keep what they share. Raises `IntegrityError` as `get`, `ExportError` as `put`."""
+        """Returns the folder of files that builds share. Raises `IntegrityError` as `get`, `ExportError` as `put`."""
         return self._made("toolchain")
 
     def get(self, key: str) -> Artefact | None:
-        """The engine of this key, unless it is missing or damaged.
+        """Returns the engine of this key, unless it is missing or damaged.
 
         Raises:
             IntegrityError: the cache belongs to another user, or others may write to it.
@@ -76,7 +76,7 @@ class EngineCache:
         return self._read(engines / key)
 
     def _hold(self) -> None:
-        """Keep `diffkiln clean` from the directory for as long as this object lives."""
+        """Keeps `diffkiln clean` away from the directory as long as this object lives."""
         if not self._held:
             self._held = True
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -95,7 +95,7 @@ class EngineCache:
             return None
 
     def put(self, key: str, artefact: Artefact) -> Artefact:
-        """Copy an engine in and give it as it lies in the cache. Another process's good entry is kept.
+        """Copies an engine in and returns it as it lies in the cache. Another process's good entry is kept.
 
         Raises:
             ExportError: the cache's directory cannot be written.
@@ -131,7 +131,7 @@ class EngineCache:
         (staging / _INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
 
     def _publish(self, staging: Path, entry: Path) -> None:
-        """Rename the new entry into place; what is damaged there goes first."""
+        """Renames the new entry into place, after removing a damaged one."""
         for _ in range(10):
             try:
                 os.rename(staging, entry)

@@ -29,12 +29,12 @@ _VERSION = re.compile(r"^#define CUDA_VERSION (\d+)", re.MULTILINE)
 
 
 def gpu_is_here(target: Target) -> bool:
-    """Whether this machine has a GPU of the target's compute capability, which torch can use."""
+    """Returns True if this machine has a GPU of the target's compute capability that torch can use."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == target.capability
 
 
 def cuda_problems() -> Iterator[Problem]:
-    """What this machine lacks to build for an NVIDIA GPU, each with the package that brings it."""
+    """Yields what this machine lacks to build for an NVIDIA GPU, each with the package that brings it."""
     if torch.version.cuda is None:
         yield Problem(
             "torch",
@@ -73,7 +73,7 @@ def cuda_problems() -> Iterator[Problem]:
 
 
 def broken_promises(target: Target, where: str = "$.target") -> Iterator[Problem]:
-    """What a target says has to do, and code of this torch's CUDA would not run with: its driver, its CUDA.
+    """Yields the target's driver and CUDA that are too old for code of this torch's CUDA.
 
     Args:
         where: the target's JSON path.
@@ -89,27 +89,27 @@ def broken_promises(target: Target, where: str = "$.target") -> Iterator[Problem
 
 
 def find_ptxas() -> Path | None:
-    """The assembler that Triton will run, if it is there."""
+    """Returns the assembler that Triton will run, if it is there."""
     stated = os.environ.get("TRITON_PTXAS_PATH")
     path = Path(stated) if stated else _triton() / "bin" / "ptxas"
     return path if os.access(path, os.X_OK) else None
 
 
 def find_headers() -> Path | None:
-    """A folder with CUDA's headers, of torch's own major version; Triton's, which belong to this torch, first."""
+    """Returns a folder with CUDA's headers, of torch's own major version; Triton's first, which fit this torch."""
     folders = [_triton() / "include", *(home / "include" for home in (*_wheels(), *_homes()))]
     return next((folder for folder in folders if _complete(folder)), None)
 
 
 def find_library_headers() -> Path | None:
-    """A folder with the headers of CUDA's C++ library, which lie apart from the others since CUDA 13."""
+    """Returns a folder with the headers of CUDA's C++ library, which lie apart from the others since CUDA 13."""
     roots = [home / "include" for home in (*_wheels(), *_homes())]
     folders = [folder for root in roots for folder in (root / "cccl", root)]
     return next((folder for folder in folders if (folder / _LIBRARY_HEADER).is_file()), None)
 
 
 def find_cudart() -> Path | None:
-    """CUDA's runtime library: the one that torch has loaded, else where it is installed."""
+    """Returns CUDA's runtime library: the one that torch has loaded, or else an installed one."""
     name = f"libcudart.so.{_major()}"
     with open("/proc/self/maps", encoding="utf-8") as maps:
         loaded = [Path(line.split()[-1]) for line in maps if line.rstrip().endswith(f"/{name}")]
@@ -130,8 +130,10 @@ def _triton() -> Path:
 
 
 def _wheels() -> list[Path]:
-    """Where NVIDIA's packages for this CUDA lie: beside torch, and in other folders of Python's path, since they share
-    a namespace that may be spread over several."""
+    """Returns the folders of NVIDIA's packages for this CUDA: beside torch, and elsewhere on Python's path.
+
+    The packages share a namespace, which may be spread over several folders.
+    """
     found = find_spec("nvidia")
     elsewhere = (found.submodule_search_locations if found else None) or ()
     roots = [Path(torch.__file__).parent.parent / "nvidia", *map(Path, elsewhere)]

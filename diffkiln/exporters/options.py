@@ -14,7 +14,7 @@ from diffkiln.spec import Conflict, Strict, Target, refuse
 
 @dataclass(frozen=True)
 class Lacks:
-    """Marks a field that other backends have: of this one any value but the default is refused, with this reason."""
+    """A mark of a field that only other backends have: any value but the default is refused, with this reason."""
 
     reason: str
     hint: str = "Remove it"
@@ -23,13 +23,16 @@ class Lacks:
 #: The mark of `fullgraph` where engines are built ahead of time.
 UNBROKEN = Lacks("an engine that is built ahead of time has no graph breaks")
 #: That of `weights` and `weight_budget_gb` where weights are inputs alone.
-WEIGHTLESS = Lacks("only TensorRT's engines can hold weights", "Remove it, or choose tensorrt")
+WEIGHTLESS = Lacks(
+    "its engines take their weights as inputs", "Remove it, or choose a backend whose engines hold weights"
+)
 
 
 class Options(Strict):
-    """What a spec may say to one backend, beside the options of `compile` itself.
+    """The options that a spec may give to one backend, beside those of `compile` itself.
 
     A field may be marked with `Lacks`. `conflicts` is given all fields of the pass, those of `compile` among them.
+    `lowers`, a class attribute, has the names that `lowered` may give.
 
     Class attributes: `lowers`, the names that `lowered` may give.
     """

@@ -14,9 +14,9 @@ from diffkiln.errors import ExportError
 
 
 def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float) -> None:
-    """Run `command` in `folder`. Left by an exception, it is ended with everything that it started.
+    """Runs `command` in `folder`. An exception ends it with everything that it started.
 
-    It stays in this process's group, so that Ctrl-C ends it at once, also where a thread waits for it.
+    The process stays in this process's group, so that Ctrl-C ends it at once, also if a thread waits for it.
 
     Raises:
         ExportError: it could not be run, failed, was killed or did not finish in `seconds`.
@@ -37,7 +37,7 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
         except subprocess.TimeoutExpired as error:
             _end(process)
             raise ExportError(
-                f"{name} did not finish within {_words(seconds)}, and was ended with what it had started. Compile "
+                f"{name} did not finish within {_words(seconds)}, and was ended with its child processes. Compile "
                 "smaller regions, or on a machine that is less busy"
             ) from error
         except BaseException:
@@ -55,16 +55,16 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
 
 
 def _offer(process: subprocess.Popen[str]) -> None:
-    """Have the kernel take the compiler where memory runs out, which this process lives to tell, and not this process.
+    """Makes the kernel end the compiler, not this process, if memory runs out; this process then reports it.
 
-    What the compiler starts inherits it. Source: proc_pid_oom_score_adj(5).
+    Processes that the compiler starts inherit this. Source: proc_pid_oom_score_adj(5).
     """
     with suppress(OSError):  # it has ended, or there is no such file here
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """A compiler driver's own children (cc1plus, as, ld) would go on without it."""
+    """Ends a compiler driver with its children (cc1plus, as, ld), which would go on without it."""
     for identity in [process.pid, *_descendants(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(identity, signal.SIGKILL)

@@ -70,7 +70,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Flags:
-    """How to call the compiler. `target` is the instruction set, by its name for `-march`."""
+    """The arguments for the compiler. `target` is the instruction set, by its name for `-march`."""
 
     compiler: Compiler
     target: str
@@ -79,7 +79,7 @@ class Flags:
 
     @classmethod
     def from_inductor(cls, compiler: Compiler, target: str, compile_: Mapping, link: Mapping) -> Flags:
-        """From the flags that AOTInductor writes beside its source, less what this module decides."""
+        """Returns the flags that AOTInductor writes beside its source, except those that this module decides."""
         ours = ("march=", "mcpu=", "O", "g1", "gline", "shared")
         flags = [f"-D{name.strip()}" for name in compile_["definitions"]]
         flags += [f"-{flag}" for flag in compile_["cflags"] if not flag.startswith(ours)]
@@ -111,7 +111,7 @@ class Sources:
 
 
 def find_compiler() -> Compiler:
-    """The compiler that `$CXX` names, else g++.
+    """Returns the compiler that `$CXX` names, else g++.
 
     Raises:
         ExportError: it is not installed or does not run.
@@ -136,7 +136,7 @@ def _version(path: str) -> str:
 
 
 def take_apart(source: str, device: str = "cpu") -> Sources:
-    """Split what AOTInductor writes as one file. Whatever does not look as expected stays together."""
+    """Splits the one file that AOTInductor writes. Any unexpected part stays together."""
     header = _MODEL_HEADERS[device]
     source = _CHECK_CALL.sub("", _CHECK_BODY.sub("", source))
     source = source.replace(_THREADS, f"num_threads(std::min({MAX_THREADS}, omp_get_max_threads()))")
@@ -154,7 +154,7 @@ def take_apart(source: str, device: str = "cpu") -> Sources:
 
 
 def build(sources: Sources, objects: Sequence[Path], flags: Flags, shared: Path, scratch: Path) -> Path:
-    """Compile and link.
+    """Compiles and links.
 
     Args:
         objects: object files to link in, such as the constants'.
@@ -183,9 +183,9 @@ def build(sources: Sources, objects: Sequence[Path], flags: Flags, shared: Path,
 
 
 def requirements(library: Path) -> dict[str, str]:
-    """The newest symbol versions of the C and C++ runtime that a shared object asks for, as its string table has them.
+    """Returns the newest versions of C and C++ runtime symbols that a shared object needs, from its string table.
 
-    What a stripped engine defines has no version, so every version in it is one that it needs.
+    A stripped engine's own symbols have no version, so every version in it is needed.
     """
     data = library.read_bytes()
     found = {}
@@ -197,7 +197,7 @@ def requirements(library: Path) -> dict[str, str]:
 
 
 class _Shared:
-    """What engines with the same flags share. Made once, by whoever comes first; others wait for it."""
+    """The files that engines with the same flags share. The first build makes them; others wait for it."""
 
     def __init__(self, folder: Path, flags: Flags, model_header: str) -> None:
         self.folder = folder
@@ -206,7 +206,7 @@ class _Shared:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def header(self, name: str) -> Path | None:
-        """The header to include first, precompiled beside it; None for a compiler that is not GCC."""
+        """Returns the header to include first, precompiled beside it; None for a compiler other than GCC."""
         if "clang" in self.flags.compiler.version:
             return None
         text, level = self._headers[name]
@@ -220,7 +220,7 @@ class _Shared:
         return header
 
     def interface(self, source: str) -> Path:
-        """The object file of the interface."""
+        """Returns the object file of the interface."""
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         ready, stamp = self.folder / f"interface-{digest}.o", self.folder / f"interface-{digest}.sha256"
         with self._lock("interface"):
@@ -276,6 +276,6 @@ def _call(command: Sequence[str], folder: Path) -> None:
 
 
 def plain_environment() -> dict[str, str]:
-    """For compilers: translated messages would not be recognised, and the caller's include paths must not lead them."""
+    """Returns an environment for compilers: untranslated messages, and no include paths of the caller."""
     environment = {key: value for key, value in os.environ.items() if key not in ("CPATH", "CPLUS_INCLUDE_PATH")}
     return environment | {"LC_ALL": "C"}

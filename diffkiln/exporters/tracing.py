@@ -21,7 +21,7 @@ from diffkiln.program.sizes import Family
 
 
 def examples(region: Program, device: str = "cpu") -> tuple[torch.Tensor, ...]:
-    """A fake tensor on the device for each of the engine's inputs."""
+    """Returns a fake tensor on the device for each of the engine's inputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -31,7 +31,7 @@ def examples(region: Program, device: str = "cpu") -> tuple[torch.Tensor, ...]:
 def traced(
     lowering: Lowering, flat: tuple[torch.Tensor, ...], special: Mapping[str, Special] | None = None
 ) -> torch.export.ExportedProgram:
-    """The region as torch's own program; where it is one of a family, with symbols for the sizes that differ.
+    """Returns the region as torch's own program; in a family, with symbols for the sizes that differ.
 
     Args:
         flat: from `examples`, on the device that the region is for.
@@ -56,7 +56,7 @@ def traced(
 
 
 def layouts(exported: torch.export.ExportedProgram, lowering: Lowering) -> tuple[TensorSpec, ...]:
-    """The layouts of the engine's outputs, at the region's own sizes."""
+    """Returns the layouts of the engine's outputs, at the region's own sizes."""
     region = lowering.region
     if lowering.family:
         return tuple(contiguous(region.types[ref.name]) for ref in region.outputs)

@@ -14,7 +14,7 @@ from diffkiln.record.patches import Patch
 
 @dataclass(frozen=True)
 class Family:
-    """What is true of one family alone; its file has one as `PLUGIN`.
+    """The facts of one model family; its file has one as `PLUGIN`.
 
     Attributes:
         patches: its methods at a fixed length, where their shapes follow the prompt's.

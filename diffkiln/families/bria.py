@@ -25,7 +25,7 @@ _EMPTY = 128000
 def _get_t5_prompt_embeds(
     self: Any, prompt: Any = None, num_images_per_prompt: int = 1, max_sequence_length: int = 128, device: Any = None
 ) -> torch.Tensor:
-    """The text encoder does not see the padding, and zeros are written over what it gives for it."""
+    """Hides the padding from the text encoder, and writes zeros over its results there."""
     rows = []
     for text in [prompt] if isinstance(prompt, str) else prompt:
         tokens = _tokens(self, text, max_sequence_length)
@@ -37,9 +37,9 @@ def _get_t5_prompt_embeds(
 
 
 def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Negative prompts of which the first is empty are zeros, which is told from its tokens.
+    """Returns zeros for negative prompts whose first is empty; the tokens tell.
 
-    A prompt of white space alone counts as empty, too, where the tokenizer drops it.
+    A prompt of white space alone also counts as empty if the tokenizer drops it.
     """
 
     def encode_prompt(self: Any, prompt: Any, *args: Any, max_sequence_length: int = 128, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def _tokens(pipe: Any, text: str, max_sequence_length: int) -> Any:
 
 
 def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """The text encoder follows the prompt's length."""
+    """Returns the text encoder's padding: it follows the prompt's length."""
     text, pad_id = fixed["max_sequence_length"], pipe.tokenizer.pad_token_id
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,8 +89,8 @@ def _get_fibo_embeds(
     device: Any = None,
     dtype: Any = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-    """Every prompt has `max_sequence_length` tokens; those that diffusers has not are zeros. An empty one is told from
-    its tokens.
+    """Returns embeddings of `max_sequence_length` tokens, zeros where diffusers has none. Empty prompts are told by
+    tokens.
 
     One more channel of the embeddings says which tokens count. The mask is a constant that counts none of them, so that
     the call has a mask whatever the prompts are; the denoiser takes the channel's.
@@ -116,7 +116,7 @@ def _get_fibo_embeds(
 def _with_empty_ones(
     ids: torch.Tensor, mask: torch.Tensor, is_empty: torch.Tensor, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids and mask [prompts, tokens] as diffusers has them, and the length of the longest prompt.
+    """Returns token ids and mask [prompts, tokens] as diffusers has them, and the longest prompt's length.
 
     An empty prompt is one token, or as many as the longest prompt beside it has.
     """
@@ -131,7 +131,7 @@ def _marked(embeds: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The denoiser's own, with the last channel of the text as its mask."""
+    """Returns the denoiser's own forward, with the last channel of the text as its mask."""
 
     def forward(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         if encoder_hidden_states.shape[-1] == self.config.joint_attention_dim + 1:
@@ -146,7 +146,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fibo_paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length."""
+    """Returns the paddings of both components, which follow the prompt's length."""
     text, pad_id = fixed["max_sequence_length"], pipe.tokenizer.pad_token_id
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

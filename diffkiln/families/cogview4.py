@@ -20,7 +20,7 @@ _MULTIPLE = 16
 def _get_glm_embeds(
     self: Any, prompt: Any = None, max_sequence_length: int = 1024, device: Any = None, dtype: Any = None
 ) -> torch.Tensor:
-    """Every prompt has all tokens that it may; those before the first that diffusers would have are zeros.
+    """Returns embeddings of the full length, with zeros for tokens before diffusers' first one.
 
     One more channel says which tokens diffusers would have: they follow the longest prompt of the batch, and the
     negative prompts have their own.
@@ -39,7 +39,7 @@ def _get_glm_embeds(
     ids = resized(tokens.input_ids, text, self.tokenizer.pad_token_id, side="left")
     longest = tokens.attention_mask.sum(dim=1).amax()
     start = text - (longest + (_MULTIPLE - 1)).floor_divide(_MULTIPLE) * _MULTIPLE
-    hidden = self.text_encoder(ids, output_hidden_states=True, **_places(ids, start)).hidden_states[-2]
+    hidden = self.text_encoder(ids, output_hidden_states=True, **_position_ids(ids, start)).hidden_states[-2]
     return _marked(hidden.to(dtype=dtype or self.text_encoder.dtype), start)
 
 
@@ -47,31 +47,31 @@ def _text_length(max_sequence_length: int) -> int:
     return max_sequence_length + -max_sequence_length % _MULTIPLE
 
 
-def _places(ids: torch.Tensor, start: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What tells the text encoder where its tokens begin: a mask [batch, 1, to, from], and positions [batch, tokens].
+def _position_ids(ids: torch.Tensor, start: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns a mask [batch, 1, to, from] and positions [batch, tokens] that say where tokens begin.
 
-    What stands before the beginning attends to itself, so that no query is left without a key.
+    Tokens before the beginning attend to themselves, so that no query is left without a key.
     """
     batch, text = ids.shape
-    places = torch.arange(text, device=ids.device)
-    before = places < start
+    positions = torch.arange(text, device=ids.device)
+    before = positions < start
     alike = before.unsqueeze(0).eq(before.unsqueeze(1))
-    causal = places.unsqueeze(0) <= places.unsqueeze(1)
+    causal = positions.unsqueeze(0) <= positions.unsqueeze(1)
     return {
         "attention_mask": alike.logical_and(causal).expand(batch, 1, text, text),
-        "position_ids": (places - start).clamp(min=0).expand(batch, text),
+        "position_ids": (positions - start).clamp(min=0).expand(batch, text),
     }
 
 
 def _marked(embeds: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """[batch, tokens, channels + 1]: zeros before the beginning, and a last channel that is one from there on."""
+    """Returns [batch, tokens, channels + 1]: zeros before the beginning; the last channel is one from there on."""
     seen = (torch.arange(embeds.shape[1], device=embeds.device) >= start).unsqueeze(-1)
     channel = seen.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
     return torch.cat([embeds.masked_fill(~seen, 0.0), channel], dim=-1)
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The denoiser's own, with the last channel of the text as the mask of its attention."""
+    """Returns the denoiser's own forward, with the last channel of the text as the mask of its attention."""
 
     def forward(
         self: Any,
@@ -100,7 +100,7 @@ def _attend(
     attention_mask: torch.Tensor | None = None,
     image_rotary_emb: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """diffusers adds a mask as a bias of 0 or 1, and gives none in its own calls; here it says what is a key."""
+    """Computes attention with a mask of keys. diffusers would add it as a bias of 0 or 1, and never gives one."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -128,14 +128,14 @@ def _attend(
 
 
 def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length."""
+    """Returns the paddings of both components, which follow the prompt's length."""
     text = _text_length(fixed["max_sequence_length"])
     pad_id = pipe.tokenizer.pad_token_id
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         (ids,) = args
         padded = resized(ids, text, pad_id, side="left")
-        return (padded,), kwargs | _places(padded, torch.tensor(text - ids.shape[1]))
+        return (padded,), kwargs | _position_ids(padded, torch.tensor(text - ids.shape[1]))
 
     def last(tensor: torch.Tensor, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> torch.Tensor:
         return tensor[:, -args[0].shape[1] :] if tensor.ndim == 3 else tensor

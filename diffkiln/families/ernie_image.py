@@ -24,10 +24,10 @@ def _enhance_prompt_with_pe(_self: Any, *_args: Any, **_kwargs: Any) -> str:
 
 
 def _encode_prompt(self: Any, prompt: Any, device: Any, num_images_per_prompt: int = 1) -> list[torch.Tensor]:
-    """Each prompt has all tokens that the tokenizer may give, of which a last channel of ones says which count.
+    """Returns every token that the tokenizer may give, with a last channel of ones for those that count.
 
-    The text encoder is causal and the tokens are padded on the right: none that counts sees the padding. What it gives
-    for the padding is zeroed.
+    The text encoder is causal and the tokens are padded on the right, so no token that counts sees the padding. Its
+    results for the padding are zeroed.
     """
     length = _text_length(self)
     rows = []
@@ -59,13 +59,13 @@ def _text_length(pipe: Any) -> int:
     if pipe.tokenizer.pad_token_id is None:
         raise RecordError(
             "the tokenizer of ErnieImagePipeline has no token for padding. Set "
-            '"pad_token" in tokenizer/tokenizer_config.json to any of its tokens: what stands there is not seen'
+            '"pad_token" in tokenizer/tokenizer_config.json to any of its tokens: the model does not see it'
         )
     return length
 
 
 def _never_empty(ids: torch.Tensor, mask: torch.Tensor, bos: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt [1, tokens] without a token gets the first one that diffusers gives it."""
+    """Gives a prompt [1, tokens] without tokens the first token that diffusers gives it."""
     is_first = torch.arange(ids.shape[1], device=ids.device).eq(0)
     missing = mask.sum().eq(0).logical_and(is_first)
     return ids.masked_fill(missing, bos or 0), mask.masked_fill(missing, 1)
@@ -74,13 +74,13 @@ def _never_empty(ids: torch.Tensor, mask: torch.Tensor, bos: int | None) -> tupl
 def _pad_text(
     text_hiddens: list[torch.Tensor], device: Any, dtype: torch.dtype, text_in_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All have one length already; what counts of each is in its last channel."""
+    """Returns the texts, which have one length already, and the number of tokens that count, from the last channel."""
     joined = torch.stack(text_hiddens).to(device)
     return joined[..., :text_in_dim].to(dtype), joined[..., text_in_dim].gt(0.5).sum(dim=1)
 
 
 def _paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length."""
+    """Returns the paddings of both components, which follow the prompt's length."""
     length, pad_id = _text_length(pipe), pipe.tokenizer.pad_token_id
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

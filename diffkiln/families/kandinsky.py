@@ -1,4 +1,6 @@
-"""Kandinsky 3 and 5.
+"""Kandinsky 2, 3 and 5.
+
+Kandinsky 2: the mask of inpainting is widened pixel by pixel, in a loop that reads each.
 
 Kandinsky 3: prompts and negative prompts are cut one token behind the longest prompt, and the denoiser takes the
 mean of what is left.
@@ -12,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from diffkiln.errors import DataDependent
 from diffkiln.families import Family
@@ -23,17 +26,30 @@ _TEXT = 128
 _BIAS = -10000.0
 
 
+def _prepare_mask(masks: torch.Tensor) -> torch.Tensor:
+    """Returns [batch, 1, height, width]: zero where a pixel, or one of six beside it, is not 1.
+
+    The six are those that diffusers' loop looks at: above, below, left, right, and two of the four corners.
+    """
+    kept = functional.pad(masks[:, :1].eq(1), (1, 1, 1, 1), value=True)
+    height, width = masks.shape[-2:]
+    for down, right in ((0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2)):
+        beside = kept[..., down : down + height, right : right + width]
+        masks = masks.masked_fill(~beside, 0)
+    return masks
+
+
 def _process_embeds(
     _self: Any, embeddings: torch.Tensor, attention_mask: torch.Tensor, cut_context: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros in the padding, and nothing cut."""
+    """Writes zeros into the padding, and cuts nothing."""
     if cut_context:
         embeddings = embeddings.masked_fill(attention_mask.eq(0).unsqueeze(-1), 0.0)
     return embeddings, attention_mask
 
 
 def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
-    """One more channel of both texts says which tokens diffusers would have: they follow the longest prompt."""
+    """Adds a channel to both texts for the tokens that diffusers would have, up to the longest prompt's length."""
 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         embeds, negative, mask, negative_mask = original(self, *args, **kwargs)
@@ -50,14 +66,14 @@ def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _marked(embeds: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """[batch, tokens, channels + 1]: zeros from the length on, and a last channel that is one before it."""
+    """Returns [batch, tokens, channels + 1]: zeros from the length on, and a last channel that is one before it."""
     within = (torch.arange(embeds.shape[1], device=embeds.device) < length).unsqueeze(-1)
     channel = within.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
     return torch.cat([embeds.masked_fill(~within, 0.0), channel], dim=-1)
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The denoiser's own, with a mask of -1 where the last channel of the text says that diffusers has no token."""
+    """Returns the denoiser's own forward, with a mask of -1 where the text's last channel shows no token."""
 
     def forward(
         self: Any,
@@ -77,7 +93,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pool(self: Any, x: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor) -> torch.Tensor:
-    """The mean is of the tokens that diffusers has, of which some may be padding."""
+    """Averages the tokens that diffusers has, of which some may be padding."""
     bias = context_mask.to(dtype=context.dtype)
     within = bias.gt(1.5 * _BIAS).transpose(1, 2)
     count = within.sum(dim=1, keepdim=True)
@@ -88,7 +104,7 @@ def _pool(self: Any, x: torch.Tensor, context: torch.Tensor, context_mask: torch
 
 
 def _paddings(_pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """The denoiser follows the prompt's length."""
+    """Returns the denoiser's padding, which follows the prompt's length."""
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         text, mask = kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"]
@@ -108,6 +124,13 @@ def _encode_prompt_qwen(self: Any, *_args: Any, **_kwargs: Any) -> Any:
 
 PLUGIN = Family(
     patches=(
+        Patch(
+            {"prepare_mask": "7a009e51c0cb2963"},
+            _prepare_mask,
+            known_in="KandinskyInpaintPipeline KandinskyV22InpaintPipeline",
+            function=True,
+            outside=True,
+        ),
         Patch(
             {"process_embeds": "43833d2d4d59efb3"}, _process_embeds, known_in="Kandinsky3Pipeline", paddings=_paddings
         ),

@@ -15,7 +15,8 @@ _TEXT = 120
 
 
 def _mask_text_embeddings(self: Any, emb: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """[1, 1, tokens, channels + 1] of a single prompt: zeros where diffusers cuts, and a last channel that says where.
+    """Returns [1, 1, tokens, channels + 1] of a single prompt: zeros where diffusers cuts, and a channel that marks
+    them.
 
     Several prompts keep their length in diffusers, with zeros in the padding that the denoiser sees.
     """
@@ -32,7 +33,7 @@ def _marked(embeds: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
 
 
 def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The negative prompt has the channel of the prompt, whose length it is cut to."""
+    """Gives the negative prompt the channel of the prompt, whose length it is cut to."""
 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         embeds, negative = original(self, *args, **kwargs)
@@ -44,7 +45,7 @@ def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The denoiser's own, with the last channel of the text as the mask of its cross-attention."""
+    """Returns the denoiser's own forward, with the last channel of the text as the mask of its cross-attention."""
 
     def forward(
         self: Any,
@@ -66,7 +67,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _paddings(_pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """The denoiser follows the length of a single prompt."""
+    """Returns the denoiser's padding, which follows the length of a single prompt."""
     single = 2 if fixed["guidance_scale"] > 1.0 else 1
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -23,7 +23,7 @@ def _rewire_prompt(_self: Any, *_args: Any, **_kwargs: Any) -> list[str]:
 
 
 def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
-    """The same tokens between the same template; the runtime takes the prompt apart."""
+    """Returns the same tokens between the same template; the runtime splits the prompt."""
     told = {"add_special_tokens": False, "return_tensors": "pt"}
     tokens = self.tokenizer(
         [Ruled(text, quotations="characters") for text in prompt],

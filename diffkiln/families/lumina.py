@@ -36,9 +36,9 @@ def _encode_prompt(
     clean_caption: bool = False,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Every prompt has the `max_sequence_length` of the pipeline, with zeros where diffusers has no tokens.
+    """Returns embeddings of the pipeline's `max_sequence_length`, with zeros where diffusers has no tokens.
 
-    The denoiser knows no places in the text, so that only its mask matters.
+    The denoiser does not use positions of the text, so only its mask matters.
     """
     if prompt_embeds is not None or negative_prompt_embeds is not None:
         raise RecordError("prompt_embeds of LuminaPipeline are not recorded")
@@ -66,42 +66,42 @@ def _tokens(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def _cut(
     ids: torch.Tensor, mask: torch.Tensor, longest: torch.Tensor, side: _Side, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `longest` tokens of each prompt, padded on the side where they were."""
+    """Returns the first `longest` tokens of each prompt, padded on the original side."""
     text = ids.shape[1]
     counts = mask.sum(dim=1, keepdim=True)
     kept = counts.clamp(max=longest)
-    places = torch.arange(text, device=ids.device).expand_as(ids)
+    positions = torch.arange(text, device=ids.device).expand_as(ids)
     if side == "left":
-        ids = ids.gather(1, (places - (counts - kept)).clamp(min=0))
-        within = places >= text - kept
+        ids = ids.gather(1, (positions - (counts - kept)).clamp(min=0))
+        within = positions >= text - kept
     else:
-        within = places < kept
+        within = positions < kept
     return ids.masked_fill(~within, pad_id), within.to(mask.dtype)
 
 
 def _encoded(
     pipe: Any, ids: torch.Tensor, mask: torch.Tensor, longest: torch.Tensor, repeats: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, tokens, channels] and the mask, in the order in which diffusers repeats each."""
+    """Returns [batch, tokens, channels] and the mask, in the order in which diffusers repeats each."""
     side, (batch, text) = pipe.tokenizer.padding_side, ids.shape
     more = _positions(ids, longest, side)
     hidden = pipe.text_encoder(ids, attention_mask=mask, output_hidden_states=True, **more).hidden_states[-2]
-    places = torch.arange(text, device=ids.device)
-    within = places >= text - longest if side == "left" else places < longest
+    positions = torch.arange(text, device=ids.device)
+    within = positions >= text - longest if side == "left" else positions < longest
     embeds = hidden.to(dtype=pipe.text_encoder.dtype).masked_fill(~within.unsqueeze(-1), 0.0)
     return embeds.repeat(1, repeats, 1).view(batch * repeats, text, -1), mask.repeat(repeats, 1)
 
 
 def _positions(ids: torch.Tensor, longest: torch.Tensor, side: _Side) -> dict[str, torch.Tensor]:
-    """Where the tokens stand for diffusers, which counts from the beginning of its padding."""
+    """Returns the tokens' positions in diffusers, which counts from the beginning of its padding."""
     if side == "right":
         return {}
-    places = torch.arange(ids.shape[1], device=ids.device)
-    return {"position_ids": (places - (ids.shape[1] - longest)).clamp(min=0).expand_as(ids)}
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return {"position_ids": (positions - (ids.shape[1] - longest)).clamp(min=0).expand_as(ids)}
 
 
 def _paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length."""
+    """Returns the paddings of both components, which follow the prompt's length."""
     text, side, pad_id = pipe.max_sequence_length, pipe.tokenizer.padding_side, pipe.tokenizer.pad_token_id
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -132,9 +132,9 @@ def _forward(
     attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
 ) -> Any:
-    """The whole caption stands before the image, and attention does not see its padding.
+    """Puts the whole caption before the image, and hides its padding from attention.
 
-    Attention knows places by their rotary embeddings alone, so that where a token stands does not matter.
+    Attention knows places by their rotary embeddings alone, so a token's index does not matter.
     """
     if attention_kwargs:
         raise RecordError("attention_kwargs of Lumina2Transformer2DModel are not recorded")
@@ -145,9 +145,9 @@ def _forward(
 
     temb, caption = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
     lengths = encoder_attention_mask.sum(dim=1, keepdim=True)
-    places = torch.arange(text, device=lengths.device).expand(batch, text)
-    within = places < lengths
-    ids = torch.cat([_caption_ids(places, within), _image_ids(lengths, rows, columns)], dim=1)
+    positions = torch.arange(text, device=lengths.device).expand(batch, text)
+    within = positions < lengths
+    ids = torch.cat([_caption_ids(positions, within), _image_ids(lengths, rows, columns)], dim=1)
     # diffusers keeps them in complex128, which programs do not have; they meet queries and keys in float32.
     rotary = torch.cat(
         [freqs.to(torch.complex64)[ids[..., i]] for i, freqs in enumerate(self.rope_embedder.freqs_cis)], dim=-1
@@ -177,14 +177,14 @@ def _forward(
     return Transformer2DModelOutput(sample=image)
 
 
-def _caption_ids(places: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
-    """[batch, text, 3]: the place in the caption, which is 0 in the padding."""
-    counted = torch.where(within, places, torch.zeros_like(places))
-    return torch.stack([counted, torch.zeros_like(places), torch.zeros_like(places)], dim=-1)
+def _caption_ids(positions: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+    """Returns [batch, text, 3]: the place in the caption, which is 0 in the padding."""
+    counted = torch.where(within, positions, torch.zeros_like(positions))
+    return torch.stack([counted, torch.zeros_like(positions), torch.zeros_like(positions)], dim=-1)
 
 
 def _image_ids(lengths: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[batch, rows · columns, 3]: the caption's length, and the place in the image."""
+    """Returns [batch, rows · columns, 3]: the caption's length, and the place in the image."""
     batch, device = lengths.shape[0], lengths.device
     down = torch.arange(rows, device=device).repeat_interleave(columns).expand(batch, -1)
     across = torch.arange(columns, device=device).repeat(rows).expand(batch, -1)

@@ -21,9 +21,9 @@ def _get_t5_prompt_embeds(
     device: Any = None,
     dtype: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether the last prompt is empty, for which diffusers zeroes all of them, is told from its tokens.
+    """Reads from the tokens whether the last prompt is empty; diffusers then zeroes all prompts.
 
-    A prompt of white space alone counts as empty, too, where the tokenizer drops it.
+    A prompt of white space alone also counts as empty if the tokenizer drops it.
     """
     if self.tokenizer.padding_side != "right":
         raise RecordError("the tokenizer of MochiPipeline pads on the left: where a prompt begins is not fixed")
@@ -49,7 +49,7 @@ def _attend(
     attention_mask: torch.Tensor,
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nothing attends to the padding, and what attention gives for it is zero: what diffusers fills up with."""
+    """Computes attention without the padding, with zeros for its results, which is diffusers' filling."""
     video, text = hidden_states, encoder_hidden_states
     query, key, value = (each(video).unflatten(2, (attn.heads, -1)) for each in (attn.to_q, attn.to_k, attn.to_v))
     query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)

@@ -1,6 +1,10 @@
-"""Stable Diffusion 1.5, XL and 3.5."""
+"""Stable Diffusion 1.5, XL and 3.5, and the checker of finished images that came with the first."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
 
 from diffkiln.families import Family
 from diffkiln.models.known_parts import (
@@ -15,6 +19,7 @@ from diffkiln.models.known_parts import (
     clip_tokenizer,
     t5_tokenizer,
 )
+from diffkiln.record.patches import Patch
 
 _SDXL_BASE = Architecture(
     "StableDiffusionXLPipeline",
@@ -114,6 +119,27 @@ _SD35_MEDIUM = Architecture(
     {},
 )
 
+
+def _check_images(self: Any, clip_input: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes images black without reading a value: scores are rounded to thousandths, and one above zero counts."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import cosine_distance
+
+    embeds = self.visual_projection(self.vision_model(clip_input)[1])
+    special = cosine_distance(embeds, self.special_care_embeds).float() - self.special_care_embeds_weights.float()
+    concepts = cosine_distance(embeds, self.concept_embeds).float() - self.concept_embeds_weights.float()
+    stricter = _above_zero(special).any(dim=1, keepdim=True).float() * 0.01
+    flags = _above_zero(concepts + stricter).any(dim=1)
+    beside = flags.reshape(-1, *[1] * (images.ndim - 1))
+    return torch.where(beside, torch.zeros_like(images), images), flags
+
+
+def _above_zero(scores: torch.Tensor) -> torch.Tensor:
+    return torch.round(scores * 1000.0) > 0
+
+
 PLUGIN = Family(
+    patches=(
+        Patch({"forward": "b6ce37d892d95250"}, _check_images, known_in="StableDiffusionSafetyChecker", outside=True),
+    ),
     architectures={"sdxl-base-1.0": _SDXL_BASE, "sd-1.5": _SD_15, "sd3.5-medium": _SD35_MEDIUM},
 )

@@ -14,7 +14,7 @@ from diffkiln.record.patches import Patch
 
 
 def _get_t5_prompt_embeds(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Zeros are written where diffusers cuts and pads with zeros: the same bits."""
+    """Writes zeros where diffusers cuts and pads with zeros: the same bits."""
     clean = inspect.unwrap(original).__globals__["prompt_clean"]
 
     def get_t5_prompt_embeds(
@@ -51,7 +51,7 @@ _UMT5_XXL: Config = {**T5_XXL, "model_type": "umt5", "vocab_size": 256384}
 
 
 def _wan(transformer: Config, *, experts: int = 1, **settings: Any) -> Architecture:
-    """Wan 2.x, text to video. 2.2 has two experts, one for the early steps and one for the late."""
+    """Returns Wan 2.x, text to video. 2.2 has two experts, one for the early steps and one for the late."""
     denoiser = Part("diffusers", "WanTransformer3DModel", transformer)
     names = ["transformer", "transformer_2"][:experts]
     return Architecture(

@@ -30,7 +30,7 @@ class _Caption(NamedTuple):
 def _encode_prompt(
     self: Any, prompt: Any, device: Any = None, prompt_embeds: Any = None, max_sequence_length: int = 512
 ) -> list[_Caption]:
-    """All tokens of each caption, with zeros in the padding, and which of them count."""
+    """Returns all tokens of each caption, with zeros in the padding, and a mask of those that count."""
     if prompt_embeds is not None:
         raise RecordError("prompt_embeds of ZImagePipeline are not recorded")
     if "controlnet" in self.components:
@@ -69,9 +69,9 @@ def _forward(
     f_patch_size: int = 1,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> Any:
-    """All captions are as long as the longest that may be, and attention does not see what is beyond their multiple.
+    """Makes all captions as long as the longest possible one, and hides the rest from attention.
 
-    Attention knows places by their rotary embeddings alone, so that where a token stands does not matter.
+    Attention knows places by their rotary embeddings alone, so a token's index does not matter.
     """
     if controlnet_block_samples or siglip_feats or image_noise_mask or joint_attention_kwargs:
         raise RecordError("of the arguments of ZImageTransformer2DModel only images, times and captions are recorded")
@@ -83,8 +83,8 @@ def _forward(
     batch, text, _ = caption.shape
     lengths = torch.stack([mask.sum() for _, mask in cap_feats]).unsqueeze(-1)
     ends = (lengths + (_MULTIPLE - 1)).floor_divide(_MULTIPLE) * _MULTIPLE
-    places = torch.arange(text, device=lengths.device).expand(batch, text)
-    seen = places < ends
+    positions = torch.arange(text, device=lengths.device).expand(batch, text)
+    seen = positions < ends
 
     patches = [self._patchify_image(image, patch_size, f_patch_size) for image in x]
     grid, sizes = patches[0][2], [size for _, size, _ in patches]
@@ -98,9 +98,9 @@ def _forward(
         image = layer(image, None, in_image, temb)
 
     caption = self.cap_embedder(caption)
-    caption = torch.where((places >= lengths).unsqueeze(-1), self.cap_pad_token, caption)
-    zeros = torch.zeros_like(places)
-    in_caption = _rotary(self, torch.stack([places + 1, zeros, zeros], dim=-1))
+    caption = torch.where((positions >= lengths).unsqueeze(-1), self.cap_pad_token, caption)
+    zeros = torch.zeros_like(positions)
+    in_caption = _rotary(self, torch.stack([positions + 1, zeros, zeros], dim=-1))
     for layer in self.context_refiner:
         caption = layer(caption, seen, in_caption)
 
@@ -121,10 +121,10 @@ def _forward(
 
 
 def _image_ids(model: Any, ends: torch.Tensor, grid: tuple[int, int, int], filling: int) -> torch.Tensor:
-    """[batch, tokens, 3]: behind the caption, and the place in the image; zeros for the tokens that fill up."""
-    places = model.create_coordinate_grid(size=grid, device=ends.device).flatten(0, 2).to(ends.dtype)
-    first = (ends + 1).unsqueeze(-1) + places[:, :1]
-    ids = torch.cat([first, places[:, 1:].expand(ends.shape[0], -1, -1)], dim=-1)
+    """Returns [batch, tokens, 3]: the end of the caption, and the place in the image; zeros for tokens that fill up."""
+    positions = model.create_coordinate_grid(size=grid, device=ends.device).flatten(0, 2).to(ends.dtype)
+    first = (ends + 1).unsqueeze(-1) + positions[:, :1]
+    ids = torch.cat([first, positions[:, 1:].expand(ends.shape[0], -1, -1)], dim=-1)
     return functional.pad(ids, (0, 0, 0, filling))
 
 
@@ -133,7 +133,7 @@ def _rotary(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """The denoiser's captions follow the prompt's length."""
+    """Returns the padding of the denoiser's captions, which follow the prompt's length."""
     length = fixed["max_sequence_length"]
 
     def padded(caption: torch.Tensor) -> _Caption:

@@ -13,14 +13,14 @@ _REPO = re.compile(rf"{_PART}/{_PART}")
 
 
 def check_repo(repo: str) -> str:
-    """The name of a repository, which is safe as two directories. Raises `HubError` for what cannot be one."""
+    """Returns the name of a repository, safe to use as two directories. Raises `HubError` for an impossible name."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise HubError(f"{repo[:200]!r} is not the name of a repository on the Hub. Give owner/name")
     return repo
 
 
 def parse_address(address: str) -> tuple[str, str]:
-    """Repository and commit of `hf://owner/name@commit`.
+    """Splits `hf://owner/name@commit` into repository and commit.
 
     Raises:
         HubError: it is not such an address, or names a branch or a tag, which can mean another bundle tomorrow.

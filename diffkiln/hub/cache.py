@@ -18,51 +18,64 @@ from diffkiln.bundle.state import cache_home
 from diffkiln.errors import HubUnavailable, Incompatible, IntegrityError
 from diffkiln.guards.gate import gated
 from diffkiln.guards.printable import get_logger
-from diffkiln.hub.address import parse_address
+from diffkiln.hub.address import COMMIT, SCHEME, check_repo, parse_address
 from diffkiln.hub.fetch import Choose, pull_locked
 from diffkiln.hub.remote import client, look_at
 
 log = get_logger(__name__)
 
 
+@gated()
+def pinned(address: str) -> str:
+    """Returns `hf://owner/name@commit` for an address with a branch, a tag or a commit; without any, for `main`.
+
+    Raises:
+        HubError: it is not such an address, or the Hub has no such revision. `HubUnavailable` for what may pass.
+    """
+    repo, _, revision = address.removeprefix(SCHEME).partition("@")
+    check_repo(repo)
+    commit = revision if COMMIT.fullmatch(revision) else look_at(client(), repo, revision or "main").commit
+    return f"{SCHEME}{repo}@{commit}"
+
+
 @gated("choose")
 def cached(address: str, choose: Choose) -> Path:
-    """The directory of the bundle at `hf://owner/name@commit`, fetched if it is not here yet.
+    """Returns the directory of the bundle at `hf://owner/name@commit`, and fetches the bundle if it is not there yet.
 
-    Without any request where this user fetched it: a commit never changes. Processes that want the same one wait for
-    the first.
+    A bundle that this user fetched needs no request: a commit never changes. Processes that want the same bundle wait
+    for the first.
 
     Raises what `parse_address` and `pull` raise, and `IntegrityError` for a cache that others can write to.
     """
     repo, commit = parse_address(address)
-    place = cache_home().directory("bundles") / repo / commit
-    if _serves(repo, place, choose):
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    place = checked_output(place)
-    with lock_output(place, wait=True):
-        if not _serves(repo, place, choose):
-            here = _targets(place)
-            pulled = pull_locked(repo, place, commit, lambda manifest: {*here, *choose(manifest)}, force=True)
+    directory = cache_home().directory("bundles") / repo / commit
+    if _serves(repo, directory, choose):
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory = checked_output(directory)
+    with lock_output(directory, wait=True):
+        if not _serves(repo, directory, choose):
+            here = _targets(directory)
+            pulled = pull_locked(repo, directory, commit, lambda manifest: {*here, *choose(manifest)}, force=True)
             _note(repo, commit, pulled.id)
-    return place
+    return directory
 
 
-def _serves(repo: str, place: Path, choose: Choose) -> bool:
-    """Whether the bundle is here, with the engines that are wanted; a cache can be shared by unlike machines."""
-    if not place.is_dir():
+def _serves(repo: str, directory: Path, choose: Choose) -> bool:
+    """Returns True if the bundle is here, with the engines that are wanted; unlike machines may share a cache."""
+    if not directory.is_dir():
         return False
-    with open_bundle(place) as bundle:
+    with open_bundle(directory) as bundle:
         if not bundle.whole and not set(_wanted(bundle.manifest, choose)) <= set(bundle.targets):
             return False
-        if _is_the_hubs(repo, place.name, bundle):
+        if _is_the_hubs(repo, directory.name, bundle):
             return True
-    log.warning("%s is not the bundle that the Hub has, and is fetched anew", place)
+    log.warning("%s differs from the Hub's bundle, and is fetched again", directory)
     return False
 
 
 def _is_the_hubs(repo: str, commit: str, bundle: Bundle) -> bool:
-    """Whether this user fetched the bundle, or the Hub has its manifest, which names every other byte.
+    """Returns True if this user fetched the bundle, or the Hub has its manifest, which names every other byte.
 
     Raises:
         HubUnavailable: there is no note, and the Hub cannot be asked.
@@ -86,7 +99,7 @@ def _is_the_hubs(repo: str, commit: str, bundle: Bundle) -> bool:
 
 
 def _noted(repo: str, commit: str) -> str | None:
-    """The id that this user's bundle of a commit had when it was fetched."""
+    """Returns the id that this user's bundle of a commit had when it was fetched."""
     try:
         note = json.loads(read_note("fetched", _name(repo, commit)) or b"null")
     except ValueError:
@@ -106,12 +119,12 @@ def _address(repo: str, commit: str) -> str:
     return f"{repo}@{commit}"
 
 
-def _targets(place: Path) -> tuple[str, ...]:
-    """The targets whose engines are here; none of a bundle that cannot be read, which is replaced."""
-    if not place.is_dir():
+def _targets(directory: Path) -> tuple[str, ...]:
+    """Returns the targets whose engines are here; none for an unreadable bundle, which is replaced."""
+    if not directory.is_dir():
         return ()
     try:
-        with open_bundle(place) as bundle:
+        with open_bundle(directory) as bundle:
             return bundle.targets
     except IntegrityError:
         return ()

@@ -26,11 +26,11 @@ _AT_ONCE = 4
 
 
 class _Stopped(Exception):
-    """Another file has failed, or the user has had enough."""
+    """The end of a download because another file has failed or the user interrupted."""
 
 
 class Download:
-    """Fetches files of `remote` into the directory `root`."""
+    """The download of `remote`'s files into the directory `root`."""
 
     def __init__(self, api: HfApi, remote: Remote, root: Path, progress: Progress | None = None) -> None:
         self.remote = remote
@@ -41,9 +41,9 @@ class Download:
         self._lock = threading.Lock()
 
     def check_listed(self, rows: Sequence[FileRow]) -> None:
-        """Compare what the manifest says with what the repository lists, before a byte is fetched.
+        """Compares the manifest with the repository's list of files, before any file is fetched.
 
-        Raises `Incomplete`, `DigestMismatch`, and `ManifestInvalid` for a name that the client's notes have.
+        Raises `Incomplete`, `DigestMismatch`, and `ManifestInvalid` for a name that the client's notes use.
         """
         for row in rows:
             listed = self.remote.files.get(row.path)
@@ -58,9 +58,9 @@ class Download:
                 )
 
     def small(self, path: str, limit: int) -> bytes:
-        """The whole of a file that the repository must list and that may have `limit` bytes.
+        """Returns the content of a file that the repository must list and that has at most `limit` bytes.
 
-        Raises `HubError` if it is not there, too large, or of another size than listed.
+        Raises `HubError` if the file is missing, too large, or not of the listed size.
         """
         listed = self.remote.files.get(path)
         if listed is None:
@@ -74,9 +74,9 @@ class Download:
         return data
 
     def all(self, rows: Sequence[FileRow]) -> None:
-        """Fetch and hash files, several at a time. The first failure, or Ctrl-C, stops the others.
+        """Fetches and hashes files, several at a time. The first failure, or Ctrl-C, stops the others.
 
-        Raises `DigestMismatch` for a file that is not the one that the manifest names, and what `asking` raises.
+        Raises `DigestMismatch` for a file that differs from the manifest, and what `asking` raises.
         """
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="diffkiln-pull") as pool:
             try:
@@ -89,7 +89,7 @@ class Download:
                 raise
 
     def forget(self, path: str) -> None:
-        """Take a file back, so that the next run fetches it anew."""
+        """Removes a fetched file, so that the next run fetches it anew."""
         (self._root / path).unlink(missing_ok=True)
 
     def drop_notes(self) -> None:
@@ -114,7 +114,7 @@ class Download:
         return self._root / path
 
     def _meter(self, size: int) -> type[Any]:
-        """The client tells a progress bar of every chunk before it writes it: the place to count, and to stop."""
+        """Returns a progress bar that counts and can stop: the client tells it of every chunk before it writes it."""
         from huggingface_hub.utils import tqdm
 
         download = self

@@ -20,12 +20,13 @@ _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
 _BUSY = frozenset({408, 425, 429})
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token"
 _SETTINGS = "https://huggingface.co/settings/tokens"
-_AGAIN = "Try again later: what was transferred is kept"
+_AGAIN = "Try again later: the transferred files are kept"
 
 
 @contextmanager
 def asking(repo: str, doing: str) -> Iterator[None]:
-    """Around calls of huggingface_hub alone; `doing` is the verb that stands before the repository in messages.
+    """Turns errors of huggingface_hub into diffkiln's own. `doing` is the verb before the repository's name in
+    messages.
 
     Raises:
         HubUnavailable, HubError: the Hub, or the way to it, failed.
@@ -45,7 +46,7 @@ def asking(repo: str, doing: str) -> Iterator[None]:
 
 
 def explained(error: Exception, repo: str, doing: str) -> DiffkilnError:
-    """The error of ours that says what `error`, raised by huggingface_hub, comes to."""
+    """Returns diffkiln's error for `error`, raised by huggingface_hub."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
     what = f"cannot {doing} {repo}"
@@ -58,7 +59,7 @@ def explained(error: Exception, repo: str, doing: str) -> DiffkilnError:
             "with the account whose token is used, and log in: `hf auth login`, or set HF_TOKEN"
         )
     if isinstance(cause, RevisionNotFoundError):
-        return HubError(f"{what}: it has no such revision. Look at https://huggingface.co/{repo}/commits/main")
+        return HubError(f"{what}: it lacks this revision. Look at https://huggingface.co/{repo}/commits/main")
     if isinstance(cause, HfHubHTTPError):
         return _of_status(what, repo, cause.response.status_code, cause.server_message or "")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
@@ -70,7 +71,9 @@ def explained(error: Exception, repo: str, doing: str) -> DiffkilnError:
 
 
 def redacted(text: str) -> str:
-    """`text` without tokens, neither this user's nor anything that looks like one, and without queries of URLs."""
+    """Returns `text` without tokens, neither this user's nor anything that looks like a token, and without queries of
+    URLs.
+    """
     for token in _tokens():
         text = text.replace(token, "…")
     return _QUERY.sub(r"\1?…", _TOKEN.sub("…", text))
@@ -90,7 +93,7 @@ def _of_status(what: str, repo: str, status: int, said: str) -> HubError:
         hint = f"Make one with the right (to write, for a push) at {_SETTINGS}, and {_LOG_IN}"
     elif status in (409, 412):
         reason = "it was changed by someone else meanwhile"
-        hint = "Look at what it holds now, and try again"
+        hint = "Look at its present files, and try again"
     else:
         reason = f"the Hub refuses it: {redacted(_first_line(said)) or 'it does not say why'}"
         hint = "Mend that, and try again"
@@ -98,7 +101,7 @@ def _of_status(what: str, repo: str, status: int, said: str) -> HubError:
 
 
 def _decisive(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
-    """The error, or the cause behind it, that tells what happened: the library wraps some of its own."""
+    """Returns the error, or the cause behind it, that tells what happened: the library wraps some of its own."""
     current: BaseException | None = error
     for _ in range(8):
         if current is None or isinstance(current, kinds):
@@ -108,7 +111,7 @@ def _decisive(error: BaseException, kinds: tuple[type[BaseException], ...]) -> B
 
 
 def _tokens() -> list[str]:
-    """The tokens that huggingface_hub may have used, without the requests that its own look-up can make."""
+    """Returns the tokens that huggingface_hub may have used, without the requests of its own look-up."""
     found = [os.environ.get(name, "") for name in _VARIABLES]
     with suppress(ImportError, OSError, ValueError):
         from huggingface_hub import constants

@@ -62,7 +62,7 @@ class Pulled:
 
 
 def only(names: Sequence[str]) -> Choose:
-    """A choice of targets by name. Calling it raises `HubError` for one that the bundle has no engines for."""
+    """Returns a choice of targets by name. Calling it raises `HubError` for a target without engines in the bundle."""
 
     def choose(manifest: Manifest) -> Collection[str]:
         known = engine_targets(manifest)
@@ -86,7 +86,7 @@ def pull(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Pulled:
-    """Fetch a bundle from the Hub into the directory `output`.
+    """Fetches a bundle from the Hub into the directory `output`.
 
     Args:
         repo: owner/name.
@@ -96,41 +96,41 @@ def pull(
         progress: called with the number of bytes received since its last call.
 
     Raises:
-        HubError: it is not there, may not be read, or is no bundle; `HubUnavailable` for what may pass.
+        HubError: it is not there, may not be read, or is not a bundle; `HubUnavailable` for what may pass.
         IntegrityError: what the repository holds, or sends, is not what its manifest says.
         Incompatible: the bundle is of a later format, or `choose` finds no target that fits.
         SpecError, BuildError: the output cannot be written.
     """
-    place = checked_output(output)
-    with lock_output(place):
-        check_replaceable(place, force)
-        return pull_locked(check_repo(repo), place, revision, choose, force, progress)
+    directory = checked_output(output)
+    with lock_output(directory):
+        check_replaceable(directory, force)
+        return pull_locked(check_repo(repo), directory, revision, choose, force, progress)
 
 
 def pull_locked(
-    repo: str, place: Path, revision: str, choose: Choose, force: bool = False, progress: Progress | None = None
+    repo: str, directory: Path, revision: str, choose: Choose, force: bool = False, progress: Progress | None = None
 ) -> Pulled:
-    """`pull` for a caller that holds the lock of `place`, an absolute path."""
+    """Fetches a bundle as `pull` does, for a caller that holds the lock of `place`, an absolute path."""
     api = client()
-    staging = Staging(place, resumed=True)
+    staging = Staging(directory, resumed=True)
     staging.create()
     try:
         pulled = _fill(api, repo, staging.root, revision, choose, progress)
         with explained(staging.root, "sync"):
             sync_tree(staging.root)
-        check_replaceable(place, force)
+        check_replaceable(directory, force)
         staging.install()
     except BaseException:
         staging.close()
         raise
     staging.remove()
-    return Pulled(place, *pulled)
+    return Pulled(directory, *pulled)
 
 
 def _fill(
     api: HfApi, repo: str, root: Path, revision: str, choose: Choose, progress: Progress | None
 ) -> tuple[str, str, str, tuple[str, ...]]:
-    """Fetch everything into `root`, so that it is the bundle. Gives id, repository, commit and targets."""
+    """Fetches everything into `root`, which then is the bundle. Returns id, repository, commit and targets."""
     remote = look_at(api, repo, revision)
     download = Download(api, remote, root, progress)
     data = _manifest(download)
@@ -157,7 +157,7 @@ def _fill(
 
 
 def _manifest(download: Download) -> bytes:
-    """The manifest, once it agrees with its digest."""
+    """Returns the manifest, once it agrees with its digest."""
     data = download.small(MANIFEST, MAX_MANIFEST_BYTES)
     if download.small(MANIFEST_DIGEST, 1024) != digest_line(data):
         download.forget(MANIFEST)
@@ -175,7 +175,7 @@ def _is_small(download: Download, name: str) -> bool:
 
 
 def _require_space(root: Path, rows: Sequence[FileRow]) -> None:
-    """Raise `BuildError` now if what is still to come does not fit."""
+    """Raises `BuildError` now if the remaining files do not fit."""
     there = sum(row.size for row in rows if (root / row.path).is_file())
     needed, free = sum(row.size for row in rows) - there, free_bytes(root)
     if free < needed:
@@ -185,7 +185,7 @@ def _require_space(root: Path, rows: Sequence[FileRow]) -> None:
 
 
 def _keep(root: Path, names: Collection[str]) -> None:
-    """Remove what an earlier run, of another commit or for other targets, left."""
+    """Removes files that an earlier run, of another commit or for other targets, left."""
     for directory, files in walk(root):
         for file in files:
             if file.relative_to(root).as_posix() not in names:

@@ -49,7 +49,7 @@ class Pushed:
 def push(
     bundle: str | os.PathLike[str], repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> Pushed:
-    """Publish the bundle in the directory `bundle` as the repository `repo` (owner/name), which is made if need be.
+    """Publishes the bundle in the directory `bundle` as the repository `repo` (owner/name), which is made if necessary.
 
     Args:
         bundle: a whole bundle.
@@ -76,7 +76,7 @@ def push(
 
 
 def _repository(api: HfApi, repo: str, private: bool) -> Remote:
-    """The repository as it is; a new one where there is none."""
+    """Returns the repository; makes it if there is none."""
     try:
         remote = look_at(api, repo)
     except HubError as error:
@@ -112,7 +112,7 @@ def _commit(api: HfApi, bundle: Bundle, remote: Remote) -> Pushed:
 
 
 def _files(bundle: Bundle, repo: str) -> Iterator[tuple[str, Path | bytes]]:
-    """What the repository is to hold, by name: small files as bytes, others as paths."""
+    """Yields the files that the repository is to hold, by name: small files as bytes, others as paths."""
     build = bundle.path / BUILD
     notes = build.read_bytes() if build.is_file() and build.stat().st_size <= MAX_BUILD_BYTES else b""
     manifest = (bundle.path / MANIFEST).read_bytes()
@@ -129,7 +129,7 @@ def _files(bundle: Bundle, repo: str) -> Iterator[tuple[str, Path | bytes]]:
 
 
 def _is_same(content: Path | bytes, sha256: str | None, remote: RemoteFile | None) -> bool:
-    """Whether the repository has the file already. Large ones are compared by the manifest's digest, unread."""
+    """Returns True if the repository has the file already. Large files are compared by digest, unread."""
     from huggingface_hub.utils.sha import git_hash
 
     if remote is None:
@@ -148,7 +148,7 @@ def _send(
     message: str,
     description: str,
 ) -> tuple[str, str]:
-    """Upload what is large, compare, and commit. Gives the commit and its address."""
+    """Uploads large files, compares, and commits. Returns the commit and its address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(name, content) for name, content in sorted(changed.items())]
@@ -167,7 +167,7 @@ def _send(
 
 
 def _check_sent(digests: Mapping[str, str], additions: list[CommitOperationAdd]) -> None:
-    """A file that was written to since it was verified is not published."""
+    """Checks that no file was written to after it was verified."""
     for addition in additions:
         wanted = digests.get(addition.path_in_repo)
         if wanted is not None and addition.upload_info.sha256.hex() != wanted:

@@ -44,7 +44,7 @@ class Remote:
 
 
 def client() -> HfApi:
-    """huggingface_hub's client. Raises `MissingDependency`."""
+    """Returns huggingface_hub's client. Raises `MissingDependency`."""
     with asking("", "reach"):
         from huggingface_hub import HfApi
 
@@ -52,7 +52,7 @@ def client() -> HfApi:
 
 
 def look_at(api: HfApi, repo: str, revision: str | None = None) -> Remote:
-    """What `revision` (a branch, a tag or a commit; `main` by default) of the repository is now.
+    """Returns the present state of `revision` (a branch, a tag or a commit; `main` by default) of the repository.
 
     Raises `HubError` and `HubUnavailable`.
     """

@@ -19,7 +19,7 @@ from diffkiln.bundle.scratch import Scratch
 from diffkiln.bundle.state import cache_home
 from diffkiln.errors import BuildError, SourceError, SpecError
 from diffkiln.models import stand_ins
-from diffkiln.models.folder import read_folder, source_error
+from diffkiln.models.folder import Wanted, read_folder, source_error
 from diffkiln.models.known_parts import Architecture
 from diffkiln.models.meta import skeleton
 from diffkiln.models.source import SourceModel
@@ -66,7 +66,7 @@ def architectures() -> dict[str, Architecture]:
 
 
 def open_architecture(name: str, seed: int, pipeline: str | None = None) -> ArchitectureModel:
-    """The architecture `name` with weights drawn from `seed`, as another pipeline where that is wanted.
+    """Opens the architecture `name` with weights drawn from `seed`, as another pipeline if one is named.
 
     Raises:
         SourceError: diffkiln does not know it, or its folder cannot be written.
@@ -84,7 +84,7 @@ def open_architecture(name: str, seed: int, pipeline: str | None = None) -> Arch
     except (OSError, BuildError) as error:
         raise SourceError(f"the folder of {name} cannot be written into the cache: {error}") from error
     origin = {"architecture": name, "seed": seed} | ({"pipeline": pipeline} if pipeline else {})
-    return ArchitectureModel(folder, *read_folder(folder, weights=False, pipeline=pipeline), origin)
+    return ArchitectureModel(folder, *read_folder(folder, Wanted(pipeline), weights=False), origin)
 
 
 def _cached_folder(name: str, architecture: Architecture) -> Path:

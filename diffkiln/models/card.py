@@ -10,9 +10,9 @@ from diffkiln.models.licences import FIELDS, stated
 
 
 def read_card(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Licence, base models and task of the model in `folder`, as its README.md states them; nothing where it does not.
+    """Returns licence, base models and task from the README.md of the model in `folder`; only those that it states.
 
-    A link to the licence that is relative is made absolute where the model is one of the Hub's, and left out elsewhere.
+    A relative link to the licence becomes absolute for a model of the Hub, and is left out otherwise.
     """
     words = stated(folder, (*FIELDS, "pipeline_tag", "base_model"))
     found: dict[str, Any] = {name: given[0] for name, given in words.items()}

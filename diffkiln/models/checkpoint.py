@@ -50,14 +50,14 @@ class SavedTensor(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What the weights of one component are: file names within its folder, and every tensor by name."""
+    """The weights of one component: file names within its folder, and every tensor by name."""
 
     files: tuple[str, ...]
     tensors: Mapping[str, SavedTensor]
 
     @property
     def dtype(self) -> str:
-        """The floating type that most bytes are saved in; float32 where there is none."""
+        """Returns the floating type that most bytes are saved in; float32 if there is none."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             if "float" in tensor.dtype:
@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a configuration file.
+    """Returns the content of a configuration file.
 
     Raises:
         SourceError: it cannot be read or is not JSON.
@@ -82,14 +82,26 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path.name} cannot be read: {error}") from error
 
 
-def read_checkpoint(folder: Path, library: Library) -> Checkpoint:
-    """Find the weights in `folder` as `library` does when it loads them, and read their headers.
+def weight_files(library: str, variant: str | None = None) -> tuple[str, str]:
+    """Returns the names of a single file of weights and of an index of several, as `library` calls those of a
+    variant."""
+    middle = f".{variant}" if variant else ""
+    return f"{STEMS[library]}{middle}.safetensors", f"{STEMS[library]}.safetensors.index{middle}.json"
+
+
+def has_variant(folder: Path, library: Library, variant: str | None) -> bool:
+    """Returns True if the folder has weights of this variant."""
+    return variant is not None and any((folder / name).is_file() for name in weight_files(library, variant))
+
+
+def read_checkpoint(folder: Path, library: Library, variant: str | None = None) -> Checkpoint:
+    """Finds the weights in `folder` as `library` does when it loads them, and reads their headers.
 
     Raises:
         SourceError: there are none, some are missing, or they are not safetensors.
     """
     stem = STEMS[library]
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    single, index = (folder / name for name in weight_files(library, variant))
     # With both a single file and shards, diffusers loads the shards and transformers the single file.
     if index.is_file() and not (library == "transformers" and single.is_file()):
         shards = _shards(index)
@@ -126,7 +138,9 @@ def _why_none(folder: Path, stem: str) -> str:
             "Save them as safetensors: pipeline.save_pretrained(folder, safe_serialization=True)"
         )
     if variants := [name for name in names if name.startswith(stem) and name.endswith(".safetensors")]:
-        return f"the weights are only there as the variant {variants[0]}. Save them as {stem}.safetensors"
+        named = variants[0].removeprefix(f"{stem}.").partition(".")[0]
+        hint = f'Add "variant": {json.dumps(named)} to the source'
+        return f"the weights are only there as the variant {variants[0]}. {hint}, or save them as {stem}.safetensors"
     return f"there are no weights: no {stem}.safetensors and no {stem}.safetensors.index.json"
 
 
@@ -134,7 +148,7 @@ def read_header(path: Path) -> dict[str, SavedTensor]:
     """Returns every tensor of a safetensors file, as its header describes them.
 
     Raises:
-        SourceError: It is no safetensors file, or one of unknown types.
+        SourceError: It is not a safetensors file, or one of unknown types.
         LimitExceeded: Its header is longer, or has more rows, than the limits allow.
     """
     from safetensors import SafetensorError, safe_open
@@ -144,7 +158,7 @@ def read_header(path: Path) -> dict[str, SavedTensor]:
         check_header(path)
         with safe_open(path, framework="pt") as file:
             active().check("header_rows", len(file.keys()), path.name)
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+            for name in file.keys():  # noqa: SIM118  (it is not a mapping)
                 part = file.get_slice(name)
                 dtype, size = _TYPES[part.get_dtype()]
                 shape = tuple(part.get_shape())
@@ -168,4 +182,4 @@ def _what_is_wrong(path: Path) -> str:
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             return "is a git-lfs pointer and not the weights: run `git lfs pull` in the folder"
-    return "is cut short or is no safetensors file: download the model again"
+    return "is cut short or is not a safetensors file: download the model again"

@@ -7,91 +7,148 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from diffkiln.bundle.configurations import fetches_code, is_configuration, reaching_out
-from diffkiln.bundle.layout import PIPELINE, misplaced
 from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
-from diffkiln.guards.building import check_config
-from diffkiln.guards.limits import active
-from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.interpreter.quiet import quiet_imports
-from diffkiln.models.checkpoint import Checkpoint, Library, read_checkpoint, read_json
+from diffkiln.models.checkpoint import read_json
+from diffkiln.models.components import Component, Place, read_component, replaced_entry
 from diffkiln.plugins import Plugin, plugins
+from diffkiln.spec.problems import suggest
 
+#: The component that looks at finished images.
+CHECKER = "safety_checker"
+#: Components that are part of a bundle only if the call reads them: they may serve a component that is left out.
+IF_READ = ("feature_extractor",)
 #: Components that judge or repeat images; they take no part in making one.
-LEFT_OUT = ("safety_checker", "feature_extractor")
-_SCHEDULER = "scheduler_config.json"
-_CONFIGS = ("config.json", _SCHEDULER, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+LEFT_OUT = (CHECKER,)
 
 
-@dataclass(frozen=True, eq=False)
-class Component:
-    """One entry of model_index.json: its class and, for a module, the library that loads it and its weights."""
+@dataclass(frozen=True)
+class Wanted:
+    """The choices of a spec about a folder's components.
 
-    name: str
-    kind: type
-    library: Library | None = None
-    checkpoint: Checkpoint | None = None
+    Attributes:
+        pipeline: the class that is wanted in the place of the folder's own.
+        variant: of the weights, where a component has them.
+        given: components that are elsewhere, or None for one that the pipeline does without.
+        omit: components that are left out, so that a notice says so.
+        elsewhere: components whose weights are in other files.
+        file: a file of another layout that has the weights of those that are not given.
+    """
+
+    pipeline: str | None = None
+    variant: str | None = None
+    given: Mapping[str, Place | None] = field(default_factory=dict)
+    omit: Collection[str] = ()
+    elsewhere: Collection[str] = ()
+    file: Path | None = None
 
 
 @quiet_imports()
 def read_folder(
-    folder: Path, *, weights: bool = True, elsewhere: Collection[str] = (), pipeline: str | None = None
+    folder: Path, wanted: Wanted | None = None, *, weights: bool = True
 ) -> tuple[type, dict[str, Component], list[str]]:
-    """The pipeline class, the components that are used, and notices of those that are not.
+    """Returns the pipeline class, the components that are used, and notices of those that are not.
 
-    Without `weights`, modules need a configuration only; so do those whose weights are `elsewhere`. `pipeline` is the
-    class that is wanted in the place of the folder's own.
+    Without `weights`, modules need a configuration only.
 
     Raises:
         SourceError: with every problem that was found.
     """
+    wanted = wanted or Wanted()
     index = read_index(folder)
     _refuse_code(folder, index)
     pipeline_class = _pipeline_class(index.get("_class_name"))
-    if pipeline is not None:
-        pipeline_class = _other_class(pipeline, pipeline_class, index)
+    if wanted.pipeline is not None:
+        pipeline_class = _other_class(wanted.pipeline, pipeline_class, {**index, **_present(wanted)})
+    _refuse_fetching(pipeline_class, index)
     components: dict[str, Component] = {}
     notices: list[str] = []
-    problems: list[Problem] = []
-    for name, entry in entries(index):
-        if entry == [None, None] or (pipeline is not None and name not in _arguments(pipeline_class)):
-            continue
-        if reason := _left_out(name, pipeline_class):
+    problems = list(_unknown(wanted, pipeline_class, index))
+    listed = {name: entry for name, entry in _listed(index, wanted) if _is_used(name, entry, wanted, pipeline_class)}
+    for name, entry in listed.items():
+        if reason := _left_out(name, pipeline_class, listed, wanted):
             notices.append(f"{name} is left out: {reason}")
             continue
         try:
-            components[name] = _component(folder, name, *entry, weights=weights and name not in elsewhere)
+            components[name] = _component(folder, name, entry, wanted, weights=weights)
         except LimitExceeded:
             raise
         except (SourceError, ManifestInvalid) as error:
-            problems.append(Problem("$.source", f"component {name}: {error}"))
+            if name in IF_READ:
+                notices.append(f"{name} is left out: {error}")
+                continue
+            problems.append(Problem(_where(name, wanted), f"component {name}: {error}"))
+    problems += _without_variant(components, wanted)
+    notices += [part.quantized.notice(name) for name, part in components.items() if part.quantized]
     if problems:
         raise SourceError(problems=problems)
     return pipeline_class, components, notices
 
 
+def _present(wanted: Wanted) -> dict[str, Place]:
+    return {name: place for name, place in wanted.given.items() if place is not None}
+
+
+def _listed(index: Mapping[str, Any], wanted: Wanted) -> Iterator[tuple[str, list[Any]]]:
+    """Yields the entries of model_index.json, then the components that only the spec has."""
+    yield from entries(index)
+    yield from ((name, [None, None]) for name in wanted.given if name not in index)
+
+
+def _is_used(name: str, entry: list[Any], wanted: Wanted, pipeline_class: type) -> bool:
+    if name in wanted.given:
+        return wanted.given[name] is not None and name in _arguments(pipeline_class)
+    return entry != [None, None] and (wanted.pipeline is None or name in _arguments(pipeline_class))
+
+
+def _component(folder: Path, name: str, entry: list[Any], wanted: Wanted, *, weights: bool) -> Component:
+    named = None if entry == [None, None] else (entry[0], entry[1])
+    weights = weights and name not in wanted.elsewhere
+    place = wanted.given.get(name)
+    if place is None:
+        return read_component(name, Place((folder / name,), wanted.variant, wanted.file), named, weights=weights)
+    if not place.folders:  # another file has the weights, and its configuration stays
+        place = Place((folder / name,), place.variant, place.file, place.origin)
+        return read_component(name, place, named, weights=weights)
+    return read_component(name, place, replaced_entry(place, named), weights=weights)
+
+
+def _where(name: str, wanted: Wanted) -> str:
+    return f"$.source.components.{name}" if name in wanted.given else "$.source"
+
+
+def _unknown(wanted: Wanted, pipeline_class: type, index: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yields what the spec says of components that the pipeline has not."""
+    taken = _arguments(pipeline_class)
+    for name in wanted.given:
+        if name not in taken:
+            reason = f"{pipeline_class.__name__} has no component {name!r}; it takes {', '.join(taken)}"
+            yield Problem(f"$.source.components.{name}", reason, suggest(name, taken))
+    for position, name in enumerate(wanted.omit):
+        if index.get(name, [None, None]) == [None, None] and wanted.given.get(name) is None:
+            yield Problem(f"$.source.omit[{position}]", f"this {pipeline_class.__name__} has no {name}", "Remove it")
+
+
+def _without_variant(components: Mapping[str, Component], wanted: Wanted) -> Iterator[Problem]:
+    """Yields a problem if no component has weights of the variant that is asked for."""
+    modules = [part for part in components.values() if part.library and part.name not in wanted.given and not part.file]
+    parts = [member for part in modules for member in (part.members or (part,))]
+    if wanted.variant and not any(part.variant for part in parts):
+        hint = "Remove it, or give one that the model has"
+        yield Problem("$.source.variant", f"no component has weights of the variant {wanted.variant!r}", hint)
+
+
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse code that diffusers would take beside model_index.json, as `pipeline_loading_utils` looks for it."""
+    """Refuses code that diffusers would load beside model_index.json, as `pipeline_loading_utils` looks for it."""
     named = index["_class_name"] if isinstance(index["_class_name"], list) else []
     for name in ("None", *map(str, named)):  # the first is what no custom pipeline is called
         if (folder / f"{Path(name).name}.py").exists():
-            raise source_error(f"the model brings code of its own ({name}.py), which is never run", "Remove the file")
-
-
-def _refuse_reaching_out(file: Path) -> None:
-    try:
-        found = reaching_out(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return  # whoever reads the file says so
-    if found:
-        raise SourceError(f"{file.name}: {found}")
+            raise source_error(f"the model brings its own code ({name}.py), which is never run", "Remove the file")
 
 
 def source_error(reason: str, hint: str = "", where: str = "$.source.model") -> SourceError:
@@ -100,13 +157,18 @@ def source_error(reason: str, hint: str = "", where: str = "$.source.model") -> 
 
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
+    if (folder / "modular_model_index.json").is_file() and not path.is_file():
+        raise source_error(
+            f"the folder {folder.name} is of a modular pipeline, whose blocks have no call of their own to compile",
+            "Give the folder of an ordinary pipeline with the same components",
+        )
     if not path.is_file():
         found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
         if not found:
             raise source_error(f"the folder {folder.name} is empty", "Download the model again")
         listing = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
         raise source_error(
-            f"the folder {folder.name} is no diffusers pipeline: it has no model_index.json, but {listing}",
+            f"the folder {folder.name} is not a diffusers pipeline: it has no model_index.json, but {listing}",
             "Give the folder that pipeline.save_pretrained writes",
         )
     try:
@@ -119,7 +181,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def entries(index: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """The components of model_index.json; other entries are arguments of the pipeline."""
+    """Yields the components of model_index.json; other entries are arguments of the pipeline."""
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2:
             yield name, entry
@@ -131,7 +193,7 @@ def _pipeline_class(name: Any) -> type:
 
     if not isinstance(name, str):
         raise source_error(
-            f"model_index.json asks for a pipeline class of its own ({json.dumps(name)})",
+            f"model_index.json asks for its own pipeline class ({json.dumps(name)})",
             "Code that comes with a model is never run: use a pipeline class of diffusers",
         )
     kind = getattr(diffusers, name, None) if name.isidentifier() else None
@@ -146,9 +208,18 @@ def _pipeline_class(name: Any) -> type:
         raise source_error(f"the pipeline {name} needs packages that are not installed", f"Install {needs}")
     if not issubclass(kind, DiffusionPipeline):
         raise source_error(f"{name} is a class of diffusers, but not a pipeline")
-    if kind._load_connected_pipes:
-        raise source_error(f"{name} has diffusers fetch the pipelines that it is made of", "Compile each by itself")
     return kind
+
+
+def _refuse_fetching(kind: type, index: Mapping[str, Any]) -> None:
+    """Refuses a folder whose missing components diffusers would fetch from the pipelines that its model card names."""
+    needed = [name for name, parameter in _arguments(kind).items() if parameter.default is parameter.empty]
+    missing = [name for name in needed if index.get(name) in (None, [None, None])]
+    if kind._load_connected_pipes and missing:  # type: ignore[attr-defined]
+        raise source_error(
+            f"{kind.__name__} has diffusers fetch the pipelines that it is made of, here for {', '.join(missing)}",
+            "Give the folder that pipeline.save_pretrained writes, or compile each pipeline by itself",
+        )
 
 
 def _of_a_family(name: str) -> type | None:
@@ -161,14 +232,14 @@ def _of_a_family(name: str) -> type | None:
 
 
 def _other_class(name: str, own: type, index: Mapping[str, Any]) -> type:
-    """The class that a spec names, if the components are all that it needs."""
+    """Returns the class that a spec names, if the folder has every component that it needs."""
     where = "$.source.pipeline"
     try:
         kind = _pipeline_class(name)
     except SourceError as error:
         raise source_error(f"{error}", "Give the name of a pipeline class of diffusers", where) from error
     needed = [name for name, parameter in _arguments(kind).items() if parameter.default is parameter.empty]
-    lacking = [name for name in needed if name not in index and name not in LEFT_OUT]
+    lacking = [name for name in needed if name not in index and name not in (*LEFT_OUT, *IF_READ)]
     if lacking:
         hint = f"Save a {name} with all its components, and give its folder as the model"
         raise source_error(f"{name} needs {', '.join(lacking)}, which this {own.__name__} does not have", hint, where)
@@ -180,94 +251,12 @@ def _arguments(pipeline_class: type) -> dict[str, inspect.Parameter]:
     return {item.name: item for item in parameters if item.name != "self" and item.kind is not item.VAR_KEYWORD}
 
 
-def _left_out(name: str, pipeline_class: type) -> str:
-    if name in LEFT_OUT:
-        return "it checks finished images and is not compiled"
+def _left_out(name: str, pipeline_class: type, listed: Collection[str], wanted: Wanted) -> str:
+    if name in wanted.omit:
+        return "the spec omits it"
+    if name == CHECKER and wanted.file is not None and name not in wanted.given:
+        return "a single file does not hold it, so that diffusers loads none. Give it in the source's components"
     call = inspect.signature(getattr(pipeline_class, "__call__")).parameters  # noqa: B004, B009
     if name == "image_encoder" and "image" not in call and "ip_adapter_image" in call:
         return "only IP adapters use it"
     return ""
-
-
-def _component(folder: Path, name: str, library: Any, class_name: Any, *, weights: bool) -> Component:
-    if not name.isidentifier():
-        raise SourceError("the name is no identifier")
-    root = folder / name
-    if not root.is_dir():
-        raise SourceError(f"the folder {name} is missing. Download the model again")
-    kind = _component_class(library, class_name)
-    if code := sorted(path.name for path in root.rglob("*.py")):
-        raise SourceError(f"the model brings code of its own ({code[0]}), which is never run")
-    module_library = _module_library(kind)
-    for file in sorted(path for path in root.rglob("*.json") if is_configuration(path.name)):
-        _refuse_reaching_out(file)
-    if fetches_code(kind):
-        raise SourceError(f"{class_name} takes code or a model from elsewhere, which is never run")
-    configs = {file: read_json(root / file) for file in _CONFIGS if (root / file).is_file()}
-    for file in ("config.json", _SCHEDULER):
-        check_config(configs.get(file), f"{name}/{file}", scheduler=file == _SCHEDULER)
-    if module_library is None:
-        _check_tokenizers(root)
-        return Component(name, kind)
-    config = configs.get("config.json")
-    if not isinstance(config, dict):
-        raise SourceError("config.json is missing or is no JSON object")
-    if config.get("quantization_config"):
-        raise SourceError(
-            "the weights are quantized already. Give the model that they were quantized from, "
-            "and let the pass `quantize` do it"
-        )
-    return Component(name, kind, module_library, read_checkpoint(root, module_library) if weights else None)
-
-
-def _check_tokenizers(root: Path) -> None:
-    """Reads tokenizers within limits before a library reads them without."""
-    for path in root.rglob("tokenizer.json"):
-        active().check("json_bytes", path.stat().st_size, path.name)
-        BoundedTokenizer(path.read_bytes(), path.name)
-
-
-def _component_class(library: Any, class_name: Any) -> type:
-    """The class that diffusers would load, if it is one of diffusers or transformers."""
-    import diffusers
-    import transformers
-
-    if not (isinstance(library, str) and isinstance(class_name, str) and class_name.isidentifier()):
-        raise SourceError(f"model_index.json says {json.dumps([library, class_name])}, which is no library and class")
-    homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-    home = homes.get(library) or getattr(diffusers.pipelines, library, None)
-    if not isinstance(home, ModuleType):
-        raise SourceError(
-            f"the class {class_name} is of {library!r}, neither of diffusers nor of transformers; "
-            "code that comes with a model is never run"
-        )
-    if re.match("Auto[A-Z]", class_name):
-        raise SourceError(f"{class_name} is no class of its own, but lets the model's files choose one")
-    kind = getattr(home, class_name, None)
-    if not inspect.isclass(kind):
-        version = getattr(homes.get(library, diffusers), "__version__", "")
-        owner = library if library in homes else "diffusers"
-        raise SourceError(f"{owner} {version}, which is installed, has no class {class_name!r}")
-    if ".dummy_" in kind.__module__:
-        raise SourceError(f"the class {class_name} needs packages that are not installed")
-    return kind
-
-
-def _module_library(kind: type) -> Library | None:
-    import torch
-    import transformers
-    from diffusers.models.modeling_utils import ModelMixin
-
-    if issubclass(kind, ModelMixin):
-        return "diffusers"
-    if issubclass(kind, transformers.PreTrainedModel):
-        return "transformers"
-    if issubclass(kind, torch.nn.Module):
-        raise SourceError(f"{kind.__name__} is a module that neither diffusers nor transformers loads")
-    return None
-
-
-def plain_files(root: Path) -> list[Path]:
-    """What a tokenizer or a scheduler may read, and a bundle may hold: no dot files, pickles or code."""
-    files = [path for path in root.rglob("*") if path.is_file()]
-    return [path for path in files if not misplaced(f"{PIPELINE}{path.relative_to(root).as_posix()}", "config")]

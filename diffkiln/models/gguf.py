@@ -22,9 +22,9 @@ _PLAIN = ("F32", "F16", "BF16")
 
 
 def put_gguf(module: nn.Module, name: str, file: Path) -> None:
-    """Give a module the weights of a GGUF file; quantized linear layers stay quantized.
+    """Gives a module the weights of a GGUF file; quantized linear layers stay quantized.
 
-    A module without data gets none: of the file only the header is read, and what its conversion joins.
+    A module without data stays without: only the header is read, and the tensors that the conversion joins.
 
     Args:
         module: with its final types; changed in place.
@@ -56,7 +56,7 @@ def put_gguf(module: nn.Module, name: str, file: Path) -> None:
 
 
 def _converted(module: nn.Module, name: str, file: Path) -> dict[str, tuple[str, torch.Tensor, tuple[int, ...]]]:
-    """The file's tensors under the module's names: type, packed data, and shape of the values."""
+    """Returns the file's tensors under the module's names: type, packed data, and shape of the values."""
     check_gguf(file)
     try:
         state = _read(file)
@@ -79,7 +79,7 @@ def _converted(module: nn.Module, name: str, file: Path) -> dict[str, tuple[str,
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """As diffusers' load_gguf_checkpoint, with the file's memory mapped and not copied."""
+    """Reads a file as diffusers' load_gguf_checkpoint does, with the file's memory mapped instead of copied."""
     import gguf
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter
 

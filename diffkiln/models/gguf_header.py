@@ -29,7 +29,7 @@ def check_gguf(path: Path) -> None:
         with path.open("rb") as file:
             _Header(file, path.name).walk()
     except (struct.error, OSError, OverflowError) as error:
-        raise SourceError(f"{path.name} cannot be read: it is cut short or is no GGUF file ({error})") from error
+        raise SourceError(f"{path.name} cannot be read: it is cut short or is not a GGUF file ({error})") from error
 
 
 class _Header:
@@ -39,7 +39,7 @@ class _Header:
     def walk(self) -> None:
         magic, version, tensors, keys = self._numbers("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
-            raise SourceError(f"{self._name} cannot be read: it is no GGUF file of version 2 or 3")
+            raise SourceError(f"{self._name} cannot be read: it is not a GGUF file of version 2 or 3")
         active().check("header_rows", tensors, self._name)
         self._count(keys)
         for _ in range(keys):

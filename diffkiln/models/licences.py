@@ -20,15 +20,15 @@ _MAX_HEADER = 10**8
 
 
 def licence_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the card in `folder`, as far as it states them."""
+    """Returns `license`, `license_name` and `license_link` from the card in `folder`, as far as it states them."""
     return {name: ", ".join(words) for name, words in stated(folder, FIELDS).items()}
 
 
 def stated(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """What the card in `folder` states in these fields of its header.
+    """Returns the words of these fields in the header of the card in `folder`.
 
-    That is YAML, of which only plain lines `name: words`, quotes and lists are read: a card is a stranger's, and a few
-    thousand brackets keep a whole parser busy for minutes.
+    The header is YAML. Only plain lines `name: words`, quotes and lists are read: a stranger wrote the card, and a few
+    thousand brackets keep a full parser busy for minutes.
     """
     try:
         with (folder / CARD).open("rb") as file:
@@ -41,7 +41,7 @@ def stated(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _values(lines: list[str], name: str) -> list[str]:
-    """The words after `name:`, or of the list below it."""
+    """Returns the words after `name:`, or those of the list below it."""
     for index, line in enumerate(lines):
         if not line.startswith(f"{name}:"):
             continue
@@ -56,7 +56,7 @@ def _values(lines: list[str], name: str) -> list[str]:
 
 
 def licence_in(file: Path) -> dict[str, str]:
-    """The licence in the metadata of a safetensors file (`modelspec.license`), where trainers leave it."""
+    """Returns the licence in the metadata of a safetensors file (`modelspec.license`), where trainers put it."""
     try:
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
@@ -68,5 +68,5 @@ def licence_in(file: Path) -> dict[str, str]:
 
 
 def _words(items: Sequence[object]) -> list[str]:
-    """Each as one line of text."""
+    """Returns each item as one line of text."""
     return [" ".join(item.split())[:1000] for item in items if isinstance(item, str) and item.strip()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,11 @@ from diffkiln.guards.building import bounded_building
 from diffkiln.guards.limits import active
 from diffkiln.interpreter.portable import portable
 from diffkiln.interpreter.quiet import quiet_libraries
-from diffkiln.models.folder import LEFT_OUT
+from diffkiln.models.components import Component
+from diffkiln.models.folder import CHECKER, IF_READ, LEFT_OUT
 from diffkiln.models.gguf import put_gguf
+from diffkiln.models.quantized import fill, put_quantized
+from diffkiln.models.single_file import load_single_file
 from diffkiln.models.source import SourceModel
 from diffkiln.models.stand_ins import fill_with_noise
 from diffkiln.models.weights import weights_of
@@ -50,42 +53,52 @@ def meta_pipeline(source: SourceModel, dtype: str | None = None) -> DiffusionPip
     Raises:
         SourceError: a configuration does not build its class, or a tokenizer cannot be loaded.
     """
-    meta_modules = {name: _meta_module(source, name, dtype) for name in source.modules}
+    return pipeline_with(source, {name: _meta_module(source, name, dtype) for name in source.modules})
+
+
+def pipeline_with(source: SourceModel, modules: Mapping[str, nn.Module]) -> DiffusionPipeline:
+    """Returns the pipeline with real tokenizers and scheduler, and with these modules.
+
+    Raises:
+        SourceError: a tokenizer cannot be loaded.
+    """
     absent = _left_out_arguments(source)
     with quiet_libraries(), _blamed("the pipeline"), portable():
-        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **meta_modules, **absent)
+        parts = {name: _part(source, name) for name in source.elsewhere if name not in source.modules}
+        given = {**modules, **parts, **absent}
+        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **given)
+
+
+def _part(source: SourceModel, name: str) -> Any:
+    """Returns a component that is not a module, such as a tokenizer, from its own folder."""
+    part = source.components[name]
+    return part.kind.from_pretrained(part.root, local_files_only=True)
 
 
 def _meta_module(source: SourceModel, name: str, dtype: str | None) -> nn.Module:
     module = emptied(skeleton(source, name, dtype))
     if name in source.gguf:
         put_gguf(module, name, source.gguf[name])
+    _put_layers(module, source.components[name], data=False)
     return module
 
 
+def _put_layers(module: nn.Module, component: Component, *, data: bool) -> None:
+    """Gives a module the layers that were quantized before."""
+    if component.quantized is not None and component.saved is not None:
+        put_quantized(module, component.name, component.root, component.saved, component.quantized, data=data)
+
+
 def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
-    """The module as `from_pretrained` builds it, with final types, its parameters on the meta device, its buffers real.
+    """Builds the module as `from_pretrained` does, with final types, parameters on the meta device, and real buffers.
 
     Raises:
         SourceError: the configuration does not build its class.
     """
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import no_init_weights
-    from transformers.initialization import no_init_weights as no_init_of_transformers
-
     component = source.components[name]
     build_type = _build_type(source, name, dtype)
-    folder, kind = source.folder / name, component.kind
-    with torch.random.fork_rng(devices=[]), quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
-        empty, bounded = init_empty_weights(include_buffers=False), bounded_building(f"component {name}")
-        with bounded, no_init_weights(), no_init_of_transformers(), empty, portable():
-            if component.library == "transformers":
-                config = kind.config_class.from_pretrained(folder, local_files_only=True)
-                module = kind._from_config(config, dtype=build_type)
-            else:
-                module = kind.from_config(kind.load_config(folder, local_files_only=True))
-        if component.library == "transformers":
-            module.tie_weights()
+    with quiet_libraries(), _blamed(f"component {name}"), _default_dtype(build_type):
+        module = _bare(component, build_type)
     final = _transformers_types(module, build_type)
     if component.library == "diffusers":
         final = _diffusers_types(source, name, module, build_type)
@@ -94,8 +107,33 @@ def skeleton(source: SourceModel, name: str, dtype: str | None = None) -> nn.Mod
     return module.eval().requires_grad_(False)
 
 
+def _bare(component: Component, build_type: torch.dtype) -> nn.Module:
+    """Returns a module as its configuration builds it, or a bag of such; its parameters are on the meta device."""
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
+    from transformers.initialization import no_init_weights as no_init_of_transformers
+
+    folder, kind = component.root, component.kind
+    with torch.random.fork_rng(devices=[]):
+        empty, bounded = init_empty_weights(include_buffers=False), bounded_building(f"component {component.name}")
+        if component.members:
+            members = [_bare(member, build_type) for member in component.members]
+            with empty:
+                return kind(members)
+        with bounded, no_init_weights(), no_init_of_transformers(), empty, portable():
+            if component.library == "transformers":
+                config = kind.config_class.from_pretrained(folder, local_files_only=True)
+                module = kind._from_config(config, dtype=build_type)
+            else:
+                module = kind.from_config(kind.load_config(folder, local_files_only=True))
+    if component.library == "transformers":
+        module.tie_weights()
+    return module
+
+
 def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.Module:
-    """The module with its weights on the CPU, in evaluation mode and without gradients; drawn for an architecture.
+    """Loads the module with its weights on the CPU, in evaluation mode and without gradients. Draws them for an
+    architecture.
 
     Raises:
         SourceError: the weights do not fit the configuration.
@@ -108,18 +146,38 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
         put_gguf(module, name, source.gguf[name])
         return module
     component = source.components[name]
+    if component.quantized is not None and component.saved is not None:
+        module = skeleton(source, name, dtype)
+        _put_layers(module, component, data=True)
+        found = fill(module, name, component.root, component.saved)
+        replace_weights(module, lambda key, tensor: found.get(key, tensor))
+        return module.eval().requires_grad_(False)
     build_type = _build_type(source, name, dtype)
-    options: dict[str, Any] = {"torch_dtype": build_type}
-    if component.library == "transformers":
-        options = {"dtype": build_type}
     with quiet_libraries(), _blamed(f"component {name}"), portable():
-        module, info = component.kind.from_pretrained(
-            source.folder / name, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
+        if component.members:
+            module = component.kind([_loaded(member, build_type) for member in component.members])
+        else:
+            module = _loaded(component, build_type)
+    return module.eval().requires_grad_(False)
+
+
+def _loaded(component: Component, build_type: torch.dtype) -> nn.Module:
+    """Returns a module as its library loads it."""
+    if component.file is not None:
+        return load_single_file(component.name, component.kind, component.root, component.file, build_type)
+    options: dict[str, Any] = {"dtype" if component.library == "transformers" else "torch_dtype": build_type}
+    if component.variant:
+        options["variant"] = component.variant
+    kind: Any = component.kind
+    module, info = kind.from_pretrained(
+        component.root, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
     missing = sorted(set(info["missing_keys"]) & {key for key, _ in module.named_parameters()})
     if missing:
-        raise SourceError(f"component {name}: its weights lack {len(missing)} tensors, the first is {missing[0]}")
-    return module.eval().requires_grad_(False)
+        raise SourceError(
+            f"component {component.name}: its weights lack {len(missing)} tensors, the first is {missing[0]}"
+        )
+    return module
 
 
 def _drawn(module: nn.Module, seed: str) -> nn.Module:
@@ -129,7 +187,7 @@ def _drawn(module: nn.Module, seed: str) -> nn.Module:
 
 
 def refuse_nonfinite(module: nn.Module, name: str, when: str = "") -> None:
-    """Look through the weights of the component `name` for NaN and infinity; those without data are passed over.
+    """Searches the weights of the component `name` for NaN and infinity; skips weights without data.
 
     Raises:
         BuildError: there is one; the message names the tensor, and `when` it was looked for.
@@ -164,7 +222,7 @@ _Types = Callable[[str, torch.Tensor], torch.dtype]
 
 
 def _transformers_types(module: nn.Module, build_type: torch.dtype) -> _Types:
-    """As transformers 5 casts: what the model was built in, and float32 for the modules that ask for it.
+    """Returns types as transformers 5 casts them: the build type, and float32 for modules that ask for it.
 
     `_keep_in_fp32_modules` counts for float16 only, `_keep_in_fp32_modules_strict` for bfloat16 too.
     """
@@ -182,7 +240,7 @@ def _transformers_types(module: nn.Module, build_type: torch.dtype) -> _Types:
 
 
 def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_type: torch.dtype) -> _Types:
-    """As diffusers casts: every floating tensor of the checkpoint to the type asked for, or kept in float32."""
+    """Returns types as diffusers casts them: the type asked for, or float32 for tensors that it keeps."""
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     checkpoint = source.components[name].checkpoint
     buffers = {key for key, _ in module.named_buffers()}
@@ -199,7 +257,7 @@ def _diffusers_types(source: SourceModel, name: str, module: nn.Module, build_ty
 
 
 def emptied(module: nn.Module) -> nn.Module:
-    """Leave no data in any parameter or persistent buffer."""
+    """Removes the data of every parameter and persistent buffer, and returns the module."""
     replace_weights(module, lambda _, tensor: tensor.to("meta"))
     return module
 
@@ -229,7 +287,7 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def replace_weights(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Put `make(name, tensor)` in the place of every parameter and persistent buffer; tied ones stay tied."""
+    """Replaces every parameter and persistent buffer by `make(name, tensor)`; tied ones stay tied."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # holds the old ones too, so that no id is given twice
     for path, part in module.named_modules():
         persistent = {key: b for key, b in part._buffers.items() if key not in part._non_persistent_buffers_set}
@@ -246,13 +304,13 @@ def replace_weights(module: nn.Module, make: Callable[[str, torch.Tensor], torch
 
 
 def _left_out_arguments(source: SourceModel) -> dict[str, Any]:
-    """Arguments that tell the pipeline to do without the components that are left out."""
+    """Returns arguments that make the pipeline do without the components that are left out."""
     parameters = inspect.signature(source.pipeline_class).parameters
     absent: dict[str, Any] = {}
-    for name in (*LEFT_OUT, "image_encoder"):
+    for name in (*LEFT_OUT, *IF_READ, "image_encoder", *source.origin.get("without", ())):
         if name in parameters and name not in source.components:
             absent[name] = None
-    if "requires_safety_checker" in parameters:
+    if "requires_safety_checker" in parameters and CHECKER not in source.components:
         absent["requires_safety_checker"] = False
     return absent
 
@@ -269,7 +327,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _blamed(who: str) -> Iterator[None]:
-    """What the libraries raise about a folder that they cannot load becomes a SourceError."""
+    """Turns the libraries' errors about an unloadable folder into a SourceError."""
     try:
         yield
     except (DiffkilnError, MemoryError):

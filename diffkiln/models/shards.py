@@ -41,7 +41,7 @@ class Shards:
     _saved: Mapping[str, str]
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of every unit, as they are loaded, in the order of the module."""
+        """Returns the bytes of every unit, as they are loaded, in the order of the module."""
         sizes: dict[str, int] = {}
         for key, tensor in self.module.state_dict(keep_vars=True).items():
             if key in self.units:
@@ -49,7 +49,7 @@ class Shards:
         return sizes
 
     def load(self, units: Collection[str]) -> nn.Module:
-        """A copy of the module with data in the weights of these units, and none in the others.
+        """Returns a copy of the module with data only in the weights of these units.
 
         Raises:
             SourceError: the checkpoint cannot be read any more.
@@ -68,10 +68,10 @@ class Shards:
         return torch.empty_like(meta, device="cpu") if meta.is_meta else meta  # a buffer that is not saved
 
     def _read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the checkpoint, in memory of its own."""
+        """Returns a tensor of the checkpoint, in memory of its own."""
         from safetensors import SafetensorError, safe_open
 
-        file = self.source.folder / self.name / self.source.checkpoint(self.name).tensors[key].file
+        file = self.source.components[self.name].root / self.source.checkpoint(self.name).tensors[key].file
         try:
             # The file's pages count as this process's memory for as long as it is open: so it is, for one tensor.
             with safe_open(file, framework="pt") as opened:
@@ -88,6 +88,13 @@ def open_shards(source: SourceModel, name: str, dtype: str | None = None) -> Sha
     """
     if name in source.gguf:
         return "its library converts the tensors of a GGUF file all at once"
+    component = source.components[name]
+    if component.file is not None:
+        return "its library converts the tensors of a single file all at once"
+    if component.quantized is not None:
+        return "its weights are quantized already"
+    if component.members:
+        return "it is made of several models"
     module = skeleton(source, name, dtype)
     blocks = [block for block, _ in repeated_blocks(module)]
     if not blocks:
@@ -107,7 +114,7 @@ def open_shards(source: SourceModel, name: str, dtype: str | None = None) -> Sha
 
 
 def _names(module: nn.Module) -> dict[str, list[str]]:
-    """Every weight with all its names, by the first of them."""
+    """Returns every weight with all its names, by the first of them."""
     by_tensor: dict[int, list[str]] = {}
     for key, tensor in module.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(key)
@@ -115,12 +122,12 @@ def _names(module: nn.Module) -> dict[str, list[str]]:
 
 
 def unit_of(name: str, blocks: Collection[str]) -> str:
-    """The block that a weight of this name is in, or `OUTSIDE`."""
+    """Returns the block that holds the weight of this name, or `OUTSIDE`."""
     return next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
 
 
 def _saved(module: nn.Module, names: Mapping[str, list[str]], checkpoint: Checkpoint) -> dict[str, str] | str:
-    """What each weight is called in the checkpoint; or why its library must find out, when it loads all of it."""
+    """Returns each weight's name in the checkpoint; or why its library must find it out by loading everything."""
     parameters = {key for key, _ in module.named_parameters()}
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict(keep_vars=True).items()}
     saved: dict[str, str] = {}

@@ -34,7 +34,7 @@ _T5_SIZE = 32100  # with the 100 extra ids; the embedding has 28 rows more
 
 
 def clip_tokenizer(pad_token: str, model_max_length: int) -> PreTrainedTokenizerBase:
-    """Lower-casing byte-level BPE with 49 408 tokens; start and end of text are the last two."""
+    """Returns a lower-casing byte-level BPE tokenizer with 49 408 tokens; start and end of text are the last two."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -53,7 +53,9 @@ def clip_tokenizer(pad_token: str, model_max_length: int) -> PreTrainedTokenizer
 
 
 def t5_tokenizer(extra_ids: int, model_max_length: int) -> PreTrainedTokenizerBase:
-    """Unigram with `▁` at the beginning of words; `<pad>`, `</s>` and `<unk>` are 0, 1 and 2, the extra ids last."""
+    """Returns a Unigram tokenizer with `▁` before words; `<pad>`, `</s>` and `<unk>` are 0, 1 and 2, the extra ids
+    last.
+    """
     from transformers import T5Tokenizer
 
     chars = [char for char in string.printable if char.isprintable() and char != " "]
@@ -85,10 +87,10 @@ def filled(tokens: Iterable[str], size: int) -> Iterator[str]:
 
 @torch.no_grad()
 def fill_with_noise(module: nn.Module, seed: str) -> None:
-    """Draw every parameter that has data, so that activations stay near unit scale and no gate is shut.
+    """Draws every parameter that has data, so that activations stay near unit scale and no gate is shut.
 
     Matrices and kernels have the variance 1 / fan-in, tables the variance 1; norms are near one and biases near zero.
-    Each tensor's generator is seeded by `seed` and the tensor's name, so threads may draw in any order.
+    `seed` and a tensor's name seed its generator, so threads may draw in any order.
     """
     jobs: dict[int, tuple[nn.Parameter, str, float, float]] = {}
     for path, part in module.named_modules():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by name: parameters and persistent buffers; the plain tensors inside of a quantized one.
+    """Yields every weight by name: parameters, persistent buffers, and the plain tensors inside quantized ones.
 
     Tied weights come once, under their first name.
     """

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fact:
-    """What a pass established of a component, such as `qkv_fused(transformer)`.
+    """A property of a component that a pass established, such as `qkv_fused(transformer)`.
 
     `by` names the pass. `kind` is one word for several facts that make the same illegal, and `reason` says why this one
-    does, which the pass that is illegal cannot know.
+    does, which the illegal pass cannot know.
     """
 
     name: str
@@ -54,7 +54,7 @@ class CompileRequest:
 
     @property
     def holds_weights(self) -> bool:
-        """Whether the engines are to hold their weights, which are then needed to build them."""
+        """Returns True if the engines hold their weights, which are then needed to build them."""
         return plugins.load("exporters", self.backend).holds_weights(self.options)
 
 
@@ -80,7 +80,7 @@ class State:
 
     @property
     def denoisers(self) -> list[str]:
-        """The components that a denoising step calls: models of diffusers that decode nothing."""
+        """Returns the components that a denoising step calls: models of diffusers without a decoder."""
         models = {name: type(module) for name, module in self.modules.items()}
         own = [name for name, kind in models.items() if kind.__module__.startswith("diffusers.")]
         return [name for name in own if not hasattr(models[name], "decode")]
@@ -91,7 +91,7 @@ class State:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a pass gave: the new state, whether anything changed, and notes for the report."""
+    """The result of running a pass: the new state, whether anything changed, and notes for the report."""
 
     state: State
     changed: bool
@@ -131,7 +131,9 @@ class Pass(Strict):
     `needs_all`, why `apply` takes a component with all of its weights only, after the pass's name in a sentence: else
     it is given modules in which some blocks have data and the others are meta models; `before` and `after`, the passes
     of the same component that it must stand before or after, each with the reason, "*" for all others; `before_all`,
-    those of `before` that may be of any component; `takes`, facts of earlier passes that are there for its sake.
+    those of `before` that may be of any component; `takes`, facts of earlier passes that are there for its sake;
+    `moves_layers`, how layers came to have other names, so that an adapter's names would mean other layers;
+    `folds_weights`, what was computed from weights once, so that changes of them would come too late.
     """
 
     name: ClassVar[str]
@@ -147,6 +149,8 @@ class Pass(Strict):
     before_all: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[frozenset[str]] = frozenset()
+    moves_layers: ClassVar[str] = ""
+    folds_weights: ClassVar[str] = ""
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
@@ -182,7 +186,7 @@ class Pass(Strict):
             raise SpecError(problems=problems_from(error, model, where)) from None
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
-        """The pass with the files that it names found and looked at; relative paths start from `base`.
+        """Returns the pass with its files found and read; relative paths start from `base`.
 
         Raises:
             SourceError: a file is not there or is not what the pass needs.
@@ -190,7 +194,7 @@ class Pass(Strict):
         return self
 
     def check(self, state: State, target: Target, where: str) -> Sequence[Problem]:
-        """What makes the pass illegal here, from configuration alone; `where` is its JSON path."""
+        """Returns the reasons why the pass is illegal here, from configuration alone; `where` is its JSON path."""
         problems = unknown_component(self.component, state, where)
         if problems:
             return problems
@@ -207,7 +211,7 @@ class Pass(Strict):
         return ""
 
     def origins(self) -> Iterable[tuple[Mapping[str, Any], Path]]:
-        """Files of others that go into the weights: what the options state of each, and where it lies."""
+        """Returns files of others that go into the weights: their description in the options, and their path."""
         return ()
 
     def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
@@ -220,7 +224,7 @@ class Pass(Strict):
         return ()
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
-        """The pass's own objections to this component."""
+        """Yields the pass's own objections to this component."""
         return ()
 
     def run(self, state: State) -> Outcome:
@@ -236,20 +240,25 @@ class Pass(Strict):
         return ()
 
     def packages(self) -> dict[str, str]:
-        """Packages that the bundle needs where it runs, each with a version specifier."""
+        """Returns the packages that the bundle needs at run time, each with a version specifier."""
         return {}
 
     @property
     def rewrites(self) -> bool:
-        """Whether the pass is nothing without a program to rewrite."""
+        """Returns True if the pass does nothing without a program to rewrite."""
+        return False
+
+    @property
+    def leaves_weights_out(self) -> bool:
+        """Returns True if the bundle may lack weights of the component that its module has."""
         return False
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:
-        """What makes the pass illegal and only the recorded programs show; `where` is its JSON path."""
+        """Yields reasons why the pass is illegal that only the recorded programs show; `where` is its JSON path."""
         return ()
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
-        """The recording with its programs rewritten, and notes on what was done; most passes leave it alone."""
+        """Returns the recording with its programs rewritten, and notes; most passes change nothing."""
         return recording, ()
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
@@ -257,7 +266,7 @@ class Pass(Strict):
         return ()
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON."""
+        """Returns the options as JSON."""
         return self.model_dump(mode="json")
 
     # -- a bundle as diffusers' own pipeline; `options` are those of a manifest, as `options()` gave them --

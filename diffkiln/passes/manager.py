@@ -39,9 +39,9 @@ class Ran:
 def run(
     state: State, listed: Sequence[ListedPass], targets: Sequence[Target] = (), found: Sequence[Problem] = ()
 ) -> tuple[State, list[Ran]]:
-    """Check every pass against what the earlier ones leave, and run it on the state's meta models, in place.
+    """Checks every pass against the state that earlier ones leave, and runs it on the meta models, in place.
 
-    One that is illegal is not run, and the later ones are still checked, so that all problems are told together.
+    An illegal pass is not run. The later ones are still checked, so that all problems are reported together.
 
     Args:
         state: of meta models that are given up if anything is illegal.
@@ -87,7 +87,7 @@ def _run_one(state: State, item: ListedPass) -> tuple[State, Ran]:
 
 
 def check_recording(recording: Recording, listed: Sequence[ListedPass], targets: Sequence[Target]) -> None:
-    """Check every pass against what was recorded, if anything was.
+    """Checks every pass against the recording, if there is one.
 
     Raises:
         IllegalPlan: all problems together.
@@ -101,7 +101,7 @@ def check_recording(recording: Recording, listed: Sequence[ListedPass], targets:
 
 
 def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recording, list[str]]:
-    """Have the passes rewrite the programs, in order; gives what they note.
+    """Runs the passes that rewrite programs, in order. Returns their notes.
 
     Raises:
         PassError: a pass raised, or left programs that break the IR's rules; names the pass and its place.
@@ -111,7 +111,7 @@ def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recordi
         if not recording.calls:
             if item.step.rewrites:
                 raise PassError(
-                    f"{item.where}: {item.step.name} rewrites the program, and there is none: {recording.reason}. "
+                    f"{item.where}: {item.step.name} rewrites the program, but there is none: {recording.reason}. "
                     "Remove it, or let diffusers decide at each step"
                 )
             continue
@@ -125,7 +125,7 @@ def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recordi
 
 
 def _without_unused(recording: Recording) -> Recording:
-    """Without the components' programs that no call calls any more, and without regions that those alone called."""
+    """Returns the recording without programs that no call uses any more, and without regions that only those used."""
     called = {
         (op.attrs["component"], op.attrs["program"])
         for programs in recording.calls
@@ -165,7 +165,7 @@ def _verify_programs(recording: Recording, item: ListedPass) -> None:
 
 
 def apply(module: torch.nn.Module, component: str, listed: Sequence[ListedPass]) -> bool:
-    """Run the passes of one component on its real module; gives whether there were any.
+    """Runs the passes of one component on its real module. Returns True if there were any.
 
     Raises:
         PassError: names the pass and its place.
@@ -178,13 +178,13 @@ def apply(module: torch.nn.Module, component: str, listed: Sequence[ListedPass])
 
 
 def nbytes(module: torch.nn.Module) -> int:
-    """Size of a module's weights, meta models or real ones, in bytes."""
+    """Returns the size of a module's weights, meta models or real ones, in bytes."""
     return sum(tensor.numel() * tensor.itemsize for _, tensor in weights_of(module))
 
 
 @contextmanager
 def guarded(item: ListedPass) -> Iterator[None]:
-    """Whatever a pass raises becomes a PassError that names it."""
+    """Turns any error of a pass into a PassError that names the pass."""
     try:
         yield
     except DiffkilnError:

@@ -12,6 +12,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "how weights are stored": ("sparsify", "quantize", "layerwise_cast"),
     "how a component computes": ("attention_backend", "channels_last", "vae"),
     "the run": ("scheduler", "guidance", "calibrate", "cache_schedule"),
+    "what is computed ahead": ("hoist",),
     "engines": ("compile",),
 }
 

@@ -58,7 +58,7 @@ def _place(cls: type[Pass], order: Sequence[str]) -> int:
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The class of a pass that exists."""
+    """Returns the class of an existing pass."""
     return pass_classes()[name]
 
 
@@ -75,7 +75,7 @@ def reason(first: type[Pass], second: type[Pass]) -> str:
 
 
 def read_passes(entries: Sequence[PassEntry]) -> list[ListedPass]:
-    """The passes that a spec lists, with their options checked; a mapping of components gives one for each.
+    """Returns the passes of a spec with checked options; a mapping of components gives one pass for each.
 
     Raises:
         SpecError: unknown passes and wrong options, all together.
@@ -107,7 +107,7 @@ def read_passes(entries: Sequence[PassEntry]) -> list[ListedPass]:
 
 
 def _spread(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """The options of each component of a mapping, with those beside it as defaults; under "" those without a mapping.
+    """Returns the options of each component of a mapping, with common options as defaults; without a mapping, under "".
 
     Raises:
         SpecError: the mapping is none of components.

@@ -80,16 +80,16 @@ class Variant(Pass):
             left: the models that fit the earlier fields.
             where: the JSON path of the options.
         """
-        place, known = f"{where}.{field}", list(dict.fromkeys(constant(model, field) for model in left))
+        path, known = f"{where}.{field}", list(dict.fromkeys(constant(model, field) for model in left))
         if field not in options:
-            return Problem(place, "this field is missing", f"Add it: {left[0].model_fields[field].description}")
+            return Problem(path, "this field is missing", f"Add it: {left[0].model_fields[field].description}")
         value = options[field]
         if isinstance(known[0], bool) and not isinstance(value, bool):
-            return Problem(place, f"must be true or false, not {show(value)}")
+            return Problem(path, f"must be true or false, not {show(value)}")
         if not isinstance(value, str):
-            return Problem(place, f"must be text, not {show(value)}", f"There are {', '.join(known)}.")
+            return Problem(path, f"must be text, not {show(value)}", f"There are {', '.join(known)}.")
         hint = suggest(value, known) or f"There are {', '.join(known)}."
-        return Problem(place, f"there is no {field} {value!r}", hint)
+        return Problem(path, f"there is no {field} {value!r}", hint)
 
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Pass:

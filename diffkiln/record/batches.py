@@ -20,14 +20,13 @@ from diffkiln.program import CALL, Builder, Module, Program, TensorType
 from diffkiln.program.batches import DOUBLED, HALVED, named_with
 from diffkiln.program.calls import GIVEN
 from diffkiln.record.components import Callee, record_component
-from diffkiln.record.images import twice_the_images
 from diffkiln.record.patches import fixed_lengths
 from diffkiln.record.pipeline import Rebatched, Recording, Source, record_once
 from diffkiln.record.structure import names_of, unflatten
 
 
 def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Recording, Mapping[str, Rebatched]]:
-    """Record every program of a component at twice its batch, or at half of it.
+    """Records every program of a component at twice its batch, or at half of it.
 
     Returns:
         The recording with the new programs beside the others, and what they are by the names of the latter.
@@ -69,15 +68,14 @@ def rebatch(recording: Recording, component: str, *, double: bool) -> tuple[Reco
 
 
 def _with_twice_the_prompts(recording: Recording, component: str) -> dict[str, Callee]:
-    """For every program of the component how the pipeline calls it in the same place for twice as many prompts."""
+    """Returns, for every program of the component, how the pipeline calls it there for twice as many prompts."""
     found: dict[str, tuple[str, Callee]] = {}
     for request, programs in zip(recording.requests, recording.calls, strict=True):
         for name, call in programs.items():
             before = _calls(call, component)
             if GIVEN[name].latents or set(before) <= found.keys():
                 continue
-            twice = replace(request, batch_size=2 * request.batch_size, images=twice_the_images(request.images))
-            program, callees = record_once(recording, twice, GIVEN[name].negative)
+            program, callees = record_once(recording, request.doubled(), GIVEN[name].negative)
             after = _calls(program, component)
             if len(after) != len(before):
                 raise RecordError(
@@ -94,7 +92,9 @@ def _calls(program: Program, component: str) -> list[str]:
 
 
 def _following(old: Callee, new: Callee) -> tuple[bool, ...]:
-    """For each tensor of a call whether its first dimension doubles for twice as many prompts, or nothing does."""
+    """Returns, for each tensor of a call, whether its first dimension doubles for twice as many prompts, or nothing
+    changes.
+    """
     before, after = _types(old), _types(new)
     if len(before) != len(after):
         raise RecordError(
@@ -128,7 +128,7 @@ def _names(callee: Callee) -> list[str]:
 
 
 def _doubled(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> Callee:
-    """As the pipeline calls it for twice as many prompts, with what is folded twice where it follows the batch."""
+    """Returns the call for twice as many prompts; folded tensors that follow the batch are doubled."""
     folded: dict[int, torch.Tensor] = {}
     for before, after, grows in zip(old.tensors, new.tensors, follows, strict=True):
         if before in old.folded:
@@ -137,7 +137,7 @@ def _doubled(old: Callee, new: Callee, follows: Sequence[bool], recording: Recor
 
 
 def _halved(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> Callee:
-    """The call at half the batch. A constant stays folded where both halves of it are the same."""
+    """Returns the call at half the batch. A constant stays folded if both halves of it are the same."""
     if old.structure != new.structure or _literals(old) != _literals(new):
         raise RecordError(f"{old.component} has arguments besides tensors that follow the number of prompts")
     names = _names(old)
@@ -147,7 +147,7 @@ def _halved(old: Callee, new: Callee, follows: Sequence[bool], recording: Record
         constant = old.folded.get(position)
         if grows and type_.shape[0] % 2:
             raise RecordError(
-                f"{names[index]} of {old.component} is {type_}, which has no halves: it is no doubled batch"
+                f"{names[index]} of {old.component} is {type_}, which has no halves: it is not a doubled batch"
             )
         if grows:
             shape = (type_.shape[0] // 2, *type_.shape[1:])
@@ -166,7 +166,7 @@ def _literals(callee: Callee) -> list[Any]:
 
 
 def _sources(old: Callee, new: Callee, follows: Sequence[bool], recording: Recording) -> tuple[Source, ...]:
-    """Where the inputs of the new program come from, in their order."""
+    """Returns where the inputs of the new program come from, in their order."""
     given = [position for position in old.tensors if position not in old.folded]
     sources: list[Source] = []
     for before, after, grows in zip(old.tensors, new.tensors, follows, strict=True):
@@ -182,7 +182,7 @@ def _sources(old: Callee, new: Callee, follows: Sequence[bool], recording: Recor
 
 
 def _at_batch(module: Module, fresh: Mapping[str, Callee], batch: str) -> Module:
-    """The module with the new programs named after those whose batch they change."""
+    """Returns the module with the new programs, named after those whose batch they change."""
     programs = dict(module.programs)
     for old, callee in fresh.items():
         program, callee.program = programs.pop(callee.program), named_with(old, batch)
@@ -191,7 +191,7 @@ def _at_batch(module: Module, fresh: Mapping[str, Callee], batch: str) -> Module
 
 
 def _check_results(before: Program, after: Program, double: bool, component: str) -> None:
-    """Every result follows the batch."""
+    """Checks that every result follows the batch."""
     few, many = (before, after) if double else (after, before)
     for one, two in zip(few.outputs, many.outputs, strict=True):
         if not few.types[one.name].shape or many.types[two.name] != _scaled(few.types[one.name], 2):

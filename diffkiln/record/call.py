@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -21,18 +20,30 @@ from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, prune, weight_of_call
 from diffkiln.program.images import IMAGES
+from diffkiln.record.arrays import arrays_of, marked_array
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, run_shapes
 from diffkiln.record.constants import Constants
-from diffkiln.record.images import ImageRecorder, sizes_as_json
+from diffkiln.record.images import ImageRecorder, sizes_as_json, twice_the_images
+from diffkiln.record.keywords import (
+    NEGATIVES,
+    PROMPTS,
+    Tensors,
+    as_json,
+    parameters_of,
+    takes_images,
+    twice_the_tensors,
+)
+from diffkiln.record.mixed import mixed_processors
+from diffkiln.record.outputs import outputs_of
 from diffkiln.record.processors import processors_of
+from diffkiln.record.reading import Reading
+from diffkiln.record.refusals import Refused, place_of, refusal
+from diffkiln.record.safety import SafetyRecorder
 from diffkiln.record.sentinels import Sizes, sentinels
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, marks_of, refuse_unpadded, sentinel, tokenizer_of
-
-PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
-NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
 
 #: The methods of a component that a pipeline calls.
 METHODS = ("forward", "encode", "decode")
@@ -40,15 +51,49 @@ METHODS = ("forward", "encode", "decode")
 
 @dataclass(frozen=True)
 class Request:
-    """One variant: the keywords of the pipeline's call that are fixed, the batch, and the images' width and height."""
+    """One variant: the keywords of the pipeline's call that are fixed, the batch, and what else the caller gives.
+
+    Attributes:
+        fixed: the keywords that have one value.
+        batch_size: the number of prompts.
+        images: the width and height of each image, by keyword.
+        tensors: the types of tensors, by keyword.
+        texts: keywords of texts, besides those of prompts.
+        withheld: prompts that are not given, since tensors take their place.
+        needs_negative: the pipeline cannot be called without a negative prompt.
+    """
 
     fixed: Mapping[str, Any]
     batch_size: int = 1
     images: Mapping[str, Sizes] = field(default_factory=dict)
+    tensors: Mapping[str, Tensors] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    withheld: frozenset[str] = frozenset()
+    needs_negative: bool = False
+
+    def prompts(self, parameters: Mapping[str, Any], negative: bool) -> list[str]:
+        """Returns the keywords of texts that the caller of a pipeline with these parameters gives."""
+        given = [*PROMPTS, *self.texts, *(NEGATIVES if negative or self.needs_negative else ())]
+        return [keyword for keyword in given if keyword in parameters and keyword not in self.withheld]
+
+    def doubled(self) -> Request:
+        """Returns the same for twice as many prompts."""
+        counted = {"batch_size": 2 * self.fixed["batch_size"]} if "batch_size" in self.fixed else {}
+        return replace(
+            self,
+            fixed={**self.fixed, **counted},
+            batch_size=2 * self.batch_size,
+            images=twice_the_images(self.images),
+            tensors=twice_the_tensors(self.tensors, self.batch_size),
+        )
 
 
 class Unread(RecordError):
-    """A keyword was given that the call does not read."""
+    """An error for a given keyword that the call does not read."""
+
+
+class Failed(RecordError):
+    """The pipeline's own code failed, without a reason of its own."""
 
 
 def _reads_negatives(text: TextRecorder) -> bool:
@@ -56,7 +101,7 @@ def _reads_negatives(text: TextRecorder) -> bool:
 
 
 def _end_that_wants_negatives(text: TextRecorder) -> Callable[..., Any]:
-    """The end of a step, which stops the recording if no negative prompt was read by then."""
+    """Returns a callback at the end of a step that stops the recording if no negative prompt was read by then."""
 
     def end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not _reads_negatives(text):
@@ -67,19 +112,28 @@ def _end_that_wants_negatives(text: TextRecorder) -> Callable[..., Any]:
 
 
 class CallRecorder:
-    """Runs of the pipeline's own `__call__`, each under a tape of its own.
+    """The recorder of runs of the pipeline's own `__call__`, each on its own tape.
 
     Args:
         pipe: the meta model.
         fake: the mode of its weights.
         constants: where folded tensors go.
         callees: gets every way in which the runs call a component.
+        reading: notes which parts of the pipeline the runs read.
     """
 
     tape: Tape
 
-    def __init__(self, pipe: Any, fake: FakeTensorMode, constants: Constants, callees: dict[str, Callee]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        fake: FakeTensorMode,
+        constants: Constants,
+        callees: dict[str, Callee],
+        reading: Reading | None = None,
+    ) -> None:
         self.pipe, self.callees = pipe, callees
+        self._reading = reading or Reading(pipe, ())
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self._casts = Casts(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
@@ -91,7 +145,7 @@ class CallRecorder:
         self._new_tape = partial(Tape, fake, constants, weights, f"the call of {type(pipe).__name__}")
 
     def run(self, request: Request, extra: Mapping[str, Any], negative: bool, latents: TensorType | None) -> Program:
-        """Record one run.
+        """Records one run.
 
         Args:
             request: the variant.
@@ -104,11 +158,12 @@ class CallRecorder:
             Unread: the call does not read the negative prompts that it is given.
         """
         self.tape = self._new_tape()
+        self.tape.as_array = marked_array
         keywords = call_keywords(self.pipe, request, negative)
         prompts = {
             text: (keyword, index)
-            for keyword in (*PROMPTS, *NEGATIVES)
-            for index, text in enumerate(_as_list(keywords.get(keyword)))
+            for keyword in request.prompts(parameters_of(self.pipe), negative)
+            for index, text in enumerate(_as_list(keywords[keyword]))
         }
         parts = {name: part for name, part in self.pipe.components.items() if part is not None}
         names = {id(tokenizer_of(part)): name for name, part in reversed(parts.items())}
@@ -116,27 +171,38 @@ class CallRecorder:
         text, images = TextRecorder(self.tape, prompts, names, marks), ImageRecorder(self.tape)
         if negative and "callback_on_step_end" in keywords:
             keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
+        keywords |= {keyword: self._given(keyword, types) for keyword, types in request.tensors.items()}
         if latents is not None:
             keywords["latents"] = self.tape.new_input("latents", latents, {"kind": "tensor", "keyword": "latents"})
         prepared = images.patched() if request.images else contextlib.nullcontext()
+        safety = SafetyRecorder(self.tape, self.pipe)
         try:
-            with torch.inference_mode(), self._patched(text), prepared, self.tape:
-                result = self.pipe(**keywords | dict(extra))
+            with (
+                torch.inference_mode(),
+                _as_it_was(self.pipe),
+                self._patched(text),
+                prepared,
+                safety.patched(),
+                arrays_of(images.pixels),
+                self.tape,
+            ):
+                result = safety.completed(self.pipe(**keywords | dict(extra)))
         except DiffkilnError:
             raise
         except Exception as error:  # whatever the pipeline's own code raises
-            hint = _hint(self.pipe, request)
-            raise RecordError(
-                f"{self.tape.what} failed while it was recorded: {type(error).__name__}: {error}{hint}"
-            ) from error
+            raise _explained(error, self.pipe, request, prompts) from error
         if negative and not _reads_negatives(text):
             raise Unread("the call reads no negative prompt")
-        outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        if not outputs or not self.tape.is_marked(outputs[0]):
-            raise RecordError(f"{type(self.pipe).__name__} gives no tensor with output_type='pt'")
-        field_name = next(iter(result.keys()))
-        program = self.tape.finish("call", outputs[:1], texts=tuple(text.texts), signature={"result": field_name})
+        outputs, signature = outputs_of(self.pipe, result, self.tape)
+        program = self.tape.finish("call", outputs, texts=tuple(text.texts), signature=signature)
         return _live_inputs(program, images.sources())
+
+    def _given(self, keyword: str, types: Tensors) -> Any:
+        """Returns marked tensors that the caller gives, one or a list of them."""
+        source = {"kind": "tensor", "keyword": keyword}
+        if isinstance(types, TensorType):
+            return self.tape.new_input(keyword, types, source)
+        return [self.tape.new_input(keyword, each, source | {"index": index}) for index, each in enumerate(types)]
 
     @contextlib.contextmanager
     def _patched(self, text: TextRecorder) -> Iterator[None]:
@@ -145,7 +211,7 @@ class CallRecorder:
         tokenize = PreTrainedTokenizerBase.__call__
         decode = PreTrainedTokenizerBase.batch_decode
         with contextlib.ExitStack() as stack:
-            for module in _diffusers_modules_with("randn_tensor"):
+            for module in modules_with("randn_tensor"):
                 stack.enter_context(mock.patch.object(module, "randn_tensor", self._noise))
             stack.enter_context(
                 mock.patch.object(
@@ -159,11 +225,13 @@ class CallRecorder:
                     lambda tokenizer, ids, *a, **k: "" if self.tape.is_marked(ids) else decode(tokenizer, ids, *a, **k),
                 )
             )
+            stack.enter_context(mixed_processors(self.pipe.components.values(), self.tape.is_marked))
             for name, module, method in component_methods(self.pipe):
                 original = getattr(module, method)
                 module.__dict__[method] = self._component(name, module, method, original)
                 stack.callback(module.__dict__.pop, method)
             stack.enter_context(self._casts.watched())
+            stack.enter_context(self._reading.watched())
             # diffusers looks through all modules for hooks that move them, at every step; a meta model has none.
             here = property(lambda _: torch.device("cpu"))
             stack.enter_context(mock.patch.object(type(self.pipe), "_execution_device", here, create=True))
@@ -179,6 +247,7 @@ class CallRecorder:
         return fresh
 
     def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
+        @wraps(original)  # as some pipelines look at the signature
         def called(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = flatten((args, kwargs))
             # Some pipelines hand the generator on; a component that draws from it is refused.
@@ -202,8 +271,19 @@ class CallRecorder:
         return called
 
 
+@contextlib.contextmanager
+def _as_it_was(pipe: Any) -> Iterator[None]:
+    """Afterwards the pipeline has the attributes that it had: some keep what a call made for the next one."""
+    before = dict(vars(pipe))
+    try:
+        yield
+    finally:
+        vars(pipe).clear()
+        vars(pipe).update(before)
+
+
 def component_methods(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """(name, module, method) of every entry of every component."""
+    """Yields (name, module, method) for every entry point of every component."""
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             for method in METHODS:
@@ -212,23 +292,23 @@ def component_methods(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
 
 
 def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]:
-    """The keywords of one recorded call: the fixed ones, sentinels for the prompts, tensors out.
+    """Returns the keywords of one recorded call: the fixed ones, and sentinels for the prompts. Results are tensors.
 
     Raises:
         SpecError: a fixed keyword is not one of the pipeline's call.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
     unknown = [name for name in request.fixed if name not in parameters]
     if unknown:
         raise SpecError(
             f"$.inputs.call: {type(pipe).__name__} has no keyword {unknown[0]!r}; it has {sorted(parameters)}"
         )
     keywords = dict(request.fixed) | sentinels(request.images)
-    for keyword in (*PROMPTS, *(NEGATIVES if negative else ())):
-        if keyword in parameters:
-            texts = [sentinel(keyword, index) for index in range(request.batch_size)]
-            keywords[keyword] = texts[0] if request.batch_size == 1 else texts
-    keywords["output_type"] = "pt"
+    for keyword in request.prompts(parameters, negative):
+        texts = [sentinel(keyword, index) for index in range(request.batch_size)]
+        keywords[keyword] = texts[0] if request.batch_size == 1 else texts
+    if "output_type" in parameters:
+        keywords["output_type"] = "pt"
     if "generator" in parameters:
         keywords["generator"] = torch.Generator()
     if "callback_on_step_end" in parameters:
@@ -237,7 +317,7 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
 
 
 def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The callback of a recorded call: marks the end of a step, where the runtime calls the user's own."""
+    """Marks the end of a step, where the runtime calls the user's own callback."""
     tape = next(
         (mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Tape)),
         None,
@@ -252,7 +332,8 @@ def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tenso
     return {"latents": fresh}
 
 
-def _diffusers_modules_with(name: str) -> list[Any]:
+def modules_with(name: str) -> list[Any]:
+    """Returns the modules of diffusers that have something of this name."""
     return [
         module
         for key, module in list(sys.modules.items())
@@ -264,15 +345,21 @@ def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _hint(pipe: Any, request: Request) -> str:
-    """What may be missing where a pipeline's own code fails."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    able = [keyword for keyword in IMAGES if keyword in parameters and keyword not in request.images]
-    return f". If it needs images, name them in inputs.call: {{{json.dumps(able[0])}: {{}}}}" if able else ""
+def _explained(error: Exception, pipe: Any, request: Request, sentinels: Iterable[str]) -> RecordError:
+    """Returns the error of a recording during which the pipeline's own code raised something."""
+    name = type(pipe).__name__
+    able = [
+        item.name for item in parameters_of(pipe).values() if takes_images(item) and item.name not in request.images
+    ]
+    hint = f". If it needs images, name them in inputs.call: {{{json.dumps(able[0])}: {{}}}}" if able else ""
+    if reason := refusal(error, list(sentinels)):
+        return Refused(f"{name} refuses this call: {reason}{hint if 'image' in reason.lower() else ''}")
+    place = place_of(error) or "its code"
+    return Failed(f"{name} fails in {place}, and gives no reason. An input that it needs may be missing{hint}")
 
 
 def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> Program:
-    """Keep the texts and inputs that the program uses; refuse texts whose length follows the prompt.
+    """Keeps the texts and inputs that the program uses; refuses texts whose length follows the prompt.
 
     Args:
         program: as recorded.
@@ -294,15 +381,15 @@ def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> P
 
 
 def defaults(pipe: Any, request: Request) -> dict[str, Any]:
-    """Every keyword of the call that is fixed in a variant: the pipeline's own defaults under the spec's values.
+    """Returns every fixed keyword of a variant's call: the spec's values over the pipeline's own defaults.
 
-    An image's keyword has its size in pixels.
+    An image's keyword has its size in pixels, and a tensor's its shape.
     """
-    skipped = {*PROMPTS, *NEGATIVES, *IMAGES}
+    skipped = {*PROMPTS, *NEGATIVES, *IMAGES, *request.texts}
     skipped |= {"generator", "latents", "output_type", "return_dict", "callback_on_step_end"}
     fixed: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+    for name, parameter in parameters_of(pipe).items():
         plain = isinstance(parameter.default, (bool, int, float, str, list, tuple, type(None)))
         if name not in skipped and plain and parameter.default is not parameter.empty and "callback" not in name:
             fixed[name] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    return fixed | dict(request.fixed) | sizes_as_json(request.images)
+    return fixed | dict(request.fixed) | sizes_as_json(request.images) | as_json(request.tensors)

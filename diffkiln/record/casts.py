@@ -21,7 +21,7 @@ _Places = list[tuple[dict[str, Any], str, torch.Tensor]]
 
 @contextlib.contextmanager
 def casted(module: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """While it lasts, the floating-point weights of a module are those of this type; None leaves it alone.
+    """Casts the floating-point weights of a module to this type inside the `with` block; None leaves them alone.
 
     Casts are operations like others: under a tape they are recorded.
     """
@@ -58,12 +58,12 @@ class Casts:
         self._now: dict[str, tuple[torch.dtype, contextlib.ExitStack]] = {}
 
     def of(self, name: str) -> torch.dtype | None:
-        """The type that a component is cast to at present; None where it has its own."""
+        """Returns the type that a component is cast to at present; None if it has its own."""
         return self._now[name][0] if name in self._now else None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While it lasts, casting a component is noticed; afterwards all have their own types.
+        """Notices casts of components inside the `with` block; afterwards all have their own types.
 
         Raises:
             RecordError: within, where a call casts a component to a type that does not hold its weights.

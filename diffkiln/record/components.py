@@ -33,7 +33,7 @@ from diffkiln.record.tape import Tape
 
 @dataclass
 class Callee:
-    """One way in which a call uses a component: which method, with arguments of which types, giving what."""
+    """One way in which a call uses a component: the method, the types of the arguments, and the result."""
 
     component: str
     method: str
@@ -53,21 +53,21 @@ class Callee:
 
     @property
     def tensors(self) -> list[int]:
-        """Positions of the tensor leaves."""
+        """Returns the positions of the tensor leaves."""
         return [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
 
 
 def call_key(component: str, method: str, leaves: list[Any], structure: Any, cast: torch.dtype | None) -> str:
-    """What is equal for two calls that share one program."""
+    """Returns a key that is equal for two calls that share one program."""
     return f"{component}.{method}|{cast or ''}|{key_of(leaves, structure)}"
 
 
 def run_shapes(
     module: torch.nn.Module, original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape, what: str
 ) -> tuple[list[Any], Any]:
-    """What a component gives for arguments of these shapes: its flattened result with marked tensors.
+    """Returns a component's flattened result for arguments of these shapes, with marked tensors.
 
-    Nothing is computed, and of blocks that are alike only one is run.
+    Nothing is computed, and only one of several alike blocks is run.
 
     Raises:
         DataDependent: the component decides a shape by a value; `what` names it.
@@ -88,7 +88,7 @@ def run_shapes(
 
 @contextlib.contextmanager
 def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
-    """While it lasts, a block that is like one that ran already gives tensors of the same types."""
+    """Makes a block that is like an earlier one give tensors of the same types, inside the `with` block."""
     blocks = [block for _, block in repeated_blocks(module)]
     results: OncePerStructure[tuple[list[Any], Any]] = OncePerStructure(blocks)
 
@@ -115,7 +115,7 @@ def _first_of_alike(module: torch.nn.Module, tape: Tape) -> Iterator[None]:
 def record_component(
     callees: Sequence[Callee], fake: FakeTensorMode, constants: Constants, regions: bool = True
 ) -> Module:
-    """Record every way in which one component is called.
+    """Records every way in which one component is called.
 
     Args:
         callees: of one component; each gets its `program` name set.
@@ -177,7 +177,7 @@ class _Regions:
 
     @contextlib.contextmanager
     def patched(self, tape: Tape) -> Iterator[None]:
-        """While it lasts, calling a block writes one REGION operation to the tape."""
+        """Makes calls of a block write one REGION operation to the tape, inside the `with` block."""
         try:
             for name, block in self.blocks:
                 block.forward = self._stand_in(tape, name, block, block.forward)
@@ -188,7 +188,9 @@ class _Regions:
 
     def _stand_in(self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = flatten((args, kwargs))
+            given, structure = flatten((args, kwargs))
+            with _disable_current_modes():
+                leaves = [_decided(leaf, tape) for leaf in given]
             if not is_plain_call(args, kwargs):
                 return original(*args, **kwargs)
             region, result, shape = self._results.get(
@@ -235,7 +237,7 @@ class _Regions:
         return self._name(type(block).__name__, program), result, shape
 
     def _name(self, class_name: str, program: Program) -> str:
-        """The name of the region; blocks that compute the same share one."""
+        """Returns the name of the region; blocks that compute the same share one."""
         mark = fingerprint(program)
         if mark not in self._by_print:
             count = sum(region.recorded_from == class_name for region in self.programs.values())
@@ -245,9 +247,22 @@ class _Regions:
         return self._by_print[mark]
 
 
+def _decided(leaf: Any, tape: Tape) -> Any:
+    """Returns a block's argument, a Python boolean for a tensor of one whose value no request changes.
+
+    LTX-2 asks of such a tensor whether its guidance perturbs everything, to go one way or another through a block.
+    """
+    if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.bool or leaf.ndim or tape.is_marked(leaf):
+        return leaf
+    return bool(leaf)
+
+
 def is_plain_call(args: Any, kwargs: Any) -> bool:
-    """Whether a block is called with tensors and literals alone. One that shares an object with others, such as a
-    cache of keys and values, is part of its component and not a region."""
+    """Returns True if a block is called with tensors and literals alone.
+
+    A block that shares an object with others, such as a cache of keys and values, is part of its component and not a
+    region.
+    """
     try:
         describe((args, kwargs), lambda _: None, "")
     except RecordError:
@@ -257,8 +272,10 @@ def is_plain_call(args: Any, kwargs: Any) -> bool:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Keep transformers from reading the values of masks: it must believe that it is being traced. And have flex
-    attention done by what can be written down."""
+    """Keeps transformers from reading the values of masks, by making it believe that it is being traced.
+
+    Flex attention is replaced by operations that can be recorded.
+    """
     names = [name for name in sys.modules if name.startswith("transformers.")]
     patched = []
     for name in names:

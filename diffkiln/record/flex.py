@@ -19,7 +19,7 @@ from diffkiln.errors import RecordError
 
 @contextlib.contextmanager
 def dense_flex_attention() -> Iterator[None]:
-    """While it lasts, flex attention is `scaled_dot_product_attention` with a mask of every query and key."""
+    """Replaces flex attention by `scaled_dot_product_attention` with a full mask, inside the `with` block."""
     with mock.patch.object(flex, "flex_attention", _dense_attention):
         yield
 
@@ -37,7 +37,7 @@ def _dense_attention(
     *,
     return_aux: Any = None,
 ) -> torch.Tensor:
-    """`flex_attention` without a change of scores.
+    """Computes `flex_attention` without a change of scores.
 
     Raises:
         RecordError: scores are changed by a function, or more than the values is asked for.
@@ -53,7 +53,7 @@ def _dense_attention(
 
 
 def _dense_mask(mask: Any, queries: int, keys: int) -> torch.Tensor:
-    """bool[batch or 1, heads or 1, queries, keys]: what attends to what."""
+    """Returns bool[batch or 1, heads or 1, queries, keys]: which query attends to which key."""
     whole = _blocks(mask.full_kv_num_blocks, mask.full_kv_indices, mask, queries, keys)
     part = _blocks(mask.kv_num_blocks, mask.kv_indices, mask, queries, keys)
     if part is None:
@@ -71,14 +71,14 @@ def _is_trivial(mask_mod: Any) -> bool:
 def _blocks(
     count: torch.Tensor | None, indices: torch.Tensor | None, mask: Any, queries: int, keys: int
 ) -> torch.Tensor | None:
-    """The mask of all elements of these blocks: the first `count` of each row of `indices`."""
+    """Returns the mask of all elements of these blocks: the first `count` of each row of `indices`."""
     if count is None or indices is None:
         return None
     wide, high = mask.BLOCK_SIZE[1], mask.BLOCK_SIZE[0]
     columns = indices.shape[-1]
     named = torch.arange(columns, device=indices.device) < count.unsqueeze(-1)
-    places = torch.where(named, indices, columns).long()  # what is not named goes one column too far
-    blank = torch.zeros_like(places, dtype=torch.bool)
-    dense = torch.cat([blank, blank[..., :1]], -1).scatter(-1, places, torch.ones_like(places, dtype=torch.bool))
+    taken = torch.where(named, indices, columns).long()  # what is not named goes one column too far
+    blank = torch.zeros_like(taken, dtype=torch.bool)
+    dense = torch.cat([blank, blank[..., :1]], -1).scatter(-1, taken, torch.ones_like(taken, dtype=torch.bool))
     dense = dense[..., :columns].repeat_interleave(high, -2).repeat_interleave(wide, -1)
     return dense[..., :queries, :keys]

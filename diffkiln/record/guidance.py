@@ -19,7 +19,7 @@ KEYWORD = "guidance_scale"
 
 
 class _Differs(Exception):
-    """The two recordings differ by more than the scale."""
+    """An error for two recordings that differ by more than the scale."""
 
 
 def free_guidance(
@@ -46,14 +46,41 @@ def free_guidance(
     except (_Differs, RecordError):
         return program, f"{KEYWORD} is fixed at {scale}: the call depends on it in more than its value"
     if free is None:
-        return program, ""
+        return _with_same(program, record, scale, constants.tensors), ""
     *others, own = free.inputs
     known = source or _source(program, record, scale, constants)
     return Builder(free, inputs=(*others, replace(own, source=known))).build(), ""
 
 
+def _with_same(
+    program: Program,
+    record: Callable[[Mapping[str, Any]], Program],
+    scale: float,
+    constants: Mapping[str, torch.Tensor],
+) -> Program:
+    """Returns the program of a call that does not read its scale, with the other scales that give the same one.
+
+    Its signature says `same`: the smallest and the largest of them, None where there is none. Where guidance is off
+    that is from 0 to 1, as pipelines ask whether the scale is above 1; where nothing asks, any will do.
+    """
+
+    def same(other: float) -> bool:
+        try:
+            return other == scale or _merge(program, record({KEYWORD: other}), (scale, other), constants) is None
+        except (_Differs, RecordError):
+            return False
+
+    if not (same(0.0) and same(1.0)):
+        return program
+    unread = same(scale + 7.5)
+    if scale > 1.0 and not unread:
+        return program
+    bounds = (None, None) if unread else (0.0, 1.0)
+    return replace(program, signature={**program.signature, "same": {KEYWORD: bounds}})
+
+
 def source_of(program: Program) -> Mapping[str, Any] | None:
-    """Where the scale of a program comes from, if it is an input."""
+    """Returns where the scale of a program comes from, if it is an input."""
     return next((item.source for item in program.inputs if item.source.get("keyword") == KEYWORD), None)
 
 
@@ -71,7 +98,7 @@ def _source(program: Program, record: Any, scale: float, constants: Any) -> dict
 def _merge(
     a: Program, b: Program, scales: tuple[float, float], constants: Mapping[str, torch.Tensor]
 ) -> Program | None:
-    """One program of two, with the scale as an input; None where they do not differ at all."""
+    """Merges two programs into one, with the scale as an input; returns None if they do not differ at all."""
     if len(a.ops) != len(b.ops) or a.outputs != b.outputs or a.inputs != b.inputs:
         raise _Differs
     merging = _Merging(a, scales, constants)
@@ -117,7 +144,7 @@ class _Merging:
         raise _Differs
 
     def _full(self, x: Ref, y: Ref) -> Ref:
-        """The result of an operation that fills a tensor with the scale, in place of a constant that is just that."""
+        """Returns the result of an operation that fills a tensor with the scale, instead of a constant full of it."""
         for ref, scale in zip((x, y), self._scales, strict=True):
             tensor = self._constants[ref.bare]
             if not torch.equal(tensor, torch.full_like(tensor, scale)):

@@ -15,9 +15,9 @@ from diffkiln.interpreter.portable import evaluate
 
 
 class Marked(TorchDispatchMode):
-    """Runs a component as the recorder took it: what depends on marked tensors as torch does, the rest portably.
+    """A mode that runs a component as it was recorded: operations on marked tensors by torch, all others portably.
 
-    The former is what the recorder wrote down (diffkiln.record.tape), the latter is what it folded.
+    The recorder wrote the former down (diffkiln.record.tape) and folded the latter.
 
     Args:
         tensors: the component's inputs and weights.
@@ -45,7 +45,7 @@ class Marked(TorchDispatchMode):
 
     @contextmanager
     def alone(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """While it lasts, these tensors are marked and no others: the recorder takes each block by itself."""
+        """Marks only these tensors inside the `with` block: the recorder takes each block by itself."""
         self._marks.append(_Marks(tensors))
         try:
             yield
@@ -79,7 +79,7 @@ class _Marks:
 
 
 def _written(func: Any, args: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """The arguments that an operator writes to."""
+    """Yields the arguments that an operator writes to."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info and argument.alias_info.is_write:
             yield from tensors_in(value)

@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 from unittest import mock
 
@@ -28,6 +29,9 @@ from torch.nn import functional
 from diffkiln.plugins import plugins
 from diffkiln.record.processors import processors_of
 
+#: What has a method or a function of a patch.
+Owner = type | ModuleType
+
 
 def whole(tensor: Any, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
     """Returns the tensor as it is."""
@@ -36,7 +40,7 @@ def whole(tensor: Any, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> An
 
 @dataclass(frozen=True)
 class Padding:
-    """How the arguments of one component differ between diffusers and the program.
+    """The differences between diffusers and the program in one component's arguments.
 
     Attributes:
         pad: diffusers' own (args, kwargs) → the program's, at the fixed length. Bit for bit what the program gives.
@@ -60,8 +64,10 @@ class Patch:
         replacement: a function that takes the method's place.
         known_in: names of classes, with spaces between, that have the method in the tested releases. No match depends
             on them: they say which method changed when nothing fits (`outdated`), and where the tests look.
+        function: the name is that of a function beside the pipeline's class, not of a method.
         around: the replacement takes the method, and gives what takes its place and calls it.
         refuses: the replacement does nothing but say why the method is not recorded.
+        outside: no length is fixed, and blocks are called as diffusers calls them.
         paddings: of a pipeline's method: a pipeline and the keywords of its call, with defaults → how the arguments of
             its components differ.
     """
@@ -69,8 +75,10 @@ class Patch:
     prints: Mapping[str, str]
     replacement: Callable[..., Any]
     known_in: str = ""
+    function: bool = False
     around: bool = False
     refuses: bool = False
+    outside: bool = False
     paddings: Callable[[Any, Mapping[str, Any]], dict[str, Padding]] | None = None
 
     @property
@@ -78,23 +86,26 @@ class Patch:
         """Returns the name of the method."""
         return next(iter(self.prints))
 
-    def fits(self, owner: type, kind: type) -> bool:
+    def fits(self, owner: Owner, kind: type) -> bool:
         """Returns True if the patch was made for these methods: that of `owner`, and those that `kind` calls with it.
 
         Args:
-            owner: the class that has the method.
+            owner: the class that has the method, or the module that has the function.
             kind: the same class, or one that is derived from it and may have others of the methods.
         """
         prints = self.prints.items()
         return all(fingerprint(self._stands_for(owner, kind, name)) in known.split() for name, known in prints)
 
-    def _stands_for(self, owner: type, kind: type, name: str) -> Any:
+    def _stands_for(self, owner: Owner, kind: type, name: str) -> Any:
+        module = sys.modules[kind.__module__ if isinstance(owner, ModuleType) else owner.__module__]
+        if self.function:
+            return vars(owner if isinstance(owner, ModuleType) else module).get(name)
         other, _, method = name.rpartition(".")
         if other:
-            return vars(getattr(sys.modules[owner.__module__], other, object)).get(method)
+            return vars(getattr(module, other, object)).get(method)
         return vars(owner).get(name) if name == self.method else inspect.getattr_static(kind, name, None)
 
-    def made_for(self, owner: type) -> Callable[..., Any]:
+    def made_for(self, owner: Owner) -> Callable[..., Any]:
         """Returns what takes the method's place in this class."""
         return self.replacement(getattr(owner, self.method)) if self.around else self.replacement
 
@@ -107,7 +118,7 @@ def known_patches() -> tuple[Patch, ...]:
 
 @contextlib.contextmanager
 def fixed_lengths(part: Any) -> Iterator[None]:
-    """While it lasts, a pipeline or a module has a fixed length where its shapes follow the prompt's."""
+    """Gives a pipeline or a module a fixed length wherever its shapes follow the prompt's, inside the `with` block."""
     patches = {(owner, patch.method): patch for owner, patch in _fitting(_parts(part))}
     with contextlib.ExitStack() as stack:
         for (owner, method), patch in patches.items():
@@ -138,45 +149,60 @@ def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
     Not those in which only the attention differs: their blocks are called as diffusers calls them.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {name for name, module in modules.items() if any(_fitting([module]))} | paddings(pipe, fixed).keys()
+    fixed_inside = {
+        name for name, module in modules.items() if any(not patch.outside for _, patch in _fitting([module]))
+    }
+    return fixed_inside | paddings(pipe, fixed).keys()
 
 
 def outdated(pipe: Any) -> str:
-    """Names the methods of a pipeline and its components that have a patch, made for another text of them, such as
-    "diffusers' WanPipeline.encode_prompt"; "" if there are none."""
-    names = [
-        f"{owner.__module__.partition('.')[0]}' {owner.__name__}.{patch.method}"
-        for owner, kind, patch in _named(_parts(pipe))
-        if owner.__name__ in patch.known_in.split() and not patch.refuses and not patch.fits(owner, kind)
-    ]
+    """Returns the methods that have a patch made for another text of them, as words; "" if there are none.
+
+    An example is "diffusers' WanPipeline.encode_prompt".
+    """
+    names = []
+    for owner, kind, patch in _named(_parts(pipe)):
+        known = kind if isinstance(owner, ModuleType) else owner
+        if known.__name__ in patch.known_in.split() and not patch.refuses and not patch.fits(owner, kind):
+            names.append(f"{known.__module__.partition('.')[0]}' {known.__name__}.{patch.method}")
     return ", ".join(dict.fromkeys(names))
 
 
-def _fitting(parts: Iterable[Any]) -> Iterator[tuple[type, Patch]]:
-    """Returns the classes of these objects that have a method with a patch that fits."""
+def _fitting(parts: Iterable[Any]) -> Iterator[tuple[Owner, Patch]]:
+    """Returns the classes of these objects, and their modules, that have a method with a patch that fits."""
     return ((owner, patch) for owner, kind, patch in _named(parts) if patch.fits(owner, kind))
 
 
-def _named(parts: Iterable[Any]) -> Iterator[tuple[type, type, Patch]]:
-    """Yields each class that has a method of a patch's name, and the class of the object that is derived from it."""
-    patches: dict[str, list[Patch]] = {}
+def _named(parts: Iterable[Any]) -> Iterator[tuple[Owner, type, Patch]]:
+    """Yields each class, or module, that has a method of a patch's name, and the class that is derived from it."""
+    patches: dict[tuple[str, bool], list[Patch]] = {}
     for patch in known_patches():
-        patches.setdefault(patch.method, []).append(patch)
+        patches.setdefault((patch.method, patch.function), []).append(patch)
     for kind in dict.fromkeys(map(type, parts)):
-        for owner in kind.__mro__:
-            for method in sorted(vars(owner).keys() & patches.keys()):
-                for patch in patches[method]:
+        for owner in (*kind.__mro__, *_modules(kind)):
+            names = {(name, isinstance(owner, ModuleType)) for name in vars(owner)}
+            for name in sorted(names & patches.keys()):
+                for patch in patches[name]:
                     yield owner, kind, patch
 
 
+def _modules(kind: type) -> Iterable[ModuleType]:
+    """Returns the modules that define a class and those that it is derived from."""
+    return dict.fromkeys(sys.modules[owner.__module__] for owner in kind.__mro__ if owner.__module__ in sys.modules)
+
+
 def _parts(part: Any) -> Iterator[Any]:
-    """Yields a module and all within it, attention processors too; or a pipeline and all its components."""
+    """Yields a module and all within it, attention processors too; or a pipeline, its components and its processors of
+    images."""
     if isinstance(part, torch.nn.Module):
         yield from part.modules()
         yield from processors_of(part).values()
         return
     yield part
-    for component in getattr(part, "components", {}).values():
+    components = getattr(part, "components", {})
+    if components:
+        yield from (own for name, own in vars(part).items() if name.endswith("_processor"))
+    for component in components.values():
         yield from _parts(component)
 
 
@@ -203,7 +229,7 @@ def fingerprint(function: Any) -> str:
 def resized(
     tensor: torch.Tensor, length: int, value: float = 0, side: Literal["left", "right"] = "right"
 ) -> torch.Tensor:
-    """[batch, length, …]: cut, or filled with `value`, on one side of the second dimension."""
+    """Returns [batch, length, …] cut, or filled with `value`, on one side of the second dimension."""
     missing = length - tensor.shape[1]
     sides = (missing, 0) if side == "left" else (0, missing)
     return functional.pad(tensor, (*([0, 0] * (tensor.ndim - 2)), *sides), value=value)

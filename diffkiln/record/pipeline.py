@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,16 +15,21 @@ from diffkiln.errors import DataDependent, RecordError
 from diffkiln.models.meta import make_fake
 from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
 from diffkiln.program.calls import GIVEN, Given
-from diffkiln.record.call import CallRecorder, Request, Unread, defaults
+from diffkiln.program.preambles import loop_regions
+from diffkiln.record.call import CallRecorder, Failed, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
+from diffkiln.record.folds import Fold
 from diffkiln.record.guidance import free_guidance, source_of
+from diffkiln.record.keywords import NEGATIVES, parameters_of
 from diffkiln.record.patches import fixed_lengths, outdated
+from diffkiln.record.reading import Reading
+from diffkiln.record.refusals import Refused
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input of a program at another batch comes from.
+    """The origin of an input of a program at another batch.
 
     Attributes:
         arg: the place of the argument that it is a part of, or a part of which it is; None for a constant that differs
@@ -62,12 +66,13 @@ class Rebatched:
 
 @dataclass(frozen=True)
 class Recording:
-    """What recording gives: the variants' programs by name, the components, and the constants that both use.
+    """The result of recording: the variants' programs by name, the components, and the constants that both use.
 
     `callees` are the ways in which components are called, by component and program. `reason` says why nothing was
     recorded, where the bundle is to run as diffusers. `fake` is the mode of the meta models' fake tensors. `pipe` is
     the meta model that was recorded for the `requests`, for passes that record a component anew; `batches` are the
-    programs that they made so, by component and program.
+    programs that they made so, by component and program. `read` are the parts of the pipeline that the calls read, of
+    those that they may not. `folds` give constants that take the weights to be known.
     """
 
     calls: list[dict[str, Program]]
@@ -81,12 +86,16 @@ class Recording:
     pipe: Any = None
     requests: tuple[Request, ...] = ()
     batches: Mapping[tuple[str, str], Rebatched] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()
+    folds: tuple[Fold, ...] = ()
 
     def weight_types(self, held: Collection[str] = ()) -> dict[str, dict[str, TensorType]]:
-        """By component, the weights that programs read, and their types. Those of regions of components that are
-        `held` are left out: their engines have them."""
+        """Returns, by component, the weights that programs read and their types.
+
+        The weights of regions of `held` components are left out: their engines have them.
+        """
         found = {
-            name: dict(module.weight_types(module.regions if name in held else ()))
+            name: dict(module.weight_types(loop_regions(module) if name in held else ()))
             for name, module in self.modules.items()
         }
         for call in (call for calls in self.calls for call in calls.values()):
@@ -96,20 +105,21 @@ class Recording:
         return found
 
 
-def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
-    """Record a pipeline's call for every variant, then the components that it calls.
+def record(pipe: Any, requests: Sequence[Request], constants: Constants, perhaps: Collection[str] = ()) -> Recording:
+    """Records a pipeline's call for every variant, then the components that it calls.
 
     Args:
         pipe: a meta model, whose weights become fake tensors.
         requests: the variants.
         constants: where folded tensors go.
+        perhaps: parts of the pipeline that its call may not read.
 
     Raises:
         RecordError: the call cannot be written down; DataDependent says which value decides its shape.
     """
     try:
         with fixed_lengths(pipe):
-            return _record(pipe, requests, constants)
+            return _record(pipe, requests, constants, Reading(pipe, perhaps))
     except DataDependent as error:
         if names := outdated(pipe):
             raise DataDependent(
@@ -118,16 +128,17 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Reco
         raise
 
 
-def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Recording:
+def _record(pipe: Any, requests: Sequence[Request], constants: Constants, reading: Reading) -> Recording:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             make_fake(module, fake)
     callees: dict[str, Callee] = {}
-    recorder = CallRecorder(pipe, fake, constants, callees)
+    recorder = CallRecorder(pipe, fake, constants, callees, reading)
     variants = [_record_variant(recorder, request, constants) for request in requests]
-    notices = tuple(dict.fromkeys(notice for _, told in variants for notice in told))
-    calls = [programs for programs, _ in variants]
+    requests = [request for request, _, _ in variants]
+    notices = tuple(dict.fromkeys(notice for _, _, told in variants for notice in told))
+    calls = [programs for _, programs, _ in variants]
     every = [program for programs in calls for program in programs.values()]
     used = {op.attrs["program"] for program in every for op in program.ops if op.name == CALL}
     callees = {key: callee for key, callee in callees.items() if key in used}
@@ -139,13 +150,24 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants) -> Rec
             verify(program, modules=modules)
     fixed = [defaults(pipe, request) for request in requests]
     ways = {(callee.component, callee.program): callee for callee in callees.values()}
-    return Recording(calls, modules, constants, fixed, notices, ways, fake=fake, pipe=pipe, requests=tuple(requests))
+    return Recording(
+        calls,
+        modules,
+        constants,
+        fixed,
+        notices,
+        ways,
+        fake=fake,
+        pipe=pipe,
+        requests=tuple(requests),
+        read=frozenset(reading.read),
+    )
 
 
 def record_once(recording: Recording, request: Request, negative: bool) -> tuple[Program, Mapping[str, Callee]]:
-    """Record the recording's pipeline for another request: its call, and its callees by the names in the call.
+    """Records the recording's pipeline for another request: its call, and its callees by their names in the call.
 
-    The program is for looking at: its constants are not the recording's, and its components are not recorded.
+    The program is only for inspection: its constants are not the recording's, and its components are not recorded.
 
     Raises:
         RecordError: as `record`.
@@ -158,10 +180,13 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
 
 def _record_variant(
     recorder: CallRecorder, request: Request, constants: Constants
-) -> tuple[dict[str, Program], list[str]]:
-    """Returns the programs of one variant, by which optional keywords the caller gives: "call", "call+latents", …; and
-    what a user should know of them."""
+) -> tuple[Request, dict[str, Program], list[str]]:
+    """Returns the request as it was recorded; the programs of one variant, by which optional keywords the caller gives:
+    "call", "call+latents", …; and what a user should know of them."""
     scale = request.fixed.get("guidance_scale")
+    parameters = parameters_of(recorder.pipe)
+    negative = "negative_prompt" in parameters and not request.withheld.intersection(NEGATIVES)
+    request, first = _first(recorder, request, negative)
 
     def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
         return recorder.run(request, extra, negative, latents)
@@ -172,14 +197,13 @@ def _record_variant(
         notices.extend([notice] if notice else [])
         return free
 
-    parameters = inspect.signature(type(recorder.pipe).__call__).parameters
     programs: dict[str, Program] = {}
     notices: list[str] = []
-    programs["call"] = freed(once({}, False), False)
-    if "negative_prompt" in parameters:
+    programs["call"] = freed(first, False)
+    if negative and not request.needs_negative:
         with contextlib.suppress(Unread):
             programs[Given(negative=True).name] = freed(once({}, True), True)
-    if "latents" in parameters:
+    if "latents" in parameters and "latents" not in request.tensors:
         for given in [GIVEN[name] for name in programs]:
             program = _first_that_records(partial(once, {}, given.negative), _latents_types(programs["call"]))
             if program is None:
@@ -189,7 +213,20 @@ def _record_variant(
                 break
             latents = next(item.type for item in program.inputs if item.source.get("keyword") == "latents")
             programs[given._replace(latents=True).name] = freed(program, given.negative, latents)
-    return programs, notices
+    return request, programs, notices
+
+
+def _first(recorder: CallRecorder, request: Request, negative: bool) -> tuple[Request, Program]:
+    """Makes the first recording of a variant, with a negative prompt where the pipeline cannot be called without."""
+    try:
+        return request, recorder.run(request, {}, False, None)
+    except (Failed, Refused):
+        if not negative:
+            raise
+        needing = replace(request, needs_negative=True)
+        with contextlib.suppress(RecordError):
+            return needing, recorder.run(needing, {}, True, None)
+        raise
 
 
 def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[TensorType]) -> Program | None:
@@ -200,14 +237,14 @@ def _first_that_records(once: Callable[[TensorType], Program], types: Sequence[T
 
 
 def _latents_types(program: Program) -> list[TensorType]:
-    """What a caller's own `latents` may look like: as at the end of a step, or as the noise is drawn."""
+    """Returns the types that a caller's own `latents` may have: as at the end of a step, or as the noise is drawn."""
     steps = [program.types[op.outputs[0]] for op in program.ops if op.name == STEP]
     noise = [program.types[op.outputs[0]] for op in program.ops if op.name == NOISE]
     return list(dict.fromkeys([*steps[:1], *noise[:1]]))
 
 
 def _find_folded(programs: Sequence[Program], callees: Mapping[str, Callee], constants: Constants) -> None:
-    """Arguments that are the same constant in every call of a component become constants of its program."""
+    """Turns arguments that are the same constant in every call of a component into constants of its program."""
     for key, callee in callees.items():
         sites = [op for program in programs for op in program.ops if op.attrs.get("program") == key]
         for index, position in enumerate(callee.tensors):
@@ -225,7 +262,7 @@ def _record_components(callees: Mapping[str, Callee], fake: FakeTensorMode, cons
 
 
 def _link(program: Program, callees: Mapping[str, Callee]) -> Program:
-    """Point CALL operations at the recorded component programs, without the arguments that were folded into them."""
+    """Points CALL operations at the recorded component programs, without the arguments that were folded into them."""
 
     def linked(op: Op) -> Op:
         if op.name != CALL:

@@ -10,15 +10,18 @@ import torch
 
 
 def processors_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The processor of every attention of diffusers, by its path."""
+    """Returns the processor of every attention of diffusers, by its path."""
     parts = ((path, getattr(part, "processor", None)) for path, part in module.named_modules())
     return {path: processor for path, processor in parts if processor is not None}
 
 
 @contextlib.contextmanager
 def with_processors(module: torch.nn.Module, processors: Mapping[str, Any]) -> Iterator[None]:
-    """While it lasts, attentions have the processors that a call gives them and takes away, as that of perturbed
-    attention guidance does; those that the module has not are left out."""
+    """Gives attentions the processors of a call inside the `with` block.
+
+    Perturbed attention guidance sets processors for a call and removes them again. Paths that the module lacks are left
+    out.
+    """
     parts = {path: part for path, part in module.named_modules() if path in processors}
     own = {path: part.processor for path, part in parts.items()}
     try:

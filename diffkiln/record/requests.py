@@ -3,93 +3,162 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffkiln.errors import Problem, SpecError
-from diffkiln.program.images import IMAGES, MAX_SIDE
-from diffkiln.record.call import NEGATIVES, PROMPTS, Request
+from diffkiln.record.call import Request
+from diffkiln.record.keywords import (
+    DTYPES,
+    NEGATIVES,
+    PROMPTS,
+    encoded,
+    is_image,
+    is_size,
+    is_tensor,
+    is_text,
+    parameters_of,
+    takes_images,
+    tensors_of,
+)
 from diffkiln.record.sentinels import Sizes
 from diffkiln.spec import Inputs, Spec, as_tuple, suggest
 
 _BY_THE_CALLER = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback"}
 _SIDES = ("height", "width")
+#: What a spec has to say where the call has it, though most pipelines have a default: a bundle is for these values.
+_NEEDED = (*_SIDES, "num_inference_steps")
+
+Parameters = Mapping[str, inspect.Parameter]
 
 
 def requests_of(spec: Spec, pipe: Any) -> list[Request]:
-    """One request for each variant: what is fixed, how many prompts there are, and the sizes of images.
+    """Returns one request for each variant: what is fixed, the number of prompts, and what else is declared.
 
     Raises:
-        SpecError: keywords that the pipeline's call does not have, or that belong to whoever calls the bundle.
+        SpecError: keywords that the pipeline's call does not have, that it needs and are not there, or that belong to
+            whoever calls the bundle.
     """
-    known = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    parameters = parameters_of(pipe)
     problems: list[Problem] = []
     requests: list[Request] = []
-    entries = as_tuple(spec.inputs)
-    for index, entry in enumerate(entries):
-        where = "$.inputs" if len(entries) == 1 else f"$.inputs[{index}]"
+    for entry, where in zip(as_tuple(spec.inputs), _places(spec), strict=True):
         variants = entry.each()
-        wrong = list(_image_problems(variants[0], where))
+        wrong = list(_declaration_problems(variants[0], where, parameters))
         problems += wrong
-        images = {} if wrong else _images(variants[0])
-        for name in (*_fixed(variants[0], images, known), *images):
-            place = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
-            if name in _BY_THE_CALLER:
-                problems.append(Problem(place, "whoever calls the bundle gives this keyword", "Remove it."))
-            elif name not in known:
-                hint = suggest(name, known) or f"It takes {', '.join(sorted(known))}."
-                problems.append(Problem(place, f"the call of {type(pipe).__name__} has no keyword {name!r}", hint))
-        if not wrong:
-            requests += [_request(variant, known) for variant in variants]
+        if wrong:
+            continue
+        made = [_request(variant, parameters) for variant in variants]
+        problems += _keyword_problems(entry, made[0], where, type(pipe).__name__, parameters)
+        requests += made
     if problems:
         raise SpecError(problems=problems)
     return requests
 
 
-def _request(variant: Inputs, known: set[str]) -> Request:
-    images = _images(variant)
-    return Request(_fixed(variant, images, known), variant.batch_size, images)
+def places_of(spec: Spec) -> list[str]:
+    """Returns the JSON path of each variant's inputs."""
+    entries = zip(as_tuple(spec.inputs), _places(spec), strict=True)
+    return [where for entry, where in entries for _ in entry.each()]
 
 
-def _fixed(variant: Inputs, images: dict[str, Sizes], known: set[str]) -> dict[str, Any]:
+def _places(spec: Spec) -> list[str]:
+    count = len(as_tuple(spec.inputs))
+    return ["$.inputs"] if count == 1 else [f"$.inputs[{index}]" for index in range(count)]
+
+
+def _request(variant: Inputs, parameters: Parameters) -> Request:
+    images = _images(variant, parameters)
+    tensors = {name: tensors_of(value) for name, value in variant.call.items() if is_tensor(value)}
+    given = {name: types for name, types in tensors.items() if types is not None}
+    return Request(
+        _fixed(variant, images, parameters),
+        variant.batch_size,
+        images,
+        given,
+        tuple(name for name, value in variant.call.items() if is_text(value)),
+        frozenset(encoded(given)),
+    )
+
+
+def _fixed(variant: Inputs, images: Mapping[str, Sizes], parameters: Parameters) -> dict[str, Any]:
     given = variant.model_dump(mode="json", exclude_none=True)
     call = given.pop("call", {})
-    del given["batch_size"]
+    if "batch_size" not in parameters:  # which pipelines without prompts have
+        del given["batch_size"]
     if given["num_images_per_prompt"] == 1:
         del given["num_images_per_prompt"]  # every pipeline's default; those for videos have another word
-    if images and not known.intersection(_SIDES):  # such a call has the size of its images
+    if images and not parameters.keys() & set(_SIDES):  # such a call has the size of its images
         given = {name: value for name, value in given.items() if name not in _SIDES}
-    others = {name: value for name, value in call.items() if name not in (*PROMPTS, *NEGATIVES)}
-    return given | {name: value for name, value in others.items() if name not in IMAGES or value is None}
+    declared = {name for name, value in call.items() if is_tensor(value) or is_text(value)}
+    return given | {
+        name: value
+        for name, value in call.items()
+        if name not in (*PROMPTS, *NEGATIVES, *declared) and not is_image(value, parameters.get(name))
+    }
 
 
-def _given(variant: Inputs) -> dict[str, Any]:
-    """What stands for images among the keywords."""
-    return {name: value for name, value in variant.call.items() if name in IMAGES and value is not None}
-
-
-def _images(variant: Inputs) -> dict[str, Sizes]:
-    """Keyword → the width and height of its image, or of each in its list; the variant's own where none are said."""
+def _images(variant: Inputs, parameters: Parameters) -> dict[str, Sizes]:
+    """Returns the width and height of each keyword's image or images; by default the variant's own."""
 
     def size(value: Any) -> tuple[int, int]:
         return value.get("width", variant.width), value.get("height", variant.height)
 
     return {
         name: tuple(map(size, value)) if isinstance(value, list | tuple) else size(value)
-        for name, value in _given(variant).items()
+        for name, value in variant.call.items()
+        if is_image(value, parameters.get(name)) and not is_tensor(value)
     }
 
 
-def _image_problems(variant: Inputs, where: str) -> Iterator[Problem]:
-    for name, value in _given(variant).items():
-        listed = value if isinstance(value, list | tuple) else [value]
-        if not listed or not all(map(_is_size, listed)):
-            reason = "an image is given by whoever calls the bundle, and is said here to come, with its size in pixels"
-            hint = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'
-            yield Problem(f"{where}.call.{name}", reason, hint)
+def _declaration_problems(variant: Inputs, where: str, parameters: Parameters) -> Iterator[Problem]:
+    """Yields what is wrong with that which stands for images and tensors."""
+    for name, value in variant.call.items():
+        place = f"{where}.call.{name}"
+        if is_tensor(value):
+            if tensors_of(value) is None:
+                hint = f'Write {{"shape": [1, 77, 768], "dtype": "float32"}}; types are {", ".join(DTYPES)}'
+                yield Problem(place, "a tensor is declared by its shape, sizes from 1, and its type of elements", hint)
+        elif is_image(value, parameters.get(name)):
+            listed = value if isinstance(value, list | tuple) else [value]
+            if not listed or not all(map(is_size, listed)):
+                reason = "an image is given by the caller of the bundle, and is said here to come, with its size"
+                hint = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'
+                yield Problem(place, reason, f"{hint}. A tensor is declared by its shape.")
+            elif any(item.get(side, getattr(variant, side)) is None for item in listed for side in _SIDES):
+                hint = f'Write "{name}": {{"height": 512, "width": 512}}'
+                yield Problem(place, "its size is not said, and the inputs have no height and width", hint)
 
 
-def _is_size(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) - set(_SIDES):
-        return False
-    return all(type(side) is int and 0 < side < MAX_SIDE for side in value.values())
+def _keyword_problems(
+    entry: Inputs, request: Request, where: str, class_name: str, parameters: Parameters
+) -> Iterator[Problem]:
+    """Yields keywords that the call has not, that it needs, and that are the caller's."""
+    declared = [*request.images, *request.tensors, *request.texts]
+    for name in (*request.fixed, *declared):
+        place = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
+        if name in _BY_THE_CALLER and name not in request.tensors:
+            yield Problem(place, "whoever calls the bundle gives this keyword", "Remove it.")
+        elif name not in parameters:
+            hint = suggest(name, parameters) or f"It takes {', '.join(sorted(parameters))}."
+            yield Problem(place, f"the call of {class_name} has no keyword {name!r}", hint)
+    given = {*request.fixed, *declared}
+    for name, parameter in parameters.items():
+        if name in given or (name in (*PROMPTS, *NEGATIVES, *_BY_THE_CALLER) and name != "latents"):
+            continue
+        if name in _NEEDED:
+            yield Problem(f"{where}.{name}", f"the call of {class_name} has it, and it is not said", f'Add "{name}".')
+        elif parameter.default is parameter.empty:
+            yield Problem(f"{where}.call.{name}", f"the call of {class_name} needs it", _how_to_give(parameter))
+
+
+def _how_to_give(parameter: inspect.Parameter) -> str:
+    """Returns what to write for a keyword, as its annotation has it."""
+    annotation, name = str(parameter.annotation), parameter.name
+    if takes_images(parameter):
+        return f'Add "{name}": {{}}, or {{"height": 512, "width": 512}}.'
+    if "Tensor" in annotation:
+        return f'Add its shape: "{name}": {{"shape": [1, 4, 64, 64], "dtype": "float32"}}.'
+    if "str" in annotation and "list[str]" in annotation:
+        return f'Add an example: "{name}": {{"text": "a text"}}.'
+    return f'Add its value: "{name}": …. Type: {annotation.removeprefix("<class ").strip(chr(39) + ">")}.'

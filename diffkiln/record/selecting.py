@@ -20,20 +20,20 @@ SELECTS = {
 def by_position(
     func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_marked: Callable[[Any], bool]
 ) -> tuple[Any, str, tuple[Any, ...], dict[str, Any]]:
-    """The same operation with positions in the place of masks and counts, but for those that are marked."""
+    """Returns the same operation with positions instead of masks and counts, except for marked ones."""
     if name != "aten.repeat_interleave.self_Tensor":
-        indices = [place for index in args[1] for place in _places(index, is_marked)]
+        indices = [part for index in args[1] for part in _indices(index, is_marked)]
         return func, name, (args[0], indices, *args[2:]), dict(kwargs)
     given = dict(zip(("self", "repeats", "dim"), args, strict=False)) | dict(kwargs)
     tensor, repeats, dim = given["self"], given["repeats"], given.get("dim")
     if is_marked(repeats) or dim is None:
         return func, name, args, dict(kwargs)
     with _disable_current_modes():
-        places = torch.repeat_interleave(repeats.expand(tensor.shape[dim]))
-    return torch.ops.aten.index_select.default, "aten.index_select.default", (tensor, dim, places), {}
+        indices = torch.repeat_interleave(repeats.expand(tensor.shape[dim]))
+    return torch.ops.aten.index_select.default, "aten.index_select.default", (tensor, dim, indices), {}
 
 
-def _places(index: torch.Tensor | None, is_marked: Callable[[Any], bool]) -> Sequence[torch.Tensor | None]:
+def _indices(index: torch.Tensor | None, is_marked: Callable[[Any], bool]) -> Sequence[torch.Tensor | None]:
     if index is None or index.dtype not in (torch.bool, torch.uint8) or is_marked(index):
         return [index]
     with _disable_current_modes():

@@ -34,20 +34,26 @@ class Sentinel(Image.Image):
         return self._size
 
     def look(self) -> None:
-        """Note that what follows depends on the size; not on that of the caller's image, where it was resized."""
+        """Notes that later steps depend on the image's size; a resized image does not depend on the caller's."""
         self.origin.looked_at |= not any(edit[0] == "resize" for edit in self.edits)
 
     @property
     def plain_size(self) -> tuple[int, int]:
-        """The size, for the recorder's own use."""
+        """Returns the size, for the recorder's own use."""
         return self._size
 
+    @property
+    def plain_mode(self) -> str:
+        """Returns the mode, for the recorder's own use."""
+        return self._mode
+
     def resize(self, size: Any, resample: Any = None, box: Any = None, reducing_gap: Any = None) -> Sentinel:
-        if box is not None or reducing_gap is not None:
+        if box is not None:
             raise RecordError(f"the pipeline resizes {self.origin.keyword} by parts, which diffkiln does not record")
         width, height = map(int, size)
         name = Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample).name.lower()
-        return self._edited(("resize", width, height, name), size=(width, height))
+        rest = () if reducing_gap is None else (float(reducing_gap),)
+        return self._edited(("resize", width, height, name, *rest), size=(width, height))
 
     def crop(self, box: Any = None) -> Sentinel:
         if box is None:
@@ -90,7 +96,7 @@ class _Origin:
 
 
 def sentinels(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
-    """Keyword → a sentinel, or a list of them, as the call takes them."""
+    """Returns keyword → a sentinel, or a list of them, as the call takes them."""
     return {keyword: _sentinels(keyword, size) for keyword, size in sizes.items()}
 
 

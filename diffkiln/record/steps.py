@@ -14,9 +14,9 @@ _PARTIAL = ("strength", "denoising_start", "denoising_end")
 
 
 def wanted_steps(pipe: Any, request: Request) -> int:
-    """How many steps the variant's keywords ask for: as many as its own schedule has, or `num_inference_steps`.
+    """Returns how many steps the variant's keywords ask for: the length of its own schedule, or `num_inference_steps`.
 
-    0 where a keyword such as `strength` leaves some of them out.
+    Returns 0 if a keyword such as `strength` leaves some of them out.
     """
     fixed = defaults(pipe, request)
     if any(fixed.get(name) not in (None, 1.0) for name in _PARTIAL):
@@ -29,7 +29,7 @@ def wanted_steps(pipe: Any, request: Request) -> int:
 
 
 def steps_with(scheduler: Any, wanted: int) -> int:
-    """The number of steps that a scheduler makes of `num_inference_steps`.
+    """Returns the number of steps that a scheduler makes of `num_inference_steps`.
 
     Most make as many; some, such as PNDM and Heun, take more.
     """

@@ -28,7 +28,7 @@ _Found = TypeVar("_Found")
 
 
 class OncePerStructure(Generic[_Found]):
-    """What calls of blocks give, found out once for those that are alike.
+    """The results of blocks' calls, found once for alike blocks.
 
     Args:
         blocks: all that may be asked for. They must live as long as this does.
@@ -39,7 +39,9 @@ class OncePerStructure(Generic[_Found]):
         self._found: dict[Hashable, _Found] = {}
 
     def get(self, block: torch.nn.Module, arguments: Hashable, find: Callable[[], _Found]) -> _Found:
-        """What `find` gave for an alike block and the same arguments, or gives now; it runs the block's forward."""
+        """Returns the result of `find` for this block; an earlier one if an alike block had the same arguments. `find`
+        runs the block's forward.
+        """
         alike, indices = self._marks[block]
         of_any, of_this = (alike, arguments), (alike, arguments, indices)
         for key in (of_any, of_this):
@@ -57,7 +59,7 @@ def _indices(module: torch.nn.Module) -> Hashable:
 
 @contextlib.contextmanager
 def _index_reads(module: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
-    """The parts whose index is read while it lasts."""
+    """Collects the parts whose index is read inside the `with` block."""
     reads: list[torch.nn.Module] = []
 
     def read(part: torch.nn.Module) -> Any:
@@ -74,7 +76,7 @@ def _index_reads(module: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
 
 
 def structural_key(module: torch.nn.Module) -> Hashable:
-    """A key that alike modules share, whatever their index."""
+    """Returns a key that alike modules share, whatever their index."""
     return tuple(
         (name, type(part), tuple(_attributes(part.__dict__)), tuple(_tensors(part)))
         for name, part in module.named_modules()

@@ -18,7 +18,7 @@ Literal = (bool, int, float, str, type(None))
 
 @functools.cache
 def _know_distributions() -> None:
-    """What an autoencoder's encoder gives: a distribution, which is made anew from the tensor of its parameters."""
+    """Teaches flattening the distribution that an autoencoder's encoder gives, as the tensor of its parameters."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     def taken_apart(given: Any) -> tuple[list[Any], Any]:
@@ -42,13 +42,13 @@ def unflatten(leaves: list[Any], structure: Any) -> Any:
 
 
 def key_of(leaves: list[Any], structure: Any) -> str:
-    """What must be equal for two calls to share one program: the structure, tensor types and all other leaves."""
+    """Returns the key of a call's program: the structure, tensor types and all other leaves."""
     parts = [str(type_of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
     return "|".join([str(structure), *parts])
 
 
 def describe(nest: Any, tensor: Callable[[torch.Tensor], Any], what: str) -> Any:
-    """The nest as tuples, dicts and literals, with every tensor replaced by `tensor(tensor)`.
+    """Returns the nest as tuples, dicts and literals, with every tensor replaced by `tensor(tensor)`.
 
     Raises:
         RecordError: something else stands in it.
@@ -67,7 +67,9 @@ def describe(nest: Any, tensor: Callable[[torch.Tensor], Any], what: str) -> Any
 
 
 def names_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """A readable name for every leaf of (args, kwargs), after the parameters of `function`, in flattening order."""
+    """Returns a readable name for every leaf of (args, kwargs), after the parameters of `function`, in flattening
+    order.
+    """
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names: list[str] = []
     for index, arg in enumerate(args):

@@ -55,7 +55,7 @@ _IDENTITY_WHEN_EVAL = {f"aten.{name}{ending}.default" for name in _DROPOUTS for 
 
 @dataclass
 class _Storage:
-    """What is known of one storage: the value that covers it, and how often it was written."""
+    """The state of one storage: the value that covers it, and how often it was written."""
 
     base: torch.Tensor
     version: int = 0
@@ -63,7 +63,7 @@ class _Storage:
 
 
 class Tape(TorchDispatchMode):
-    """Records one straight line of operations.
+    """A mode that records one straight line of operations.
 
     Args:
         fake: the mode that every marked value belongs to.
@@ -90,13 +90,15 @@ class Tape(TorchDispatchMode):
         self._alive: list[Any] = []  # ids stay unique while tensors live
         self._count = 0
         self._patches = contextlib.ExitStack()
+        #: What `Tensor.numpy` gives of a marked tensor; None where it stops the recording.
+        self.as_array: Callable[[torch.Tensor], Any] | None = None
         for name, tensor in weights:
             self._bind(tensor, f"@{name}")
 
     # -- what the recorders of calls, components and regions use --
 
     def new_input(self, name: str, type_: TensorType, source: Mapping[str, Any] | None = None) -> torch.Tensor:
-        """A marked tensor that the caller will bring."""
+        """Returns a marked tensor that the caller will bring."""
         unique = name = f"%{name}"
         while any(item.name == unique for item in self.inputs):
             unique = f"{name}_{len(self.inputs)}"
@@ -106,7 +108,7 @@ class Tape(TorchDispatchMode):
         return tensor
 
     def blank(self, type_: TensorType) -> torch.Tensor:
-        """A contiguous marked tensor that is not yet any value."""
+        """Returns a contiguous marked tensor that has no value yet."""
         with self.fake:
             return torch.empty(type_.shape, dtype=dtype_of(type_.dtype))
 
@@ -118,7 +120,7 @@ class Tape(TorchDispatchMode):
         kwargs: Mapping[str, Arg] | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write one operation whose results are these marked tensors."""
+        """Writes one operation whose results are these marked tensors."""
         names = []
         for tensor in outputs:
             self._count += 1
@@ -127,7 +129,7 @@ class Tape(TorchDispatchMode):
         self.ops.append(safe_equal(Op(name, tuple(args), tuple(names), kwargs or {}, attrs or {})))
 
     def value(self, arg: Any) -> Arg:
-        """An argument as the program writes it; real tensors become constants."""
+        """Returns an argument as the program writes it; real tensors become constants."""
         if isinstance(arg, torch.Tensor):
             return self._tensor(arg)
         if isinstance(arg, torch.dtype):
@@ -145,13 +147,13 @@ class Tape(TorchDispatchMode):
         raise RecordError(f"{self.what}: an argument of type {type(arg).__name__} cannot be written down{_where()}")
 
     def finish(self, name: str, outputs: Sequence[torch.Tensor], **fields: Any) -> Program:
-        """The recorded program, without what is dead."""
+        """Returns the recorded program, without dead operations."""
         refs = tuple(self._tensor(tensor) for tensor in outputs)
         types = dict(self.types)
         return prune(Program(name, tuple(self.inputs), tuple(self.ops), refs, types, **fields))
 
     def is_marked(self, tensor: Any) -> bool:
-        """Whether the tensor depends on the request."""
+        """Returns True if the tensor depends on the request."""
         if isinstance(tensor, FakeTensor) or not self._written:
             return isinstance(tensor, FakeTensor)
         storage = self._storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
@@ -160,7 +162,7 @@ class Tape(TorchDispatchMode):
     # -- the mode --
 
     def __enter__(self) -> Tape:
-        """`tolist` and `numpy` read memory past the dispatcher: while the tape runs they ask it first."""
+        """Makes `tolist` and `numpy`, which read memory past the dispatcher, ask the tape first."""
         self._patches.enter_context(portable_numpy())
         for name in _PAST_THE_DISPATCHER:
             read = getattr(torch.Tensor, name)
@@ -175,6 +177,8 @@ class Tape(TorchDispatchMode):
 
     def _guarded(self, name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.is_marked(tensor) and name == "numpy" and self.as_array is not None:
+                return self.as_array(tensor)
             if self.is_marked(tensor):
                 raise self._data_dependent(f"Tensor.{name}")
             return read(tensor, *args, **kwargs)
@@ -209,7 +213,7 @@ class Tape(TorchDispatchMode):
         return self._record(func, name, args, kwargs)
 
     def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A library's composite operator, recorded as the operators that it consists of."""
+        """Records a library's composite operator as the operators that it consists of."""
         TorchDispatchMode.__enter__(self)
         try:
             return func.decompose(*args, **kwargs)
@@ -237,7 +241,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def _write_in_place(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The functional twin of an operator such as `add_`, and the new content of the storage it writes to."""
+        """Records the functional form of an operator such as `add_`, and the storage's new content."""
         target = args[0]
         packet, overload = func._opname, func._overloadname
         if not packet.endswith("_") or packet.startswith("__"):
@@ -307,14 +311,14 @@ class Tape(TorchDispatchMode):
         return ref
 
     def _complex(self, tensor: torch.Tensor) -> Ref:
-        """A constant of a type that safetensors has not: pairs of real numbers, and the view of them."""
+        """Returns a constant of a type that safetensors lacks: pairs of real numbers, and their complex view."""
         fresh = self.blank(type_of(tensor))
         self.emit("aten.view_as_complex.default", (self._constant(torch.view_as_real(tensor.resolve_conj())),), [fresh])
         return Ref(self._names[id(fresh)][0])
 
     def _view_again(self, tensor: torch.Tensor, storage: _Storage) -> Ref:
-        """A view of a storage that was written to since the view was made."""
-        base = self._contiguous(storage.base)
+        """Returns a view of a storage that was written to after the view was made."""
+        base = self._in_order(storage.base)
         geometry = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
         fresh = self.blank(type_of(tensor))
         self.emit("aten.as_strided.default", (base, *geometry), [fresh])
@@ -323,16 +327,16 @@ class Tape(TorchDispatchMode):
         return Ref(self._names[id(tensor)][0])
 
     def _store(self, target: torch.Tensor, fresh: torch.Tensor) -> None:
-        """After an in-place write: `fresh` is the new content of `target`."""
+        """Records `fresh` as the new content of `target`, after an in-place write."""
         storage = self._storage(target)
         base = storage.base
         name = self._names[id(fresh)][0]
         whole_name = name
         if not same_geometry(target, base):
-            whole = self.blank(type_of(base))
+            whole = self.blank(_in_memory(base))
             geometry = tuple(target.shape), tuple(target.stride()), int(target.storage_offset())
-            self.emit("aten.as_strided_scatter.default", (self._contiguous(base), Ref(name), *geometry), [whole])
-            whole_name = self._names[id(whole)][0]
+            self.emit("aten.as_strided_scatter.default", (self._in_order(base), Ref(name), *geometry), [whole])
+            whole_name = self._names[id(self._as_seen(whole, base))][0]
         storage.version += 1
         self._names[id(base)] = (whole_name, storage.version)
         self._names[id(target)] = (name, storage.version)
@@ -343,12 +347,28 @@ class Tape(TorchDispatchMode):
             self._alive.append(storage.reduced)
             self._written = True
 
-    def _contiguous(self, base: torch.Tensor) -> Ref:
-        if not base.is_contiguous():
-            raise RecordError(f"{self.what} writes through a view of a tensor that is not contiguous{_where()}")
-        dense = self.blank(type_of(base))
-        self.emit("aten.contiguous.default", (self._tensor(base),), [dense])
+    def _in_order(self, base: torch.Tensor) -> Ref:
+        """Returns the whole of a storage, its axes in the order in which they lie in memory, which strides count in."""
+        order = _order(base)
+        if order is None:
+            raise RecordError(f"{self.what} writes through a view of a tensor with gaps or repeats in memory{_where()}")
+        ref = self._tensor(base)
+        if order != sorted(order):
+            turned = self.blank(_in_memory(base))
+            self.emit("aten.permute.default", (ref, tuple(order)), [turned])
+            ref = Ref(self._names[id(turned)][0])
+        dense = self.blank(_in_memory(base))
+        self.emit("aten.contiguous.default", (ref,), [dense])
         return Ref(self._names[id(dense)][0])
+
+    def _as_seen(self, whole: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Returns what `_in_order` gave, written to, with the axes as the storage's own tensor has them."""
+        order = _order(base) or []
+        if order == sorted(order):
+            return whole
+        back = self.blank(type_of(base))
+        self.emit("aten.permute.default", (self._tensor(whole), tuple(map(order.index, range(len(order))))), [back])
+        return back
 
     # -- helpers --
 
@@ -356,7 +376,7 @@ class Tape(TorchDispatchMode):
         return any(self.is_marked(tensor) for tensor in tensors_in((args, kwargs)))
 
     def _as_fakes(self, args: Any) -> Any:
-        """The arguments with real tensors that hold marked data replaced by marked ones of the same geometry."""
+        """Replaces real tensors that hold marked data by marked ones of the same geometry."""
 
         def fake(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, FakeTensor) or not self.is_marked(tensor):
@@ -386,10 +406,25 @@ class Tape(TorchDispatchMode):
         )
 
 
-def _conjugated(tensor: torch.Tensor) -> torch.Tensor:
-    """Conjugation at once: put off, it is a bit of the tensor, which an engine that is given its memory does not see.
+def _order(tensor: torch.Tensor) -> list[int] | None:
+    """Returns the axes of a tensor from outermost to innermost in memory; None if it does not fill its memory."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim())) if tensor.storage_offset() == 0 else None
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), tensor.shape[axis] == 1))
+    dense = tensor.permute(order)
+    return order if dense.is_contiguous() and tensor.storage_offset() == 0 else None
 
-    The dispatcher takes what comes back for a view, so it must not be a tensor of inference.
+
+def _in_memory(tensor: torch.Tensor) -> TensorType:
+    """Returns the type of a tensor with its axes in the order in which they lie in memory."""
+    shape = tuple(tensor.shape[axis] for axis in _order(tensor) or range(tensor.dim()))
+    return TensorType(type_of(tensor).dtype, shape)
+
+
+def _conjugated(tensor: torch.Tensor) -> torch.Tensor:
+    """Conjugates at once: a delayed conjugation is a bit of the tensor that an engine, given its memory, does not see.
+
+    The dispatcher takes the result for a view, so it must not be a tensor of inference.
     """
     with torch.inference_mode(False):
         return torch.ops.aten.conj_physical.default(tensor)
@@ -400,7 +435,7 @@ _LIBRARIES = (torch.__path__[0] + os.sep, str(Path(__file__).parents[1]) + os.se
 
 
 def _where() -> str:
-    """Where in the model's own code the recorder stopped: the innermost frame that is neither torch's nor ours."""
+    """Returns where in the model's own code the recorder stopped: the innermost frame outside of torch and diffkiln."""
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(_LIBRARIES):
             return f", at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"

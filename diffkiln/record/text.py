@@ -26,7 +26,7 @@ _KNOWN = [name for name in TRANSFORMS if name != "ftfy" or find_spec("ftfy")]
 
 
 def sentinel(keyword: str, index: int) -> str:
-    """A prompt that shows what is done to it; each keyword and place in the batch has its own."""
+    """Returns a prompt that shows what is done to it; each keyword and place in the batch has its own."""
     return f"  Kiln {keyword} No{index}Z &amp;lt;Fire&amp;gt;  <Clay>\n schÃ¶n \u201cGLAZE\u201d  "
 
 
@@ -49,18 +49,18 @@ def apply(transforms: tuple[str, ...], text: str) -> str:
 
 
 def tokenizer_of(component: Any) -> Any:
-    """The tokenizer within a component that prepares images, too, such as Qwen2VLProcessor; else the component."""
+    """Returns the tokenizer of a component that also prepares images, such as Qwen2VLProcessor; else the component."""
     return getattr(component, "tokenizer", component)
 
 
 def marks_of(component: Any) -> list[str]:
-    """What stands for an image or a video in the texts of a component that prepares both, which no prompt may hold."""
+    """Returns the text that stands for an image or a video in a component's prompts, which no prompt may hold."""
     found = [getattr(component, name, None) for name in ("image_token", "video_token")]
     return [mark for mark in found if isinstance(mark, str)] if hasattr(component, "tokenizer") else []
 
 
 class TextRecorder:
-    """Stands in for the tokenizers' `__call__` while a call is recorded.
+    """The stand-in for the tokenizers' `__call__` while a call is recorded.
 
     Args:
         tape: where the tokens become marked inputs.
@@ -80,9 +80,9 @@ class TextRecorder:
         self.texts: list[dict[str, Any]] = []
 
     def __call__(self, tokenizer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Tokenize; where a sentinel is in the text the tensors of the result are marked inputs.
+        """Tokenizes; if the text holds a sentinel, the tensors of the result are marked inputs.
 
-        A sentinel is cut where it must not be longer; the runtime refuses a prompt that is.
+        A sentinel is cut if it must not be longer; the runtime refuses such a prompt.
         """
         if kwargs.get("padding") == "max_length":  # else the library may end the process for want of memory
             length = kwargs.get("max_length") or getattr(tokenizer, "model_max_length", 0)
@@ -95,7 +95,7 @@ class TextRecorder:
         if not any(self._holds_sentinel(string) for string in strings):
             return encoding
         if tokenizer is not None and id(tokenizer) not in self.names:
-            raise RecordError(f"a tokenizer that is no component of the pipeline ({type(tokenizer).__name__})")
+            raise RecordError(f"a tokenizer that is not a component of the pipeline ({type(tokenizer).__name__})")
         entry = self._entry(tokenizer, strings, kwargs)
         self.texts.append(entry)
         for key, tensor in list(encoding.items()):
@@ -136,7 +136,7 @@ class TextRecorder:
         }
 
     def _row(self, string: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
-        """Which sentinel is in the string, under which transforms, and what stands around it."""
+        """Returns which sentinel is in the string, under which transforms, and the text around it."""
         if "kiln" not in string.lower():
             return None
         for count in range(len(_KNOWN) + 1):
@@ -165,7 +165,7 @@ class _Unreadable(list[Any]):
 
 
 def refuse_unpadded(texts: list[dict[str, Any]], used: set[int]) -> None:
-    """Refuse tokens whose length follows the prompt.
+    """Refuses tokens whose length follows the prompt.
 
     Raises:
         DataDependent: a text in `used` is not padded to a fixed length.

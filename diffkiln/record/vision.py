@@ -33,7 +33,7 @@ def encoded(
     images: Sequence[Sentinel],
     **given: Any,
 ) -> Any:
-    """What a processor gives for sentinels, its tensor made of marked inputs: one for those that are treated alike.
+    """Returns a processor's result for sentinels, its tensor made of one marked input for all images treated alike.
 
     Args:
         tape: the call's.
@@ -74,8 +74,30 @@ def encoded(
     return encoding
 
 
+def scaled(processor: Any, images: torch.Tensor, **given: Any) -> Any:
+    """Returns the result of a processor that only scales a marked tensor: its numbers shifted and divided, by channel.
+
+    Raises:
+        RecordError: the processor does something else.
+    """
+    from transformers import BatchFeature
+
+    def wanted(name: str) -> Any:
+        return given.get(name, getattr(processor, name, None))
+
+    if any(wanted(name) for name in ("do_resize", "do_center_crop", "do_rescale", "do_pad")):
+        raise RecordError(
+            f"{_name(processor)} edits a tensor of images, and diffkiln records that it scales its numbers"
+        )
+    if wanted("do_normalize"):
+        rows = (torch.tensor(wanted(name), dtype=images.dtype) for name in ("image_mean", "image_std"))
+        mean, std = (row.reshape(-1, 1, 1) for row in rows)
+        images = (images - mean) / std
+    return BatchFeature({"pixel_values": images})
+
+
 def _cut(processor: Any, encoding: Mapping[str, Any], images: Sequence[Sentinel]) -> list[_Size] | None:
-    """Width and height of each image that patches are cut of; None where the processor cuts none."""
+    """Returns width and height of each image that is cut into patches; None if the processor cuts none."""
     if set(encoding) == {"pixel_values"}:
         return None
     if set(encoding) != {"pixel_values", "image_grid_thw"} or not hasattr(processor, "temporal_patch_size"):
@@ -87,8 +109,10 @@ def _cut(processor: Any, encoding: Mapping[str, Any], images: Sequence[Sentinel]
 
 
 def _patches(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """[images, 3, height, width] to [patches, numbers], as Qwen2-VL's processor cuts a still image: those that are
-    merged later follow each other, and every patch comes as often as a video would have frames."""
+    """Cuts [images, 3, height, width] into [patches, numbers] as Qwen2-VL's processor cuts a still image.
+
+    Patches that are merged later follow each other, and every patch comes as often as a video would have frames.
+    """
     side, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     count, channels, height, width = pixels.shape
     rows, columns = height // (side * merge), width // (side * merge)
@@ -98,35 +122,57 @@ def _patches(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _edits(processor: Any, image: Sentinel, cut: _Size | None) -> tuple[tuple[Any, ...], ...]:
-    """What was done to an image before, and what the processor does to it."""
+    """Returns the earlier edits of an image, and those of the processor."""
     edits: list[tuple[Any, ...]] = [*image.edits, ("convert", "RGB")]
     size = image.plain_size
     if processor.do_resize:
-        size = cut or _resized(processor, image)
+        size = cut or _fixed_size(processor) or _by_its_shorter_side(processor, image.size)
         edits.append(("resize", *size, _filter(processor)))
     if getattr(processor, "do_center_crop", None):
-        size = size if processor.do_resize else image.size
-        wanted = processor.crop_size["width"], processor.crop_size["height"]
-        left, top = ((have - want) // 2 for have, want in zip(size, wanted, strict=True))
-        edits.append(("crop", left, top, left + wanted[0], top + wanted[1]))
+        edits.append(_crop(processor, size if processor.do_resize else image.size))
     return tuple(edits)
 
 
-def _resized(processor: Any, image: Sentinel) -> _Size:
-    """Width and height."""
+def prepared(processor: Any, size: _Size) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+    """Returns what a processor does to a picture of this width and height: its edits, and how it scales the numbers.
+
+    Raises:
+        RecordError: it does something else.
+    """
+    edits: list[tuple[Any, ...]] = []
+    if processor.do_resize:
+        size = _fixed_size(processor) or _by_its_shorter_side(processor, size)
+        edits.append(("resize", *size, _filter(processor)))
+    if getattr(processor, "do_center_crop", None):
+        edits.append(_crop(processor, size))
+    return edits, _scaled(processor)
+
+
+def _crop(processor: Any, size: _Size) -> tuple[Any, ...]:
+    wanted = processor.crop_size["width"], processor.crop_size["height"]
+    left, top = ((have - want) // 2 for have, want in zip(size, wanted, strict=True))
+    return ("crop", left, top, left + wanted[0], top + wanted[1])
+
+
+def _fixed_size(processor: Any) -> _Size | None:
+    """Returns the width and height that all images get."""
     wanted: Mapping[str, Any] = dict(processor.size)
-    if wanted.get("height") and wanted.get("width"):
-        return wanted["width"], wanted["height"]
+    return (wanted["width"], wanted["height"]) if wanted.get("height") and wanted.get("width") else None
+
+
+def _by_its_shorter_side(processor: Any, size: _Size) -> _Size:
+    """Returns the width and height of an image of this size, whose shorter side the processor fixes."""
+    wanted: Mapping[str, Any] = dict(processor.size)
     shortest = wanted.get("shortest_edge")
     if not shortest or wanted.get("longest_edge"):
         raise RecordError(f"{_name(processor)} resizes to {wanted}, which diffkiln does not record")
-    width, height = image.size
+    width, height = size
     longer = int(shortest * max(width, height) / min(width, height))
     return (shortest, longer) if width <= height else (longer, shortest)
 
 
 def _filter(processor: Any) -> str:
-    """The name of the filter: Pillow's, or torch's where the processor is one of those that torchvision brings."""
+    """Returns the name of the filter: Pillow's, or torch's for processors that torchvision brings."""
     name = Image.Resampling(processor.resample).name.lower()
     if not _is_torch(processor):
         return name
@@ -136,7 +182,7 @@ def _filter(processor: Any) -> str:
 
 
 def _scaled(processor: Any) -> dict[str, Any]:
-    """The factor, mean and deviation that the numbers get."""
+    """Returns the factor, mean and deviation that pixels are scaled by."""
     if _is_torch(processor):
         return _scaled_at_once(processor)
     scaled: dict[str, Any] = {"factor": float(processor.rescale_factor) if processor.do_rescale else 1.0}
@@ -146,7 +192,9 @@ def _scaled(processor: Any) -> dict[str, Any]:
 
 
 def _scaled_at_once(processor: Any) -> dict[str, Any]:
-    """The same of torchvision's, which compute in float32, and divide mean and deviation by the factor instead."""
+    """Returns the scaling of torchvision's processors, which compute in float32 and divide mean and deviation by the
+    factor.
+    """
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     if not processor.do_normalize:
         return {"factor": torch.tensor(factor, dtype=torch.float32).item()}

@@ -1,9 +1,10 @@
 """What a user declares, read safely: the spec's models, its targets and its JSON Schema. No torch."""
 
+from diffkiln.guards.spelling import suggest
 from diffkiln.spec.migrate import migrate
 from diffkiln.spec.model import DEFAULT_BACKEND, Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
 from diffkiln.spec.parse import parse_spec
-from diffkiln.spec.problems import problems_from, refuse, show, suggest
+from diffkiln.spec.problems import problems_from, refuse, show
 from diffkiln.spec.schema import json_schema, options_schema
 from diffkiln.spec.strict import Conflict, Json, Strict, as_tuple, freeze
 from diffkiln.spec.targets import CPU_FLAGS, CPUS, GPUS, TARGETS, Target, find_gpu, resolve_target, resolve_targets

@@ -15,13 +15,13 @@ _LONGEST = 1_000
 
 
 class Expressions:
-    """One or several expressions, of which a name matches any.
+    """One or several expressions; a name matches if it matches any of them.
 
     Args:
         patterns: As Python's `re` takes them.
 
     Raises:
-        ValueError: One is no regular expression, or is too long.
+        ValueError: One is not a regular expression, or is too long.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:

@@ -17,12 +17,19 @@ from diffkiln.spec.strict import Conflict, Json, Strict
 
 
 class Inputs(Strict):
-    """The fixed inputs of one variant of the pipeline's call, or of one for each size. Sizes are in pixels."""
+    """The fixed inputs of one variant of the pipeline's call, or of one for each size. Sizes are in pixels. A field
+    whose keyword the call has not is left out."""
 
     unknown_field_hint: ClassVar = 'A keyword of the pipeline\'s own call goes into "call"'
 
-    height: Size = Field(description="Height of the images or frames in pixels, or a range of them.")
-    width: Size = Field(description="Width of the images or frames in pixels, or a range of them.")
+    height: Size | None = Field(
+        default=None,
+        description="Height of the images or frames in pixels, or a range of them. Needed where the call has it.",
+    )
+    width: Size | None = Field(
+        default=None,
+        description="Width of the images or frames in pixels, or a range of them. Needed where the call has it.",
+    )
     num_frames: Count | None = Field(
         default=None,
         description="Number of frames, for a pipeline that makes videos.",
@@ -32,14 +39,18 @@ class Inputs(Strict):
         default=1,
         description="Number of images (or videos) for each prompt.",
     )
-    num_inference_steps: Count = Field(description="Number of denoising steps.")
+    num_inference_steps: Count | None = Field(
+        default=None,
+        description="Number of denoising steps. Needed where the call has it.",
+    )
     guidance_scale: float | None = Field(
         default=None,
         description="Guidance scale. Absent: the default of the pipeline's own call.",
     )
     call: dict[str, Json] = Field(
         default_factory=dict,
-        description="Any other keyword of the pipeline's call. Prompts are examples; the others are fixed.",
+        description="Any other keyword of the pipeline's call. Prompts are examples, images and tensors are declared "
+        "by their size or shape, and the others are fixed.",
     )
 
     @classmethod
@@ -47,14 +58,14 @@ class Inputs(Strict):
         call = given.get("call")
         for name in cls.model_fields:
             if isinstance(call, dict) and name in call:
-                yield ("call", name), refuse("has a field of its own in the inputs", f'Move "{name}" out of "call"')
+                yield ("call", name), refuse("has its own field in the inputs", f'Move "{name}" out of "call"')
         count = _count(given.get("height")) * _count(given.get("width"))
         if count > MAX_SIZES:
             reason = f"the ranges give {count} sizes, and each is recorded; {MAX_SIZES} are the most"
             yield ("height",), refuse(reason, "Choose larger steps")
 
     def each(self) -> tuple[Inputs, ...]:
-        """One for each size of the ranges; itself where there are none."""
+        """Returns one `Inputs` for each size of the ranges; only itself if there are no ranges."""
         sizes = itertools.product(sizes_of(self.height), sizes_of(self.width))
         return tuple(self.model_copy(update={"height": height, "width": width}) for height, width in sizes)
 
@@ -64,7 +75,7 @@ class Inputs(Strict):
 
 
 def _count(size: Any) -> int:
-    """How many sizes something that is not validated yet stands for."""
+    """Returns how many sizes an unvalidated value stands for."""
     given = [size.get(name) for name in ("min", "max", "step")] if isinstance(size, dict) else []
     numbers = [number for number in given if type(number) is int and number > 0]
     if len(numbers) != 3:

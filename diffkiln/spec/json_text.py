@@ -32,7 +32,7 @@ class _Repeating(dict[str, Any]):
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file of at most `MAX_BYTES`. Raises `SpecError` for anything else."""
+    """Returns the bytes of a regular file of at most `MAX_BYTES`. Raises `SpecError` for anything else."""
     try:
         if not path.is_file():
             raise SpecError(problems=[_not_a_file(path)])
@@ -44,7 +44,7 @@ def read_file(path: Path) -> bytes:
 
 
 def _quoted(path: Path) -> str:
-    """The path as JSON, whole: its end is what tells files apart. Text that is no path is shown short."""
+    """Returns the path as JSON, whole, since its end tells files apart. Text that is not a path is shown short."""
     text = str(path)
     return json.dumps(text, ensure_ascii=True) if len(text) <= _MAX_PATH and "\n" not in text else show(text)
 
@@ -61,9 +61,9 @@ def _not_a_file(path: Path) -> Problem:
 
 
 def read_json(text: bytes) -> Any:
-    """The value that `text` says. Raises `SpecError` for text that is not JSON, too long or too deep.
+    """Returns the JSON value of `text`. Raises `SpecError` if the text is not JSON, too long or too deep.
 
-    Keys that are written twice and numbers that are not finite are kept for `flaws` to find, which knows their path.
+    Repeated keys and numbers that are not finite are kept: `flaws` finds them and knows their paths.
     """
     if len(text) > MAX_BYTES:
         raise SpecError(problems=[Problem("$", f"is longer than {MAX_BYTES} bytes")])
@@ -85,7 +85,9 @@ def read_json(text: bytes) -> Any:
 
 
 def flaws(value: Any) -> list[Problem]:
-    """What is wrong with a parsed value before any model looks at it. Raises `SpecError` if it is too deep or large."""
+    """Returns what is wrong with a parsed value before any model looks at it. Raises `SpecError` if it is too deep or
+    large.
+    """
     problems: list[Problem] = []
     for count, (path, depth, item) in enumerate(_walk(value)):
         if depth > MAX_DEPTH:
@@ -98,7 +100,7 @@ def flaws(value: Any) -> list[Problem]:
 
 
 def _walk(value: Any) -> Iterator[tuple[str, int, Any]]:
-    """Every value with its path and depth, in order, without recursion."""
+    """Yields every value with its path and depth, in order, without recursion."""
     waiting: list[tuple[str, int, Any]] = [("$", 0, value)]
     while waiting:
         path, depth, item = waiting.pop()
@@ -132,7 +134,7 @@ def _flaw_of_text(text: str) -> str:
     if "\0" in text:
         return "holds a NUL character"
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        return "holds half of a surrogate pair, which is no character"
+        return "holds half of a surrogate pair, which is not a character"
     return ""
 
 

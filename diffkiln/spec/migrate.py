@@ -16,10 +16,10 @@ STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 def migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` in the format of the current version.
+    """Returns `data` in the format of the current version.
 
-    Raises `SpecError` for a version that this diffkiln does not know. A version that is missing is left to the model
-    to report, together with the spec's other problems.
+    Raises `SpecError` for a version that this diffkiln does not know. The model reports a missing version, together
+    with the spec's other problems.
     """
     version = data.get("spec_version", CURRENT)
     if type(version) is not int:  # `true` is an int to Python, and 1.0 equals 1

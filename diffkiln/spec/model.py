@@ -12,8 +12,9 @@ from pydantic import ConfigDict, Field, field_validator
 
 from diffkiln.spec.inputs import Inputs
 from diffkiln.spec.problems import refuse
+from diffkiln.spec.quality import Gate
 from diffkiln.spec.ranges import Count
-from diffkiln.spec.strict import Conflict, Json, OneOrMany, Strict, as_tuple
+from diffkiln.spec.strict import Amount, Conflict, Json, OneOrMany, Strict, as_tuple
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Isa = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4"]
@@ -22,11 +23,56 @@ Text = Annotated[str, Field(min_length=1)]
 Gigabytes = Annotated[float, Field(gt=0, le=1_000_000)]
 
 
+Variant = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$", examples=["fp16"])]
+
+
+class ComponentSource(Strict):
+    """The source of one component that is not the model's own."""
+
+    model: Text | None = Field(
+        default=None,
+        description="A local directory with the component, or a pipeline that has it, or a repository id on the Hub.",
+    )
+    revision: Text | None = Field(
+        default=None, description="Commit of the Hub repository, 40 hexadecimal digits. A Hub id needs it."
+    )
+    subfolder: Text | None = Field(
+        default=None,
+        description="The directory in the model. Absent: the model itself, or the component's name in a pipeline.",
+    )
+    variant: Variant | None = Field(default=None, description="Variant of the weight files, such as `fp16`.")
+    single_file: Text | None = Field(
+        default=None,
+        description="A `.safetensors` file of another layout with the component's weights, relative to the spec. "
+        "Without `model`, the configuration is the one that the component has in the source.",
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if "model" not in given and "single_file" not in given:
+            yield (), refuse("does not say where the component is", 'Add "model", or null to leave the component out')
+        for name in ("revision", "subfolder"):
+            if name in given and "model" not in given:
+                yield (name,), refuse('is of a "model", and none is given', "Remove it")
+        if "variant" in given and "single_file" in given:
+            yield ("variant",), refuse("a single file has no variants", "Remove it")
+        yield from _no_pickle(given)
+
+
+def _no_pickle(given: Mapping[str, Any]) -> Iterator[Conflict]:
+    file = given.get("single_file")
+    if isinstance(file, str) and not file.endswith(".safetensors"):
+        reason = "is no .safetensors file, and loading another can run code that it carries"
+        yield ("single_file",), refuse(reason, "Save its tensors as safetensors")
+
+
 class Source(Strict):
-    """Where the pipeline comes from: a model, or an architecture with random weights."""
+    """The source of the pipeline: a model, a single file, or an architecture with random weights."""
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["architecture", "seed"]}]}
+        json_schema_extra={
+            "oneOf": [{"required": ["model"]}, {"required": ["single_file"]}, {"required": ["architecture", "seed"]}]
+        }
     )
 
     model: Text | None = Field(
@@ -40,6 +86,33 @@ class Source(Strict):
     architecture: Text | None = Field(
         default=None,
         description="Known architecture, such as `flux.1-dev`, filled with random weights of the true shapes.",
+    )
+    single_file: Text | None = Field(
+        default=None,
+        description="A `.safetensors` file with the weights of a whole pipeline, as `from_single_file` reads them; "
+        "relative to the spec.",
+    )
+    config: Text | None = Field(
+        default=None,
+        description="Directory in diffusers' format, or repository id on the Hub, with the configuration of "
+        "`single_file`. Absent: the repository that diffusers knows for such a file.",
+    )
+    variant: Variant | None = Field(
+        default=None,
+        description="Variant of the weight files, such as `fp16`, for the components that have it.",
+    )
+    components: Annotated[dict[str, OneOrMany[ComponentSource] | None], Field(min_length=1, max_length=64)] | None = (
+        Field(
+            default=None,
+            description="Components from elsewhere: null leaves one out, an object replaces it, and a list makes one "
+            "of several models, such as ControlNets.",
+        )
+    )
+    omit: Annotated[tuple[Literal["safety_checker"], ...], Field(strict=False, min_length=1, max_length=1)] | None = (
+        Field(
+            default=None,
+            description="`safety_checker`: nothing looks at the images, and none is made black.",
+        )
     )
     gguf: Annotated[dict[str, Text], Field(min_length=1)] | None = Field(
         default=None,
@@ -61,17 +134,29 @@ class Source(Strict):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if ("model" in given) == ("architecture" in given):
-            how_many = "both are given" if "model" in given else "neither is given"
-            yield (), refuse(f'needs exactly one of "model" and "architecture", and {how_many}')
-        elif "model" in given and "seed" in given:
-            yield ("seed",), refuse("a model has weights of its own", 'Remove it, or give "architecture"')
+        kinds = [name for name in ("model", "single_file", "architecture") if name in given]
+        if len(kinds) != 1:
+            how_many = "neither is given" if not kinds else "both are given" if len(kinds) == 2 else "all are given"
+            yield (), refuse(f'needs exactly one of "model", "single_file" and "architecture", and {how_many}')
+        elif "architecture" not in given and "seed" in given:
+            yield ("seed",), refuse("a model has its own weights", 'Remove it, or give "architecture"')
         elif "architecture" in given and "seed" not in given:
             yield ("seed",), refuse("an architecture needs the seed of its random weights", 'Add it: "seed": 0')
         if "gguf" in given and "model" not in given:
             yield ("gguf",), refuse('only a "model" has components with files', "Remove it")
-        if "revision" in given and "model" not in given:
+        for name in {"components", "omit"} & given.keys() if "architecture" in given else ():
+            yield (name,), refuse("an architecture has the components that it is made of", "Remove it")
+        if "variant" in given and "model" not in given:
+            yield ("variant",), refuse('only a "model" has variants', "Remove it")
+        if "config" in given and "single_file" not in given:
+            yield ("config",), refuse('is the configuration of a "single_file", and none is given', "Remove it")
+        if "revision" in given and "model" not in given and "single_file" not in given:
             yield ("revision",), refuse('only a "model" has revisions', "Remove it")
+        yield from _no_pickle(given)
+        gguf, components = given.get("gguf"), given.get("components")
+        for name in components if isinstance(gguf, dict) and isinstance(components, dict) else ():
+            if name in gguf:
+                yield ("components", name), refuse("its weights are a GGUF file already", "Remove one of the two")
 
 
 class TargetSpec(Strict):
@@ -160,17 +245,22 @@ class PassEntry(Strict):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All fields but the name, as they were given: what the pass's own model validates. Lists are tuples."""
+        """Returns all given fields but the name, as the pass's own model validates them. Lists are tuples."""
         given = {"component": self.component} if "component" in self.model_fields_set else {}
         return {**given, **(self.__pydantic_extra__ or {})}
 
 
 class Offload(Strict):
-    """Weights wait outside the GPU and come in ahead of their use, group by group."""
+    """The policy by which weights wait outside the GPU and come in ahead of their use, group by group."""
 
-    strategy: Literal["group"] = Field(
+    strategy: Literal["group", "auto"] = Field(
         default="group",
-        description="How weights move: in groups of blocks.",
+        description="How weights move: each group of blocks comes and goes, or auto: as many as fit stay in memory.",
+    )
+    max_memory: Amount | None = Field(
+        default=None,
+        description="For auto: the most memory of a call for weights, constants and results, as bytes or such as 8GiB. "
+        "Absent: the GPU's.",
     )
     type: Literal["block_level"] = Field(default="block_level", description="Unit of a group: whole blocks.")
     num_blocks_per_group: Count = Field(default=1, description="Number of blocks that move together.")
@@ -183,6 +273,12 @@ class Offload(Strict):
         description="Where weights wait. Absent: host memory for a GPU, the disk for a CPU.",
     )
 
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if "max_memory" in given and given.get("strategy") != "auto":
+            reason = "is a limit for the strategy auto, and group keeps none"
+            yield ("max_memory",), refuse(reason, 'Set "strategy" to "auto"')
+
     @field_validator("type", mode="before")
     @classmethod
     def _refuse_leaves(cls, value: Any) -> Any:
@@ -193,7 +289,7 @@ class Offload(Strict):
 
 
 class Runtime(Strict):
-    """What the runtime does with the bundle. The bundle is resident on its device unless `offload` is given."""
+    """The runtime's handling of the bundle. The bundle is resident on its device unless `offload` is given."""
 
     offload: Offload | None = Field(
         default=None,
@@ -243,6 +339,10 @@ class Spec(Strict):
         default=(),
         description="The passes in the order in which they run.",
     )
+    quality: Annotated[tuple[Gate, ...], Field(strict=False, min_length=1, max_length=16)] | None = Field(
+        default=None,
+        description="Gates of quality: a bundle that does not keep them is not published.",
+    )
     runtime: Runtime = Field(default=Runtime(), description="How the bundle runs.")
 
     @property
@@ -251,11 +351,11 @@ class Spec(Strict):
 
     @property
     def variants(self) -> tuple[Inputs, ...]:
-        """One for each choice of the fixed inputs."""
+        """Returns one `Inputs` for each choice of the fixed inputs."""
         return tuple(variant for entry in as_tuple(self.inputs) for variant in entry.each())
 
     def as_json(self) -> dict[str, Any]:
-        """The spec as a JSON value with every default written out; `parse_spec` gives back an equal spec."""
+        """Returns the spec as a JSON value with every default written out; `parse_spec` gives back an equal spec."""
         written = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         # A null that a user wrote into a pass's options may mean something to the pass.
         written["passes"] = [entry.model_dump(mode="json", exclude_unset=True) for entry in self.passes]

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from diffkiln.errors import Problem, SpecError
 from diffkiln.guards.gate import gated
+from diffkiln.spec.choices import TUNE, chooses
 from diffkiln.spec.json_text import flaws, read_file, read_json
 from diffkiln.spec.migrate import migrate
 from diffkiln.spec.model import Spec
@@ -18,7 +19,7 @@ from diffkiln.spec.targets import resolve_targets, unknown_gpus
 
 @gated()
 def parse_spec(source: Path | str | bytes | dict[str, Any] | Spec) -> Spec:
-    """The spec in a file (a `Path` or a `str`), in JSON text (`bytes`), or in a value that JSON could say (a `dict`).
+    """Returns the spec in a file (`Path` or `str`), in JSON text (`bytes`), or in a JSON value (`dict`).
 
     Every target of the result resolves. Raises `SpecError` with all problems at once, each with its JSON path.
     """
@@ -43,6 +44,9 @@ def _validate(data: Any) -> Spec:
     problems = flaws(data)
     if not isinstance(data, dict):
         raise SpecError(problems=[Problem("$", f"must be an object, not {show(data)}")])
+    if not problems and (TUNE in data or chooses(data)):
+        hint = 'Find the best with "diffkiln tune", which writes a plain spec'
+        raise SpecError(problems=[Problem("$", "is a spec with choices, which stands for many", hint)])
     data = migrate(data)
     try:
         spec = Spec.model_validate(data)

@@ -5,10 +5,9 @@ Used for the spec and, with a prefix such as `$.passes[1]`, for the options of a
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from diffkiln.errors import Problem
+from diffkiln.guards.spelling import suggest
 
 MAX_PROBLEMS = 50
 """A report longer than this helps nobody, and a hostile file could ask for millions of lines."""
@@ -55,7 +55,7 @@ _REASONS = {
 
 
 class _Place(NamedTuple):
-    """Where an error is: its path in the JSON, the model that holds the path's last part, whether a union was met."""
+    """The place of an error: its path in the JSON, the model of the path's last part, and whether a union was met."""
 
     path: list[str | int]
     owner: type[BaseModel] | None
@@ -65,19 +65,6 @@ class _Place(NamedTuple):
 def refuse(reason: str, hint: str = "") -> PydanticCustomError:
     """Returns the error to raise in a validator when the problem has a hint of its own."""
     return PydanticCustomError(_REFUSED, "{reason}", {"reason": reason, "mend": hint})
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Returns the choice that is spelled most like `word`, or "" if none is near."""
-    by_folded = {choice.casefold(): choice for choice in choices}
-    near = difflib.get_close_matches(word[:_MAX_SHOWN].casefold(), by_folded, n=1)
-    return by_folded[near[0]] if near else ""
-
-
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """`Did you mean "x"?` for the nearest choice, or "" if none is near."""
-    near = nearest(word, choices)
-    return f'Did you mean "{near}"?' if near else ""
 
 
 def path_to(prefix: str, *segments: str | int) -> str:
@@ -94,7 +81,7 @@ def path_to(prefix: str, *segments: str | int) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as JSON, short enough for one line."""
+    """Returns a value as JSON, short enough for one line."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):  # not JSON, more digits than Python prints, or too deep
@@ -104,7 +91,7 @@ def show(value: Any) -> str:
 
 
 def problems_from(error: ValidationError, model: type[BaseModel], prefix: str = "$") -> list[Problem]:
-    """Everything that `error`, raised by validating `model`, says, at most `MAX_PROBLEMS` long."""
+    """Returns the problems in `error`, which validating `model` raised; at most `MAX_PROBLEMS`."""
     problems: list[Problem] = []
     details = error.errors(include_url=False)
     for detail in details[:MAX_PROBLEMS]:
@@ -169,12 +156,12 @@ def _hint_field(owner: type[BaseModel] | None, name: str) -> str:
 
 
 def _fields(owner: type[BaseModel] | None) -> Mapping[str, Any]:
-    """The fields by the name that JSON uses."""
+    """Returns the fields by the name that JSON uses."""
     return {field.alias or name: field for name, field in owner.model_fields.items()} if owner else {}
 
 
 def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
-    """Walk the annotations along `loc`, which holds the labels of union members beside the keys of the JSON."""
+    """Walks the annotations along `loc`, which holds the labels of union members beside the keys of the JSON."""
     path: list[str | int] = []
     annotation: Any = model
     owner: type[BaseModel] | None = None
@@ -202,7 +189,7 @@ def _bare(annotation: Any) -> Any:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The members of a union but for None, which has no label in `loc`; of anything else, itself."""
+    """Returns the members of a union except None, which has no label in `loc`; for anything else, itself."""
     bare = _bare(annotation)
     if get_origin(bare) not in (Union, UnionType):
         return [annotation]
@@ -211,7 +198,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _labels(member: Any) -> set[str]:
-    """The words by which pydantic may name this member of a union in `loc`."""
+    """Returns the words by which pydantic may name this member of a union in `loc`."""
     labels = {mark.tag for mark in getattr(member, "__metadata__", ()) if isinstance(mark, Tag)}
     bare = _bare(member)
     if isinstance(bare, type) and issubclass(bare, BaseModel):

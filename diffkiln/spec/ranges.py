@@ -48,5 +48,5 @@ Size = Annotated[
 """A size, or a range of them."""
 
 
-def sizes_of(size: int | Range) -> tuple[int, ...]:
+def sizes_of(size: int | Range | None) -> tuple[int | None, ...]:
     return tuple(size.sizes) if isinstance(size, Range) else (size,)

@@ -17,7 +17,7 @@ _REF = "#/$defs/{model}"
 
 
 def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """JSON Schema 2020-12 of a spec whose passes are those named in `pass_options`, each with its options' model.
+    """Returns the JSON Schema 2020-12 of a spec whose passes are those in `pass_options`, each with its options' model.
 
     A model with `variants` stands for all of them.
     """
@@ -40,7 +40,7 @@ def json_schema(pass_options: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
 
 
 def options_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """JSON Schema of the options of a pass: of each method, where it has several."""
+    """Returns the JSON Schema of a pass's options: one schema for each method if there are several."""
     several = _variants(model)
     if several == [model]:
         return model.model_json_schema()
@@ -53,7 +53,7 @@ def _variants(model: Any) -> list[type[BaseModel]]:
 
 
 def _entry(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The schema of one pass in a spec: the constant name, and the fields of its options."""
+    """Returns the schema of one pass in a spec: the constant name, and the fields of its options."""
     described = {"description": options["description"]} if "description" in options else {}
     rest = {
         key: value for key, value in options.items() if key not in ("title", "description", "properties", "required")
@@ -104,13 +104,13 @@ def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_gpus(field: dict[str, Any]) -> None:
-    """Offer the known names for completion without forbidding the other spellings, which `find_gpu` also takes."""
+    """Offers the known names for completion without forbidding the other spellings, which `find_gpu` also takes."""
     field["anyOf"].insert(0, {"enum": list(GPUS)})
     field["examples"] = ["nvidia-rtx-4090"]
 
 
 def _used(definitions: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """The definitions that `whole` refers to, directly or through others."""
+    """Returns the definitions that `whole` refers to, directly or through others."""
     used: dict[str, Any] = {}
     waiting: list[Any] = [whole]
     while waiting:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from diffkiln.guards.amounts import bytes_of
 from diffkiln.spec.problems import refuse, show
 
 Conflict = tuple[tuple[str, ...], PydanticCustomError]
@@ -39,7 +40,7 @@ class Strict(BaseModel):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        """What is wrong with the fields that are `given` (and not null) as a whole: (path, refusal) pairs."""
+        """Yields (path, refusal) pairs for combinations of the `given` fields (those not null) that are not allowed."""
         yield from ()
 
     @model_validator(mode="wrap")
@@ -59,14 +60,14 @@ class Strict(BaseModel):
 
 
 def _again(detail: ErrorDetails) -> InitErrorDetails:
-    """An error as pydantic reports it, in the form in which it can be raised again."""
+    """Returns an error of pydantic in the form in which it can be raised again."""
     context = detail.get("ctx", {})
     kind = refuse(context["reason"], context["mend"]) if detail["type"] == "refused" else detail["type"]
     return InitErrorDetails(type=kind, loc=detail["loc"], input=detail["input"], ctx=context)
 
 
 def freeze(value: Any) -> Any:
-    """A JSON value with tuples for its lists. Raises for what JSON cannot say."""
+    """Returns a JSON value with tuples instead of lists. Raises for a value that JSON cannot hold."""
     if isinstance(value, list | tuple):
         return tuple(freeze(item) for item in value)
     if isinstance(value, dict):
@@ -94,6 +95,25 @@ def _number(value: Any) -> str:
 
 
 Json = Annotated[Any, BeforeValidator(freeze)]
+
+
+def in_bytes(value: Any) -> Any:
+    """Returns text such as "8GiB" as a number of bytes; what is no text stays. Refuses text that is no amount."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return bytes_of(value)
+    except ValueError as error:
+        reason, _, hint = str(error).partition(". ")
+        raise refuse(reason, hint) from None
+
+
+Amount = Annotated[
+    int,
+    Field(gt=0),
+    BeforeValidator(in_bytes, json_schema_input_type=str | int),
+]
+"""Bytes of memory, or text such as "8GiB"."""
 """Any JSON value, with tuples for its lists."""
 
 _T = TypeVar("_T")

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from diffkiln.errors import Problem, SpecError
+from diffkiln.guards.spelling import nearest
 from diffkiln.spec.model import Isa, Spec, TargetSpec
-from diffkiln.spec.problems import nearest, show
+from diffkiln.spec.problems import show
 from diffkiln.spec.strict import MAX_ITEMS
 
 DEFAULT_ISA: Isa = "x86-64-v3"
@@ -52,13 +53,13 @@ class Target:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """The compute capability as numbers, such as (8, 9); (0, 0) for a CPU."""
+        """Returns the compute capability as numbers, such as (8, 9); (0, 0) for a CPU."""
         major, _, minor = (self.compute_capability or "0.0").partition(".")
         return int(major), int(minor)
 
     @property
     def sm(self) -> str | None:
-        """`sm_89` for compute capability 8.9; None for a CPU."""
+        """Returns `sm_89` for compute capability 8.9; None for a CPU."""
         return f"sm_{self.compute_capability.replace('.', '')}" if self.compute_capability else None
 
 
@@ -136,7 +137,7 @@ _ALIASES = {
 
 
 def _gpu(name: str, capability: str, memory: float, bandwidth: float | None, link: float) -> Target:
-    """A GPU from numbers in GB and GB/s."""
+    """Returns a GPU from numbers in GB and GB/s."""
     return Target(
         name=name,
         device="cuda",
@@ -159,12 +160,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType({**GPUS, **CPUS})
 
 
 def find_gpu(name: str) -> Target | None:
-    """The GPU of that name, also as people and drivers spell it: `RTX 4090`, `NVIDIA GeForce RTX 4090`."""
+    """Returns the GPU of that name, also as people and drivers spell it: `RTX 4090`, `NVIDIA GeForce RTX 4090`."""
     return _BY_SPELLING.get(_squash(name))
 
 
 def resolve_target(spec: TargetSpec, where: str = "$.target") -> Target:
-    """The machine that one entry of the spec means. Raises `SpecError` for a GPU that has no name here."""
+    """Returns the machine that one entry of the spec means. Raises `SpecError` for an unknown GPU."""
     if spec.device == "cpu":
         return CPUS[f"cpu-{spec.isa}"]
     target = _written_out(spec, where) if spec.gpu is None else find_gpu(spec.gpu)
@@ -176,7 +177,7 @@ def resolve_target(spec: TargetSpec, where: str = "$.target") -> Target:
 
 
 def resolve_targets(spec: Spec) -> tuple[Target, ...]:
-    """All machines of a spec, in its order. Raises `SpecError` with every unknown and every repeated one."""
+    """Returns all machines of a spec, in its order. Raises `SpecError` with every unknown and every repeated target."""
     targets: list[Target] = []
     problems: list[Problem] = []
     for index, entry in enumerate(spec.targets):
@@ -195,7 +196,7 @@ def resolve_targets(spec: Spec) -> tuple[Target, ...]:
 
 
 def unknown_gpus(target: Any, where: str = "$.target") -> list[Problem]:
-    """The GPU names in a target, or a list of targets, as they stand in the JSON, that mean no known GPU."""
+    """Returns the problems of GPU names in a target, or a list of targets, that mean no known GPU."""
     if isinstance(target, list | tuple):
         entries = [(entry, f"{where}[{index}]") for index, entry in enumerate(target[:MAX_ITEMS])]
     else:
@@ -209,7 +210,7 @@ def unknown_gpus(target: Any, where: str = "$.target") -> list[Problem]:
 
 
 def _hint_gpu(name: str) -> str:
-    """The GPUs whose names go on where `name` stops (`h100`), else the nearest one."""
+    """Returns the GPUs whose names continue `name` (`h100`), or else the nearest one."""
     squashed = _squash(name)
     meant = [known for known in GPUS if squashed and _squash(known).startswith(squashed)]
     if not meant and (near := nearest(squashed, _BY_SPELLING)):
@@ -228,7 +229,7 @@ def _written_out(spec: TargetSpec, where: str) -> Target:
 
 
 def _squash(name: str) -> str:
-    """A name without the words and marks that people put in or leave out."""
+    """Returns a name without the words and marks that people put in or leave out."""
     return re.sub(r"[^a-z0-9]", "", _MAKERS_WORDS.sub("", name.lower()))
 
 

@@ -16,6 +16,7 @@ from tests.conftest import DIGITS
 from tests.hub.conftest import contents, hub
 from tests.hub.server import Server
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
+from tests.pipelines.inputs import INPUTS
 
 __all__ = ["hub"]
 
@@ -26,6 +27,8 @@ MODEL = DIGITS / "model"
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_the_spec_of_every_family_is_legal(name, families, tmp_path):
     made = first_spec(str(build_folder(name, families)), tmp_path / "spec.json")
+    if "use_resolution_binning" in FAMILIES[name].call:  # into resolutions of which the tiny model's is none
+        made.spec["inputs"]["call"] = {"use_resolution_binning": False}
     write_spec(made.spec, tmp_path / "spec.json")
     checked = diffkiln.check(tmp_path / "spec.json")
     assert [target.name for target in checked.targets] == ["cpu-x86-64-v3"]
@@ -88,6 +91,23 @@ def test_a_pipeline_that_starts_from_an_image_says_so(tmp_path):
     diffkiln.check(tmp_path / "spec.json")
 
 
+def test_a_video_has_the_frames_that_are_asked_for(families, tmp_path):
+    made = first_spec(str(build_folder("wan", families)), tmp_path / "spec.json", wishes=Wishes(frames=9))
+    assert made.spec["inputs"]["num_frames"] == 9
+    assert any("9 frames" in notice for notice in made.notices)
+
+
+@pytest.mark.parametrize("option", ["--frames", "--height"])
+def test_a_size_that_the_pipeline_does_not_take_is_refused(option, families, tmp_path, capsys):
+    model = MODEL
+    if option == "--height":
+        model = families / "dit"
+        INPUTS["dit"].build().save_pretrained(model)
+    assert main(["init", str(model), "-o", str(tmp_path / "spec.json"), option, "16"]) == 2
+    assert f"Leave {option} out" in capsys.readouterr().err
+    assert not (tmp_path / "spec.json").exists()
+
+
 def test_a_repository_is_pinned_and_only_its_configuration_is_fetched(hub: Server, tmp_path, capsys):
     commit = hub.publish("me/digits", contents(MODEL))
     output = tmp_path / "spec.json"
@@ -104,7 +124,7 @@ def test_what_is_not_there_is_refused(hub: Server, tmp_path, capsys):
             first_spec(model, tmp_path / "spec.json")
         assert caught.value.problems[0].hint
     hub.publish("me/notes", {"notes.txt": b"no model"})
-    with pytest.raises(SourceError, match=r"me/notes is no diffusers pipeline"):
+    with pytest.raises(SourceError, match=r"me/notes is not a diffusers pipeline"):
         first_spec("me/notes", tmp_path / "spec.json")
 
 

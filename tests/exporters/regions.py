@@ -19,6 +19,7 @@ from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.base import engine_inputs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.onnx.check import Onnx
+from diffkiln.exporters.openvino.check import Openvino
 from diffkiln.exporters.tensorrt.check import Tensorrt
 from diffkiln.exporters.torch_compile.check import TorchCompile
 from diffkiln.interpreter.aten import Interpreter, dtype_of
@@ -261,6 +262,20 @@ def built_tensorrt(make: Callable[[], Program]) -> tuple[Program, Artefact]:
 def built_onnx(make: Callable[[], Program]) -> tuple[Program, Artefact]:
     region = make()
     return region, Onnx().export(Lowering(region, CPU), engine_cache())
+
+
+@cache
+def built_openvino(make: Callable[[], Program], weights: str = "engine") -> tuple[Program, Artefact]:
+    """The region's engine; where it holds them, its weights and constants are those of `tensors`."""
+    region = make()
+    return region, Openvino().export(given(region, weights=weights), engine_cache())
+
+
+def given(region: Program, target: Target = CPU, **options: object) -> Lowering:
+    """The region with the weights and constants of `tensors`."""
+    flat = iter(tensors(region)[len(region.inputs) :])
+    weights = {name: next(flat) for name in region.weights}
+    return Lowering(region, target, {key: next(flat) for key in region.constants}, options, weights=weights)
 
 
 @cache

@@ -268,7 +268,7 @@ def test_a_token_of_the_padding_that_counts_is_found(tmp_path, monkeypatch):
 
 
 def test_attention_to_the_padding_is_found(tmp_path, monkeypatch):
-    """Of a processor, too, which is no component and no module."""
+    """Of a processor, too, which is not a component and no module."""
 
     def unmasked(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None):
         seen = torch.ones_like(attention_mask)

@@ -9,10 +9,12 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.marigold import marigold_image_processing  # noqa: F401  (its processor is not exported)
+from diffusers.pipelines.stable_diffusion import safety_checker  # noqa: F401  (nor is its model)
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from diffkiln.errors import DataDependent
-from diffkiln.families import z_image
+from diffkiln.families import kandinsky, z_image
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
@@ -23,7 +25,9 @@ def named(name):
     """The class of this name in diffusers or transformers, of which not all are exported."""
     exported = getattr(diffusers, name, None) or getattr(transformers, name, None)
     modules = [module for key, module in sys.modules.items() if key.startswith(("diffusers.", "transformers."))]
-    return exported or next(vars(module)[name] for module in modules if name in vars(module))
+    found = [vars(module)[name] for module in modules if name in vars(module)]
+    assert exported or found, name
+    return exported or found[0]
 
 
 @pytest.mark.parametrize("patch", known_patches(), ids=lambda patch: f"{patch.known_in.split()[0]}.{patch.method}")
@@ -45,6 +49,22 @@ def test_every_text_that_a_patch_fits_is_one_of_the_libraries(patch):
 def test_a_pipeline_with_the_text_of_another_family_needs_no_list(name):
     kind = named(name)
     assert [patch for patch in known_patches() if patch.method in vars(kind) and patch.fits(kind, kind)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_widened_mask_is_that_of_kandinskys_own_loop(seed):
+    masks = (torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(seed)) > 0.2).float()
+    (patch,) = (patch for patch in kandinsky.PLUGIN.patches if patch.function)
+    own = vars(sys.modules[diffusers.KandinskyInpaintPipeline.__module__])[patch.method]
+    assert own(masks.clone()).equal(patch.replacement(masks.clone()))
+
+
+def test_a_function_beside_a_pipeline_is_replaced_for_so_long():
+    module = sys.modules[diffusers.KandinskyV22InpaintPipeline.__module__]
+    own = module.prepare_mask
+    with fixed_lengths(diffusers.KandinskyV22InpaintPipeline.__new__(diffusers.KandinskyV22InpaintPipeline)):
+        assert module.prepare_mask is kandinsky._prepare_mask
+    assert module.prepare_mask is own
 
 
 def test_control_nets_that_take_captions_of_every_length_are_refused():

@@ -113,7 +113,7 @@ def test_the_image_changes_what_is_drawn(both):
 
 
 def test_a_prompt_that_is_too_long_is_refused(both):
-    with pytest.raises(CallError, match=r"prompt: \d+ tokens with what the pipeline puts around it"):
+    with pytest.raises(CallError, match=r"prompt: \d+ tokens with the pipeline's own text"):
         drawn(both[1], prompt=" ".join(WORDS * 5), image=picture(1))
 
 

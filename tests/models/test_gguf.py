@@ -110,7 +110,10 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "reason"),
-    [({"transfomer": "model.gguf"}, "no component that diffusers loads"), ({"transformer": "nowhere.gguf"}, "no file")],
+    [
+        ({"transfomer": "model.gguf"}, "not a component that diffusers loads"),
+        ({"transformer": "nowhere.gguf"}, "no file"),
+    ],
 )
 def test_its_place_in_the_spec_is_named(file, given, reason):
     with pytest.raises(SourceError, match=reason) as caught:

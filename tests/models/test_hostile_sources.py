@@ -36,10 +36,10 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("transformer/config.json", {"num_layers": 10**7}, "LimitExceeded", "num_layers: modules is 10,000,000"),
     ("transformer/config.json", {"num_layers": 19_999}, "LimitExceeded", "component transformer: modules is 20,001"),
     ("text_encoder/config.json", {"max_position_embeddings": 2 * 10**9}, "SourceError", "text_encoder cannot be"),
-    ("text_encoder/config.json", {"dtype": "load"}, "SourceError", "dtype is 'load', which is no type of torch's"),
+    ("text_encoder/config.json", {"dtype": "load"}, "SourceError", "dtype is 'load', which is not a type of torch's"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "LimitExceeded", "timesteps is 10,000"),
     ("tokenizer/tokenizer.json", DOUBLING | {"added_tokens": [ADDED]}, "LimitExceeded", "its Replace can make over"),
-    ("tokenizer/tokenizer.json", {"pre_tokenizer": 3}, "SourceError", "is no tokenizer"),
+    ("tokenizer/tokenizer.json", {"pre_tokenizer": 3}, "SourceError", "is not a tokenizer"),
     ("text_encoder/config.json", {"num_attention_heads": 0}, "SourceError", "component text_encoder cannot be loaded"),
 ]  # fmt: skip
 
@@ -113,8 +113,8 @@ def array(kind: int, count: int, data: bytes = b"") -> bytes:
         (gguf(0, text(b"a" * 10)[:9] + b"\xff" * 8), SourceError, "cut short|no GGUF|type"),
         (gguf(0, struct.pack("<Q", 2**62)), LimitExceeded, "json_bytes is"),
         (gguf(0, array(9, 3)), SourceError, "a value of the type 9"),
-        (gguf(1, version=9), SourceError, "no GGUF file of version 2 or 3"),
-        (b"GGUF", SourceError, "cut short or is no GGUF file"),
+        (gguf(1, version=9), SourceError, "not a GGUF file of version 2 or 3"),
+        (b"GGUF", SourceError, "cut short or is not a GGUF file"),
         (gguf(1) + text(b"w") + struct.pack("<I", 2**31), SourceError, "2147483648 dimensions"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from diffkiln.errors import BuildError, SourceError
 from diffkiln.models.meta import load_module, meta_pipeline, refuse_nonfinite
 from diffkiln.models.opening import open_source
+from diffkiln.spec import Source
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNING_FILTERS]
@@ -22,9 +22,7 @@ def folders(tmp_path_factory):
 
 
 def opened(folder):
-    return open_source(
-        SimpleNamespace(model=str(folder), revision=None, architecture=None, gguf=None, pipeline=None), folder
-    )
+    return open_source(Source.model_construct(model=str(folder)), folder)
 
 
 def described(module):
@@ -80,18 +78,6 @@ def test_defaults_to_the_type_that_was_saved(folders, tmp_path):
     pipe = meta_pipeline(source)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     assert load_module(source, "unet").dtype == torch.bfloat16
-
-
-def test_does_without_a_safety_checker(folders, tmp_path):
-    folder = shutil.copytree(build_folder("sd", folders), tmp_path / "sd")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
-    pipe = meta_pipeline(opened(folder))
-    assert pipe.safety_checker is None
-    assert pipe.feature_extractor is None
-    assert not pipe.config.requires_safety_checker
 
 
 def test_leaves_global_state_alone(folders):

@@ -3,15 +3,17 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffkiln.errors import SourceError
+from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
+from diffkiln.spec import Source
+from tests.coverage.calls import CALLS
 from tests.pipelines import WARNING_FILTERS, build_folder
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNING_FILTERS]
@@ -22,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def declare(model=None, revision=None, architecture=None, seed=None):
     """What the spec says of the source, without the spec's own checks."""
     told = {"model": model, "revision": revision, "architecture": architecture, "seed": seed}
-    return SimpleNamespace(**told, dtype=None, gguf=None, pipeline=None)
+    return Source.model_construct(**told)
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +138,6 @@ def test_pins_a_local_folder_by_digest_alone(original):
     assert source.pinned() == {"digest": source.digest()}
 
 
-def test_leaves_out_the_safety_checker_with_a_notice(folder):
-    edit(
-        folder / "model_index.json",
-        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-        feature_extractor=["transformers", "CLIPImageProcessor"],
-        requires_safety_checker=True,
-    )
-    source = opened(folder)
-    assert source.modules == ("text_encoder", "unet", "vae")
-    assert [notice.split()[0] for notice in source.notices] == ["feature_extractor", "safety_checker"]
-
-
 def test_leaves_out_an_image_encoder_that_only_adapters_use(folder):
     edit(folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
     source = opened(folder)
@@ -188,7 +178,7 @@ def test_refuses_a_file_that_goes_away(folder):
 
 def test_refuses_a_single_file(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    assert "from_single_file" in refusal(tmp_path / "model.safetensors")
+    assert '"single_file": "model.safetensors"' in refusal(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, '"text"', "{}", "\xff"])
@@ -278,9 +268,9 @@ def test_knows_a_git_lfs_pointer(folder):
     assert "git lfs pull" in refusal(folder)
 
 
-def test_refuses_weights_that_are_quantized_already(folder):
-    edit(folder / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantized already" in refusal(folder)
+def test_refuses_weights_that_are_quantized_in_a_way_that_has_no_layers(folder):
+    edit(folder / "unet" / "config.json", quantization_config={"quant_method": "gptq"})
+    assert "quantized already, by gptq" in refusal(folder)
 
 
 HOSTILE = "raise SystemExit('code of the model was run')"
@@ -349,7 +339,7 @@ def test_refuses_a_component_of_any_other_library(folder, entry):
 
 def test_refuses_a_component_name_that_leaves_the_folder(folder):
     edit(folder / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]})
-    assert "no identifier" in refusal(folder)
+    assert "not an identifier" in refusal(folder)
 
 
 def test_a_local_folder_has_no_revision(original):
@@ -406,5 +396,30 @@ def test_refuses_a_repository_that_is_no_pipeline(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(SourceError, match="owner/name is no diffusers pipeline"):
+    with pytest.raises(SourceError, match="owner/name is not a diffusers pipeline"):
         open_source(declare("owner/name", COMMIT), tmp_path)
+
+
+def test_a_modular_pipeline_is_named_as_such(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "FluxModularPipeline"}')
+    with pytest.raises(SourceError, match="is of a modular pipeline"):
+        open_source(declare(str(tmp_path)), tmp_path)
+
+
+def test_a_pipeline_of_pipelines_is_opened_where_its_folder_has_all_that_it_needs(tmp_path):
+    folder = build_call("kandinsky22_combined", tmp_path)
+    assert open_source(declare(str(folder)), tmp_path).class_name == "KandinskyV22CombinedPipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["prior_prior"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        SourceError, match=r"has diffusers fetch the pipelines that it is made of, here for prior_prior"
+    ):
+        open_source(declare(str(folder)), tmp_path)
+
+
+def build_call(name, root):
+    folder = root / name
+    with quiet_libraries():
+        CALLS[name].build().save_pretrained(folder, safe_serialization=True)
+    return folder

@@ -42,3 +42,21 @@ def kohya(path: Path, module: torch.nn.Module, *, ending: str = "to_q", rank: in
             state[f"{key}.alpha"] = torch.tensor(alpha)
     safetensors.torch.save_file(state, path)
     return path
+
+
+def for_both(path: Path, unet: torch.nn.Module, encoder: torch.nn.Module, *, magnitudes: bool = False) -> Path:
+    """An adapter of a U-Net and of its text encoder in one file of kohya's, as trainers save them."""
+    state = safetensors.torch.load_file(kohya(path, unet))
+    generator = torch.Generator().manual_seed(8)
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")):
+            key = "lora_te_text_model_" + name.removeprefix("text_model.").replace(".", "_")
+            state[f"{key}.lora_down.weight"] = torch.randn(4, layer.in_features, generator=generator) * 0.1
+            state[f"{key}.lora_up.weight"] = torch.randn(layer.out_features, 4, generator=generator) * 0.1
+            state[f"{key}.alpha"] = torch.tensor(4.0)
+    if magnitudes:
+        for key in [name for name in state if name.startswith("lora_unet") and name.endswith("lora_down.weight")]:
+            rows = state[key.replace("lora_down", "lora_up")].shape[0]
+            state[key.replace("lora_down.weight", "dora_scale")] = torch.ones(rows, 1)
+    safetensors.torch.save_file(state, path)
+    return path

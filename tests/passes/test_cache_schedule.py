@@ -211,8 +211,8 @@ WRONG = {
         "no method 'x'. There are mask, fora, first_block,",
     ),
     "no method": ({"interval": 2}, "$.passes[0].method", "is missing"),
-    "a method that is no text": ({"method": 5}, "$.passes[0].method", "must be text, not 5"),
-    "dynamic that is no boolean": (
+    "a method that is not text": ({"method": 5}, "$.passes[0].method", "must be text, not 5"),
+    "dynamic that is not a boolean": (
         {"method": "pab", "interval": 2, "dynamic": 1},
         "$.passes[0].dynamic",
         "must be true or false, not 1",
@@ -330,7 +330,7 @@ def test_without_a_program_there_is_nothing_to_rewrite(families, tmp_path, monke
 
     monkeypatch.setattr("diffkiln.compiler.compile.record", unrecordable)
     made = spec(families, "flux", method="fora", interval=2) | {"runtime": {"on_unrecordable": "diffusers"}}
-    with pytest.raises(PassError, match=r"\$\.passes\[0\]: cache_schedule rewrites the program, and there is none: it"):
+    with pytest.raises(PassError, match=r"\$\.passes\[0\]: cache_schedule rewrites the program, but there is none: it"):
         diffkiln.compile(made, tmp_path / "bundle")
 
 

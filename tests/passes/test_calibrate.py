@@ -134,7 +134,7 @@ ILLEGAL: dict[str, tuple[dict[str, Any], str, str]] = {
     "not the denoiser": (
         spec(CALIBRATE | {"component": "vae", "computed": 4}, SCHEDULE | {"method": "mask", "component": "vae"}),
         "$.passes[0]",
-        "no part of the denoising run",
+        "not a part of the denoising run",
     ),
     "an interval beside it": (
         spec(CALIBRATE | {"computed": 4}, {**SCHEDULE, "steps": None, "interval": 2}),
@@ -174,11 +174,19 @@ def test_what_cannot_be_calibrated_is_refused_by_path(name, tmp_path):
     assert reason in problems[where]
 
 
-@pytest.mark.parametrize("text", [None, "", "\n \n", b"\xff\xfe"])
-def test_a_prompts_file_that_is_none_is_told(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, r"there is no file of prompts .*prompts\.txt"),
+        ("", r"the file .*prompts\.txt holds no prompt"),
+        ("\n \n", r"the file .*prompts\.txt holds no prompt"),
+        (b"\xff\xfe", r"prompts\.txt is no text file in UTF-8"),
+    ],
+)
+def test_a_prompts_file_that_is_none_is_told(text, told, tmp_path):
     file = tmp_path / "prompts.txt"
     file.unlink()
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SourceError, match=r"the prompts file .*prompts\.txt"):
+    with pytest.raises(SourceError, match=told):
         diffkiln.check(spec(CALIBRATE | {"computed": 4}, SCHEDULE), base=tmp_path)

@@ -29,7 +29,7 @@ def test_plan_asks_for_the_blocks_of_the_component():
 
 def test_component_without_blocks_is_refused():
     plan = State("Pipeline", {"transformer": torch.nn.Linear(1, 1)})
-    with pytest.raises(IllegalPlan, match="Linear declares no repeated blocks"):
+    with pytest.raises(IllegalPlan, match="Linear has no repeated blocks"):
         checked(plan, COMPILE)
 
 

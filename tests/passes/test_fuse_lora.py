@@ -1,15 +1,17 @@
 """fuse_lora: the sum that diffusers' own fuse_lora gives, from files that are pinned by digest."""
 
 import importlib.util
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffkiln.errors import IllegalPlan, LimitExceeded, SourceError, SpecError
+from diffkiln.models.adapters import check_adapter
 from diffkiln.passes import manager
-from diffkiln.passes.model.fuse_lora import check_adapter
-from tests.passes.adapters import adapter, kohya
+from tests.passes.adapters import adapter, for_both, kohya
 from tests.passes.plans import both, checked, ghost, placed, real, types
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 
@@ -113,7 +115,7 @@ def test_a_file_that_is_not_there_names_the_place_where_it_was_looked_for(tmp_pa
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not an adapter")
     plan = ghost("flux")
-    with pytest.raises(IllegalPlan, match=r"broken\.safetensors is no adapter that diffusers reads"):
+    with pytest.raises(IllegalPlan, match=r"broken\.safetensors is not an adapter that diffusers reads"):
         checked(plan, entry("transformer", (tmp_path / "broken.safetensors", 1.0)))
 
 
@@ -161,6 +163,55 @@ def test_provenance_holds_the_digest_and_no_path(tmp_path):
     assert row["scale"] == 0.5
     assert row["digest"].startswith("sha256:")
     assert str(tmp_path) not in str(item.step.options())
+
+
+def beside(plan, *listed: dict) -> list:
+    """What each pass says of the rest of the spec."""
+    steps = [item.step for item in placed(*listed)]
+    ready = [step.prepare(Path(), getattr(diffusers, plan.class_name)) for step in steps]
+    return [problem for step in ready for problem in step.check_beside(None, ready, "$.passes[0]")]
+
+
+def test_tensors_for_a_text_encoder_that_no_pass_gives_to_it_are_refused(tmp_path):
+    file = for_both(tmp_path / "both.safetensors", real("sd", "unet"), real("sd", "text_encoder"))
+    alone = entry("unet", (file, 1.0))
+    (problem,) = beside(ghost("sd"), alone)
+    assert "tensors for text_encoder, such as lora_te_text_model_encoder_layers_0" in problem.reason
+    assert '"ignore": ["lora_te_*"]' in problem.hint
+    assert not beside(ghost("sd"), alone, entry("text_encoder", (file, 1.0)))
+    ignored = {**alone, "adapters": [{**alone["adapters"][0], "ignore": ["lora_te_*"]}]}
+    assert not beside(ghost("sd"), ignored)
+
+
+def test_a_file_of_kohyas_for_both_is_fused_into_both(tmp_path):
+    file = for_both(tmp_path / "both.safetensors", real("sd", "unet"), real("sd", "text_encoder"))
+    for component in ("unet", "text_encoder"):
+        _, found = both("sd", component, entry(component, (file, 0.5)))
+        assert_same_weights(found, fused_by_diffusers("sd", component, (file, 0.5)))
+
+
+def test_magnitudes_that_diffusers_leaves_out_are_refused(tmp_path):
+    modules = real("sd", "unet"), real("sd", "text_encoder")
+    file = for_both(tmp_path / "dora.safetensors", *modules, magnitudes=True)
+    plan = ghost("sd")
+    with pytest.raises(IllegalPlan, match=r"leaves out \d+ tensors of dora\.safetensors, such as .*dora_scale"):
+        checked(plan, entry("unet", (file, 1.0)))
+    ignored = {"file": str(file), "ignore": ["*dora_scale", "lora_te_*"]}
+    assert checked(plan, {"name": "fuse_lora", "component": "unet", "adapters": [ignored]})
+
+
+def test_an_adapter_times_zero_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="an adapter times 0 changes nothing"):
+        placed(entry("unet", (tmp_path / "a.safetensors", 0)))
+
+
+def test_a_layer_with_one_of_its_two_factors_is_refused(tmp_path):
+    file = adapter(tmp_path / "half.safetensors", real("flux", "transformer"), "transformer")
+    state = load_file(file)
+    del state[next(key for key in state if "lora_B" in key)]
+    save_file(state, file)
+    with pytest.raises(IllegalPlan, match=r"have one of their two factors, such as"):
+        checked(ghost("flux"), entry("transformer", (file, 1.0)))
 
 
 REPO = {"file": "lora.safetensors", "repo": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"}

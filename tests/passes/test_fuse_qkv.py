@@ -146,7 +146,7 @@ def test_sd3_without_norms_is_fused():
 
 def test_refused_where_the_fused_processor_would_read_a_text_that_is_not_there():
     module = _sd3(dual_attention_layers=(0,))
-    with pytest.raises(IllegalPlan, match=r"reads a text stream, which transformer_blocks\.0\.attn2 has not"):
+    with pytest.raises(IllegalPlan, match=r"reads a text stream, which transformer_blocks\.0\.attn2 lacks"):
         _checks(module)
     module.fuse_qkv_projections()
     with pytest.raises(AttributeError):

@@ -217,7 +217,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, str]] = {
     "no step beside a batch": ("flux", {"batch": "doubled", "steps": [0] * 6}, {}, "$.passes[0].batch", "no step is"),
     "other steps": ("flux", {"steps": [1, 0]}, {}, "$.passes[0].steps", "names 2 steps, and transformer is called in"),
     "no effect": ("flux", {"steps": [1] * 6}, {}, "$.passes[0]", "would have no effect"),
-    "no denoiser": ("flux", {"batch": "doubled", "component": "vae"}, {}, "$.passes[0]", "no part of the denoising"),
+    "no denoiser": ("flux", {"batch": "doubled", "component": "vae"}, {}, "$.passes[0]", "not a part of the denoising"),
     "distilled": ("flux", {"batch": "doubled"}, {"call": {}}, "$.passes[0]", "is distilled: it is given the guidance"),
     "scale of 1": ("sd", {"batch": "halved"}, {"guidance_scale": 1.0}, "$.passes[0]", "which turns guidance off"),
     "true scale of 1": (

@@ -50,7 +50,7 @@ def test_an_expression_that_matches_nothing_is_refused():
 
 def test_what_is_no_expression_is_refused():
     plan = ghost("flux")
-    with pytest.raises(IllegalPlan, match=r"exclude\[0\]: '\(' is no regular expression"):
+    with pytest.raises(IllegalPlan, match=r"exclude\[0\]: '\(' is not a regular expression"):
         checked(plan, LAYERWISE | {"exclude": ["("]})
 
 

@@ -73,7 +73,7 @@ def test_blocks_that_take_skipped_values_are_no_chain():
     plan = State("Pipeline", {"transformer": Model()})
     step = Prune(component="transformer", blocks=("blocks.0",))
     (problem,) = step.check(plan, CPU, "$.passes[0]")
-    assert "blocks is no chain" in problem.reason
+    assert "blocks is not a chain" in problem.reason
 
 
 def test_a_model_without_blocks_is_refused():

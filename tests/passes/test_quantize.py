@@ -302,7 +302,11 @@ def test_every_option_of_every_other_type_is_refused_by_name(called, option):
         ({"backend": "torcho", "type": "int8"}, "backend", "no backend 'torcho'. Did you mean \"torchao\"?"),
         ({"backend": "quanto"}, "type", "this field is missing. Add it: Type of the quantized weights"),
         ({"backend": "quanto", "type": "int9"}, "type", "no type 'int9'. Did you mean \"int8\"?"),
-        ({"type": "nf4"}, "type", 'nf4 is no type of torchao. Set "backend": "bitsandbytes", or choose one of int8_'),
+        (
+            {"type": "nf4"},
+            "type",
+            'nf4 is not a type of torchao. Set "backend": "bitsandbytes", or choose one of int8_',
+        ),
         ({"type": ["nf4"]}, "type", 'must be text, not ["nf4"]'),
     ],
 )

@@ -74,7 +74,7 @@ def test_nothing_in_the_loop_waits_for_a_value(families, tmp_path):
     ("options", "where", "reason"),
     [
         ({"type": "EulerScheduler"}, "$.passes[0].type", "EulerDiscreteScheduler"),
-        ({"type": "FlowMatchEulerDiscreteScheduler"}, "$.passes[0].type", "no scheduler that can take the place"),
+        ({"type": "FlowMatchEulerDiscreteScheduler"}, "$.passes[0].type", "not a scheduler that can take the place"),
         ({"config": {"timestep_spaceing": "trailing"}}, "$.passes[0].config.timestep_spaceing", "timestep_spacing"),
         ({"config": {"beta_schedule": "none"}}, "$.passes[0].config", "diffusers refuses them"),
         ({}, "$.passes[0]", "would have no effect"),

@@ -15,6 +15,7 @@ from diffkiln.record.call import Request
 from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
+from diffkiln.record.refusals import Refused
 from diffkiln.record.text import TextRecorder, apply, refuse_unpadded, sentinel
 from tests.passes.plans import source
 from tests.pipelines import FAMILIES, WARNING_FILTERS
@@ -91,7 +92,7 @@ def test_unknown_keyword_is_a_spec_error():
 
 
 def test_what_the_pipeline_itself_refuses_is_told():
-    with pytest.raises(RecordError, match="failed while it was recorded"):
+    with pytest.raises(Refused, match="refuses this call: `height` and `width` have to be divisible by 8 but are 33"):
         recording("sd", height=33)
 
 

@@ -84,10 +84,29 @@ def copy_into_zeros_like(x):
     return out
 
 
+def write_into_what_lies_transposed_in_memory(x):
+    y = x.t() * 2  # gives what it is given: the columns lie together
+    early = y[:, 1]
+    y[1:3, 0] = 5.0
+    y[:, 2:4] += y[:, 0:2]
+    return y, early * 2, y.view(2, 3, 4)[0]
+
+
+def write_into_what_is_permuted_in_memory(x):
+    y = torch.zeros_like(x.reshape(1, 2, 2, 6).permute(0, 3, 1, 2))
+    y[:, 0:2, 1] = x.reshape(1, 2, 2, 6).permute(0, 3, 1, 2)[:, 2:4, 0]
+    y[:, 5].fill_(3)
+    return y + 1
+
+
 def write_with_a_wider_type(x):
     y = x.to(torch.bfloat16)
     y += torch.ones(6)
     return y
+
+
+def second_names(x):
+    return torch.clip(torch.subtract(torch.multiply(x, 3), 1), -1.0, 1.0), torch.less(torch.absolute(x), 0.5)
 
 
 def attention(x):
@@ -123,7 +142,10 @@ def literals(x):
         read_a_view_that_was_made_before_the_write,
         copy_into_a_real_tensor,
         copy_into_zeros_like,
+        write_into_what_lies_transposed_in_memory,
+        write_into_what_is_permuted_in_memory,
         write_with_a_wider_type,
+        second_names,
         attention,
         several_results,
         composite,

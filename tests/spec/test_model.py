@@ -160,3 +160,22 @@ class TestOffload:
     @pytest.mark.parametrize("field", [{"num_blocks_per_group": 0}, {"use_stream": 1}, {"to": "cloud"}])
     def test_rejects_bad_values(self, field):
         assert set(complaints(Offload, **field)) == {f"$.{next(iter(field))}"}
+
+
+def test_a_limit_of_memory_is_read_in_bytes() -> None:
+    for written, size in (("8GiB", 8 * 2**30), ("1.5 GB", 1_500_000_000), (1000, 1000), ("512mib", 2**29)):
+        offload = Offload.model_validate({"strategy": "auto", "max_memory": written})
+        assert offload.max_memory == size
+        assert Offload.model_validate(offload.model_dump(mode="json")) == offload
+
+
+@pytest.mark.parametrize("written", ["much", "0", 0, -1, "8XB", "-8GB"])
+def test_what_is_no_amount_of_memory(written) -> None:
+    found = complaints(Offload, strategy="auto", max_memory=written)
+    assert list(found) == ["$.max_memory"]
+
+
+def test_a_limit_belongs_to_auto() -> None:
+    assert complaints(Offload, max_memory="8GiB") == {
+        "$.max_memory": "is a limit for the strategy auto, and group keeps none"
+    }

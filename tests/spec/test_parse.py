@@ -57,7 +57,6 @@ def test_all_problems_come_together():
         "$.inputs.height",
         "$.inputs.width",
         "$.inputs.steps",
-        "$.inputs.num_inference_steps",
         "$.inputs.guidance_scale",
         "$.passes[1].name",
         "$.runtime.offload.type",

@@ -69,6 +69,8 @@ def fits(value: Any, schema: dict[str, Any] | bool, root: dict[str, Any]) -> boo
     kinds["number"] = (int, float)
     if "type" in schema and not isinstance(value, kinds[schema["type"]]):
         return False
+    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return False
     if isinstance(value, dict):
         return _object_fits(value, schema, root)
     if isinstance(value, list):
@@ -87,7 +89,8 @@ def test_is_a_2020_12_schema_that_json_can_say(schema):
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["$id"]
     assert json.loads(json.dumps(schema)) == schema
-    assert {"$schema", "spec_version", "source", "target", "inputs", "passes", "runtime"} == set(schema["properties"])
+    fields = {"$schema", "spec_version", "source", "target", "inputs", "passes", "quality", "runtime"}
+    assert fields == set(schema["properties"])
 
 
 def test_the_example_fits(schema):
@@ -109,7 +112,7 @@ def test_what_the_models_write_fits(schema):
         {"source": {}},
         {"target": {"device": "cuda"}},
         {"target": {"device": "cuda", "compute_capability": "8.9"}},
-        {"inputs": {"height": 8}},
+        {"inputs": {"height": 0}},
         {"runtime": {"offload": {"type": "leaf_level"}}},
         {"extra": 1},
     ],

@@ -20,8 +20,11 @@ _PATHS = ("_name_or_path", "name_or_path")
 
 
 def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
-    """`pipeline/`: diffusers' own configuration, without weights, and which layers are stored in another form.
-    `spec.json`, with the source and the files of the passes pinned."""
+    """Writes `pipeline/` and `spec.json`.
+
+    `pipeline/` holds diffusers' own configuration, without weights, and lists the layers that are stored in another
+    form. `spec.json` has the source and the files of the passes pinned.
+    """
     source, spec = plan.source, plan.spec
     for name in source.files():
         if name.endswith((".safetensors", ".safetensors.index.json")):
@@ -36,13 +39,16 @@ def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
     written = spec.as_json()
     written["passes"] = [_pinned(index, entry, plan.asked) for index, entry in enumerate(written["passes"])]
     written.pop("$schema", None)
-    kept = {key: value for key, value in written["source"].items() if key != "model" or "model" in source.origin}
+    if plan.gates:
+        written["quality"] = [gate.pinned() for gate in plan.gates]
+    named = {"model", "config"} - source.origin.keys()
+    kept = {key: value for key, value in written["source"].items() if key not in named}
     written["source"] = kept | source.pinned()
     writer.write(SPEC, as_json(written), "config")
 
 
 def _pinned(index: int, entry: dict[str, Any], listed: Sequence[ListedPass]) -> dict[str, Any]:
-    """A pass as the spec gave it, with digests in the place of local paths."""
+    """Returns a pass as the spec gave it, with digests instead of local paths."""
     own = [item.step.options() for item in listed if item.index == index and not item.key]
     return {key: own[0].get(key, value) for key, value in entry.items()} if own else entry
 
@@ -53,11 +59,11 @@ def _scheduler(scheduler: Any) -> bytes:
 
 
 def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
-    """A configuration file without paths of the machine that it was made on, and without left-out components.
+    """Returns a configuration file without paths of the build machine, and without left-out components.
 
     The pipeline's index names the scheduler that the passes left.
     """
-    data = (source.folder / name).read_bytes()
+    data = source.path(name).read_bytes()
     if Path(name).name not in ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json"):
         return data
     config = json.loads(data)
@@ -69,6 +75,7 @@ def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
             config |= {
                 key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
             }
+            config |= {key: source.entry(key) for key in source.elsewhere if key in source.components}
             if scheduler is not None:
                 config[SCHEDULER] = ["diffusers", type(scheduler).__name__]
     return as_json(config)

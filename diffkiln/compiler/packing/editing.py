@@ -21,17 +21,16 @@ from diffkiln.bundle import (
     has_receipt,
     left_out,
     open_bundle,
-    safe_open,
     write_receipt,
 )
-from diffkiln.bundle.card import MAX_BUILD_BYTES, card, read_build
+from diffkiln.bundle.card import card
 from diffkiln.bundle.layout import BUILD, CARD, SCHEMAS, SPEC
 from diffkiln.compiler.built import Built
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
 from diffkiln.compiler.stages import Progress, Stages
-from diffkiln.errors import IllegalPlan, IntegrityError, Problem, SpecError
+from diffkiln.errors import IllegalPlan, Problem, SpecError
 from diffkiln.exporters.base import exporter
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.aten import check_schemas
@@ -45,9 +44,9 @@ from diffkiln.version import __version__
 
 
 class Edit:
-    """Context manager: the bundle that is there, and the one that is made of it, with other engines.
+    """A context manager for an existing bundle, and the one that is made of it with other engines.
 
-    The new one takes the old one's place, where no other is given. What is written to is locked all the while.
+    The new bundle takes the old one's place, unless another output is given. The output is locked all the while.
 
     Entering raises `SpecError` for a bundle whose engines cannot be changed, `IntegrityError` for one that is not
     whole, and whatever entering `BundleWriter` raises.
@@ -86,15 +85,15 @@ class Edit:
         self._stack.__exit__(*exception)
 
     def stated(self) -> Mapping[str, Target]:
-        """The targets that the bundle's spec has, by name."""
+        """Returns the targets of the bundle's spec, by name."""
         return targets_in(self._verified.read(SPEC))
 
     def remove(self, names: Sequence[str]) -> None:
-        """Leave out the engines for these targets."""
+        """Leaves out the engines for these targets."""
         self._removed += names
 
     def build(self, targets: Sequence[Target], cache: EngineCache) -> None:
-        """Build the engines for these targets, as those for the bundle's first target were built.
+        """Builds the engines for these targets in the way of the bundle's first target.
 
         Raises:
             IllegalPlan: a backend cannot build for a target.
@@ -121,9 +120,9 @@ class Edit:
         self._added += targets
 
     def publish(self, what: str) -> Built:
-        """Write the rest, and take the output's place. `what` says what was done, in `build.json`."""
+        """Writes the other files and takes the output's place. `what` describes the edit in `build.json`."""
         old = self._bundle.id
-        self._note(f"the bundle has a new id: what was said or signed of {old} does not hold for it")
+        self._note(f"the bundle has a new id: signatures and statements about {old} do not cover it")
         with self._stages("publish"):
             kept = self._keep()
             known = has_receipt(old) or not any(row.role == "native" for row in kept)
@@ -141,7 +140,7 @@ class Edit:
         self._packed += Packed(notices=(notice,))
 
     def _size(self, targets: Sequence[Target]) -> int:
-        """About what the new bundle will take: what is copied, and engines as large as those for the first target."""
+        """Returns an estimate of the new bundle's size: the copied files, and engines as for the first target."""
         place = self._writer.output != self._bundle.path
         copied = sum(row.size for row in self.manifest.files if place or row.role != "weights")
         others = left_out(self.manifest, self.targets[1:])
@@ -166,8 +165,8 @@ class Edit:
         return retargeted(self.manifest, rows, [*kept, *self._packed.engines], isas, devices, self._packed)
 
     def _report(self, manifest: Manifest, what: str) -> None:
-        """`build.json` and `README.md`: those of the first build, and what was done since."""
-        build = dict(_read_build(self._bundle))
+        """Writes `build.json` and `README.md`: those of the first build, with a note of this edit."""
+        build = dict(self._bundle.build)
         stale = tuple(f"the engines for {name} were" for name in self._removed)
         told = [notice for notice in _list(build, "notices") if not str(notice).startswith(stale or ("\0",))]
         step = {
@@ -224,17 +223,6 @@ def _check_buildable(
                 problems += backend.check(region, target, group.request.options)
     if problems:
         raise IllegalPlan(problems=list(dict.fromkeys(problems)))
-
-
-def _read_build(bundle: Bundle) -> Mapping[str, Any]:
-    """What `build.json` says; nothing where it cannot be read, since nothing depends on it."""
-    root = safe_open.open_root(bundle.path)
-    try:
-        return read_build(safe_open.read_small(root, BUILD, MAX_BUILD_BYTES))
-    except IntegrityError:
-        return {}
-    finally:
-        os.close(root)
 
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:

@@ -20,6 +20,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module, Program
+from diffkiln.program.preambles import loop_regions
 from diffkiln.program.sizes import Family, families
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.compatibility import capability, missing_flags
@@ -37,7 +38,7 @@ _NONE: Weights = MappingProxyType({})
 
 @dataclass(frozen=True)
 class EnginesPacker:
-    """Builds engines, tries each where it can run, and writes it into the bundle.
+    """The builder of engines: it tries each where it can run, and writes it into the bundle.
 
     Attributes:
         writer: of the bundle.
@@ -131,12 +132,13 @@ class EnginesPacker:
 
 
 def _families(module: Module, dynamic: bool) -> list[Family]:
-    regions = list(module.regions.values())
+    ours = loop_regions(module)  # what runs once a request is replayed
+    regions = [region for name, region in module.regions.items() if name in ours]
     return families(regions) if dynamic else [Family((region,), {}, {}) for region in regions]
 
 
 def _origin(component: torch.nn.Module | None, region: Program) -> str:
-    """The class that a region was recorded from, and where it is written; empty where neither is known."""
+    """Returns the class that a region was recorded from, and its file; empty if unknown."""
     if component is None:
         return ""
     kinds = {type(block).__name__: type(block) for _, block in repeated_blocks(component)}
@@ -204,7 +206,7 @@ def _untried(artefact: Artefact, target: Target) -> list[str]:
 
 
 def place_of(target: Target) -> torch.device | None:
-    """Where this machine can run engines for a target; None if it cannot."""
+    """Returns where this machine can run engines for a target; None if it cannot."""
     if target.device == "cuda":
         return torch.device("cuda") if capability() == target.capability else None
     return None if missing_flags(target.isa) else torch.device("cpu")

@@ -12,9 +12,16 @@ from diffkiln.models.licences import licence_in, licence_of
 
 
 def pack_licences(writer: BundleWriter, plan: Plan) -> None:
-    """One row for the base model and one for each adapter, with what each states, or null. A hashed file, so that it
-    is signed with the rest."""
+    """Writes the licences: a row for the base model and one for each adapter, null where none is stated.
+
+    The file is hashed, so it is signed with the bundle.
+    """
     rows: list[dict[str, Any]] = [{"of": "base model", **plan.source.pinned()} | licence_of(plan.source.folder)]
+    stated = plan.source.pinned().get("components", {})
+    for name in plan.source.elsewhere:
+        for member in plan.source.components[name].folders().values():
+            row = {"of": "component", "component": name, "source": stated[name]}
+            rows.append(row | (licence_of(member) or licence_of(member.parent)))
     for item in plan.listed:
         for stated, path in item.step.origins():
             licence = licence_of(path.parent) | licence_in(path)

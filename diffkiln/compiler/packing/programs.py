@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -21,24 +21,28 @@ from diffkiln.record.pipeline import Recording
 
 
 def pack_programs(writer: BundleWriter, plan: Plan) -> Packed:
-    """`programs/`: the variants, the components, constants and operators' schemas; `text/`: the tokenizers."""
+    """Writes `programs/` (variants, components, operators' schemas) but for its constants, and `text/` (tokenizers)."""
     recording = plan.recording
     packed = Packed()
-    for index, request in enumerate(plan.requests):
-        name = _variant_name(request, {variant.name for variant in packed.variants})
+    for index, (name, request) in enumerate(zip(variant_names(plan.requests), plan.requests, strict=True)):
         fixed = recording.fixed[index] if recording.fixed else defaults(plan.pipe, request)
         packed += _pack_variant(writer, name, fixed, recording.calls[index] if recording.calls else {})
     for component, module in recording.modules.items():
         writer.write(program_file(component), dumps(module_to_json(module)), "program")
     if recording.calls:
         every = every_program(recording)
-        keys = sorted({key for program in every for key in program.constants})
-        constants = {key: recording.constants.tensors[key] for key in keys}
-        writer.write(CONSTANTS, safetensors.torch.save(constants), "program")
         writer.write(SCHEMAS, as_json(schemas(every)), "program")
         for name, text in tokenizers_of(recording, plan.pipe).items():
             writer.write(tokenizer_file(name), text.encode(), "config")
     return packed
+
+
+def pack_constants(writer: BundleWriter, recording: Recording) -> None:
+    """Writes the constants of `programs/`, which are all known once the weights were there."""
+    if recording.calls:
+        keys = sorted({key for program in every_program(recording) for key in program.constants})
+        constants = {key: recording.constants.tensors[key] for key in keys}
+        writer.write(CONSTANTS, safetensors.torch.save(constants), "program")
 
 
 def _pack_variant(writer: BundleWriter, name: str, fixed: Mapping[str, Any], programs: Mapping[str, Program]) -> Packed:
@@ -52,10 +56,22 @@ def _pack_variant(writer: BundleWriter, name: str, fixed: Mapping[str, Any], pro
     return Packed((Variant(name=name, fixed=dict(fixed), programs=dict.fromkeys(programs, path)),), features=features)
 
 
+#: The parts of a resizing in two steps; one in a single step has no gap.
+_WITH_GAP = 5
+
+
 def _features(call: Program) -> Iterator[str]:
-    """What a runtime must know to run a call."""
+    """Yields the features that a runtime must know to run a call."""
     if image_keywords(call.inputs):
         yield "image_inputs"
+    if any(
+        len(edit) == _WITH_GAP for item in call.inputs for edit in item.source.get("edits", ()) if edit[0] == "resize"
+    ):
+        yield "two_step_resize"
+    if any(item.source.get("kind") == "tensor" and item.source["keyword"] != "latents" for item in call.inputs):
+        yield "tensor_inputs"
+    if len(call.outputs) > 1 or "form" in call.signature:
+        yield "results"
     if not all(op.attrs.get("seeded", True) for op in call.ops if op.name == NOISE):
         yield "unseeded_noise"
     for text in call.texts:
@@ -63,19 +79,34 @@ def _features(call: Program) -> Iterator[str]:
 
 
 def every_program(recording: Recording) -> list[Program]:
-    """Calls, components and regions."""
+    """Returns the programs of calls, components and regions."""
     calls = [program for programs in recording.calls for program in programs.values()]
     parts = [p for m in recording.modules.values() for p in (*m.programs.values(), *m.regions.values())]
     return calls + parts
 
 
+def _steps(fixed: Mapping[str, Any]) -> list[str]:
+    """Returns the number of steps, if there is one: a schedule of one's own, such as `sigmas`, counts them itself."""
+    own = (fixed.get(name) for name in ("sigmas", "timesteps"))
+    count = next((len(values) for values in own if isinstance(values, list | tuple)), fixed.get("num_inference_steps"))
+    return [f"{count}-steps"] if count else []
+
+
+def variant_names(requests: Sequence[Request]) -> list[str]:
+    """Returns the name of each variant, all different."""
+    names: list[str] = []
+    for request in requests:
+        names.append(_variant_name(request, set(names)))
+    return names
+
+
 def _variant_name(request: Request, taken: set[str]) -> str:
     fixed = request.fixed
     sizes = [str(fixed[key]) for key in ("height", "width", "num_frames") if fixed.get(key)]
-    if not sizes:  # those of its images
+    if not sizes and request.images:  # those of its images
         width, height = next(size if isinstance(size[0], int) else size[0] for size in request.images.values())
         sizes = [str(height), str(width)]
-    name = "x".join(sizes) + f"-{fixed['num_inference_steps']}-steps"
+    name = "-".join(["x".join(sizes)] * bool(sizes) + _steps(fixed)) or "call"
     if request.batch_size > 1:
         name += f"-batch-{request.batch_size}"
     if fixed.get("num_images_per_prompt", 1) > 1:

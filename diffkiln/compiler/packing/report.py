@@ -23,7 +23,7 @@ from diffkiln.version import __version__
 
 
 def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
-    """The manifest of what was packed."""
+    """Returns the manifest of the packed files."""
     import diffusers
 
     packed, asked = plan.packed, plan.spec.runtime
@@ -74,7 +74,9 @@ def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
 
 
 def _packages(recording: Recording, steps: Sequence[Pass]) -> dict[str, str]:
-    """Packages that the runtime needs beyond its own: those of passes, and ftfy, where prompts are mended with it."""
+    """Returns the packages that the runtime needs beyond its own: those of passes, and ftfy if prompts are cleaned with
+    it.
+    """
     needed = {name: versions for step in steps for name, versions in step.packages().items()}
     texts = [text for programs in recording.calls for program in programs.values() for text in program.texts]
     if not any("ftfy" in text["transforms"] for text in texts):
@@ -86,8 +88,18 @@ def _packages(recording: Recording, steps: Sequence[Pass]) -> dict[str, str]:
     return needed | {"ftfy": ">=6.1"}
 
 
-def pack_report(writer: BundleWriter, manifest: Manifest, plan: Plan, seconds: Mapping[str, float]) -> None:
-    """`build.json` and `README.md`: what differs from build to build, outside the id and the digests."""
+def pack_report(
+    writer: BundleWriter,
+    manifest: Manifest,
+    plan: Plan,
+    seconds: Mapping[str, float],
+    ledger: Mapping[str, Any],
+) -> None:
+    """Writes `build.json` and `README.md`, which differ between builds and are outside the id and the digests.
+
+    Args:
+        ledger: what each pass cost, where the spec has gates of quality.
+    """
     import diffusers
 
     build = {
@@ -104,6 +116,7 @@ def pack_report(writer: BundleWriter, manifest: Manifest, plan: Plan, seconds: M
         ],
         "notices": list(plan.notices),
         "source": read_card(plan.source.folder, plan.source.origin),
+        **({"ledger": ledger} if ledger else {}),
     }
     writer.write_unhashed(BUILD, as_json(build))
     writer.write_unhashed(CARD, card(manifest, build).encode())

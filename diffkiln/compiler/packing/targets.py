@@ -25,14 +25,14 @@ class Group:
     regions: tuple[str, ...]
 
     def family(self, module: Module) -> Family:
-        """The regions' programs, as they are lowered together."""
+        """Returns the regions' programs as they are lowered together."""
         programs = [module.regions[name] for name in self.regions]
         found = families(programs) if len(programs) > 1 else []
         return found[0] if len(found) == 1 else Family((programs[0],), {}, {})
 
 
 def groups_of(manifest: Manifest, modules: Mapping[str, Module], target: str | None = None) -> list[Group]:
-    """The engines of a target, of the first one by default, in their order.
+    """Returns the engines of a target, by default the first, in their order.
 
     Raises:
         ManifestInvalid: one is for a region that the bundle does not have, or regions share one that differ.
@@ -65,7 +65,7 @@ def retargeted(
     devices: Mapping[str, str],
     packed: Packed,
 ) -> Manifest:
-    """The manifest with these files and engines.
+    """Returns the manifest with these files and engines.
 
     Args:
         manifest: the old one.
@@ -95,7 +95,7 @@ def retargeted(
 
 
 def _ordered(manifest: Manifest, engines: Sequence[EngineRow], targets: Sequence[str]) -> tuple[EngineRow, ...]:
-    """As compiling for all of the targets at once orders them: by engine, then by target. So the id is the same."""
+    """Orders engines as a compile for all targets at once does, by engine and then by target, so the id is the same."""
     first = engine_targets(manifest)[0]
     paths = list(dict.fromkeys(row.path for row in manifest.engines if row.target == first))
     places = {(row.component, row.region): paths.index(row.path) for row in manifest.engines if row.target == first}
@@ -107,7 +107,7 @@ def _ordered(manifest: Manifest, engines: Sequence[EngineRow], targets: Sequence
 
 
 def isas_of(manifest: Manifest) -> dict[str, str]:
-    """The instruction set of each target that has engines, in their order.
+    """Returns the instruction set of each target that has engines, in their order.
 
     Raises:
         ManifestInvalid: one is not said.
@@ -115,12 +115,12 @@ def isas_of(manifest: Manifest) -> dict[str, str]:
     stated: Any = manifest.runtime.get("targets")
     names = engine_targets(manifest)
     if not isinstance(stated, dict) or not all(isinstance(stated.get(name), str) for name in names):
-        raise ManifestInvalid("the manifest does not say the instruction set of each target. Compile the bundle anew")
+        raise ManifestInvalid("the manifest lacks the instruction set of a target. Compile the bundle again")
     return {name: stated[name] for name in names}
 
 
 def spec_for(data: bytes, removed: Sequence[str] = (), added: Sequence[Target] = ()) -> bytes:
-    """`spec.json` as it is for other targets: a list, or the one that is left.
+    """Returns `spec.json` for other targets: a list, or the only one that is left.
 
     Raises:
         ManifestInvalid: it is no spec.
@@ -135,7 +135,7 @@ def spec_for(data: bytes, removed: Sequence[str] = (), added: Sequence[Target] =
 
 
 def targets_in(data: bytes) -> dict[str, Target]:
-    """The targets of a `spec.json` by name, those whose numbers are written out among them.
+    """Returns the targets of a `spec.json` by name, including those described by numbers.
 
     Raises:
         ManifestInvalid: it is no spec.
@@ -154,7 +154,7 @@ def _read(data: bytes) -> tuple[dict[str, Any], list[TargetSpec]]:
 
 
 def _entry(target: Target) -> TargetSpec:
-    """What a spec says for a target that has a name."""
+    """Returns a spec's entry for a target that has a name."""
     if target.device == "cpu":
         return TargetSpec(device="cpu", isa=target.isa)
     return TargetSpec(device="cuda", gpu=target.name)

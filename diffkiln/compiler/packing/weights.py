@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 
 from diffkiln.bundle import BundleWriter, GroupRow
-from diffkiln.bundle.layout import CHANNELS_LAST, REST, UNUSED, weights_file
+from diffkiln.bundle.layout import CHANNELS_LAST, REST, UNUSED, before_loop, weights_file
 from diffkiln.compiler.packed import Packed
+from diffkiln.compiler.packing.uses import Uses
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import is_channels_last, repeated_blocks
 from diffkiln.models.weights import weights_of
@@ -18,21 +19,21 @@ from diffkiln.spec import Offload
 
 
 class WeightsPacker:
-    """Writes `weights/<component>/`: one file a group of blocks, one for the rest, one for what no program reads.
+    """The writer of `weights/<component>/`: a file for each group of blocks, one for the rest, one for unread weights.
 
-    It is given modules in which some weights have data, and writes a file once all that goes into it has come. Every
-    weight comes once.
+    It is given modules in which some weights have data, and writes a file once all its weights have come. Every weight
+    comes once.
     """
 
-    def __init__(self, writer: BundleWriter, component: str, offload: Offload | None, used: frozenset[str]) -> None:
-        self._writer, self._component, self._offload, self._used = writer, component, offload, used
+    def __init__(self, writer: BundleWriter, component: str, offload: Offload | None, uses: Uses) -> None:
+        self._writer, self._component, self._offload, self._uses = writer, component, offload, uses
         self._features: set[str] = set()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._rows: dict[str, GroupRow | None] = {}  # in the module's order; None is still to be written
 
     def add(self, module: torch.nn.Module) -> None:
-        """Take the weights that have data; `module` is the component after all passes."""
-        for name, tensors in _groups(module, self._offload, self._used).items():
+        """Takes the weights that have data; `module` is the component after all passes."""
+        for name, tensors in groups_of(module, self._offload, self._uses).items():
             self._rows.setdefault(name, None)
             waiting = self._waiting.setdefault(name, {})
             waiting |= {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}
@@ -41,7 +42,7 @@ class WeightsPacker:
                 del self._waiting[name], waiting
 
     def packed(self) -> Packed:
-        """What was written.
+        """Returns what was written.
 
         Raises:
             PassError: a weight never came: a pass took the data of another one, or left none.
@@ -65,20 +66,25 @@ class WeightsPacker:
         return GroupRow(name=name, file=path, tensors=len(tensors), bytes=size)
 
 
-def _groups(
-    module: torch.nn.Module, offload: Offload | None, used: frozenset[str]
-) -> dict[str, dict[str, torch.Tensor]]:
+def groups_of(module: torch.nn.Module, offload: Offload | None, uses: Uses) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns a component's weights by the group that they lie in, and by name."""
     together = offload.num_blocks_per_group if offload else 1
     blocks = [name for name, _ in repeated_blocks(module)]
     heads = {block: blocks[index - index % together] for index, block in enumerate(blocks)}
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights_of(module):
+        if name in uses.left_out:
+            continue
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        key = UNUSED if name not in used else heads[block] if block else REST
+        key = heads[block] if block else REST
+        if name not in uses.read:
+            key = UNUSED
+        elif name in uses.before:
+            key = before_loop(key)
         groups.setdefault(key, {})[name] = tensor.detach()
     return groups
 
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as its file holds it: in the order of its memory, [N, H, W, C] where channels are last."""
+    """Returns the tensor as its file holds it: in memory order, [N, H, W, C] if channels are last."""
     return tensor.permute(0, 2, 3, 1) if is_channels_last(tensor) else tensor.contiguous()

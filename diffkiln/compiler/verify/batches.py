@@ -24,10 +24,10 @@ from diffkiln.record.structure import flatten, unflatten
 
 
 def check_batches(recording: Recording, name: str, module: torch.nn.Module, verification: Verification) -> None:
-    """Compare every program of a component at another batch with the component, and with the batch that it has.
+    """Compares every program at another batch with the component, and with the program at its own batch.
 
-    The first is bit for bit. The second is within rounding, by a reduced model in float32 with a block of each list:
-    kernels add up in another order for another batch.
+    The first comparison is bit for bit. The second allows rounding, since kernels add up in another order for another
+    batch; it uses a reduced model in float32 with a block of each list.
 
     Args:
         recording: with the programs, after the passes.
@@ -50,7 +50,7 @@ def check_batches(recording: Recording, name: str, module: torch.nn.Module, veri
 
 
 def _joined(new: Callee, other: Rebatched, given: Sequence[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
-    """Two calls of other prompts, and both in one."""
+    """Returns two calls of other prompts, and both in one."""
     first, second = list(given[0]), list(given[-1])
     whole = list(new.leaves)
     positions = [index for index, leaf in enumerate(first) if isinstance(leaf, torch.Tensor)]
@@ -62,7 +62,7 @@ def _joined(new: Callee, other: Rebatched, given: Sequence[list[Any]]) -> tuple[
 
 
 def _parted(old: Callee, new: Callee, other: Rebatched, given: list[Any]) -> tuple[list[Any], list[list[Any]]]:
-    """One call, and both halves of it."""
+    """Returns one call, and both halves of it."""
     half_batches = [list(given), list(given)]
     for position, follows in zip(old.tensors, other.follows, strict=True):
         if follows:

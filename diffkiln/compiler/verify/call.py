@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -28,10 +28,13 @@ from diffkiln.record.call import Request, component_methods, defaults
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, record_component
 from diffkiln.record.constants import Constants
+from diffkiln.record.keywords import parameters_of
+from diffkiln.record.outputs import of_field
 from diffkiln.record.patches import Padding, fixed_lengths, is_patched, paddings
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.runtime.executor import Executor
+from diffkiln.runtime.given import described
 from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.text import TextEnd
 from diffkiln.runtime.variants import CompiledVariant
@@ -41,7 +44,7 @@ WHOLE_UP_TO = 2 * 2**30
 
 
 class Verification:
-    """Compares one recording with its pipeline.
+    """The comparison of one recording with its pipeline.
 
     Args:
         pipe: the meta model that was recorded.
@@ -66,7 +69,7 @@ class Verification:
             self.check_call(request, programs)
 
     def check_call(self, request: Request, programs: Mapping[str, Program]) -> None:
-        """Compare the pipeline's call with its programs, for other prompts, seeds, latents and scales.
+        """Compares the pipeline's call with its programs, for other prompts, seeds, latents and scales.
 
         Raises:
             VerifyError: they differ; says for what.
@@ -90,21 +93,26 @@ class Verification:
         given = dict(request.fixed) | keywords
         # Z-Image writes to the caller's own list of prompts.
         own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
+        own |= {"output_type": "pt"} if "output_type" in parameters_of(self._pipe) else {}
+        own |= {"generator": generator()} if "generator" in parameters_of(self._pipe) else {}
         # Both portably, as constants were: the smallest difference between them changes all that stand-ins give.
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), portable():
             torch.manual_seed(seed)
-            reference = self._pipe(**own, generator=generator(), output_type="pt")
+            reference = self._pipe(**own)
             torch.manual_seed(seed)
-            found = compiled(**given, generator=generator(), output_type="pt", return_dict=False)[0]
-        (expected,) = [leaf for leaf in flatten(reference)[0][:1] if isinstance(leaf, torch.Tensor)]
-        if not same(expected, found):
-            raise VerifyError(
-                f"the recorded call of {type(self._pipe).__name__} differs from the pipeline's own for "
-                f"{_shown(keywords)}: {difference(expected, found)}"
-            )
+            found = compiled(**given, generator=generator(), output_type="pt")
+        for name, got in found.items():
+            wanted: Any = of_field(reference, name)
+            if isinstance(got, list):  # of which images a checker objects to
+                wanted, got = torch.as_tensor(wanted).bool().flatten(), torch.tensor(got)
+            if not same(wanted, got):
+                raise VerifyError(
+                    f"the recorded call of {type(self._pipe).__name__} differs from the pipeline's own for "
+                    f"{_shown(keywords)}: {difference(wanted, got)}"
+                )
 
     def _call_weights(self, programs: Iterable[Program]) -> dict[str, dict[str, torch.Tensor]]:
-        """Values for the weights that the call itself reads, by component."""
+        """Returns values for the weights that the call itself reads, by component."""
         found: dict[str, dict[str, torch.Tensor]] = {}
         for own, weight in ((program, weight) for program in programs for weight in program.weights):
             component, name = owner_of(weight)
@@ -125,7 +133,7 @@ class Verification:
                 places.append((table, leaf, table[leaf]))
                 table[leaf] = torch.nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
             for name, module, method in component_methods(self._pipe):
-                module.__dict__[method] = self._stand_in(name, method)
+                module.__dict__[method] = wraps(getattr(module, method))(self._stand_in(name, method))
                 patched.append((module, method))
             yield
         finally:
@@ -159,7 +167,7 @@ class Verification:
         return called
 
     def _give(self, callee: Callee, leaves: Sequence[Any]) -> list[Any]:
-        """What the stand-in gives: the recorded result with tensors drawn from a digest of all arguments."""
+        """Returns the stand-in's results: the recorded result with tensors drawn from a digest of all arguments."""
         digest = hashlib.blake2b(f"{callee.component}/{callee.program}".encode())
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
@@ -172,7 +180,7 @@ class Verification:
         ]
 
     def give(self, component: str, program: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same for a CALL operation, which leaves out the arguments that were folded."""
+        """Returns a component's results for a CALL operation, which leaves out the folded arguments."""
         callee = self._recording.callees[component, program]
         leaves, values = list(callee.leaves), iter(tensors)
         for position in callee.tensors:
@@ -182,7 +190,7 @@ class Verification:
     # -- components --
 
     def check_component(self, name: str, module: torch.nn.Module) -> None:
-        """Compare a component with its programs, on what the call gave it.
+        """Compares a component with its programs, on the arguments that the call gave it.
 
         Args:
             name: of the component.
@@ -202,7 +210,7 @@ class Verification:
                 compare_lengths(callee, module, seen)
 
     def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
-        """The blocks of a component that must have data to be checked, besides what lies outside of them.
+        """Returns the blocks that must have data to check a component, besides the weights outside of blocks.
 
         Args:
             recording: after the passes, which may have added programs at another batch.
@@ -219,8 +227,7 @@ class Verification:
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
     def check_program(self, callee: Callee, module: torch.nn.Module, recorded: Module, leaves: list[Any]) -> None:
-        """Compare one program of a component with it on these arguments, or with a reduced model where the weights are
-        large.
+        """Compares one program with its component on these arguments, or with a reduced model if the weights are large.
 
         Raises:
             VerifyError: they differ.
@@ -233,7 +240,7 @@ class Verification:
                 self._check_reduced(callee, module, leaves, each)
 
     def given(self, name: str, program: str) -> list[list[Any]]:
-        """The arguments of the first calls of a component's program, flattened."""
+        """Returns the arguments of the first calls of a component's program, flattened."""
         return [seen.leaves for seen in self._seen[name, program]]
 
     def _check_reduced(self, callee: Callee, module: torch.nn.Module, leaves: list[Any], each: bool) -> None:
@@ -269,7 +276,7 @@ class _StandIn:
 
 
 def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> bool:
-    """Whether this can be every prompt of the programs."""
+    """Returns True if the programs accept this text as every prompt."""
     texts = [text for program in programs.values() for text in program.texts]
     rows = [row for text in texts for row in text["rows"] if "keyword" in row]
     prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
@@ -283,7 +290,7 @@ def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> boo
 
 @contextmanager
 def _unheard(logger: logging.Logger) -> Iterator[None]:
-    """Without the warnings of a logger: prompts are cut here on purpose."""
+    """Silences a logger: prompts are cut here on purpose."""
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -292,4 +299,4 @@ def _unheard(logger: logging.Logger) -> Iterator[None]:
 
 
 def _shown(keywords: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={str(value)[:40]!r}" for key, value in keywords.items())
+    return ", ".join(f"{key}={str(described(value))[:40]!r}" for key, value in keywords.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from PIL import Image
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import Program
 from diffkiln.program.calls import GIVEN, Given
-from diffkiln.record.call import NEGATIVES, PROMPTS, Request
+from diffkiln.record.call import Request
+from diffkiln.record.keywords import NEGATIVES, PROMPTS, parameters_of
 
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
 #: One token, a usual one with what transforms touch, and one that is cut, or of which as much is given as fits.
@@ -23,7 +24,7 @@ TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n",
 def cases_of(
     programs: Mapping[str, Program], request: Request, fits: Callable[[str], bool]
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Keywords of calls to compare, and a seed for each.
+    """Yields keywords of calls to compare, and a seed for each.
 
     Args:
         programs: of one variant.
@@ -32,11 +33,30 @@ def cases_of(
     """
     texts = [_shortened(text, lambda given: fits(f"{given}{request.batch_size}")) for text in TEXTS]
     for case, (keywords, seed) in enumerate(_prompted(programs, request, texts)):
-        yield keywords | _images(programs["call"], request, case), seed
+        yield keywords | _images(programs["call"], request, case) | _tensors(request, case), seed
+
+
+def example_of(pipe: Any, request: Request, negative: bool) -> dict[str, Any]:
+    """Returns the keywords of one call of the original pipeline.
+
+    Args:
+        pipe: the pipeline.
+        request: what is fixed, and what else it takes.
+        negative: give negative prompts, too.
+    """
+    parameters = parameters_of(pipe)
+    row = [TEXTS[0]] * request.batch_size
+    given: dict[str, Any] = {
+        keyword: row[0] if len(row) == 1 else list(row) for keyword in request.prompts(parameters, negative)
+    }
+    given |= dict(request.fixed) | _pictures(request, 1, set(request.images)) | _tensors(request, 0)
+    if "generator" in parameters:
+        given["generator"] = torch.Generator().manual_seed(0)
+    return given
 
 
 def _shortened(text: str, fits: Callable[[str], bool]) -> str:
-    """As many of its words as fit."""
+    """Returns as many of the text's words as fit."""
     words = text.split(" ")
     while len(words) > 1 and not fits(" ".join(words)):
         words.pop()
@@ -47,10 +67,16 @@ def _prompted(
     programs: Mapping[str, Program], request: Request, texts: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], int]]:
     call = programs["call"]
+    always = [keyword for keyword in ("prompt", *request.texts) if _asks_for(call, keyword)]
+    needed = [keyword for keyword in NEGATIVES[:1] if _asks_for(call, keyword)]
 
-    def prompts(text: str, keyword: str = "prompt") -> dict[str, Any]:
+    def given(text: str, keyword: str) -> dict[str, Any]:
         rows = [f"{text}{index}" for index in range(request.batch_size)]
         return {keyword: text if request.batch_size == 1 else rows}
+
+    def prompts(text: str) -> dict[str, Any]:
+        found = {key: value for word in always for key, value in given(text, word).items()}
+        return found | {key: value for word in needed for key, value in given("blurred", word).items()}
 
     for seed, text in enumerate(texts):
         yield prompts(text), seed
@@ -58,15 +84,15 @@ def _prompted(
         yield prompts(texts[1]) | {"guidance_scale": request.fixed["guidance_scale"] * 1.5 + 0.25}, 3
     second = [keyword for keyword in PROMPTS[1:] if _asks_for(call, keyword)]
     if second:
-        yield prompts(texts[1]) | {key: value for word in second for key, value in prompts("other", word).items()}, 4
-    if negative := programs.get(Given(negative=True).name):
+        yield prompts(texts[1]) | {key: value for word in second for key, value in given("other", word).items()}, 4
+    if negative := programs.get(Given(negative=True).name, call if needed else None):
         words = [keyword for keyword in NEGATIVES[:1] if _asks_for(negative, keyword)]
         for seed, text in enumerate(texts, 5):
-            yield prompts(texts[1]) | {key: value for word in words for key, value in prompts(text, word).items()}, seed
-    for name, given in GIVEN.items():
-        if given.latents and name in programs:
+            yield prompts(texts[1]) | {key: value for word in words for key, value in given(text, word).items()}, seed
+    for name, choice in GIVEN.items():
+        if choice.latents and name in programs:
             (item,) = [item for item in programs[name].inputs if item.source.get("keyword") == "latents"]
-            more = prompts("blurred", "negative_prompt") if given.negative else {}
+            more = given("blurred", "negative_prompt") if choice.negative else {}
             yield prompts(texts[1]) | more | {"latents": noise_like(item.type, name.encode())}, 8
 
 
@@ -75,8 +101,12 @@ def _asks_for(program: Program, keyword: str) -> bool:
 
 
 def _images(call: Program, request: Request, seed: int) -> dict[str, Any]:
-    """Keyword → images as a caller may give them: of the recorded size, or of another where any will do."""
-    looked_at = {item.source["keyword"] for item in call.inputs if item.source.get("size")}
+    """Returns images by keyword: of the recorded size, or of another size if any will do."""
+    return _pictures(request, seed, {item.source["keyword"] for item in call.inputs if item.source.get("size")})
+
+
+def _pictures(request: Request, seed: int, looked_at: Collection[str]) -> dict[str, Any]:
+    """Returns images by keyword; those of the keywords in `looked_at` have the recorded size."""
     rng = np.random.default_rng(seed)
 
     def image(keyword: str, size: tuple[int, int]) -> Image.Image:
@@ -90,8 +120,19 @@ def _images(call: Program, request: Request, seed: int) -> dict[str, Any]:
     return found
 
 
+def _tensors(request: Request, case: int) -> dict[str, Any]:
+    """Returns tensors of noise by keyword, of the types that the caller's have."""
+
+    def noise(keyword: str, types: Any, place: str = "") -> Any:
+        if isinstance(types, tuple):
+            return [noise(keyword, each, f"{place}/{index}") for index, each in enumerate(types)]
+        return noise_like(types, f"{keyword}{place}/{case}".encode())
+
+    return {keyword: noise(keyword, types) for keyword, types in request.tensors.items()}
+
+
 def noise_like(type_: Any, seed: bytes) -> torch.Tensor:
-    """A tensor of this type that depends on the seed: normal numbers, or small whole ones."""
+    """Returns a tensor of this type that depends on the seed: normal numbers, or small whole ones."""
     number = int.from_bytes(hashlib.blake2b(seed, digest_size=7).digest(), "big")
     generator = torch.Generator().manual_seed(number)
     dtype = dtype_of(type_.dtype)

@@ -34,8 +34,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Given:
-    """What one call of a component was given: as diffusers does, and the program's leaves; both are the same where the
-    component is not padded."""
+    """The arguments of one call of a component: as diffusers gives them, and as the program's leaves.
+
+    Both are the same if the component is not padded.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -51,9 +53,9 @@ def compare_component(
     leaves: Sequence[Any],
     constants: Mapping[str, torch.Tensor],
 ) -> None:
-    """Run a component as diffusers does, with portable constants, and replay its program on the same arguments.
+    """Runs a component as diffusers does, with portable constants, and replays its program on the same arguments.
 
-    Both read the same memory, so that products which depend on where their operands lie are the same.
+    Both read the same memory, since some products depend on where their operands lie.
 
     Raises:
         VerifyError: the results differ in a bit.
@@ -81,7 +83,7 @@ def compare_component(
 
 
 def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Given]) -> None:
-    """Compare a component at the fixed length with itself as diffusers has and calls it.
+    """Compares a component at the fixed length with the component as diffusers calls it.
 
     Raises:
         VerifyError: what the call uses of the results differs by more than rounding.
@@ -94,7 +96,7 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
             expected = getattr(reduced, callee.method)(*args, **kwargs)
             with fixed_lengths(reduced), tracing():
                 found = getattr(reduced, callee.method)(*padded[0], **padded[1])
-        for index, pair in enumerate(zip(_tensors(expected), _tensors(found), strict=True)):
+        for index, pair in enumerate(zip(_tensors(_counted(expected)), _tensors(found), strict=True)):
             used = given.padding.used if given.padding else whole
             want, got = (used(leaf, args, kwargs) for leaf in pair)
             if not close(want, got):
@@ -106,7 +108,7 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
 
 @contextmanager
 def _as_recorded(callee: Callee, module: torch.nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
-    """While it lasts, the module computes what the recorder folded as the recorder did: portably."""
+    """Makes the module compute folded values portably, as the recorder did, inside the `with` block."""
     weights = [tensor for _, tensor in weights_of(module)]
     marked = Marked([*weights, *(leaves[index] for index in callee.tensors if index not in callee.folded)])
 
@@ -144,11 +146,24 @@ def _forget(module: torch.nn.Module) -> None:
                     clear()
 
 
+def _counted(result: Any) -> Any:
+    """Replaces a list of truth values by a tensor, which a checker of images gives."""
+    if isinstance(result, tuple):
+        return tuple(torch.tensor(item) if _is_truths(item) else item for item in result)
+    return result
+
+
+def _is_truths(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(isinstance(value, bool) for value in item)
+
+
 def _cast(nest: Any, dtype: torch.dtype | None) -> Any:
     leaves, structure = flatten(nest)
     return unflatten(
         [
-            leaf.to(dtype) if dtype and isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+            (leaf.to(dtype) if dtype and leaf.is_floating_point() else leaf).clone()
+            if isinstance(leaf, torch.Tensor)  # which a component may write to
+            else leaf
             for leaf in leaves
         ],
         structure,
@@ -161,7 +176,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def _blamed(callee: Callee, module: torch.nn.Module) -> Iterator[None]:
-    """What a component's own code raises becomes a VerifyError that says which, and what may be the cause."""
+    """Turns errors of a component's own code into a VerifyError that names the component and a likely cause."""
     try:
         yield
     except Exception as error:
@@ -175,7 +190,7 @@ def _blamed(callee: Callee, module: torch.nn.Module) -> Iterator[None]:
 def replay(
     recorded: Module, program: Program, weights: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
 ) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
-    """A component program as a function of its inputs, on the CPU, operation by operation."""
+    """Returns a component program as a function of its inputs, run on the CPU operation by operation."""
 
     def region(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         inner = Interpreter(recorded.regions[op.attrs["region"]], CPU)

@@ -21,7 +21,7 @@ def kept_blocks(module: torch.nn.Module, in_each_list: bool = False) -> dict[str
 
 
 def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Module:
-    """A copy of a module that shares its weights and keeps one block of each kind, or one in each list of blocks."""
+    """Returns a copy that shares the module's weights and keeps one block of each kind, or one in each list."""
     kept = kept_blocks(module, in_each_list)
     gone = {id(block) for name, block in repeated_blocks(module) if name not in kept}
     memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -56,6 +56,6 @@ def in_float32(reduced: torch.nn.Module) -> tuple[torch.nn.Module, torch.dtype |
 
 
 def _quantized(module: torch.nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where a module's quantized weights are: a table of parameters and the name in it."""
+    """Returns the places of a module's quantized weights: a table of parameters and the name in it."""
     tables = [part._parameters for part in module.modules()]
     return [(table, key) for table in tables for key, weight in table.items() if is_traceable_wrapper_subclass(weight)]

@@ -19,12 +19,12 @@ from diffkiln.program.attention import read_attention
 
 
 def onnx_decompositions(region: Program) -> Mapping[str, Special]:
-    """What is to take the place of operators in a region that becomes ONNX, by their names."""
+    """Returns the replacements, by name, for operators in a region that becomes ONNX."""
     return {**paired_arithmetic(region), **STRIDED, **_DECOMPOSITIONS}
 
 
 def _attention(op: Op) -> Callable[..., Sequence[Tensor]]:
-    """Attention in matrix products, for any number of dimensions.
+    """Returns attention as matrix products, for any number of dimensions.
 
     torch's own translation takes four dimensions, and lets a query that may look at nothing look at everything alike:
     its masks are the lowest number, not minus infinity. In torch such a query gets zeros.
@@ -53,19 +53,19 @@ def _attention(op: Op) -> Callable[..., Sequence[Tensor]]:
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:
-    """Each head of keys or values as often as it has heads of queries."""
+    """Repeats each head of keys or values for the heads of queries that share it."""
     times = heads // tensor.shape[-3]
     apart = tensor.unsqueeze(-3)
     return apart.expand(*apart.shape[:-3], times, *apart.shape[-2:]).flatten(-4, -3)
 
 
 def _squeezed(op: Op) -> Callable[..., Sequence[Tensor]]:
-    """Without a dimension, if it has one element: ONNX's Squeeze takes no other, torch leaves others as they are."""
+    """Returns a squeeze that leaves dimensions of several elements alone, as torch's does; ONNX's refuses them."""
     return lambda tensor, dim: (tensor.squeeze(dim) if tensor.shape[dim] == 1 else tensor,)
 
 
 def _ranked(op: Op) -> Callable[..., Sequence[Tensor]]:
-    """Sorting, which ONNX does of numbers alone: true is one, false is zero. It is stable, whether asked for or not."""
+    """Returns a sort that also takes booleans, as one and zero; ONNX sorts only numbers. It is always stable."""
     rank = overload(f"{op.name.rpartition('.')[0]}.default")
 
     def run(tensor: Tensor, *rest: object, stable: bool | None = None, **named: object) -> Sequence[Tensor]:
@@ -76,7 +76,7 @@ def _ranked(op: Op) -> Callable[..., Sequence[Tensor]]:
 
 
 def _distances(op: Op) -> Callable[..., Sequence[Tensor]]:
-    """Euclidean distances of all pairs of rows, by products where there are many, as torch chooses it.
+    """Returns Euclidean distances of all pairs of rows, by products if there are many, as torch chooses.
 
     Source: torch 2.13, aten/src/ATen/native/Distance.cpp, `cdist_impl`.
     """

@@ -22,7 +22,7 @@ def missing_modules(*names: str) -> Iterator[Problem]:
 
 
 def exporting_tools() -> dict[str, str]:
-    """The versions of what decides a model's bytes.
+    """Returns the versions of the tools that decide a model's bytes.
 
     Raises:
         MissingDependency: names the package and what installs it.

@@ -13,7 +13,7 @@ from diffkiln.program.pairs import OPERATORS, PARTS, touches_complex
 
 
 def paired_arithmetic(region: Program) -> Mapping[str, Special]:
-    """What takes the place of operators on complex numbers in a region whose complex inputs come as pairs."""
+    """Returns the replacements for operators on complex numbers in a region whose complex inputs come as pairs."""
 
     def chosen(op: Op) -> Callable[..., Sequence[Tensor]]:
         if not touches_complex(op, region):
@@ -42,7 +42,7 @@ def _product(op: Op, region: Program) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _at(dimension: int) -> int:
-    """A dimension of a complex tensor as one of its pairs: those counted from the end lie one further from it."""
+    """Returns a complex tensor's dimension as one of its pairs: negative ones move by one."""
     return dimension if dimension >= 0 else dimension - 1
 
 

@@ -41,7 +41,7 @@ class Box:
 
 
 def box_of(count: int, size: Sizes, stride: Sizes, offset: int) -> Box | None:
-    """The box of `count` elements in which a view is a range of every axis; None where there is none."""
+    """Returns the box of `count` elements in which a view is a range of every axis; None if there is none."""
     order = sorted((i for i, n in enumerate(size) if n != 1), key=lambda i: -stride[i])
     shape, starts, lengths = [], [], []
     for i in order:
@@ -56,7 +56,7 @@ def box_of(count: int, size: Sizes, stride: Sizes, offset: int) -> Box | None:
 
 
 def read(base: Tensor, box: Box, size: Sizes) -> Tensor:
-    """What the view shows."""
+    """Returns the content of the view."""
     part = base.reshape(box.shape)
     for axis, (start, length) in enumerate(zip(box.starts, box.lengths, strict=True)):
         part = part.narrow(axis, start, length)
@@ -65,7 +65,7 @@ def read(base: Tensor, box: Box, size: Sizes) -> Tensor:
 
 
 def written(base: Tensor, source: Tensor, box: Box) -> Tensor:
-    """The storage with other content where the view lies."""
+    """Returns the storage with other content in the place of the view."""
     dense = source.reshape([n for n in source.shape if n != 1])
     rank = {dimension: place for place, dimension in enumerate(sorted(box.order))}
     part = dense.permute([rank[i] for i in box.order]).unsqueeze(-1)

@@ -48,7 +48,7 @@ class Written:
 
 
 def write_model(lowering: Lowering, folder: Path) -> Written:
-    """Write the region as a model into the folder.
+    """Writes the region as a model into the folder.
 
     Raises:
         ExportError: torch's exporter or ONNX's checker refuses it.
@@ -84,13 +84,13 @@ def write_model(lowering: Lowering, folder: Path) -> Written:
 
 
 def _origin(node: Any) -> str:
-    """The ATen operator that a node was translated from, as torch's exporter notes it."""
+    """Returns the ATen operator that a node was translated from, as torch's exporter notes it."""
     found = re.search(r"target=torch\.ops\.([\w.]+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
     return found[1] if found else "the graph itself"
 
 
 def _translations() -> dict[Any, Any]:
-    """Operators that quantized layers use and torch's exporter does not know."""
+    """Returns translations of operators that quantized layers use and torch's exporter does not know."""
     from onnxscript import opset21 as op
 
     def int_mm(a: Any, b: Any) -> Any:
@@ -100,10 +100,10 @@ def _translations() -> dict[Any, Any]:
 
 
 def _fold(model: Any) -> None:
-    """Compute what depends on no input, and drop what is not used.
+    """Computes what depends on no input, and drops unused nodes.
 
-    No more than that: onnxscript's rewrites take every number below 1e-8 for zero, also the epsilon of a division.
-    ONNX Runtime optimizes the graph for its machine when it loads it.
+    No more than that: onnxscript's rewrites take every number below 1e-8 for zero, also the epsilon of a division. ONNX
+    Runtime optimizes the graph for its machine when it loads it.
     """
     from onnxscript import optimizer
 
@@ -112,7 +112,9 @@ def _fold(model: Any) -> None:
 
 
 def _part(graph: Any) -> None:
-    """Give each output a value of its own. Outputs are bound by name, so one of two of a name would stay unwritten."""
+    """Gives each output a value of its own. Outputs are bound by name, so the second of two with one name would stay
+    unwritten.
+    """
     import onnx_ir
 
     seen: set[Any] = set()
@@ -125,7 +127,7 @@ def _part(graph: Any) -> None:
 
 
 def _save(model: Any, folder: Path) -> None:
-    """Write a model without what says where it was made, and check what was written.
+    """Writes a model without traces of where it was made, and checks the written file.
 
     Raises:
         ExportError: the checker or the shape inference of ONNX refuses it.
@@ -141,11 +143,13 @@ def _save(model: Any, folder: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ExportError(f"onnx.checker refuses what torch wrote: {first}. Choose another backend") from error
+        raise ExportError(
+            f"onnx.checker refuses the model that torch wrote: {first}. Choose another backend"
+        ) from error
 
 
 def _strip(model: Any) -> None:
-    """Remove producer, comments and the traces of Python's stack from every part of a model."""
+    """Removes producer, comments and Python's stack traces from every part of a model."""
     model.producer_name, model.producer_version, model.doc_string = "diffkiln", None, None
     model.metadata_props.clear()
     for graph in (model.graph, *model.functions.values()):
@@ -161,7 +165,7 @@ def _strip(model: Any) -> None:
 
 
 def _explained(error: BaseException) -> str:
-    """What torch's exporter says, in one line: the operator that it has no translation for, or its own first line."""
+    """Returns the exporter's message in one line: the operator that it cannot translate, or its own first line."""
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:
@@ -181,7 +185,9 @@ def _explained(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript warn their own authors of, and packages of vision that are not installed."""
+    """Hides torch's and onnxscript's warnings to their own authors, and those about vision packages that are not
+    installed.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

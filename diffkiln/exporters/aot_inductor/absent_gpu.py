@@ -62,7 +62,7 @@ class Gpu:
 
 
 def numbers_of(capability: tuple[int, int]) -> Gpu:
-    """The numbers of a GPU of this compute capability.
+    """Returns the numbers of a GPU of this compute capability.
 
     Raises:
         ExportError: they are not known here.
@@ -77,7 +77,7 @@ def numbers_of(capability: tuple[int, int]) -> Gpu:
 
 
 def torch_problem() -> str:
-    """Why this torch cannot build for a GPU that is not there; empty if it can."""
+    """Returns why this torch cannot build for an absent GPU; empty if it can."""
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if OLDEST <= found <= NEWEST:
         return ""
@@ -87,7 +87,7 @@ def torch_problem() -> str:
 
 @contextmanager
 def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
-    """While it lasts, this process compiles for a GPU of this compute capability, which it need not have.
+    """Makes this process compile for a GPU of this compute capability, present or not, inside the `with` block.
 
     Raises:
         ExportError: this torch is none that it was written for, or the GPU's numbers are not known.
@@ -105,7 +105,7 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
 
 @contextmanager
 def _fake_tensors(_: Gpu) -> Iterator[None]:
-    """Fake tensors ask whether there is a GPU, and where there seems to be one they move constants to it."""
+    """Stops fake tensors from asking for a GPU and moving constants to it."""
     from torch._subclasses import fake_tensor
 
     with (
@@ -117,7 +117,7 @@ def _fake_tensors(_: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _device(gpu: Gpu) -> Iterator[None]:
-    """Inductor and export ask `torch.cuda` what there is, and make the device current before they compile for it."""
+    """Answers for `torch.cuda`, which Inductor and export ask for the device and make current before they compile."""
     with _replaced(
         torch.cuda,
         _lazy_init=lambda: None,
@@ -137,7 +137,7 @@ def _device(gpu: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _interface(gpu: Gpu) -> Iterator[None]:
-    """The same by another way: Dynamo's table of devices holds on to functions of `torch.cuda`."""
+    """Answers for Dynamo's table of devices, which keeps functions of `torch.cuda`."""
     from torch._dynamo.device_interface import CudaInterface
 
     answers: dict[str, Callable[..., Any]] = {
@@ -159,7 +159,7 @@ def _interface(gpu: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _random_state(_: Gpu) -> Iterator[None]:
-    """Tracing keeps the GPU's random state, to put it back when it is done."""
+    """Replaces the GPU's random state, which tracing saves and restores."""
     with _replaced(
         torch.cuda, get_rng_state=lambda device=None: torch.empty(0), set_rng_state=lambda state, device=None: None
     ):
@@ -168,7 +168,7 @@ def _random_state(_: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _folding(_: Gpu) -> Iterator[None]:
-    """Inductor computes tensors of one value on the GPU, one element of each, to fold what is made of them."""
+    """Computes tensors of one value on the CPU. Inductor computes one element of each on the GPU, to fold them."""
     from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
@@ -193,7 +193,7 @@ def _folding(_: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _driver(gpu: Gpu) -> Iterator[None]:
-    """Triton asks its driver for the target, and has it load what it compiled. Inductor looks for a driver again."""
+    """Stands in for Triton's driver, which Inductor looks for, and which is asked for the target and loads code."""
     from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.runtime import driver  # pyright: ignore[reportMissingImports]
@@ -220,9 +220,10 @@ def _driver(gpu: Gpu) -> Iterator[None]:
 
 @contextmanager
 def _untuned(_: Gpu) -> Iterator[None]:
-    """Inductor runs each kernel on random data to choose its form, and keeps the code of the one that it took.
+    """Takes the first form of each kernel, since there is no GPU to time the forms on.
 
-    It has other processes compile kernels, in which there would be none of these stand-ins.
+    Inductor would run each kernel on random data to choose its form. It also compiles in other processes, where these
+    stand-ins would be missing.
     """
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -238,7 +239,7 @@ def _untuned(_: Gpu) -> Iterator[None]:
 
 
 def _keep_first_forms(wrapper: Any) -> None:
-    """In the place of running kernels: compile them, which their definitions do, and keep their code."""
+    """Compiles kernels instead of running them, and keeps their code. Their definitions compile them."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     scope: dict[str, Any] = {}
@@ -251,7 +252,7 @@ def _keep_first_forms(wrapper: Any) -> None:
 
 
 def _first_that_compiles(compile_all: Callable[[Any], None], none: type[Exception]) -> Callable[[Any], None]:
-    """Where nothing is timed, compiling the other forms would be in vain. `none` says that no form compiles."""
+    """Returns a function that compiles forms until one succeeds; `none` is raised if no form compiles."""
 
     def compile_first(kernel: Any) -> None:
         decompositions = kernel.configs
@@ -271,7 +272,7 @@ def _first_that_compiles(compile_all: Callable[[Any], None], none: type[Exceptio
 
 @contextmanager
 def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of a module, class or object while it lasts.
+    """Replaces attributes of a module, class or object inside the `with` block.
 
     Raises:
         ExportError: one of them is not there to be replaced.
@@ -301,7 +302,7 @@ _CACHED = type(functools.lru_cache(lambda: None))
 
 
 def _forget() -> None:
-    """Drop what functions remember of the GPU: of the machine's own before, of the one that is not there after."""
+    """Drops what functions remember of the GPU: before, of the machine's own; afterwards, of the absent one."""
     from torch._dynamo import device_interface
     from torch._inductor.codecache import CacheBase, CudaKernelParamCache
 

@@ -36,7 +36,7 @@ _Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tens
 
 
 def explicit_attention(region: Program, target: Target) -> Mapping[str, Special]:
-    """What takes attention's place in a region that is traced for a GPU, by the operator's name."""
+    """Returns the operators that replace attention in a region that is traced for a GPU, by name."""
 
     def chosen(op: Op) -> Callable[..., Sequence[Tensor]]:
         attend = _KERNELS[gpu_kernel(op, region.types, target)]
@@ -114,7 +114,7 @@ _KERNELS: Mapping[str, _Attention] = {
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as what is added to every score, [batch, heads, queries, keys], its rows on the kernels' boundaries."""
+    """Returns a mask as the number added to every score, [batch, heads, queries, keys], aligned for the kernels."""
     mask = _added(mask, query.dtype)
     keys = mask.shape[-1]
     if keys != 1:

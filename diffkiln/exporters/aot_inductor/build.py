@@ -72,7 +72,7 @@ def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
 
 
 def _require_room(folder: Path) -> None:
-    """A disk that is full in the middle of it would be the compiler's error, or Triton's."""
+    """Checks for disk space first: a disk that fills up later would look like an error of the compiler or of Triton."""
     free = shutil.disk_usage(folder).free
     if free < _ROOM:
         raise ExportError(
@@ -84,7 +84,7 @@ def _require_room(folder: Path) -> None:
 def _generate(
     lowering: Lowering, compiler: toolchain.Compiler, scratch: Path
 ) -> tuple[tuple[TensorSpec, ...], list[Path]]:
-    """The outputs' layouts, and the C++ that Inductor writes for the region with what belongs to it."""
+    """Returns the outputs' layouts, and the C++ files that Inductor writes for the region."""
     folder = scratch / "inductor"
     options = _options(lowering, compiler, folder / "out")  # before anything stands in for a GPU
     with INDUCTOR, quiet(), torch.no_grad():
@@ -108,7 +108,7 @@ def _generate(
 
 @contextmanager
 def _told(lowering: Lowering, folder: Path) -> Iterator[None]:
-    """Inductor, told of the target."""
+    """Tells Inductor the target inside the `with` block."""
     target = lowering.target
     with host_settings(target.isa, folder):
         if target.device == "cuda":
@@ -129,7 +129,7 @@ def _exported(lowering: Lowering) -> tuple[tuple[torch.Tensor, ...], torch.expor
 
 
 def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:
-    """Inductor's configuration, as far as this torch has it."""
+    """Returns Inductor's configuration, as far as this torch has it."""
     import torch._inductor
 
     target = lowering.target
@@ -144,12 +144,12 @@ def _options(lowering: Lowering, compiler: toolchain.Compiler, folder: Path) -> 
 
 
 def _keeps_layout(lowering: Lowering) -> bool:
-    """Whether Inductor leaves the layout of convolutions alone. Measured on CPUs; GPUs keep its own rule."""
+    """Returns True if Inductor leaves the layout of convolutions alone. Measured on CPUs; GPUs keep its own rule."""
     return lowering.target.device == "cpu" and heavy_weights(lowering.region)
 
 
 def _lay_out(library: Path, files: Sequence[Path], directory: Path, device: str) -> Path:
-    """The folder that torch's loader takes for an unpacked package, with what it needs and no more."""
+    """Makes the folder that torch's loader takes for an unpacked package, with only the files that it needs."""
     folder = directory / "data" / "aotinductor" / "model"
     folder.mkdir(parents=True)
     library.rename(folder / "engine.so")

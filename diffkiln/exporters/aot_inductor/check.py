@@ -41,7 +41,7 @@ class AotInductor(Exporter):
         return [*super().check(region, target, options), *_isa_problems(target), *self._gpu_problems(target)]
 
     def _gpu_problems(self, target: Target) -> list[Problem]:
-        """What stands in the way of building for the target's GPU on this machine."""
+        """Returns what stops this machine from building for the target's GPU."""
         if target.device != "cuda":
             return []
         problems = [*self.machine_problems(target), *self.promise_problems(target, "$.target")]
@@ -51,10 +51,10 @@ class AotInductor(Exporter):
 
 
 def _isa_problems(target: Target) -> list[Problem]:
-    """What stands in the way of building for the target's CPU."""
+    """Returns what stops this machine from building for the target's CPU."""
     if target.isa not in ISAS:
         return [Problem("$.target.isa", f"no {target.isa!r} here", f"Choose one of {', '.join(ISAS)}.")]
     if target.device == "cpu" and target.isa == "x86-64-v4" and not torch.cpu._is_avx512_supported():
-        reason = "engines for x86-64-v4 are tried out as they are built, and this machine has no AVX-512"
+        reason = "engines for x86-64-v4 are tried when they are built, and this machine has no AVX-512"
         return [Problem("$.target.isa", reason, "Build on a machine that has it, or for x86-64-v3.")]
     return []

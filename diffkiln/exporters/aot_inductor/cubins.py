@@ -27,7 +27,7 @@ class Cubin:
 
 
 def cubins_of(library: Path) -> list[Cubin]:
-    """The cubins in a shared object, or in a file that is one itself.
+    """Returns the cubins in a shared object, or in a file that is one itself.
 
     Raises:
         ValueError: one has a layout that is not known here.

@@ -44,7 +44,9 @@ _ALWAYS = ("cuGetErrorString", "cuModuleUnload")
 
 
 def gpu_tools(target: Target) -> dict[str, str]:
-    """What decides an engine's code beyond the compiler: Triton, CUDA, and the GPU that it was tuned on, if any."""
+    """Returns what decides an engine's code beyond the compiler: Triton, CUDA, and the GPU that it was tuned on, if
+    any.
+    """
     import triton  # pyright: ignore[reportMissingImports]
 
     tuned = torch.cuda.get_device_name() if gpu_is_here(target) else "nothing"
@@ -52,7 +54,7 @@ def gpu_tools(target: Target) -> dict[str, str]:
 
 
 def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's configuration on top of the host's, and the caller's flags as far as they can be honoured here."""
+    """Returns Inductor's configuration on top of the host's, with the caller's flags as far as they apply here."""
     ours = {
         "aot_inductor.embed_kernel_binary": True,
         "aot_inductor.emit_multi_arch_kernel": False,
@@ -67,7 +69,7 @@ def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def gpu_settings(target: Target, folder: Path) -> Iterator[None]:
-    """Inductor and Triton with the target's GPU, one that is here or one that is not, and with CUDA's headers."""
+    """Gives Inductor and Triton the target's GPU, present or absent, and CUDA's headers, inside the `with` block."""
     from torch.utils import cpp_extension
 
     headers = find_headers()
@@ -87,7 +89,7 @@ def gpu_settings(target: Target, folder: Path) -> Iterator[None]:
 
 
 def gpu_flags(flags: toolchain.Flags, source: str, scratch: Path) -> toolchain.Flags:
-    """The flags with CUDA's C++ library and its runtime, and with an empty library in the driver's place.
+    """Returns the flags with CUDA's C++ library and its runtime, and with an empty library instead of the driver.
 
     Args:
         source: the engine's C++, which shows what it calls of the driver.
@@ -104,7 +106,7 @@ def gpu_flags(flags: toolchain.Flags, source: str, scratch: Path) -> toolchain.F
 
 
 def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
-    """What an engine asks of the machine's GPU and driver.
+    """Returns what an engine needs of the machine's GPU and driver.
 
     Raises:
         ExportError: a kernel is for another GPU than the target's.

@@ -10,7 +10,7 @@ from diffkiln.interpreter.inductor import ISAS
 
 
 def host_options(isa: str, compiler: toolchain.Compiler, folder: Path) -> dict[str, Any]:
-    """Inductor's configuration, for every device."""
+    """Returns Inductor's configuration, for every device."""
     return {
         "aot_inductor.output_path": str(folder),
         "aot_inductor.model_name_for_generated_files": "engine",

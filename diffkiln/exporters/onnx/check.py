@@ -39,7 +39,7 @@ _FLAGLESS = Lacks("they are Inductor's, and ONNX Runtime has none of them", "Rem
 
 
 class OnnxOptions(Options):
-    """None."""
+    """The options of the backend `onnx`: none."""
 
     fullgraph: Annotated[bool, UNBROKEN] = True
     flags: Annotated[Flags | None, _FLAGLESS] = None
@@ -60,7 +60,7 @@ class Onnx(Exporter):
     examples: ClassVar = ({"name": "compile", "component": "text_encoder", "backend": name},)
 
     def refused_facts(self, options: Options) -> Mapping[str, Problem]:
-        reason = "ONNX Runtime computes attention in its own way, whatever kernel attention_backend chose"
+        reason = "ONNX Runtime computes attention in its own way, and ignores attention_backend"
         return {"attention_chosen": Problem("", reason, "Remove one of the two, or choose aot_inductor.")}
 
     def machine_problems(self, target: Target) -> Iterator[Problem]:
@@ -77,7 +77,7 @@ class Onnx(Exporter):
 
 
 def type_problems(program: Program) -> Iterator[str]:
-    """The types that ONNX Runtime cannot take or compute in, each once, with who uses it."""
+    """Yields the types that ONNX Runtime cannot take or compute in, each once, with their user."""
     told: set[str] = set()
     for name, type_ in program.types.items():
         if PARTS.get(type_.dtype, type_.dtype) not in TYPES and type_.dtype not in told:

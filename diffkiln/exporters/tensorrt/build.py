@@ -9,7 +9,6 @@ one that it was built from, so that another runtime can show what it computes; i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib import import_module
@@ -25,9 +24,9 @@ from diffkiln.exporters._onnx.writing import write_model
 from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.base import input_specs
 from diffkiln.exporters.cache import EngineCache
+from diffkiln.exporters.held import digest_of, held_weights
 from diffkiln.exporters.tensorrt.check import Tensorrt, library_for
 from diffkiln.exporters.tensorrt.network import Engine, Wanted, build_engine
-from diffkiln.interpreter.aten import in_pairs
 from diffkiln.spec.targets import Target
 
 
@@ -78,7 +77,8 @@ def _write(folder: Path, engine: Engine, facts: Mapping[str, Any]) -> None:
 
 
 def tools(lowering: Lowering) -> dict[str, str]:
-    """What decides an engine's bytes beside region, target and options: versions, and the weights that it holds.
+    """Returns what decides an engine's bytes besides region, target and options: versions, and the weights that it
+    holds.
 
     Raises:
         MissingDependency: names the package and what installs it.
@@ -86,11 +86,7 @@ def tools(lowering: Lowering) -> dict[str, str]:
     library = library_for(lowering.target.capability)
     found = exporting_tools() | {library.module: _imported(library).__version__}
     if weights := _weights(lowering):
-        digest = hashlib.sha256()
-        for position, tensor in weights.items():
-            digest.update(f"{position} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
-        found |= {"weights": digest.hexdigest(), "weight_budget": str(_budget(lowering))}
+        found |= {"weights": digest_of(weights), "weight_budget": str(_budget(lowering))}
     return found
 
 
@@ -105,7 +101,7 @@ def _imported(library: Library) -> Any:
 
 
 def _check_gpu(library: Library, target: Target) -> None:
-    """TensorRT times its kernels, so it builds for the GPU that it runs on. TensorRT for RTX needs none.
+    """Checks that the target's GPU is here. TensorRT times kernels on it; TensorRT for RTX needs none.
 
     Raises:
         ExportError: this machine's GPU is another, or there is none.
@@ -122,7 +118,7 @@ def _check_gpu(library: Library, target: Target) -> None:
 
 
 def _ranges(lowering: Lowering) -> dict[int, dict[int, tuple[int, int]]]:
-    """The sizes that are free, by input and dimension."""
+    """Returns the free sizes, by input and dimension."""
     found: dict[int, dict[int, tuple[int, int]]] = {}
     for (position, dimension), ends in (lowering.family.ranges if lowering.family else {}).items():
         found.setdefault(position, {})[dimension] = ends
@@ -130,23 +126,16 @@ def _ranges(lowering: Lowering) -> dict[int, dict[int, tuple[int, int]]]:
 
 
 def _weights(lowering: Lowering) -> dict[int, torch.Tensor]:
-    """By the position of the input whose place each takes, the weights that the engine is to hold.
+    """Returns the weights that the engine is to hold, by the position of the input that each replaces.
 
     Raises:
         ExportError: one is missing.
     """
-    if lowering.options.get("weights") != "engine":
-        return {}
-    region = lowering.region
-    if missing := [name for name in region.weights if name not in lowering.weights]:
-        raise ExportError(f"the engine is to hold its weights, and {missing[0]} is not given")
-    first = len(region.inputs)
-    tensors = (in_pairs(lowering.weights[name].detach()).cpu().contiguous() for name in region.weights)
-    return dict(enumerate(tensors, first))
+    return held_weights(lowering) if lowering.options.get("weights") == "engine" else {}
 
 
 def _budget(lowering: Lowering) -> int | None:
-    """Bytes of the engine's own weights that stay on the GPU, by the options or the target's memory; None for all."""
+    """Returns how many bytes of its own weights stay on the GPU, by options or the target's memory; None for all."""
     total = sum(tensor.nbytes for tensor in _weights(lowering).values())
     stated = lowering.options.get("weight_budget")
     if stated is None:
@@ -155,7 +144,7 @@ def _budget(lowering: Lowering) -> int | None:
 
 
 def planned_budget(memory: int | None, weights: int) -> int | None:
-    """Bytes of an engine's own weights that stay on the GPU; None where all do.
+    """Returns how many bytes of an engine's own weights stay on the GPU; None if all do.
 
     A quarter of the memory is left to activations, to the two buffers that weights are streamed through, and to the
     other components.

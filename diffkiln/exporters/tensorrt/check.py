@@ -18,11 +18,11 @@ from pydantic import Field
 from diffkiln.bundle.tensorrt import FULL, RTX, Capability, Library
 from diffkiln.errors import Problem
 from diffkiln.exporters._onnx.needs import EXPORTING, missing_modules
+from diffkiln.exporters._onnx.types import refused_of
 from diffkiln.exporters.base import Exporter
 from diffkiln.exporters.flags import Flags
 from diffkiln.exporters.options import UNBROKEN, Lacks, Options
 from diffkiln.program import Program
-from diffkiln.program.pairs import PARTS, pair_problems
 from diffkiln.spec import Conflict, Runtime, refuse
 from diffkiln.spec.targets import Target
 
@@ -36,7 +36,7 @@ _WITHOUT_BFLOAT16: Capability = (8, 0)
 
 
 class TensorrtOptions(Options):
-    """Where an engine's weights are."""
+    """The place of an engine's weights."""
 
     lowers: ClassVar = ("weights", "weight_budget")
 
@@ -56,14 +56,14 @@ class TensorrtOptions(Options):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        """Options of weights where they would decide nothing, or where an engine serves several blocks."""
+        """Yields options of weights that would have no effect, or that contradict an engine for several blocks."""
         yield from super().conflicts(given)
         holds = given.get("weights") == "engine"
         if holds and given.get("scope") == "blocks":
             yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
         if given.get("weight_budget_gb") is not None and not holds:
-            hint = 'Set "weights" to "engine", or remove it: what the store holds is planned by runtime.offload'
-            yield ("weight_budget_gb",), refuse("the engine has no weights of its own", hint)
+            hint = 'Set "weights" to "engine", or remove it: runtime.offload plans the weights of the store'
+            yield ("weight_budget_gb",), refuse("the engine does not hold weights", hint)
 
     def lowered(self) -> dict[str, Any]:
         """Returns `weights` where the engine holds them, and `weight_budget`: bytes of them that stay on the GPU."""
@@ -97,7 +97,7 @@ class Tensorrt(Exporter):
             yield Problem("", f"TensorRT: {reason}", "Choose another backend.")
 
     def refused_facts(self, options: Options) -> Mapping[str, Problem]:
-        reason = "TensorRT computes attention in its own way, whatever kernel attention_backend chose"
+        reason = "TensorRT computes attention in its own way, and ignores attention_backend"
         return {"attention_chosen": Problem("", reason, "Remove one of the two, or choose aot_inductor.")}
 
     def machine_problems(self, target: Target) -> Iterator[Problem]:
@@ -126,7 +126,7 @@ class Tensorrt(Exporter):
 
 
 def _library_missing(library: Library, target: Target) -> Problem:
-    """Why and what to do where the library that builds for a target is not installed."""
+    """Returns the problem, with its hint, of a missing library that builds for a target."""
     reason = f"{target.name} ({target.sm}): found no package {library.package}, required to build for it"
     if library is RTX:
         return Problem("", reason, library.install)
@@ -139,12 +139,12 @@ def _library_missing(library: Library, target: Target) -> Problem:
 
 
 def library_for(capability: Capability) -> Library:
-    """The library that builds for a compute capability: TensorRT for RTX wherever it can."""
+    """Returns the library that builds for a compute capability: TensorRT for RTX wherever it can."""
     return RTX if capability in RTX.portable else FULL
 
 
 def type_problem(dtype: str, capability: Capability) -> str | None:
-    """Why a type cannot be taken, found against required; None where it can."""
+    """Returns why a type is refused, found against required; None if it is accepted."""
     if dtype not in TYPES:
         return f"found {dtype}, required one of {', '.join(TYPES)}"
     if dtype == "bfloat16" and capability < _WITHOUT_BFLOAT16:
@@ -154,12 +154,5 @@ def type_problem(dtype: str, capability: Capability) -> str | None:
 
 
 def type_problems(program: Program, capability: Capability) -> Iterator[str]:
-    """The types of a program that TensorRT cannot take, each once, with who uses it."""
-    told: set[str] = set()
-    for name, kind in program.types.items():
-        dtype = PARTS.get(kind.dtype, kind.dtype)
-        reason = None if dtype in told else type_problem(dtype, capability)
-        if reason:
-            told.add(dtype)
-            yield f"{reason} ({name.lstrip('%@#')} of {program.name})"
-    yield from pair_problems(program)
+    """Returns the types of a program that TensorRT cannot take, each once, with their user."""
+    return refused_of(program, lambda dtype: type_problem(dtype, capability))

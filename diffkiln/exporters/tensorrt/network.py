@@ -28,7 +28,7 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a network is built into an engine for.
+    """The properties of an engine to be built.
 
     Attributes:
         inputs: the model's, by name, in their order.
@@ -62,7 +62,7 @@ class Engine:
 
 
 def build_engine(trt: Any, library: Library, folder: Path, wanted: Wanted) -> Engine:
-    """Build the engine of the model in a folder.
+    """Builds the engine of the model in a folder.
 
     Args:
         trt: the library's module.
@@ -94,7 +94,7 @@ def _inputs(network: Any) -> dict[str, Any]:
 
 
 def _logger(trt: Any) -> Any:
-    """The process's one logger for this library; what it is told of errors lies in `_SAID`."""
+    """Returns the process's only logger for this library; its errors are collected in `_SAID`."""
     if trt.__name__ not in _loggers:
         worst = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
 
@@ -111,7 +111,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _parsed(trt: Any, builder: Any, library: Library, folder: Path, wanted: Wanted) -> Any:
-    """The model as a network."""
+    """Returns the model as a network."""
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, _logger(trt))
     if not parser.parse_from_file(str(folder / MODEL)):
@@ -125,7 +125,7 @@ def _parsed(trt: Any, builder: Any, library: Library, folder: Path, wanted: Want
 
 
 def _hold(trt: Any, network: Any, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of the network's input of this name. It must live until the engine is built."""
+    """Replaces the network's input of this name by a tensor, which must live until the engine is built."""
     value = _inputs(network).get(name)
     if value is None:  # nothing reads it
         return
@@ -158,7 +158,7 @@ def _configured(trt: Any, builder: Any, network: Any, library: Library, wanted: 
 
 
 def _add_profile(builder: Any, config: Any, network: Any, wanted: Wanted) -> None:
-    """One optimization profile for the whole range, tuned for its largest sizes."""
+    """Adds one optimization profile for the whole range, tuned for its largest sizes."""
     profile, values = builder.create_optimization_profile(), _inputs(network)
     for position, free in wanted.ranges.items():
         value = values[wanted.inputs[position]]
@@ -171,13 +171,13 @@ def _add_profile(builder: Any, config: Any, network: Any, wanted: Wanted) -> Non
 
 
 def _timing(config: Any, library: Library) -> bytes:
-    """What timing gave. TensorRT for RTX times nothing where it builds."""
+    """Returns the timing cache. TensorRT for RTX times nothing when it builds."""
     cache = None if library is RTX else config.get_timing_cache()
     return bytes(cache.serialize()) if cache is not None else b""
 
 
 def _layers(network: Any, origins: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
-    """The network's layers in order: name, kind, results, and the operator that each comes from."""
+    """Returns the network's layers in order: name, kind, results, and the operator that each comes from."""
     rows = []
     for layer in map(network.get_layer, range(network.num_layers)):
         results = [layer.get_output(index) for index in range(layer.num_outputs)]
@@ -199,7 +199,7 @@ _HINT = "Compile the component with another backend, or leave it out of `compile
 
 
 def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mapping[str, str]) -> str:
-    """The operations that the parser cannot take, with the operators that they come from."""
+    """Returns the operations that the parser cannot take, with the operators that they come from."""
     told = []
     for error in errors:
         kind, node = error.node_operator(), error.node_name()
@@ -212,7 +212,7 @@ def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mappin
 
 
 def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
-    """What the builder said, the operator of the node that it named, and the sizes that were to be free."""
+    """Returns the builder's message with the operator of the node that it named, and the free sizes."""
     said, origins = _SAID[0] if _SAID else "without a reason", wanted.origins
     sizes = f" for {_told(wanted)}, required a range that it takes" if wanted.ranges else ""
     named = sorted((node for node in origins if re.search(rf"\b{re.escape(node)}\b", said)), key=len)
@@ -221,7 +221,7 @@ def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
 
 
 def _told(wanted: Wanted) -> str:
-    """The sizes that are free."""
+    """Returns the free sizes in words."""
     rows = (
         f"{low} to {high} in dimension {dimension} of {wanted.inputs[position]}"
         for position, free in wanted.ranges.items()
@@ -235,6 +235,6 @@ def _last() -> str:
 
 
 def _short(text: str) -> str:
-    """The first line, without the place in TensorRT's own source."""
+    """Returns the first line, without the place in TensorRT's own source."""
     line = text.strip().partition("\n")[0]
     return re.sub(r"\s*In \w+ at /_src\S*\)?\s*$", "", line).rstrip(". )")[:400]

@@ -29,7 +29,7 @@ from diffkiln.program import ATTENTION, Op, Program, dumps, program_to_json
 
 
 def tools(lowering: Lowering) -> dict[str, str]:
-    """What decides whether Inductor's caches fit: where Python lies is part of how it calls its compiler."""
+    """Returns what decides whether Inductor's caches fit. Python's path is part of how Inductor calls its compiler."""
     return {
         "torch": torch.__version__,
         "python": sys.version,
@@ -59,7 +59,7 @@ def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
 
 
 def _stand_in(region: Program, device: torch.device) -> Callable[[Op], Callable[..., Sequence[torch.Tensor]]]:
-    """Zeros of the right type for what a package computes: compiling what lies around it needs no more."""
+    """Returns zeros of the right type for a package's results: compiling the code around it needs no more."""
 
     def special(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         types = [region.types[name] for name in op.outputs]
@@ -69,7 +69,7 @@ def _stand_in(region: Program, device: torch.device) -> Callable[[Op], Callable[
 
 
 def _tidy(caches: Path) -> None:
-    """Leave out what a later process has no use for: locks, and sources, which the entries hold as well."""
+    """Removes what a later process does not need: locks, and sources, which the entries hold as well."""
     shutil.rmtree(caches / "locks", ignore_errors=True)
     for file in caches.rglob("*"):
         if acted_on(file.name) and file.is_file():

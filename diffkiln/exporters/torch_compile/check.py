@@ -59,7 +59,7 @@ class TorchCompile(Exporter):
 
 
 def _not_here(target: Target) -> str:
-    """Why this machine cannot run code for the target; empty where it can."""
+    """Returns why this machine cannot run code for the target; empty if it can."""
     if target.device == "cpu":
         checks = {"x86-64-v3": torch.cpu._is_avx2_supported, "x86-64-v4": torch.cpu._is_avx512_supported}
         able = target.isa == "x86-64-v2" or (target.isa in checks and checks[target.isa]())

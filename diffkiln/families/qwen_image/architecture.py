@@ -14,7 +14,7 @@ _TOKENS = 151643
 
 
 def _tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
-    """Case-sensitive byte-level BPE with 151 643 tokens; padding and the marks of a chat's turns follow."""
+    """Returns case-sensitive byte-level BPE with 151 643 tokens, then padding and the marks of a chat's turns."""
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer

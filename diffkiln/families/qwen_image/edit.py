@@ -27,7 +27,7 @@ def _encode_prompt(pictures: Callable[[int], str]) -> Callable[..., Any]:
         prompt_embeds_mask: Any = None,
         max_sequence_length: int = 1024,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A prompt and the template's end have `max_sequence_length` tokens, of which the mask says which count.
+        """Returns `max_sequence_length` tokens for a prompt and the template's end, with a mask of those that count.
 
         The text encoder is causal and padded on the right: no token sees the padding.
         """
@@ -74,7 +74,7 @@ def _check(pipe: Any) -> None:
 
 
 def _before(pipe: Any, pictures: Callable[[int], str], grids: Sequence[tuple[int, ...]], rows: int) -> str:
-    """What stands before each prompt, with as many tokens for each of its images as the text encoder makes of it."""
+    """Returns the text before each prompt, with as many tokens for each image as the text encoder makes of it."""
     each, rest = divmod(len(grids), rows)
     start, *after = (pipe.prompt_template_encode.partition("{}")[0] + pictures(each)).split(pipe.processor.image_token)
     if rest or len(after) != each:
@@ -90,17 +90,19 @@ def _before(pipe: Any, pictures: Callable[[int], str], grids: Sequence[tuple[int
 
 
 def _in_template(_count: int) -> str:
-    """Qwen-Image-Edit's image stands in its template."""
+    """Returns no text: Qwen-Image-Edit's image stands in its template."""
     return ""
 
 
 def _numbered(count: int) -> str:
-    """Those of Qwen-Image-Edit-Plus."""
+    """Returns the numbered images of Qwen-Image-Edit-Plus."""
     return "".join(f"Picture {index + 1}: <|vision_start|><|image_pad|><|vision_end|>" for index in range(count))
 
 
 def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length. How long the text is follows from the images, which come first."""
+    """Returns the paddings of both components, which follow the prompt's length. The images before it fix the text's
+    length.
+    """
     start, pad_id = pipe.prompt_template_encode_start_idx, pipe.processor.tokenizer.pad_token_id
     token, longest, text = pipe.text_encoder.config.image_token_id, fixed["max_sequence_length"], 0
 

@@ -21,10 +21,10 @@ def _encode_prompt(
     prompt_embeds_mask: Any = None,
     max_sequence_length: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every prompt has `max_sequence_length` tokens, of which the mask says which count.
+    """Returns `max_sequence_length` tokens for every prompt, with a mask of those that count.
 
-    The text encoder is causal and padded on the right: no token sees what stands behind it, so that neither the padding
-    nor what diffusers reads beyond that length changes a token that counts.
+    The text encoder is causal and padded on the right: no token sees later ones. So neither the padding nor what
+    diffusers reads beyond that length changes a token that counts.
     """
     if prompt_embeds is not None or prompt_embeds_mask is not None:
         raise RecordError("prompt_embeds of QwenImagePipeline are not recorded")
@@ -51,12 +51,12 @@ def _encode_prompt(
 
 
 def _text_length(pipe: Any, max_sequence_length: int) -> int:
-    """Tokens of a prompt in its template, as far as the denoiser sees them."""
+    """Returns the number of tokens of a prompt in its template that the denoiser sees."""
     return pipe.prompt_template_encode_start_idx + min(max_sequence_length, pipe.tokenizer_max_length)
 
 
 def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
-    """Both components follow the prompt's length."""
+    """Returns the paddings of both components, which follow the prompt's length."""
     text = _text_length(pipe, fixed["max_sequence_length"])
     length = text - pipe.prompt_template_encode_start_idx
     pad_id = pipe.tokenizer.pad_token_id

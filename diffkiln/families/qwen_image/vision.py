@@ -15,7 +15,7 @@ from diffkiln.record.patches import Patch
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What the vision tower gives replaces the tokens that stand for images, row by row and one after the other."""
+    """Replaces the tokens that stand for images by the vision tower's results, row by row, in order."""
 
     def forward(self: Any, input_ids: Any = None, *args: Any, image_grid_thw: Any = None, **kwargs: Any) -> Any:
         if not isinstance(image_grid_thw, tuple):
@@ -24,8 +24,8 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
         seen = _seen(self.visual, kwargs.pop("pixel_values"), image_grid_thw).to(embeds.dtype)
         seen = seen.view(embeds.shape[0], -1, embeds.shape[-1])
         stands_for = input_ids.eq(self.config.image_token_id)
-        place = (stands_for.cumsum(dim=1) - 1).clamp(min=0, max=seen.shape[1] - 1)
-        seen = seen.gather(1, place.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
+        index = (stands_for.cumsum(dim=1) - 1).clamp(min=0, max=seen.shape[1] - 1)
+        seen = seen.gather(1, index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
         embeds = torch.where(stands_for.unsqueeze(-1), seen, embeds)
         return original(self, None, *args, **kwargs | {"inputs_embeds": embeds})
 
@@ -33,7 +33,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _seen(tower: Any, pixels: torch.Tensor, grids: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
-    """[tokens, channels] of all images, with the ends of what attends to each other as numbers."""
+    """Returns [tokens, channels] of all images, with numbers for the ends of the spans that attend to each other."""
     from transformers.vision_utils import get_vision_attention_seqlens, get_vision_window_index
 
     grid = torch.tensor(grids)
@@ -44,7 +44,7 @@ def _seen(tower: Any, pixels: torch.Tensor, grids: tuple[tuple[int, int, int], .
 
 
 def _attend(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with the ends as numbers, which a tensor that a block is given would hide."""
+    """Passes the ends to attention as numbers; a tensor given to a block would hide them."""
 
     def forward(self: Any, hidden_states: torch.Tensor, cu_seqlens: Any, **kwargs: Any) -> Any:
         ends = torch.tensor(cu_seqlens) if isinstance(cu_seqlens, tuple) else cu_seqlens

@@ -16,9 +16,9 @@ _Past = tuple[int, tuple[Ref, ...]]
 
 @dataclass(frozen=True)
 class CallSites:
-    """Where a call program calls a component: its steps, and the calls of each one.
+    """The places where a call program calls a component: its steps, and the calls of each.
 
-    A step with two calls, with and without the prompt, has two branches, each with what it keeps.
+    A step with two calls, with and without the prompt, has two branches, each with its own kept values.
     """
 
     sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
@@ -30,10 +30,10 @@ class CallSites:
 
 
 def call_sites_of(call: Program, component: str, wanted: int | None = None) -> CallSites:
-    """The steps that call the component, numbered from 0.
+    """Returns the steps that call the component, numbered from 0.
 
-    Where the call marks no steps, each call is one; where there are a multiple of the `wanted` number of steps, that
-    many calls are one.
+    If the call marks no steps, each call is a step. If the number of calls is a multiple of the `wanted` number of
+    steps, that many calls are one step.
     """
     steps: list[list[int]] = [[]]
     for at, op in enumerate(call.ops):
@@ -51,7 +51,7 @@ def call_sites_of(call: Program, component: str, wanted: int | None = None) -> C
 def apply_schedule(
     call: Program, component: str, call_sites: CallSites, mask: Mask, splits: Mapping[str, Split], order: int = 0
 ) -> Program:
-    """Rewrite a call.
+    """Rewrites a call so that the steps that the mask leaves out reuse kept values.
 
     Args:
         call: the pipeline's call.
@@ -94,9 +94,9 @@ def with_kept(edit: Builder, op: Op, part: Split, stem: str) -> Op:
 
 
 def coefficients(step: int, known: Sequence[int]) -> list[float]:
-    """How much each of the values that were kept at these steps, the latest first, weighs at a later step.
+    """Returns the weights, at a later step, of the values kept at these steps, the latest first.
 
-    They are those of the Taylor polynomial whose derivatives are backward differences, one more order for each value.
+    They belong to the Taylor polynomial whose derivatives are backward differences, one more order for each value.
 
     Source: Liu and others, "From Reusable to Forecastable: Accelerating Diffusion Models with TaylorSeers", 2025,
     https://arxiv.org/abs/2503.06923.
@@ -114,7 +114,7 @@ def coefficients(step: int, known: Sequence[int]) -> list[float]:
 
 
 def _extrapolated(edit: Builder, at: int, step: int, past: Sequence[_Past], number: int, stem: str) -> Ref:
-    """The kept value as it is at this step: the last one, or what the last ones foretell."""
+    """Returns the kept value at this step: the last one, or a prediction from the last ones."""
     values = [kept[number] for _, kept in past]
     if len(values) == 1:
         return values[0]
@@ -128,7 +128,7 @@ def _extrapolated(edit: Builder, at: int, step: int, past: Sequence[_Past], numb
 
 
 def _keep_only_what_is_read(call: Program, splits: Mapping[str, Split]) -> Program:
-    """A step whose kept values nothing reads calls the whole program as it was."""
+    """Replaces steps whose kept values are never read by calls of the whole program."""
     whole = {part.keeping.name: (name, part.kept) for name, part in splits.items()}
     read = set(call.uses())
 

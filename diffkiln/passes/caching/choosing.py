@@ -8,7 +8,7 @@ from diffkiln.passes.caching.steps import Mask
 
 
 def cheapest(costs: Sequence[Sequence[float]], computed: int, wanted: int = 1) -> list[Mask]:
-    """The masks with this many computed steps whose reused steps cost the least together, by dynamic programming.
+    """Returns the masks with this many computed steps whose reused steps cost least together, by dynamic programming.
 
     Args:
         costs: costs[kept][last], what it costs when all steps after `kept` up to `last` reuse what it has kept.

@@ -48,7 +48,7 @@ class Split:
 
 
 def split(program: Program, kept: Sequence[Kept]) -> Split:
-    """Cut a component's program where values are kept."""
+    """Splits a component's program where values are kept."""
     return Split(_keeping(program, kept), *_reusing(program, kept), len(kept))
 
 
@@ -67,10 +67,10 @@ def _keeping(program: Program, kept: Sequence[Kept]) -> Program:
 
 def _reusing(program: Program, kept: Sequence[Kept]) -> tuple[Program | None, tuple[int, ...]]:
     edit = Builder(program, name=f"{program.name}.reusing")
-    places = {name: at for at, op in enumerate(program.ops) for name in op.outputs}
+    positions = {name: at for at, op in enumerate(program.ops) for name in op.outputs}
     sources: list[Ref] = []
     for index, item in enumerate(kept):
-        source, at = edit.add_input(f"%kept.{index}", program.types[item.value]), places[item.value]
+        source, at = edit.add_input(f"%kept.{index}", program.types[item.value]), positions[item.value]
         edit.rename_result(at, item.value, f"{item.value}.unread")
         sources.append(source)
         if item.base is None:
@@ -90,12 +90,12 @@ def _reusing(program: Program, kept: Sequence[Kept]) -> tuple[Program | None, tu
 
 
 def outputs_of(program: Program) -> tuple[Kept, ...]:
-    """The program's results themselves: a step that reuses them calls nothing."""
+    """Returns the program's results: a step that reuses them calls nothing."""
     return tuple(Kept(ref.name) for ref in program.outputs)
 
 
 def residuals(program: Program, regions: Mapping[str, Program], front: int, back: int) -> tuple[Kept, ...]:
-    """What its repeated blocks add, without the first `front` and the last `back` of them.
+    """Returns the sum that the repeated blocks add, without the first `front` and the last `back` blocks.
 
     A result of a block that is no later form of one of its arguments is kept as it is.
     """
@@ -125,19 +125,18 @@ def residuals(program: Program, regions: Mapping[str, Program], front: int, back
 
 
 def _carried(blocks: Sequence[Op], regions: Mapping[str, Program]) -> Mapping[tuple[str, int], int]:
-    """(region, result) → the argument that the result takes the place of, as neighbours of one kind show.
+    """Returns (region, result) → the argument that the result replaces, as neighbours of one kind show.
 
-    Where no two neighbours show it, the only result of a block takes the place of its hidden states, or of its first
-    argument.
+    If no two neighbours show it, the only result of a block replaces its hidden states, or its first argument.
     """
     found: dict[tuple[str, int], int] = {}
     for before, after in itertools.pairwise(blocks):
         if before.attrs["region"] != after.attrs["region"]:
             continue
-        places = {ref.name: slot for slot, ref in enumerate(after.uses)}
+        positions = {ref.name: slot for slot, ref in enumerate(after.uses)}
         for index, name in enumerate(before.outputs):
-            if name in places:
-                found.setdefault((before.attrs["region"], index), places[name])
+            if name in positions:
+                found.setdefault((before.attrs["region"], index), positions[name])
     for op in blocks:
         if len(op.outputs) == 1:
             names = [item.argument for item in regions[op.attrs["region"]].inputs]
@@ -147,7 +146,7 @@ def _carried(blocks: Sequence[Op], regions: Mapping[str, Program]) -> Mapping[tu
 
 
 def deep_features(program: Program, depth: int) -> tuple[Kept, ...]:
-    """What a UNet's upper path gets from below where it takes its last `depth` skip connections.
+    """Returns the values that a UNet's upper path gets from below its last `depth` skip connections.
 
     Source: Ma, Fang and Wang, "DeepCache: Accelerating Diffusion Models for Free", 2023,
     https://arxiv.org/abs/2312.00858.
@@ -160,8 +159,10 @@ def deep_features(program: Program, depth: int) -> tuple[Kept, ...]:
 
 
 def skips(program: Program) -> list[Op]:
-    """Where a UNet's upper path joins what the way down left: (deep, skip) concatenated over channels, before a
-    residual block's first norm."""
+    """Returns the places where a UNet's upper path joins the way down.
+
+    Each is a concatenation (deep, skip) over channels before a residual block's first norm.
+    """
     normed: Collection[str] = {
         ref.name
         for op in program.ops

@@ -14,7 +14,7 @@ Mask = tuple[bool, ...]
 
 
 def every(count: int, interval: int, start: int = 1, end: int = 0) -> Mask:
-    """Of `count` steps the first `start` and the last `end` compute, and from the former on every `interval`-th.
+    """Returns a mask in which the first `start` and the last `end` steps compute, and between them every `interval`-th.
 
     Source: Selvaraju and others, "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration", 2024,
     https://arxiv.org/abs/2407.01425.
@@ -23,13 +23,13 @@ def every(count: int, interval: int, start: int = 1, end: int = 0) -> Mask:
 
 
 def evenly(count: int, computed: int) -> Mask:
-    """Of `count` steps the first computes, and others at distances that are as even as they can be."""
+    """Returns a mask in which the first step computes, and others at distances as even as possible."""
     chosen = {step * count // computed for step in range(computed)}
     return tuple(step in chosen for step in range(count))
 
 
 def magnitude(ratios: Sequence[float], threshold: float, most: int, retention: float) -> Mask:
-    """A step reuses while the error that the ratios foretell stays within the threshold, `most` steps in a row.
+    """Returns a mask in which steps reuse while the predicted error stays within the threshold, `most` in a row.
 
     Args:
         ratios: for each step, the size of its residual against that of the step before; the first is not read.
@@ -56,5 +56,5 @@ def magnitude(ratios: Sequence[float], threshold: float, most: int, retention: f
 
 
 def symbols(mask: Sequence[bool]) -> str:
-    """One symbol a step."""
+    """Returns one symbol a step."""
     return "".join(COMPUTES if computes else REUSES for computes in mask)

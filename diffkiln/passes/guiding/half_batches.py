@@ -59,7 +59,7 @@ class HalfBatches:
         return self._write(slice_, (ref, 0, which * size, (which + 1) * size), ref, which, at)
 
     def _parts(self, op: Op, ref: Ref, which: int) -> list[Ref]:
-        """The parts of a concatenation that make up a half of it; none where it is of another dimension or cut."""
+        """Returns the parts of a concatenation that make up a half; none if it is of another dimension or cut."""
         together, *dim = op.args
         if dim not in ([], [0]) or op.kwargs:
             return []
@@ -79,7 +79,7 @@ class HalfBatches:
         return self._type(source) == _halved(self._type(ref))
 
     def _is_row_by_row(self, op: Op, ref: Ref) -> bool:
-        """Whether every operand has the batch as its first dimension, or is the same for every row."""
+        """Returns True if every operand has the batch as its first dimension, or is the same for every row."""
         whole = self._type(ref).shape
         shapes = [self._type(arg).shape for arg in refs((op.args, op.kwargs))]
         alike = all(len(shape) < len(whole) or shape[0] in (1, whole[0]) for shape in shapes)
@@ -90,7 +90,7 @@ class HalfBatches:
         return len(shape) == len(whole) and shape[0] == whole[0]
 
     def _write(self, op: Op, args: tuple[Arg, ...], ref: Ref, which: int, at: int) -> Ref:
-        """One operation that gives a half; both halves are one value where they are computed from the same."""
+        """Writes one operation that gives a half; both halves are one value if they are computed from the same."""
         key = (op.name, args, tuple(sorted(op.kwargs.items(), key=lambda item: item[0])))
         if key not in self._same:
             result = {f"{ref.name}.half.{which}": _halved(self._type(ref))}

@@ -13,17 +13,17 @@ from diffkiln.record.pipeline import Rebatched
 def join(
     call: Program,
     component: str,
-    pairs: Sequence[tuple[int, ...]],
+    sites: Sequence[tuple[int, ...]],
     guided: Sequence[bool],
     doubled: Mapping[str, Rebatched],
     constants: Constants,
 ) -> Program:
-    """Rewrite the two calls of every step.
+    """Merges the two calls of every step into one.
 
     Args:
         call: the pipeline's call.
         component: whose calls are rewritten.
-        pairs: their places.
+        sites: their places.
         guided: for each step whether it is; one that is not takes what the call with the prompt gives for both.
         doubled: its programs at a doubled batch; empty where guided steps keep two calls.
         constants: of the recording.
@@ -33,37 +33,37 @@ def join(
     """
     edit = Builder(call)
     joints = _Joints(edit, component, doubled, constants)
-    for step, (first, second) in enumerate(pairs):
+    for step, (first, second) in enumerate(sites):
         later = _later(call.ops, first, second)
         if second in later:
             raise ValueError(f"the second call of {component} in step {step} needs what the first gives")
         joined = joints.ops_of(step, first, second, guided[step])
-        for place in (first, *later):
-            edit.replace(place)
-        edit.replace(second, *joined, *(call.ops[place] for place in later))
+        for index in (first, *later):
+            edit.replace(index)
+        edit.replace(second, *joined, *(call.ops[index] for index in later))
     return prune(edit.build())
 
 
 def _later(ops: Sequence[Op], first: int, second: int) -> list[int]:
-    """The places from one call to another of what needs the results of the first; it can wait for the second."""
+    """Returns the places between two calls that need the first one's results, and so can wait for the second."""
     needed = set(ops[first].outputs)
     found: list[int] = []
-    for place in range(first + 1, second + 1):
-        if any(ref.name in needed for ref in ops[place].uses):
-            needed.update(ops[place].outputs)
-            found.append(place)
+    for index in range(first + 1, second + 1):
+        if any(ref.name in needed for ref in ops[index].uses):
+            needed.update(ops[index].outputs)
+            found.append(index)
     return found
 
 
 class _Joints:
-    """What takes the place of two calls, and the concatenated arguments, each made once."""
+    """The replacements of two calls, and the concatenated arguments, each made once."""
 
     def __init__(self, edit: Builder, component: str, doubled: Mapping[str, Rebatched], constants: Constants) -> None:
         self._edit, self._component, self._doubled, self._constants = edit, component, doubled, constants
         self._cats: dict[tuple[Ref, Ref], Ref] = {}
 
     def ops_of(self, step: int, first: int, second: int, guided: bool) -> list[Op]:
-        """What stands in the place of both calls."""
+        """Returns the operations that replace both calls."""
         pair = tuple(self._edit.current(self._edit.program.ops[at]) for at in (first, second))
         if pair[0].attrs["program"] != pair[1].attrs["program"]:
             raise ValueError(f"the two calls of {self._component} in step {step} have arguments of different types")
@@ -89,7 +89,7 @@ class _Joints:
         program = doubled.recorded.programs[doubled.program]
         args: list[Ref] = []
         for source, item in zip(doubled.inputs, program.inputs, strict=True):
-            assert source.arg is not None, "what is folded stays folded at a doubled batch"
+            assert source.arg is not None, "constants stay folded at a doubled batch"
             (one,), (two,) = refs(first.args[source.arg]), refs(second.args[source.arg])
             if not source.follows and one != two:
                 raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffkiln.program import STEP, Builder, Ref
-from diffkiln.record.call import PROMPTS
+from diffkiln.record.keywords import PROMPTS
 
 #: Operators that read nothing of their argument but its shape and type: SDXL's negative embeddings are such zeros.
 _READ_NO_VALUES = frozenset(

@@ -14,18 +14,18 @@ from diffkiln.record.pipeline import Rebatched
 def part(
     call: Program,
     component: str,
-    places: Sequence[int],
+    sites: Sequence[int],
     guided: Sequence[bool],
     halved: Mapping[str, Rebatched],
     in_two: bool,
     constants: Constants,
 ) -> Program:
-    """Rewrite the one call of every step.
+    """Splits the one call of every step into two.
 
     Args:
         call: the pipeline's call.
         component: whose calls are rewritten.
-        places: of its calls, one a step.
+        sites: of its calls, one a step.
         guided: for each step whether it is; of one that is not, the half with the prompt runs, and stands for both.
         halved: the component's programs at half the batch.
         in_two: run the halves of guided steps one after the other; else their call stays as it is.
@@ -36,7 +36,7 @@ def part(
     """
     edit = Builder(call)
     parts = _Parts(edit, component, halved, constants)
-    for step, at in enumerate(places):
+    for step, at in enumerate(sites):
         if in_two or not guided[step]:
             parts.put(step, at, guided[step])
     without_chunks(edit, parts.given)
@@ -44,7 +44,7 @@ def part(
 
 
 class _Parts:
-    """What takes the place of a call of a doubled batch. `given` are the halves of its results."""
+    """The replacements of a call of a doubled batch. `given` are the halves of its results."""
 
     def __init__(self, edit: Builder, component: str, halved: Mapping[str, Rebatched], constants: Constants) -> None:
         self._edit, self._component, self._halved = edit, component, halved

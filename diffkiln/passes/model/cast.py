@@ -16,8 +16,8 @@ from diffkiln.passes.base import Fact, ModelPass
 class Cast(ModelPass):
     """Cast a component's weights to another floating-point type.
 
-    The types come out as if the checkpoint had been loaded in that type: what the library keeps in float32 is in
-    float32, tied weights stay tied, and buffers that no checkpoint holds (rotary frequencies) keep their precision.
+    The types are those of a checkpoint loaded in that type: weights that the library keeps in float32 stay float32,
+    tied weights stay tied, and buffers that no checkpoint holds (rotary frequencies) keep their precision.
     """
 
     name: ClassVar[str] = "cast"
@@ -66,7 +66,7 @@ class Cast(ModelPass):
 
 
 def _slots(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Where every parameter and persistent buffer is kept: its name, the table, and the key in it."""
+    """Yields the place of every parameter and persistent buffer: its name, the table, and the key in it."""
     for path, part in module.named_modules():
         tables: list[dict[str, Any]] = [part._parameters, part._buffers]
         for table in tables:
@@ -76,7 +76,7 @@ def _slots(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]
 
 
 def _kept_in_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether the library keeps the weight of this name in float32, when it loads a checkpoint in `dtype`.
+    """Returns a function that tells if the library keeps a weight in float32 when it loads a checkpoint in `dtype`.
 
     diffusers takes names of modules, for every type. transformers takes patterns, `_keep_in_fp32_modules` for float16
     only and `_keep_in_fp32_modules_strict` for bfloat16 too.

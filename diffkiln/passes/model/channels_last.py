@@ -16,8 +16,8 @@ from diffkiln.spec import Target
 class ChannelsLast(ModelPass):
     """Lay out the weights of 2D convolutions with their channels last, which GPUs and CPUs convolve faster.
 
-    The bundle's files hold them in that order. Convolutions inside of repeated blocks stay as they are: a compiler
-    chooses the layout there.
+    The bundle's files hold them in that order. Convolutions inside repeated blocks stay as they are: a compiler chooses
+    the layout there.
     """
 
     name: ClassVar[str] = "channels_last"

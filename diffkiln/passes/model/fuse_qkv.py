@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 import torch
 
 from diffkiln.errors import Problem
+from diffkiln.interpreter.layers import FUSED
 from diffkiln.passes.base import Fact, ModelPass, State
 from diffkiln.spec import Target
 
-_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
-_ORIGINALS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 #: What diffusers' code says where a processor reads fused projections.
 _READS_FUSED = re.compile(r"\bto_qkv\b|\bfused_projections\b|_get_qkv_projections|_get_fused_projections")
 
@@ -25,8 +24,8 @@ _READS_FUSED = re.compile(r"\bto_qkv\b|\bfused_projections\b|_get_qkv_projection
 class FuseQKV(ModelPass):
     """Fuse the query, key and value projections of attention into one matrix, and delete the originals.
 
-    diffusers fuses by `fuse_qkv_projections`, keeps the originals, and in some classes ignores the result. Here the
-    originals go, and a class that would ignore the fused matrix is refused.
+    diffusers' `fuse_qkv_projections` keeps the originals, and some classes ignore the result. Here the originals are
+    deleted, and a class that would ignore the fused matrix is refused.
     """
 
     name: ClassVar[str] = "fuse_qkv"
@@ -69,7 +68,8 @@ class FuseQKV(ModelPass):
 
 @contextmanager
 def _dropping_originals(module: torch.nn.Module, fused: list[torch.nn.Module]) -> Iterator[None]:
-    """While it lasts an attention that fuses its projections lets the originals go, before the next one fuses.
+    """Makes an attention that fuses its projections drop the originals before the next one fuses, inside the `with`
+    block.
 
     Otherwise both would be in memory for the whole model. An attention whose processor would ignore fused projections
     is left as it is.
@@ -97,8 +97,8 @@ def _dropping_originals(module: torch.nn.Module, fused: list[torch.nn.Module]) -
 
 
 def _drop_originals(attention: torch.nn.Module) -> bool:
-    """Delete the projections that fused ones replace; whether there are any."""
-    present = [name for name in _FUSED if getattr(attention, name, None) is not None]
+    """Deletes the projections that fused ones replace. Returns True if there were any."""
+    present = [name for name in FUSED if getattr(attention, name, None) is not None]
     if not getattr(attention, "fused_projections", False) or not present:
         return False
     for name in present:
@@ -111,13 +111,8 @@ def _drop_originals(attention: torch.nn.Module) -> bool:
 
 
 def _covered(fused: Sequence[str]) -> list[str]:
-    """The original projections that the fused ones replace."""
-    gone: list[str] = []
-    gone += ["to_q"] if "to_qkv" in fused else []
-    gone += ["to_k", "to_v"] if "to_qkv" in fused or "to_kv" in fused else []
-    gone += ["add_q_proj"] if "to_added_qkv" in fused else []
-    gone += ["add_k_proj", "add_v_proj"] if "to_added_qkv" in fused or "to_added_kv" in fused else []
-    return gone
+    """Returns the original projections that the fused ones replace."""
+    return list(dict.fromkeys(part for name in fused for part in FUSED[name]))
 
 
 def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -139,22 +134,25 @@ def _fusable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _added_projections(module: torch.nn.Module) -> str:
-    """The processor of added projections that `fuse_qkv_projections` raises for: diffusers looks for it by name."""
+    """Returns the processor of added projections that `fuse_qkv_projections` raises for: diffusers looks for it by
+    name.
+    """
     processors = getattr(module, "attn_processors", {})
     return next((name for name in sorted({type(p).__name__ for p in processors.values()}) if "Added" in name), "")
 
 
 def _swapped_in(module: torch.nn.Module) -> type | None:
-    """The processor that the model's own `fuse_qkv_projections` gives to its attentions."""
+    """Returns the processor that the model's own `fuse_qkv_projections` gives to its attentions."""
     own = type(module).fuse_qkv_projections  # type: ignore[attr-defined]
     named = re.search(r"set_attn_processor\((Fused\w+)\(", inspect.getsource(own))
     return getattr(sys.modules[own.__module__], named[1], None) if named else None
 
 
 def _lost(module: torch.nn.Module) -> str:
-    """What an attention has and the processor that is swapped in leaves out, such as the norms of SD 3.5.
+    """Returns a part of an attention that the swapped-in processor leaves out, such as the norms of SD 3.5.
 
-    Or the other way round: the joint one reads a text stream, which the second attention of a dual block does not have.
+    The reverse also counts: the joint processor reads a text stream, which the second attention of a dual block does
+    not have.
     """
     from diffusers.models.attention_processor import Attention
 
@@ -169,13 +167,13 @@ def _lost(module: torch.nn.Module) -> str:
         if getattr(part.to_k, "out_features", None) != getattr(part.to_q, "out_features", None):
             return f"diffusers' {processor.__name__} takes keys for as wide as queries, and those of {path} are not"
         if processor.__name__ == "FusedJointAttnProcessor2_0" and getattr(part, "add_k_proj", None) is None:
-            return f"diffusers' {processor.__name__} reads a text stream, which {path} has not"
+            return f"diffusers' {processor.__name__} reads a text stream, which {path} lacks"
     return ""
 
 
 @cache
 def _reads_fused(processor: type) -> bool:
-    """Whether the processor's own code, or a helper that it calls in its module, reads fused projections."""
+    """Returns True if the processor's own code, or a helper that it calls in its module, reads fused projections."""
     source = _source(processor)
     if _READS_FUSED.search(source):
         return True
@@ -186,7 +184,7 @@ def _reads_fused(processor: type) -> bool:
 
 @cache
 def _source(kind: type) -> str:
-    """The code of a class's own methods; of the whole class it would take a parse of its file. Empty if it has none."""
+    """Returns the code of a class's own methods, which is faster than parsing its file. Empty if it has none."""
     try:
         return "\n".join(inspect.getsource(item) for item in vars(kind).values() if inspect.isfunction(item))
     except OSError:

@@ -19,9 +19,9 @@ from diffkiln.spec.expressions import Expressions
 class LayerwiseCast(ModelPass):
     """Store the weights of linear layers, convolutions and embeddings in float8, and cast them when they are used.
 
-    It does what diffusers' `enable_layerwise_casting` does, and to the same layers: norms, patch and position
-    embeddings, and what a model declares to need its precision stay as they are. There is no scale, so small weights
-    lose more than they do by `quantize` with float8_weight_only.
+    It does the same as diffusers' `enable_layerwise_casting`, to the same layers. Norms, patch and position embeddings,
+    and layers that a model declares to need their precision, stay as they are. There is no scale, so small weights lose
+    more than with `quantize` and float8_weight_only.
     """
 
     name: ClassVar[str] = "layerwise_cast"
@@ -49,7 +49,7 @@ class LayerwiseCast(ModelPass):
                 expressions = Expressions([pattern])
                 found = any(expressions.found_in(name) for name, _ in module.named_modules())
             except ValueError as error:
-                yield Problem(f"{where}.exclude[{index}]", f"{pattern!r} is no regular expression: {error}")
+                yield Problem(f"{where}.exclude[{index}]", f"{pattern!r} is not a regular expression: {error}")
                 return
             if not found:
                 reason = f"the expression {pattern!r} matches no layer of {self.component}"
@@ -60,7 +60,7 @@ class LayerwiseCast(ModelPass):
             yield Problem(where, f"layerwise_cast finds no layer of {self.component} to store in a smaller type{why}")
 
     def _layers(self, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        """As diffusers chooses them: supported layers that no skipped name leads to."""
+        """Returns the layers that diffusers chooses: supported ones that no skipped name leads to."""
         from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as SUPPORTED
         from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 

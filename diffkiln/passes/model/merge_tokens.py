@@ -15,10 +15,10 @@ from diffkiln.spec import Target
 
 
 class MergeTokens(ModelPass):
-    """Merge similar tokens before self-attention in a UNet's transformer blocks, and part them after it (ToMe).
+    """Merge similar tokens before self-attention in a UNet's transformer blocks, and split them after it (ToMe).
 
-    Attention over fewer tokens is faster where there are many, and the image changes a little. Which tokens are merged
-    is decided by their likeness at each call, in tensor operations of fixed shapes.
+    Attention over fewer tokens is faster if there are many, and the image changes a little. Similarity decides at each
+    call which tokens are merged, in tensor operations of fixed shapes.
     """
 
     name: ClassVar[str] = "merge_tokens"

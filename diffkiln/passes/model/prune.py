@@ -16,14 +16,15 @@ from diffkiln.spec import Target
 
 
 class Prune(ModelPass):
-    """Drop repeated blocks by name; those after them move up.
+    """Drop repeated blocks by name; later blocks move up.
 
-    A block can go where the model runs a list of blocks one after the other, each on the result of the one before.
+    A block can be dropped if the model runs a list of blocks in sequence, each on the result of the one before.
     """
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "drop blocks by name"
-    before: ClassVar = {"quantize": "what is dropped need not be quantized, and patterns name the blocks that are left"}
+    before: ClassVar = {"quantize": "dropped blocks need not be quantized, and patterns name the remaining blocks"}
+    moves_layers: ClassVar[str] = "blocks after a dropped one have its number"
     examples: ClassVar = (
         {"name": "prune", "component": "transformer", "blocks": ["single_transformer_blocks.3[0-7]"]},
     )
@@ -55,7 +56,7 @@ class Prune(ModelPass):
             if skipping := [name for name in inside if "skip" in inspect.signature(blocks[name].forward).parameters]:
                 yield Problem(
                     where,
-                    f"{home} is no chain: blocks of it, such as {skipping[-1]}, take what others skip to them",
+                    f"{home} is not a chain: some of its blocks, such as {skipping[-1]}, take what others skip to them",
                     "Remove it.",
                 )
 

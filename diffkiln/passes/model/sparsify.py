@@ -23,8 +23,8 @@ _WIDTH = 8
 class Sparsify(ModelPass):
     """Keep the two largest of each four neighbouring weights of linear layers: 2:4 semi-structured sparsity.
 
-    The weights that are kept, and their places, are stored in 0.53 to 0.56 times the space (float32, bfloat16). A model
-    that was not trained for it loses quality. torchao's magnitude sparsifier chooses.
+    The kept weights and their places take 0.53 to 0.56 times the space (float32, bfloat16). A model that was not
+    trained for sparsity loses quality. torchao's magnitude sparsifier chooses the weights.
     """
 
     name: ClassVar[str] = "sparsify"
@@ -74,15 +74,15 @@ class Sparsify(ModelPass):
 
 
 def compressed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The two largest of each four neighbours and their places, as `Sparse24` stores them.
+    """Returns the two largest of each four neighbours and their places, as `Sparse24` stores them.
 
     The rule is that of torchao's WeightNormSparsifier with blocks of (1, 4) and two zeros in each.
     """
     rows, columns = weight.shape
     fours = weight.reshape(rows, columns // 4, 4)
-    places = fours.abs().topk(2, dim=-1, sorted=True).indices.sort(dim=-1).values
-    data = fours.gather(-1, places).reshape(rows, columns // 2)
-    two_bits = places.reshape(rows, columns // 8, 4).to(torch.uint8)
+    indices = fours.abs().topk(2, dim=-1, sorted=True).indices.sort(dim=-1).values
+    data = fours.gather(-1, indices).reshape(rows, columns // 2)
+    two_bits = indices.reshape(rows, columns // 8, 4).to(torch.uint8)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
     where = (two_bits << shifts).sum(dim=-1).to(torch.uint8)
     return {"weight_data": data, "weight_where": where}

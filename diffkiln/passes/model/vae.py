@@ -20,7 +20,7 @@ class VAE(ModelPass):
     """Decode the images of a batch one after the other (`slicing`), or each in overlapping tiles (`tiling`).
 
     Both need less memory at once, and are diffusers' own. Tiles are blended where they overlap, so an image differs a
-    little from one that is decoded whole. What is recorded is a fixed number of tiles.
+    little from one that is decoded as a whole. The program has a fixed number of tiles.
     """
 
     name: ClassVar[str] = "vae"
@@ -62,7 +62,7 @@ class VAE(ModelPass):
             yield Problem(f"{where}.slicing", "every variant draws one image at a time", "Remove it.")
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
-        """The recording as it is.
+        """Returns the recording unchanged, after it has checked that the tiles fit together.
 
         Raises:
             ValueError: the tiles do not fit together: diffusers would give images of another size.

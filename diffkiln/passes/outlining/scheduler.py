@@ -20,7 +20,7 @@ _NUMBER, _KIND = TensorType("float64", ()), {"dtype": DType("float64"), "device"
 
 
 def between_calls(recording: Recording) -> Recording:
-    """The recording with that arithmetic as a component.
+    """Returns the recording with the scheduler's arithmetic as a component.
 
     Raises:
         ValueError: there is none that is worth an engine.
@@ -42,7 +42,7 @@ def between_calls(recording: Recording) -> Recording:
 
 
 def _loop(call: Program) -> range:
-    """The operations from the denoiser's first call to its last, and to the end of the step that it is in."""
+    """Returns the range of operations from the denoiser's first call to the end of its last step."""
     sites = [(index, op.attrs["component"]) for index, op in enumerate(call.ops) if op.name == CALL]
     ends = [index for index, op in enumerate(call.ops) if op.name == STEP]
     names = [name for index, name in sites if not ends or index < ends[0]]
@@ -54,15 +54,18 @@ def _loop(call: Program) -> range:
 
 
 class _Numbers:
-    """Numbers in the place of tensors: those of the program become constants, those of a caller tensors."""
+    """The tensors that replace numbers: those of the program become constants, those of a caller inputs."""
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants
         self._scalars: tuple[Ref, ...] = ()
 
     def as_tensors(self, call: Program, where: range) -> tuple[Program, range]:
-        """The call with a tensor of no dimensions in the place of each number that a caller gives, where operators of
-        the loop take one for the other; and where the loop is now."""
+        """Returns the call with tensors instead of the caller's numbers where the loop allows it, and the loop's new
+        range.
+
+        Each tensor has no dimensions.
+        """
         edit = Builder(call)
         self._scalars = tuple(item.ref for item in call.inputs if item.source.get("kind") == "scalar")
         made = {
@@ -81,7 +84,7 @@ class _Numbers:
         return edit.build(), range(where.start + len(head), where.stop + len(head))
 
     def stays(self, op: Op) -> bool:
-        """Whether an operation takes a caller's number as a number: an engine takes tensors alone."""
+        """Returns True if an operation takes a caller's number as a number: an engine takes tensors alone."""
         return any(ref in self._scalars for ref in op.uses)
 
     def lift(self, edit: Builder, op: Op, number: float) -> Ref | None:
@@ -91,8 +94,10 @@ class _Numbers:
 
 
 def _may(edit: Builder, op: Op, number: object) -> bool:
-    """Whether a tensor of no dimensions computes the same as the number: beside one with dimensions that has the
-    result's type."""
+    """Returns True if a tensor without dimensions computes the same as the number.
+
+    That needs another operand that has dimensions and the result's type.
+    """
     if not is_number_of(op, number):
         return False
     others = [edit.type_of(arg) for arg in op.args if isinstance(arg, Ref) and arg is not number]

@@ -21,7 +21,7 @@ Lift = Callable[[Builder, Op, float], Ref | None]
 
 
 def between_blocks(module: Module) -> Module:
-    """The component with its runs of operators as regions, beside those of its blocks."""
+    """Returns the component with its runs of operators as regions, beside those of its blocks."""
     segments = Segments("between", lambda name: (REGION, {"region": name, "instance": ""}))
     programs = {name: segments.outlined(program, range(len(program.ops))) for name, program in module.programs.items()}
     return replace(module, programs=programs, regions={**module.regions, **segments.regions})
@@ -47,8 +47,10 @@ class Segments:
         self._known: dict[str, str] = {}
 
     def outlined(self, program: Program, where: range, fixed: Callable[[Op], bool] = lambda op: False) -> Program:
-        """The program with a call in the place of each run within `where` that is worth one. `fixed` operations stay
-        as they are."""
+        """Returns the program with a call instead of each run within `where` that is worth an engine.
+
+        `fixed` operations stay as they are.
+        """
         may = [at for at in where if program.ops[at].is_aten and not fixed(program.ops[at])]
         segments = [run for run in _segments(may) if sum(_computes(program.ops[at]) for at in run) >= _WORTH]
         if self._lift:
@@ -77,24 +79,24 @@ def _lifted(program: Program, segments: Sequence[Sequence[int]], lift: Lift) -> 
     return edit.build()
 
 
-def _segments(places: Iterable[int]) -> list[list[int]]:
+def _segments(positions: Iterable[int]) -> list[list[int]]:
     """Places that follow each other, in lists as long as can be."""
     segments: list[list[int]] = []
-    for place in places:
-        if segments and segments[-1][-1] == place - 1:
-            segments[-1].append(place)
+    for position in positions:
+        if segments and segments[-1][-1] == position - 1:
+            segments[-1].append(position)
         else:
-            segments.append([place])
+            segments.append([position])
     return segments
 
 
 def _computes(op: Op) -> bool:
-    """Whether an operation does more than look at its argument in another way."""
+    """Returns True if an operation does more than give a view of its argument."""
     return not any(result.alias_info for result in overload(op.name)._schema.returns)
 
 
 def is_number_of(op: Op, wanted: Any) -> bool:
-    """Whether an operator takes this argument in the place of a tensor, beside one that decides the result's type."""
+    """Returns True if an operator takes this number where it takes a tensor, beside one that decides the type."""
     schema = overload(op.name)._schema
     kinds = [str(argument.type) for argument in schema.arguments]
     return any(arg is wanted and kind == "Tensor" for arg, kind in zip(op.args, kinds, strict=False))

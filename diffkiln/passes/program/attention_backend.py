@@ -37,7 +37,7 @@ _FROM_THE_HUB = ("is fetched from the Hub when it is first used, and a bundle fe
 
 
 def _spelling(word: Any) -> Any:
-    """A kernel by diffusers' name: there, an underscore in front says that it may change."""
+    """Returns a kernel's name from diffusers' name, in which a leading underscore says that it may change."""
     if not isinstance(word, str):
         return word
     if word in _REFUSED or word.endswith("_hub"):
@@ -59,12 +59,12 @@ Backend = Literal[
 
 
 class AttentionBackend(ProgramPass):
-    """Have a component's attention computed by one kernel, where torch would choose one at each call.
+    """Compute a component's attention with one kernel, instead of the one that torch chooses at each call.
 
-    torch's own: `native_math` (every score, any device), `native_flash` (FlashAttention-2; its own form on CPUs),
-    `native_efficient` and `native_cudnn`. Of packages, which the bundle then requires: `flash_2`, `flash_3`, `flash_4`
-    (flash-attn), `sage` (SageAttention, in int8) and `xformers`. A kernel that cannot take what it is given raises; no
-    other takes its place.
+    torch's own kernels are `native_math` (every score, any device), `native_flash` (FlashAttention-2; a form of its own
+    on CPUs), `native_efficient` and `native_cudnn`. Other kernels need a package, which the bundle then requires:
+    `flash_2`, `flash_3`, `flash_4` (flash-attn), `sage` (SageAttention, in int8) and `xformers`. A kernel that cannot
+    take its arguments raises an error; no other kernel takes its place.
     """
 
     name: ClassVar[str] = "attention_backend"
@@ -120,7 +120,7 @@ class AttentionBackend(ProgramPass):
         return f"Choose one of {', '.join(fit)}."
 
     def _package_problem(self) -> str:
-        """Why the package is not what the kernel needs; nothing is imported."""
+        """Returns why the package is not the one that the kernel needs; imports nothing."""
         package, wanted = self.kernel.package, self.kernel.versions
         if not package:
             return ""
@@ -172,7 +172,7 @@ class AttentionBackend(ProgramPass):
 
 
 def no_attention(module: torch.nn.Module) -> str:
-    """Why a module computes nothing by `scaled_dot_product_attention`, as far as its classes show; empty if it may."""
+    """Returns why a module does not use `scaled_dot_product_attention`, judged by its classes; empty if it may."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention, MochiAttention
 
@@ -199,10 +199,10 @@ _IN_DIFFUSERS = {"flash_2": "flash", "flash_3": "_flash_3", "sage": "sage", "xfo
 
 
 def choose_attention(module: torch.nn.Module, component: str, kernel: str) -> None:
-    """Have a module's attention computed by this kernel.
+    """Makes a module compute its attention by this kernel.
 
-    torch's own are switched on around the module's methods: diffusers' `set_attention_backend` does nothing for UNets,
-    VAEs, text encoders and older transformers, and changes all pipelines of the process besides.
+    torch's own kernels are switched on around the module's methods. diffusers' `set_attention_backend` does nothing for
+    UNets, VAEs, text encoders and older transformers, and changes all pipelines of the process besides.
 
     Raises:
         Incompatible: diffusers has no such kernel for the module, or it cannot be used.
@@ -228,7 +228,7 @@ def choose_attention(module: torch.nn.Module, component: str, kernel: str) -> No
 
 
 def _heeds_backends(module: torch.nn.Module) -> bool:
-    """Whether all attention of a module asks diffusers which kernel to use."""
+    """Returns True if all attention of a module asks diffusers which kernel to use."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention, MochiAttention
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,28 +9,26 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 
-from diffkiln.errors import Problem, SourceError
+from diffkiln.errors import Problem
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, State
 from diffkiln.program.images import IMAGES
 from diffkiln.spec import Conflict, Spec, Target, refuse
-
-#: A prompts file is read whole; one that is larger is something else.
-_MAX_BYTES = 2**20
+from diffkiln.spec.prompts import digest_of, read_prompts
 
 
 class Calibrate(ProgramPass):
     """Choose the steps of the `cache_schedule` that follows, whose `steps` are "calibrated".
 
-    The real pipeline draws the prompts once and keeps what every step would keep. Then each step is computed again from
-    what every earlier one kept, and what that does to its latents is its cost. Dynamic programming finds the schedules
-    whose costs add up to the least: with as many computed steps as `computed` says, or as few as the `metric` needs to
-    stay `at_least` so high. The `tried` cheapest of them, and the one that computes at even distances, then draw the
-    prompts, and the one with the best metric is taken.
+    The real pipeline draws the prompts once and keeps the values that every step would keep. Each step is then computed
+    again from the values of every earlier step, and the change of its latents is the cost. Dynamic programming finds
+    the schedules with the least total cost: with as many computed steps as `computed` says, or with as few as keep the
+    `metric` `at_least` so high. The `tried` cheapest schedules, and the one with even distances, then draw the prompts,
+    and the one with the best metric is taken.
 
-    It is done for the first variant; others, which have as many steps, get the same ones.
+    The first variant is calibrated; others, which have as many steps, get the same steps.
 
-    The metric `psnr` is in dB, against the images without a schedule, the mean over the prompts. Other metrics are
-    functions that a caller of `diffkiln.compile` gives by name.
+    The metric `psnr` is in dB, against the images without a schedule, averaged over the prompts. A caller of
+    `diffkiln.compile` can give other metrics as functions by name.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -64,30 +61,19 @@ class Calibrate(ProgramPass):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompts, once the pass is prepared."""
+        """Returns the prompts, once the pass is prepared."""
         return self._texts
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
-        path = base / self.prompts
-        try:
-            data = path.read_bytes() if path.stat().st_size <= _MAX_BYTES else None
-            lines = data.decode().splitlines() if data is not None else None
-        except (OSError, ValueError) as error:
-            raise SourceError(f"the prompts file {path} cannot be read: {error}") from None
-        if lines is None:
-            raise SourceError(f"the prompts file {path} is larger than {_MAX_BYTES} bytes")
         ready = self.model_copy()
-        ready._texts = tuple(line.strip() for line in lines if line.strip())
-        if not ready._texts:
-            raise SourceError(f"the prompts file {path} holds no prompt")
+        ready._texts = tuple(read_prompts(base / self.prompts))
         return ready
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON, with the prompts' digest in the place of a local path."""
+        """Returns the options as JSON, with the prompts' digest instead of a local path."""
         written = {key: value for key, value in super().options().items() if value is not None}
         if self._texts:
-            digest = hashlib.sha256("\n".join(self._texts).encode()).hexdigest()
-            written |= {"prompts": f"sha256:{digest}", "count": len(self._texts)}
+            written |= {"prompts": digest_of(self._texts), "count": len(self._texts)}
         return written
 
     def provides(self) -> Iterable[Fact]:
@@ -103,7 +89,7 @@ class Calibrate(ProgramPass):
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in state.denoisers:
-            yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
+            yield Problem(where, f"{self.component} is not a part of the denoising run", "Choose the denoiser.")
         elif len(state.steps) != 1:
             reason = f"one schedule is for one number of steps, and the variants have {list(state.steps) or 'several'}"
             yield Problem(where, reason, "Compile them into bundles of their own.")

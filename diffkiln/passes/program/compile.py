@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from inspect import cleandoc
+from operator import or_
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
 from diffkiln import plugins
 from diffkiln.errors import Problem
@@ -24,16 +26,16 @@ _SCOPE = "Region to compile at once: each repeated block, or the whole component
 
 
 class Compile(ProgramPass):
-    """Have the regions of a component lowered by a backend; what is not lowered is replayed operation by operation.
+    """Lower the regions of a component with a backend. Other operations are replayed one by one.
 
-    With `scope` "blocks" a region is a repeated block: each class that diffusers declares in `_repeated_blocks`; with
-    `between` also what lies between the blocks. With `scope` "whole" it is the whole component, whose weights are then
-    all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
+    With `scope` "blocks", a region is a repeated block of a class that diffusers declares in `_repeated_blocks`.
+    `between` adds the operations between the blocks. With `scope` "whole", the region is the whole component, whose
+    weights are then all needed at once. The component `scheduler` is the arithmetic between the denoiser's calls.
     """
 
     name: ClassVar[str] = "compile"
     summary: ClassVar[str] = "compile a component ahead of time: its repeated blocks or all of it"
-    after: ClassVar = {"*": "engines are built from what the other passes leave"}
+    after: ClassVar = {"*": "engines are built from the result of the other passes"}
     requires_not: ClassVar = {
         "uncompilable": "an earlier pass left layers that no engine can hold",
         "hooked_inside": "its hooks are inside the blocks, which engines replace. Choose a schedule that reuses whole "
@@ -72,7 +74,7 @@ class Compile(ProgramPass):
 
     @property
     def whole(self) -> bool:
-        """Whether the component is one region."""
+        """Returns True if the component is one region."""
         return self.scope == "whole" or (self.scope is None and self.exporter.whole)
 
     def packages(self) -> dict[str, str]:
@@ -91,7 +93,7 @@ class Compile(ProgramPass):
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         yield from self._problems(module, state, target, where)
         if not self.whole and not repeated_blocks(module):
-            reason = f"{type(module).__name__} declares no repeated blocks to compile"
+            reason = f"{type(module).__name__} has no repeated blocks to compile"
             yield Problem(where, reason, 'Set "scope" to "whole", or remove it.')
 
     def _problems(self, module: torch.nn.Module | None, state: State, target: Target, where: str) -> Iterator[Problem]:
@@ -99,7 +101,9 @@ class Compile(ProgramPass):
             yield Problem(f"{where}.dynamic", "there is one variant, and so one size", "Remove it, or add sizes.")
         if self.backend not in plugins.plugins("engines"):
             reason = f"no package that is installed runs the engines of {self.backend}"
-            yield Problem(f"{where}.backend", reason, "Install the one that does: engines are tried as they are built.")
+            yield Problem(
+                f"{where}.backend", reason, "Install the torch that does: engines are tried when they are built."
+            )
         facts = {fact.name for fact in state.facts if fact.component == self.component}
         yield from self.exporter.problems(self.component, module, facts, target, where, self)
 
@@ -119,7 +123,7 @@ class Compile(ProgramPass):
         lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
         request = CompileRequest(self.component, self.backend, lowered, dynamic)
         state = replace(state.with_facts(self.provides()), compile=(*state.compile, request))
-        what = "whole" if self.whole else "blocks and what lies between" if self.between else "blocks"
+        what = "whole" if self.whole else "blocks and the operations between" if self.between else "blocks"
         return Outcome(state, True, (f"{'arithmetic' if self.component == SCHEDULER else what} by {self.backend}",))
 
     @property
@@ -127,7 +131,7 @@ class Compile(ProgramPass):
         return self.component == SCHEDULER
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
-        """The recording with what is to be lowered as regions.
+        """Returns the recording with the code to be lowered as regions.
 
         Raises:
             ValueError: there is nothing to lower between the denoiser's calls.
@@ -154,10 +158,11 @@ def _of_all(names: tuple[str, ...]) -> Any:
     """Returns the pass with the options that some backend has: it describes them, and refuses the name of any other
     backend."""
     backends = [plugins.load("exporters", name) for name in names]
-    own: dict[str, Any] = {}
+    own: dict[str, list[FieldInfo]] = {}
     for backend in backends:
-        fields = backend.options.model_fields.items()
-        own |= {name: (field.annotation, field) for name, field in fields if field.description}
+        for name, field in backend.options.model_fields.items():
+            if field.description:
+                own.setdefault(name, []).append(field)
     wholes = ", ".join(f"whole for {backend.name}" for backend in backends if backend.whole)
     described = {
         "backend": (Literal[names], Field(DEFAULT_BACKEND, description=_BACKEND)),
@@ -165,13 +170,22 @@ def _of_all(names: tuple[str, ...]) -> Any:
             Compile.model_fields["scope"].annotation,
             Field(None, description=_SCOPE.format(f"{wholes}, blocks for the others.")),
         ),
-        **own,
+        **{name: _of_several(fields) for name, fields in own.items()},
     }
     doc = " ".join(f"`{backend.name}` {backend.summary}" for backend in backends)
     model = create_model("Compile", __base__=Compile, __doc__=f"{cleandoc(str(Compile.__doc__))}\n\n{doc}", **described)
     model.exporter = plugins.load("exporters", DEFAULT_BACKEND)
     model.examples = tuple(example for backend in backends for example in backend.examples)
     return model
+
+
+def _of_several(fields: Sequence[FieldInfo]) -> tuple[Any, FieldInfo]:
+    """Returns the type and the field of an option that one backend has, or several, with what each says of it."""
+    first = fields[0]
+    if len(fields) == 1:
+        return first.annotation, first
+    described = " ".join(dict.fromkeys(str(field.description) for field in fields))
+    return reduce(or_, (field.annotation for field in fields)), Field(first.default, description=described)
 
 
 PLUGIN = Compile

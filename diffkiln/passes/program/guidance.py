@@ -27,10 +27,10 @@ _BATCHES = {"doubled": "one call of a doubled batch a step", "halved": "two call
 class Guidance(ProgramPass):
     """Change how often, and with which batch, classifier-free guidance calls the denoiser.
 
-    `batch`: pipelines that call it twice a step, with the prompt and without, get one call of a `doubled` batch, which
-    costs less where a batch of one leaves the device idle; those with a doubled batch get two calls of half of it
-    (`halved`), which need less memory at once. `steps`: those with a 0 are not guided: the prompt's evaluation stands
-    for both, which is guidance with a scale of 1, and the other is left out. The pipeline's own arithmetic stays.
+    `batch`: a pipeline that calls the denoiser twice a step, with the prompt and without, gets one call of a `doubled`
+    batch. That costs less if a batch of one leaves the device idle. A pipeline with a doubled batch gets two calls of
+    half of it (`halved`), which need less memory at once. `steps`: a step with 0 is not guided. Only the prompt's
+    branch runs, which equals a guidance scale of 1. The pipeline's own arithmetic stays.
     """
 
     name: ClassVar[str] = "guidance"
@@ -61,12 +61,12 @@ class Guidance(ProgramPass):
             yield ("steps",), refuse("neither steps nor a batch are given", 'Add one, such as "batch": "doubled"')
         elif "batch" in given and isinstance(steps, list | tuple) and steps:
             if all(step == 1 for step in steps):
-                yield ("steps",), refuse("leave guidance in every step, as it is without them", "Remove them")
+                yield ("steps",), refuse("every step is guided, as without this option", "Remove it")
             elif all(step == 0 for step in steps):
-                yield ("batch",), refuse("no step is guided, so that there is none to batch", "Remove it")
+                yield ("batch",), refuse("no step is guided, so there is nothing to batch", "Remove it")
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON, without those that are not given."""
+        """Returns the options as JSON, without those that are not given."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def provides(self) -> Iterable[Fact]:
@@ -76,7 +76,7 @@ class Guidance(ProgramPass):
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in state.denoisers:
-            yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
+            yield Problem(where, f"{self.component} is not a part of the denoising run", "Choose the denoiser.")
             return
         if reason := _no_second_evaluation(module, state):
             yield Problem(where, f"{self.component} {reason}", "Remove guidance.")
@@ -117,7 +117,7 @@ class Guidance(ProgramPass):
             )
 
     def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
-        """What becomes of guidance in a pipeline that is loaded with as_diffusers, which calls the denoiser its way."""
+        """Yields what happens to guidance with as_diffusers, where the pipeline calls the denoiser in its own way."""
         if self.steps is not None:
             yield (
                 f"guidance of {self.component} is left out of steps, which diffusers cannot do: the bundle cannot be "
@@ -136,7 +136,7 @@ class Guidance(ProgramPass):
         return True
 
     def rewrite(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
-        """The recording with other calls of the component.
+        """Returns the recording with other calls of the component.
 
         Raises:
             ValueError: the component is not guided in a way that this could change, it cannot be told how, or it cannot
@@ -146,23 +146,23 @@ class Guidance(ProgramPass):
             raise ValueError(f"the call never calls {self.component}")
         wanted = [fixed.get("num_inference_steps") for fixed in recording.fixed]
         found = zip(recording.calls, wanted, strict=True)
-        places = [
+        sites = [
             {name: call_sites_of(call, self.component, n).sites for name, call in calls.items()} for calls, n in found
         ]
-        twice = any(_of_two(steps) for each in places for steps in each.values())
+        twice = any(_of_two(steps) for each in sites for steps in each.values())
         if self.batch == "doubled" and not twice:
             raise ValueError(
                 f"no step calls {self.component} twice: it is guided by a doubled batch already, by an argument, or "
                 "not at all"
             )
         if self.batch == "halved" and twice:
-            raise ValueError(f"a step calls {self.component} twice already, each time with half of what is guided")
+            raise ValueError(f"a step calls {self.component} twice already, each time with half of the guided images")
         others: Mapping[str, Rebatched] = {}
         if self.batch == "doubled" or not twice:
             recording, others = self._rebatched(recording, twice)
         calls = [
             {name: self._rewritten(call, each[name], twice, others, recording) for name, call in programs.items()}
-            for programs, each in zip(recording.calls, places, strict=True)
+            for programs, each in zip(recording.calls, sites, strict=True)
         ]
         return replace(recording, calls=calls), ()
 
@@ -176,16 +176,16 @@ class Guidance(ProgramPass):
     def _rewritten(
         self,
         call: Program,
-        places: Sequence[tuple[int, ...]],
+        sites: Sequence[tuple[int, ...]],
         twice: bool,
         others: Mapping[str, Rebatched],
         recording: Recording,
     ) -> Program:
-        if twice and not _of_two(places):
+        if twice and not _of_two(sites):
             return call  # without a negative prompt some pipelines do not guide at all
-        guided = [bool(step) for step in self.steps or [1] * len(places)]
-        if len(guided) != len(places):
-            raise ValueError(self._miscounted(len(places)))
+        guided = [bool(step) for step in self.steps or [1] * len(sites)]
+        if len(guided) != len(sites):
+            raise ValueError(self._miscounted(len(sites)))
         in_two = self.batch == "halved" or (twice and self.batch is None)
         if in_two and not all(guided) and not any(op.name == STEP for op in call.ops):
             raise ValueError(
@@ -193,18 +193,18 @@ class Guidance(ProgramPass):
                 "others would confuse. Leave out steps, or guide with a doubled batch"
             )
         if twice:
-            return join(call, self.component, places, guided, others, recording.constants)
-        if any(len(step) != 1 for step in places):
+            return join(call, self.component, sites, guided, others, recording.constants)
+        if any(len(step) != 1 for step in sites):
             raise ValueError(f"some steps call {self.component} once, and others more than once")
-        return part(call, self.component, [step[0] for step in places], guided, others, in_two, recording.constants)
+        return part(call, self.component, [step[0] for step in sites], guided, others, in_two, recording.constants)
 
 
-def _of_two(places: Sequence[tuple[int, ...]]) -> bool:
-    return bool(places) and all(len(step) == 2 for step in places)
+def _of_two(sites: Sequence[tuple[int, ...]]) -> bool:
+    return bool(sites) and all(len(step) == 2 for step in sites)
 
 
 def _no_second_evaluation(module: torch.nn.Module, state: State) -> str:
-    """Why the denoiser is not evaluated a second time for guidance; "" if it may be."""
+    """Returns why the denoiser is not evaluated a second time for guidance; "" if it may be."""
     config = getattr(module, "config", {})
     kind = getattr(importlib.import_module("diffusers"), state.class_name, None)
     parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
@@ -223,7 +223,7 @@ def _no_second_evaluation(module: torch.nn.Module, state: State) -> str:
 
 
 def _scale(variant: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], name: str) -> float:
-    """The scale of a variant, or the pipeline's default; 0 where it has none."""
+    """Returns the scale of a variant, or the pipeline's default; 0 if there is none."""
     given = variant.get(name, parameters[name].default if name in parameters else None)
     return float(given) if isinstance(given, int | float) else 0.0
 

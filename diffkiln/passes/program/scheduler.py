@@ -16,11 +16,11 @@ from diffkiln.spec import Json, Target, suggest
 
 
 class Scheduler(ProgramPass):
-    """Replace the pipeline's scheduler by another of diffusers', or change how it is configured.
+    """Replace the pipeline's scheduler by another of diffusers', or change its configuration.
 
-    It is made by `from_config` of the one that the model has, so what both know is kept. Its schedule is computed once,
-    when the call is recorded: timesteps and coefficients are constants of the program, and nothing waits for the GPU
-    between steps. Few-step distillations are a `fuse_lora` and this.
+    The new scheduler is made by `from_config` of the model's own, so options that both know are kept. The schedule is
+    computed once, when the call is recorded: timesteps and coefficients are constants of the program, and nothing waits
+    for the GPU between steps. A few-step distillation is a `fuse_lora` and this pass.
     """
 
     name: ClassVar[str] = "scheduler"
@@ -47,7 +47,7 @@ class Scheduler(ProgramPass):
         if self.type is not None and self.type not in known:
             hint = suggest(self.type, known) or f"There are {', '.join(sorted(known))}."
             mine = type(state.scheduler).__name__
-            return [Problem(f"{where}.type", f"{self.type} is no scheduler that can take the place of {mine}", hint)]
+            return [Problem(f"{where}.type", f"{self.type} is not a scheduler that can take the place of {mine}", hint)]
         names = set(inspect.signature(known[self.type or type(state.scheduler).__name__]).parameters)
         problems = [
             Problem(
@@ -81,7 +81,9 @@ class Scheduler(ProgramPass):
 
 
 def _compatible(scheduler: Any) -> dict[str, Any]:
-    """The schedulers that diffusers lists beside it, and those that read the same betas, such as LCM's, by name."""
+    """Returns, by name, the schedulers that diffusers lists as compatible, and those that read the same betas, such as
+    LCM's.
+    """
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 

@@ -24,8 +24,8 @@ TYPE = "Type of the quantized weights; `dynamic` types quantize activations too.
 class Quantize(Variant, ModelPass):
     """Quantize the linear layers of a component; norms, convolutions and embeddings stay as they are.
 
-    So does a layer that shares its weight, as a head with the embedding: what is shared would be stored a second time;
-    and one that the type cannot hold, which the notes count.
+    A layer that shares its weight, as a head does with the embedding, also stays: the shared weight would be stored a
+    second time. So does a layer that the type cannot hold; the notes count these.
 
     Class attributes: `package`, the module that is imported; `extra`, what installs it with diffkiln; `uncompiled`, why
     no engine can hold the layers, empty if one can.
@@ -67,7 +67,7 @@ class Quantize(Variant, ModelPass):
             return super().misfit(field, options, left, where)
         backend, known = constant(left[0], "backend"), ", ".join(constant(model, "type") for model in left)
         hint = f'Set "backend": "{others[0]}", or choose one of {known}'
-        return Problem(f"{where}.type", f"{wanted} is no type of {backend}", hint)
+        return Problem(f"{where}.type", f"{wanted} is not a type of {backend}", hint)
 
     # -- what each type says --
 
@@ -76,7 +76,7 @@ class Quantize(Variant, ModelPass):
         return ()
 
     def fits(self, layer: torch.nn.Linear) -> bool:
-        """Whether the type can hold the layer's weight; one that it cannot stays as it is."""
+        """Returns True if the type can hold the layer's weight; other layers stay as they are."""
         return True
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Quantize(Variant, ModelPass):
 
     @classmethod
     def missing(cls) -> str:
-        """The reason why the library cannot be used here; empty if it can."""
+        """Returns the reason why the library cannot be used here; empty if it can."""
         try:
             found = find_spec(cls.package)
         except ModuleNotFoundError:  # of a package that holds it
@@ -133,7 +133,7 @@ class Quantize(Variant, ModelPass):
                 yield Problem(f"{where}.{field}[{index}]", reason, hint)
 
     def chosen(self, name: str) -> bool:
-        """Whether the linear layer of this name is to be quantized."""
+        """Returns True if the linear layer of this name is to be quantized."""
         included = any(fnmatchcase(name, pattern) for pattern in self.include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
@@ -150,7 +150,7 @@ class Quantize(Variant, ModelPass):
         return notes if chosen else []
 
     def _notes(self, layers: Layers, chosen: Layers) -> Iterator[str]:
-        """What is quantized, and what each pattern touches."""
+        """Yields notes on what is quantized, and on what each pattern touches."""
         yield f"{len(chosen)} linear layers, {_weights(chosen)} weights to {self._kind.partition('_')[0]}"
         unfit = {name: layer for name, layer in layers.items() if self.chosen(name) and name not in chosen}
         if unfit:

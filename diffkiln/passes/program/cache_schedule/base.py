@@ -19,10 +19,10 @@ DYNAMIC = "Let diffusers' hooks decide at each step; only with as_diffusers."
 
 
 class CacheSchedule(Variant, ProgramPass):
-    """Let steps of the denoising run reuse what earlier ones kept; which steps do is decided when it is compiled.
+    """Let denoising steps reuse values that earlier steps kept. The compiler decides which steps do.
 
-    With `dynamic`, diffusers' own hooks decide at each step, so the bundle runs only as diffusers and what a request
-    costs is not known before.
+    With `dynamic`, diffusers' own hooks decide at each step. The bundle then runs only as diffusers, and a request's
+    cost is not known in advance.
     """
 
     name: ClassVar[str] = "cache_schedule"
@@ -57,7 +57,7 @@ class CacheSchedule(Variant, ProgramPass):
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in state.denoisers:
-            yield Problem(where, f"{self.component} is no part of the denoising run", "Choose the denoiser.")
+            yield Problem(where, f"{self.component} is not a part of the denoising run", "Choose the denoiser.")
         else:
             yield from self.check_model(module, state, where)
         yield from self.check_steps(state, Fact("calibrated", self.component) in state.facts, where)
@@ -75,7 +75,7 @@ class CacheSchedule(Variant, ProgramPass):
     # -- as diffusers' own pipeline --
 
     def hook(self, pipe: Any) -> Any:
-        """diffusers' configuration of a hook that does the same, or None."""
+        """Returns diffusers' configuration of an equivalent hook, or None."""
         return None
 
     @classmethod
@@ -108,7 +108,7 @@ class CacheSchedule(Variant, ProgramPass):
 
 
 def hooks() -> Any:
-    """diffusers' hooks, whose names are found when they are asked for."""
+    """Returns diffusers' module of hooks, imported when needed."""
     from diffusers import hooks as library
 
     return library

@@ -11,7 +11,7 @@ from diffkiln.passes.program.cache_schedule.fixed import ByInterval
 
 
 class DBCache(ByInterval):
-    """Every step computes the blocks in front and in back; those between are reused."""
+    """A schedule in which every step computes the first and the last blocks; the blocks between are reused."""
 
     method: Literal["dbcache"] = Field(description=METHOD)
     front: int = Field(1, ge=1, description="Number of first blocks that every step computes.")

@@ -16,7 +16,9 @@ from diffkiln.program import Module, Program
 
 
 class DeepCache(ByInterval):
-    """For UNets: every step computes the last `depth` layers of the way up; what comes from below is reused."""
+    """A schedule for UNets: every step computes the last `depth` layers of the upper path; values from below are
+    reused.
+    """
 
     method: Literal["deepcache"] = Field(description=METHOD)
     depth: int = Field(1, ge=1, description="Number of up-block layers that every step computes.")

@@ -49,7 +49,7 @@ class Dynamic(CacheSchedule):
 
 
 class DynamicFirstBlock(Dynamic):
-    """The other blocks are reused while what the first one adds changes by less than `threshold`."""
+    """A schedule that reuses the other blocks while the first one's contribution changes by less than `threshold`."""
 
     method: Literal["first_block"] = Field(description=METHOD)
     threshold: float = Field(ge=0, description=THRESHOLD)
@@ -64,7 +64,7 @@ class DynamicFirstBlock(Dynamic):
 
 
 class SeaCache(Dynamic):
-    """The blocks are reused while the change of their spectrum, which adds up, stays below `threshold`."""
+    """A schedule that reuses the blocks while the accumulated change of their spectrum stays below `threshold`."""
 
     method: Literal["seacache"] = Field(description=METHOD)
     threshold: float = Field(ge=0, description=THRESHOLD)
@@ -122,6 +122,6 @@ class FasterCache(OfAttentions):
 
 
 def _source_of(class_name: str) -> str:
-    """The code of a pipeline's class; empty if diffusers does not have it."""
+    """Returns the code of a pipeline's class; empty if diffusers does not have it."""
     kind = getattr(importlib.import_module("diffusers"), class_name, None)
     return inspect.getsource(kind) if kind is not None else ""

@@ -11,7 +11,7 @@ from diffkiln.passes.program.cache_schedule.fixed import ByInterval
 
 
 class FirstBlock(ByInterval):
-    """Every step computes the first block; those between reuse what the other blocks added."""
+    """A schedule in which every step computes the first block; steps between reuse what the other blocks added."""
 
     method: Literal["first_block"] = Field(description=METHOD)
 

@@ -55,7 +55,7 @@ class Fixed(CacheSchedule):
 
     @abstractmethod
     def mask(self, count: int) -> Mask:
-        """Which of `count` steps compute.
+        """Returns which of `count` steps compute.
 
         Raises:
             ValueError: the options name another number of steps.
@@ -73,7 +73,7 @@ class Fixed(CacheSchedule):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a calibrate chooses the steps."""
+        """Returns True if a calibrate pass chooses the steps."""
         return False
 
     def kept(self, program: Program, module: Module) -> tuple[Kept, ...]:
@@ -113,7 +113,7 @@ class Fixed(CacheSchedule):
             raise ValueError(f"names {len(given)} steps, and {self.component} is called in {count}")
 
     def run(self, state: State) -> Outcome:
-        """Say which steps will compute; where the number of steps is known, and none reuses, nothing changes."""
+        """Notes which steps will compute. Changes nothing if the number of steps is known and none reuses."""
         if self.is_calibrated:
             return Outcome(
                 state.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",)
@@ -155,7 +155,7 @@ class Fixed(CacheSchedule):
         return replace(recording, calls=calls, modules={**recording.modules, self.component: module}), notes
 
     def splits(self, recording: Recording) -> dict[str, Split]:
-        """The component's programs by name, each cut where this schedule keeps values."""
+        """Returns the component's programs by name, each split where this schedule keeps values."""
         module = recording.modules[self.component]
         return {name: self._split(program, module) for name, program in module.programs.items()}
 

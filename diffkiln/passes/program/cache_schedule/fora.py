@@ -11,7 +11,7 @@ from diffkiln.passes.program.cache_schedule.fixed import ByInterval
 
 
 class Fora(ByInterval):
-    """Every `interval`-th step computes; the others reuse what the repeated blocks added."""
+    """A schedule in which every `interval`-th step computes; the others reuse what the repeated blocks added."""
 
     method: Literal["fora"] = Field(description=METHOD)
 

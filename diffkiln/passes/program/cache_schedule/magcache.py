@@ -12,7 +12,7 @@ from diffkiln.passes.program.cache_schedule.fixed import Fixed
 
 
 class MagCache(Fixed):
-    """Which steps compute follows from `ratios`: the size of what the blocks add against that of the step before."""
+    """A schedule computed from `ratios`: the size of what the blocks add, divided by that of the step before."""
 
     counted: ClassVar[str] = "ratios"
 

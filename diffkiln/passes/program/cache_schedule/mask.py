@@ -11,7 +11,7 @@ from diffkiln.passes.program.cache_schedule.fixed import STEPS, Listed, Steps
 
 
 class StepMask(Listed):
-    """The steps that `steps` names compute; the others reuse the denoiser's last output."""
+    """A schedule in which the listed `steps` compute; the others reuse the denoiser's last output."""
 
     method: Literal["mask"] = Field(description=METHOD)
     steps: Steps = Field(description=STEPS)

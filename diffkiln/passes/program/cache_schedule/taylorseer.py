@@ -17,7 +17,7 @@ _PLAIN = ("output", 1, 0)
 
 
 class TaylorSeer(ByInterval):
-    """What was kept is extrapolated by a polynomial of `order`."""
+    """A schedule that extrapolates the kept values by a polynomial of `order`."""
 
     method: Literal["taylorseer"] = Field(description=METHOD)
     keep: Literal["output", "blocks"] = Field(

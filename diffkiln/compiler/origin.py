@@ -1,0 +1,121 @@
+"""The source that a bundle was made from, found again: to draw with the pipeline as diffusers runs it.
+
+A bundle names a repository on the Hub, or the digest of a folder, and never a path of the machine that built it. The
+path is kept in the user's state directory there. Elsewhere the user names the folder, and its digest is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffkiln.bundle.notes import read_note, write_note
+from diffkiln.errors import SourceError
+from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.models.meta import load_module, pipeline_with
+from diffkiln.models.opening import open_source
+from diffkiln.models.source import SourceModel
+from diffkiln.spec.model import Source
+
+_NOTES = "sources"
+#: Fields of a bundle's source that are no part of a spec's: what they were hashed to.
+_DIGESTS = ("digest", "gguf", "single_file", "components")
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The source of a bundle.
+
+    Attributes:
+        model: the source itself, of which no weight has been read.
+        dtype: the type that the spec loads it in; None is what each component was saved in.
+    """
+
+    model: SourceModel
+    dtype: str | None
+
+    @property
+    def plain(self) -> bool:
+        """Returns True if one `from_pretrained` of diffusers loads all of it as the compiler does."""
+        model, whole = self.model, {"revision", "model", "pipeline", "variant"}
+        files = any(part.file is not None or part.members for part in model.components.values())
+        return not (model.gguf or model.elsewhere or files or model.origin.keys() - whole)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Returns the type of each module's weights, by the module's name."""
+        return {name: self.dtype or saved for name, saved in self.model.dtypes.items()}
+
+
+def remember_source(identity: str, source: Source, base: Path) -> None:
+    """Keeps on this machine where the source of a bundle lies."""
+    kept = {"source": source.model_dump(mode="json", exclude_none=True), "base": str(base.absolute())}
+    write_note(_NOTES, identity, json.dumps(kept).encode())
+
+
+def origin_of(identity: str, spec: Mapping[str, Any], folder: Path | None = None) -> Origin:
+    """Returns the source that a bundle was made from.
+
+    Args:
+        identity: the bundle's id.
+        spec: what its `spec.json` holds.
+        folder: a local folder that the user says is the source; by default the one that is known on this machine.
+
+    Raises:
+        SourceError: nobody knows where it is, it cannot be read, or it is another model.
+    """
+    told: Any = spec.get("source")
+    pinned = told if isinstance(told, dict) else {}
+    given, base = _given(identity, pinned, folder)
+    model = open_source(given, base)
+    # A source on the Hub is fetched at its commit, and random weights follow from their seed.
+    local = "revision" not in model.origin and "seed" not in model.origin
+    if local and (wanted := pinned.get("digest")) is not None and model.digest() != wanted:
+        raise SourceError(
+            f"{model.folder} is not the model that the bundle was made from: its digest is {model.digest()[:19]}…, "
+            f"and the bundle names {str(wanted)[:19]}…. Give the unchanged folder with --source"
+        )
+    return Origin(model, given.dtype)
+
+
+def _given(identity: str, pinned: Mapping[str, Any], folder: Path | None) -> tuple[Source, Path]:
+    """Returns the source as a spec names it, and the folder that its relative paths start from."""
+    fields = {key: value for key, value in pinned.items() if key not in _DIGESTS}
+    if folder is not None:
+        return _source({**fields, "model": str(folder), "revision": None}), Path()
+    note = read_note(_NOTES, identity)
+    with suppress(ValueError, KeyError, TypeError):
+        kept = json.loads(note or b"null")
+        return _source(kept["source"]), Path(kept["base"])
+    if "architecture" in pinned or ("model" in pinned and not pinned.keys() & set(_DIGESTS[1:])):
+        return _source(fields), Path()
+    raise SourceError(
+        "the bundle's source is a local folder, which this machine does not know. "
+        "Name the folder with --source, or compare with --against FOLDER"
+    )
+
+
+def _source(fields: Mapping[str, Any]) -> Source:
+    try:
+        return Source.model_validate({key: value for key, value in fields.items() if value is not None})
+    except ValidationError:
+        raise SourceError("the source that the bundle names cannot be read. Name its folder with --source") from None
+
+
+def eager_pipeline(origin: Origin) -> Any:
+    """Returns the original pipeline with its weights in memory, as the compiler reads them and diffusers runs it.
+
+    Raises:
+        SourceError: the weights cannot be read.
+    """
+    model = origin.model
+    with quiet_libraries():
+        pipe = pipeline_with(model, {name: load_module(model, name, origin.dtype) for name in model.modules})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

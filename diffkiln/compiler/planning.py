@@ -1,0 +1,112 @@
+"""The memory that a spec's bundle will take: known once the call is recorded, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from diffkiln.bundle.layout import UNUSED
+from diffkiln.compiler.packing.programs import variant_names
+from diffkiln.compiler.packing.uses import Uses, uses_of
+from diffkiln.compiler.packing.weights import groups_of
+from diffkiln.compiler.plan import Plan
+from diffkiln.errors import IllegalPlan, Problem
+from diffkiln.program import Program
+from diffkiln.program.moments import Groups, Key
+from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
+from diffkiln.program.residency import TooSmall
+from diffkiln.runtime.memory import limit_of
+from diffkiln.spec import Target
+
+_WHERE = "$.runtime.offload"
+
+
+def check_memory(plan: Plan) -> None:
+    """Compares what the calls of a recorded plan take with the spec's limit, and with the memory of its GPUs.
+
+    Raises:
+        IllegalPlan: a call needs more; says how much, and what would make it fit.
+    """
+    if problems := tuple(dict.fromkeys(_problems(plan))):
+        raise IllegalPlan(problems=problems)
+
+
+def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, dict[str, PlannedCall]]:
+    """Returns the plan of each call's memory, by the variant's name and the program's.
+
+    Args:
+        plan: recorded, its programs as the passes leave them.
+        max_memory: the most memory that a call may take, as bytes or such as "8GiB"; by default what the spec says.
+
+    Raises:
+        SpecError: `max_memory` is no amount of memory.
+        IllegalPlan: a call needs more.
+    """
+    policy = _policy(plan)
+    if max_memory is not None:
+        policy = {**(policy or {}), STRATEGY: AUTO, MAX_MEMORY: limit_of(max_memory)}
+    planner = _planner(plan, policy)
+    try:
+        return {name: {key: planner(call) for key, call in calls.items()} for name, calls in _calls(plan)}
+    except TooSmall as error:
+        raise IllegalPlan(problems=[_too_small(error)]) from None
+
+
+def _problems(plan: Plan) -> Iterator[Problem]:
+    policy = _policy(plan)
+    if (policy is None or MAX_MEMORY not in policy) and all(target.memory_bytes is None for target in plan.targets):
+        return
+    planner = _planner(plan, policy)
+    for name, calls in _calls(plan):
+        for call in calls.values():
+            try:
+                peak = planner(call).residency.peak
+            except TooSmall as error:
+                yield _too_small(error)
+                continue
+            yield from (_beyond(target, name, peak) for target in plan.targets if _lacks(target, peak))
+
+
+def _calls(plan: Plan) -> Iterator[tuple[str, Mapping[str, Program]]]:
+    return zip(variant_names(plan.requests), plan.recording.calls, strict=False)
+
+
+def _policy(plan: Plan) -> dict[str, Any] | None:
+    """Returns the spec's policy; `auto` without a limit keeps within the smallest GPU."""
+    offload = plan.spec.runtime.offload
+    if offload is None:
+        return None
+    sizes = [target.memory_bytes for target in plan.targets if target.memory_bytes is not None]
+    smallest = {MAX_MEMORY: min(sizes)} if sizes and offload.strategy == AUTO else {}
+    return smallest | offload.model_dump(mode="json", exclude_none=True)
+
+
+def _planner(plan: Plan, policy: Mapping[str, Any] | None) -> Planner:
+    recording = plan.recording
+    held = frozenset(request.component for request in plan.state.compile if request.holds_weights)
+    inside = {(name, region) for name in held for region in recording.modules[name].regions}
+    sizes: dict[Key, int] = {}
+    keys: dict[tuple[str, str], Key] = {}
+    uses = uses_of(recording, held)
+    for name, module in plan.state.modules.items():
+        for group, tensors in groups_of(module, plan.spec.runtime.offload, uses.get(name, Uses())).items():
+            if group != UNUSED:
+                sizes[name, group] = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+                keys |= {(name, weight): (name, group) for weight in tensors}
+    constants = sum(tensor.numel() * tensor.itemsize for tensor in recording.constants.tensors.values())
+    groups = Groups(recording.modules, lambda component, weight: keys[component, weight], inside)
+    return Planner(groups, sizes, policy, constants, inside)
+
+
+def _too_small(error: TooSmall) -> Problem:
+    hint = "Give that much, or use smaller inputs, tiles of the VAE, or weights in fewer bits."
+    return Problem(f"{_WHERE}.{MAX_MEMORY}", f"{error}, most of it {error.where}", hint)
+
+
+def _lacks(target: Target, peak: int) -> bool:
+    return target.memory_bytes is not None and target.device == "cuda" and peak > target.memory_bytes
+
+
+def _beyond(target: Target, variant: str, peak: int) -> Problem:
+    reason = f"{variant} takes {peak:,} bytes, and {target.name} has {target.memory_bytes:,}"
+    return Problem(_WHERE, reason, 'Set it to {"strategy": "auto"}, or use smaller inputs or weights in fewer bits.')

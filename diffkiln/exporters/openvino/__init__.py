@@ -1,0 +1,5 @@
+"""Models of OpenVINO, for CPUs."""
+
+from diffkiln.exporters.openvino.check import Openvino
+
+PLUGIN = Openvino()

@@ -1,0 +1,8 @@
+"""Moving what does not follow the latents out of the denoising loop: what values depend on (`dependence`), which
+operations are worth it (`choosing`), a program in phases (`phases`), the component (`components`) and its calls
+(`calling`). They are rewrites of programs and know nothing of models."""
+
+from diffkiln.passes.hoisting.calling import Hoisted, hoisted
+from diffkiln.passes.hoisting.choosing import matches
+
+__all__ = ["Hoisted", "hoisted", "matches"]
