@@ -17,7 +17,7 @@ def example_on_path():
     sys.path.insert(0, str(EXAMPLE))
     yield
     sys.path.remove(str(EXAMPLE))
-    for name in ("classifier", "evaluate_eager"):
+    for name in ("classifier", "evaluate_eager", "styles"):
         sys.modules.pop(name, None)
 
 
@@ -118,3 +118,31 @@ def test_specs_ask_for_the_call_that_is_scored():
     inputs = json.loads((EXAMPLE / "spec.json").read_text())["inputs"]
     fixed = {**inputs, **inputs["call"], "batch_size": 1}
     assert {name: fixed[name] for name in CALL} == CALL
+
+
+def test_its_adapter_makes_digits_lean_and_leaves_no_bit_behind(digits_bundle):
+    """On the compiled bundle, whose projections are fused."""
+    import torch
+    from classifier import requests
+    from styles import slant
+
+    import diffkiln
+
+    wanted = requests(20)
+
+    def drawn(pipe) -> np.ndarray:
+        made = [
+            pipe(item.prompt, generator=torch.Generator("cpu").manual_seed(item.seed), output_type="np").images
+            for item in wanted
+        ]
+        return np.concatenate(made)
+
+    with diffkiln.load(digits_bundle) as pipe:
+        before = drawn(pipe)
+        pipe.load_lora(EXAMPLE / "lora" / "slanted.safetensors", name="slanted")
+        leaning = drawn(pipe)
+        pipe.unload_lora("slanted")
+        after = drawn(pipe)
+    assert abs(np.mean([slant(image) for image in before])) < 0.15
+    assert np.mean([slant(image) for image in leaning]) > 0.25
+    np.testing.assert_array_equal(before, after)
