@@ -23,6 +23,8 @@ _PLACES = {
     "strip": "diffkiln.compiler.retarget",
     "retune": "diffkiln.compiler.retarget",
     "load": "diffkiln.runtime.loading",
+    "plan_memory": "diffkiln.runtime.memory",
+    "bench": "diffkiln.evaluate.bench",
     "Limits": "diffkiln.guards.limits",
     "Spec": "diffkiln.spec",
     "parse_spec": "diffkiln.spec",
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from diffkiln.compiler.modules import CompiledModule, compile_module
     from diffkiln.compiler.retarget import add_target, retune, strip
     from diffkiln.errors import DiffkilnError
+    from diffkiln.evaluate.bench import bench
     from diffkiln.guards.limits import Limits
     from diffkiln.runtime.loading import load
+    from diffkiln.runtime.memory import plan_memory
     from diffkiln.spec import Spec, parse_spec
 
 
@@ -70,12 +74,14 @@ __all__ = [
     "Spec",
     "__version__",
     "add_target",
+    "bench",
     "check",
     "compile",
     "compile_module",
     "errors",
     "load",
     "parse_spec",
+    "plan_memory",
     "retune",
     "strip",
 ]

@@ -18,8 +18,12 @@ from diffkiln.cli.clean import clean_
 from diffkiln.cli.group import Sections
 from diffkiln.cli.hub import pull_, push_
 from diffkiln.cli.look import inspect_, passes_, schema_, targets_
+from diffkiln.cli.lora import lora
+from diffkiln.cli.measure import bench_, evaluate_, tune_
+from diffkiln.cli.memory import memory_
 from diffkiln.cli.printing import say
 from diffkiln.cli.run import run_
+from diffkiln.cli.serve import serve_
 from diffkiln.cli.targets import add_target_, retune_, strip_
 from diffkiln.cli.trust import sign, verify
 from diffkiln.errors import DiffkilnError
@@ -41,12 +45,12 @@ def cli() -> None:
 
 for command in (init_, check_, compile_, add_target_, strip_, retune_, passes_, targets_, schema_):
     cli.add_command(command)
-for command in (run_, inspect_, push_, pull_, verify, sign, clean_):
+for command in (run_, serve_, inspect_, memory_, lora, bench_, evaluate_, tune_, push_, pull_, verify, sign, clean_):
     cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line.
 
     Returns:
         The exit code. Setting DIFFKILN_DEBUG lets exceptions through with their traceback.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -22,6 +23,7 @@ from diffkiln.errors import DiffkilnError
 @click.option("--height", type=click.IntRange(min=1), help="Height in pixels (default: the model's own).")
 @click.option("--width", type=click.IntRange(min=1), help="Width in pixels (default: the model's own).")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps (default: the pipeline's own).")
+@click.option("--frames", type=click.IntRange(min=1), help="Frames of a video (default: the pipeline's own).")
 @click.option("--force", is_flag=True, help="Replace a file that is at the output.")
 def init_(
     model: str,
@@ -32,6 +34,7 @@ def init_(
     height: int | None,
     width: int | None,
     steps: int | None,
+    frames: int | None,
     force: bool,
 ) -> None:
     """Write a first spec for MODEL.
@@ -42,7 +45,7 @@ def init_(
     needs_compiler()
     from diffkiln.compiler.first_spec import Wishes, first_spec, write_spec
 
-    wishes = Wishes(pipeline=pipeline, height=height, width=width, steps=steps, targets=names)
+    wishes = Wishes(pipeline=pipeline, height=height, width=width, steps=steps, frames=frames, targets=names)
     written = first_spec(model, output, revision, wishes)
     write_spec(written.spec, output, force=force)
     for notice in written.notices:
@@ -82,9 +85,23 @@ def check_(spec: Path, as_json: bool) -> None:
 @click.argument("spec", type=FILE)
 @click.option("-o", "--output", type=FILE, help="Directory of the bundle to make.  [required]")
 @click.option("--add-target", "target", hidden=True)
+@click.option(
+    "--ledger",
+    type=click.Choice(("cumulative", "each")),
+    default="cumulative",
+    show_default=True,
+    help="With quality gates: evaluate the passes one more each time, or each alone too.",
+)
 @FORCE
 @JSON
-def compile_(spec: Path, output: Path | None, target: str | None, force: bool, as_json: bool) -> None:
+def compile_(
+    spec: Path,
+    output: Path | None,
+    target: str | None,
+    ledger: Literal["cumulative", "each"],
+    force: bool,
+    as_json: bool,
+) -> None:
     """Compile SPEC into a bundle.
 
     The bundle appears at the output when it is complete, and not before. The digits example takes about a minute, and
@@ -99,7 +116,7 @@ def compile_(spec: Path, output: Path | None, target: str | None, force: bool, a
     from diffkiln.compiler.compile import compile as build
 
     with Watch() as watch:
-        built = build(spec, output, force=force, progress=watch)
+        built = build(spec, output, force=force, progress=watch, ledger=ledger)
     print_built(built, as_json)
     if not as_json:
         print_next(output)

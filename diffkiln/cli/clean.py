@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 #: Those of `diffkiln.bundle.cleaning`, which is imported when the command runs: `--help` is to be quick.
 KINDS = {
-    "engines": "engines that were built before, and are built again when a spec asks for them",
+    "engines": "those of earlier builds, rebuilt when a spec needs them",
     "toolchain": "compiled headers that builds of engines share",
-    "bundles": "what load fetched from the Hub",
+    "bundles": "those that load or run fetched from the Hub",
     "architectures": "configurations of architectures with random weights",
-    "kernels": "what TensorRT compiled for this GPU",
-    "leftovers": "what killed processes left: temporary folders, unfinished downloads, locks that nobody holds",
+    "kernels": "those that TensorRT compiled for this GPU",
+    "weights": "copies that processes share (share_weights)",
+    "leftovers": "temporary folders, unfinished downloads and unused locks of killed processes",
 }
 
 
@@ -55,7 +56,7 @@ def _show(items: list[Freeable]) -> None:
 
 
 def _asked(items: list[Freeable]) -> bool:
-    """Whether the user wants it all removed; nobody is asked where nobody can answer."""
+    """Returns True if the user wants everything removed. Asks nobody if there is no terminal."""
     if not sys.stdin.isatty():
         say("pass --yes to remove them")
         return False

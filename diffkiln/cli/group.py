@@ -11,7 +11,8 @@ from diffkiln.errors import MissingDependency
 #: The commands of `diffkiln --help` by their group, in the order in which a user needs them.
 SECTIONS = {
     "Build": ("init", "check", "compile", "add-target", "strip", "retune", "passes", "targets", "schema"),
-    "Run": ("run", "inspect"),
+    "Run": ("run", "serve", "inspect", "memory", "lora"),
+    "Measure": ("bench", "evaluate", "tune"),
     "Share": ("push", "pull"),
     "Trust": ("verify", "sign", "clean"),
 }

@@ -12,13 +12,13 @@ from diffkiln.program.images import DEEP, IMAGES
 
 
 def read_images(given: Sequence[str]) -> dict[str, Any]:
-    """Keyword → an image, or a list where several files are for one keyword.
+    """Returns the images by keyword: one image, or a list if several files are for one keyword.
 
     Args:
         given: "FILE", for the keyword `image`, or "KEYWORD=FILE". A file for `video` may be an animation.
 
     Raises:
-        click.BadParameter: a file that is no image, or an image of more than eight bits.
+        click.BadParameter: a file that is not an image, or an image of more than eight bits.
     """
     found: dict[str, list[Any]] = {}
     for item in given:
@@ -29,7 +29,7 @@ def read_images(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, every_frame: bool) -> list[Any]:
-    """RGB, turned as the camera says, as diffusers' `load_image` gives it: the first frame, or all."""
+    """Reads the first frame, or all, as RGB, turned as the camera says, like diffusers' `load_image`."""
     from PIL import Image, ImageOps, ImageSequence
 
     try:

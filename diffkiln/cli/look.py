@@ -56,6 +56,8 @@ def _print_bundle(opened: Any, as_json: bool) -> None:
     choice = choice_here(opened)
     if as_json:
         data = {"id": opened.id, **opened.manifest.model_dump(mode="json"), "schedules": schedules_json(found)}
+        if ledger := opened.build.get("ledger"):  # outside the id, as a stranger may have written it
+            data["ledger"] = ledger
         print_json({**data, **choice})
         return
     print_manifest(opened)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fractions import Fraction
+import wave
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +12,27 @@ from diffkiln.errors import MissingDependency
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOVING = (".gif", ".webp")
-ARRAY, VIDEO = ".npy", ".mp4"
+ARRAY, VIDEO, SOUND = ".npy", ".mp4", ".wav"
 
 #: What pictures are called in a sentence; the others are written too.
-_NAMED = ".png, .jpg, .webp, .gif, .npy or .mp4"
+_NAMED = ".png, .jpg, .webp, .gif, .npy, .mp4 or .wav"
 StorageFormat = Literal["pil", "np"]
+#: What a call gives, as far as files are concerned.
+Made = Literal["pictures", "videos", "sound", "tensors"]
+_ENDINGS: dict[Made, tuple[str, ...]] = {
+    "pictures": (*PICTURES, ARRAY),
+    "videos": (*MOVING, ARRAY, VIDEO),
+    "sound": (SOUND, ARRAY),
+    "tensors": (ARRAY,),
+}
 
 
-def format_for(output: Path, videos: bool | None = None) -> StorageFormat:
+def format_for(output: Path, made: Made | None = None) -> StorageFormat:
     """Returns the `output_type` that a call must have for a file of this name.
 
     Args:
         output: file to write.
-        videos: whether the call gives videos; None where that is not known yet.
+        made: what the call gives; None where that is not known yet.
 
     Raises:
         click.BadParameter: the name or its folder will not do.
@@ -36,25 +43,30 @@ def format_for(output: Path, videos: bool | None = None) -> StorageFormat:
         raise _refused(f"there is no folder {output.parent}. Make it first, or name another")
     if output.is_dir():
         raise _refused(f"{output} is a folder. Name a file in it, such as {output / 'image.png'}")
-    if ending not in (*PICTURES, ARRAY, VIDEO):
-        what = f"{ending} is no ending that can be written" if ending else f"the name {output.name} has no ending"
+    if ending not in (*PICTURES, ARRAY, VIDEO, SOUND):
+        what = (
+            f"{ending} is not an ending that diffkiln can write" if ending else f"the name {output.name} has no ending"
+        )
         raise _refused(f"{what}. Use {_NAMED}")
-    if videos is True and ending not in (*MOVING, ARRAY, VIDEO):
+    if made == "videos" and ending in PICTURES and ending not in MOVING:
         raise _refused(f"the bundle makes videos, and {ending} holds one picture. Use .mp4, .gif, .webp or .npy")
-    if videos is False and ending == VIDEO:
+    if made == "pictures" and ending == VIDEO:
         raise _refused("the bundle makes pictures, not videos. Use .png, .jpg, .webp, .gif or .npy")
+    if made is not None and ending not in _ENDINGS[made]:
+        raise _refused(f"the bundle makes {made}, and {ending} holds none. Use {' or '.join(_ENDINGS[made])}")
     if ending == VIDEO:
         _need_av()
-    return "np" if ending == ARRAY else "pil"
+    return "np" if ending in (ARRAY, SOUND) else "pil"
 
 
-def save(made: Any, output: Path, fps: float = 16) -> list[Path]:
+def save(made: Any, output: Path, fps: float = 16, rate: int | None = None) -> list[Path]:
     """Writes the result of a call; of several images or videos each into a numbered file.
 
     Args:
         made: images, or videos as lists of images; for `.npy` an array, which becomes one file.
         output: file to write; its ending says how.
         fps: frames a second of a video.
+        rate: samples a second of sound.
 
     Raises:
         click.ClickException: a file cannot be written.
@@ -65,7 +77,10 @@ def save(made: Any, output: Path, fps: float = 16) -> list[Path]:
         items = list(made)
         paths = numbered(output, len(items))
         for item, path in zip(items, paths, strict=True):
-            _save_one(item, path, fps)
+            if path.suffix.lower() == SOUND:
+                _save_sound(item, path, rate)
+            else:
+                _save_one(item, path, fps)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{output} cannot be written: {error}") from error
     return paths
@@ -85,43 +100,33 @@ def _save_array(made: Any, path: Path) -> Path:
     return path
 
 
+def _save_sound(sound: Any, path: Path, rate: int | None) -> None:
+    """Writes samples from -1 to 1, [channels, samples] or one channel's, at 16 bits."""
+    import numpy as np
+
+    if rate is None:
+        raise _refused("the pipeline does not say how many samples of its sound make a second. Use .npy")
+    samples = np.atleast_2d(np.nan_to_num(np.asarray(sound, np.float32)))
+    numbers = np.round(np.clip(samples, -1, 1) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(numbers))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(numbers.T.tobytes())
+
+
 def _save_one(item: Any, path: Path, fps: float) -> None:
+    from diffkiln.runtime.videos import write_animation, write_video
+
     ending = path.suffix.lower()
     if not isinstance(item, list):
         item.convert("RGB").save(path) if ending in (".jpg", ".jpeg") else item.save(path)
     elif ending == VIDEO:
-        _save_video(item, path, fps)
+        write_video(item, str(path), fps)
     elif ending in MOVING:
-        options = {"quality": 90} if ending == ".webp" else {}
-        item[0].save(path, save_all=True, append_images=item[1:], duration=round(1000 / fps), loop=0, **options)
+        write_animation(item, path, fps)
     else:
         raise _refused(f"the call gave a video, and {ending} holds one picture. Use .mp4, .gif, .webp or .npy")
-
-
-def _save_video(frames: Sequence[Any], path: Path, fps: float) -> None:
-    """Writes H.264 that browsers play: 4:2:0, and so with even sides, the last row and column repeated for odd ones."""
-    import av
-
-    width, height = (side + side % 2 for side in frames[0].size)
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(_even(frame, width, height))))
-        container.mux(stream.encode())
-
-
-def _even(frame: Any, width: int, height: int) -> Any:
-    from PIL import Image
-
-    frame = frame.convert("RGB")
-    if frame.size == (width, height):
-        return frame
-    padded = Image.new("RGB", (width, height))
-    for x in (width - frame.width, 0):
-        for y in (height - frame.height, 0):
-            padded.paste(frame, (x, y))
-    return padded
 
 
 def _need_av() -> None:

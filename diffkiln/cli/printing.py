@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Shows the steps of long work: live on a terminal, plain lines elsewhere."""
+    """The display of the stages of long work: live on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._live: Any = None
@@ -62,9 +62,9 @@ class Watch:
         self._live.update(self._live.tasks[-1].id, completed=done, description=text)
 
     def hashing(self, total: int) -> Callable[[int], None] | None:
-        """What to call with the bytes hashed since its last call; `None` where it takes no time worth showing.
+        """Returns a callback for the bytes hashed since its last call; `None` if hashing takes too little time to show.
 
-        Nothing is shown at first: of a bundle that was hashed at an earlier load only little is hashed again.
+        Nothing is shown at first: a bundle that an earlier load hashed needs little hashing.
         """
         if total < _WORTH_SHOWING:
             return None
@@ -146,7 +146,7 @@ def plan_json(plan: Plan) -> Mapping[str, Any]:
 
 
 def print_built(built: Built, as_json: bool) -> None:
-    """What came of a build: its notices on the standard error, its place and id."""
+    """Prints the result of a build: its place and id, and its notices on the standard error."""
     for notice in built.notices:
         say(f"note: {notice}")
     if as_json:
@@ -156,7 +156,9 @@ def print_built(built: Built, as_json: bool) -> None:
 
 
 def choice_here(bundle: Bundle) -> Mapping[str, Any]:
-    """Which target's engines this machine would use and why; why not each of the others. Empty without engines."""
+    """Returns the target whose engines this machine would use, with reasons for and against each. Empty without
+    engines.
+    """
     if not bundle.manifest.engines:
         return {}
     from diffkiln.errors import Incompatible
@@ -174,7 +176,7 @@ Schedules = Mapping[str, Mapping[str, "list[Step]"]]
 
 
 def schedules(bundle: Bundle) -> Schedules:
-    """What each step of each variant computes, of the components that a caching schedule was made for."""
+    """Returns what each step of each variant computes, for the components that a caching schedule was made for."""
     from diffkiln.bundle.layout import program_file
     from diffkiln.program import module_from_json, program_from_json
     from diffkiln.program.schedule import schedule

@@ -13,6 +13,7 @@ from diffkiln.cli.printing import read_json, say, show, size_of
 
 if TYPE_CHECKING:
     from diffkiln.bundle import Bundle, GroupRow, Manifest
+    from diffkiln.cli.output_files import Made
     from diffkiln.program import Program
 
 WIDTH, _LABEL = 80, 10
@@ -35,6 +36,8 @@ def rows(label: str, texts: Iterable[str]) -> Iterable[str]:
 
 def print_manifest(bundle: Bundle) -> None:
     """Prints what a bundle holds, at most 80 columns wide."""
+    from diffkiln.bundle.card import checks_of
+
     manifest = bundle.manifest
     size = sum(item.size for item in manifest.files)
     variants = (_named(item.name, _given(item.fixed)) for item in manifest.pipeline.variants)
@@ -44,12 +47,14 @@ def print_manifest(bundle: Bundle) -> None:
     sections = {
         "id": [bundle.id],
         "source": [_pairs({key: _short(value) for key, value in manifest.source.items()})],
+        "checks": [checked] if (checked := checks_of(manifest)) else [],
         "needs": needs(manifest),
         "runtime": [_pairs({key: value for key, value in _given(manifest.runtime).items() if key not in _IN_NEEDS})],
         "variants": variants,
         "passes": passes,
         "weights": weights,
         "engines": engines,
+        "quality": _quality(bundle.build),
     }
     show(f"{manifest.pipeline.class_name}  {size_of(size)}")
     for label, texts in sections.items():
@@ -57,6 +62,16 @@ def print_manifest(bundle: Bundle) -> None:
             show(line)
     if not bundle.whole:
         show(row("partial", f"only the engines for {', '.join(bundle.targets) or 'no target'} are here"))
+
+
+def _quality(build: Mapping[str, Any]) -> Iterable[str]:
+    """Yields each gate of quality and what its metric was after each pass."""
+    from diffkiln.bundle.evidence import costs_of
+
+    for table in costs_of(build):
+        yield f"{table.metric} {table.gate}"
+        for name, value in table.cumulative:
+            yield f"  {name}  {'not measured' if value is None else f'{value:.5g}'}"
 
 
 def print_choice(found: Mapping[str, Any]) -> None:
@@ -122,17 +137,23 @@ def install(manifest: Manifest) -> str:
     return f"pip install {shlex.join(wanted)}"
 
 
+#: A file for what a call makes.
+_TRIED: dict[Made, str] = {"pictures": "image.png", "videos": "video.mp4", "sound": "sound.wav", "tensors": "made.npy"}
+
+
 def trial(path: Path, manifest: Manifest, call: Program | None) -> str:
     """Returns a `diffkiln run` that the bundle at `path` serves; `call` is the program of its first variant."""
+    from diffkiln.program.calls import text_keywords
     from diffkiln.program.images import image_keywords
 
     words = ["diffkiln", "run", str(path)]
-    for _ in range(_batch(call) if call else 1):
-        words += ["--prompt", "a red fox"]
+    for keyword in text_keywords([call]) if call else ["prompt"]:
+        if keyword in ("prompt", "negative_prompt"):
+            words += [f"--{keyword.replace('_', '-')}", "a red fox"] * (_batch(call) if call else 1)
     for keyword, count in image_keywords(call.inputs).items() if call else ():
         words += ["--image", f"{keyword}={keyword}.png"] * count
     words += ["--seed", "7"] + ["--as-diffusers"] * (call is None)
-    return shlex.join([*words, "-o", "video.mp4" if call and makes_videos(call) else "image.png"])
+    return shlex.join([*words, "-o", _TRIED[what_it_makes(call) if call else "pictures"]])
 
 
 def read_call(bundle: Bundle) -> Program | None:
@@ -155,9 +176,13 @@ def read_call(bundle: Bundle) -> Program | None:
     return program_from_json(data)
 
 
-def makes_videos(call: Program) -> bool:
-    """Returns True if the call gives videos."""
-    return call.signature.get("result") == "frames"
+def what_it_makes(call: Program) -> Made:
+    """Returns what the call gives, as far as files are concerned."""
+    if call.signature.get("result") == "frames":
+        return "videos"
+    if call.signature.get("sound"):
+        return "sound"
+    return "tensors" if "form" in call.signature else "pictures"
 
 
 def _batch(call: Program) -> int:
@@ -170,12 +195,12 @@ def _named(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that say nothing."""
+    """Returns the options without empty ones."""
     return {name: value for name, value in options.items() if value is not None and value != {} and value != []}
 
 
 def _pairs(options: Mapping[str, Any]) -> str:
-    """Options as words; a value that is not one plain word is JSON, in which nothing moves a terminal's cursor."""
+    """Returns options as words. Any other value is JSON, which cannot move a terminal's cursor."""
     return ", ".join(f"{name} {_word(value)}" for name, value in options.items())
 
 
@@ -187,7 +212,7 @@ def _word(value: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A digest by its first digits, which `--json` has whole."""
+    """Returns a digest's first digits; `--json` has all of them."""
     return f"{value[:23]}..." if isinstance(value, str) and value.startswith("sha256:") else value
 
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from diffkiln.cli.group import FILE
 from diffkiln.cli.image_files import read_images
-from diffkiln.cli.output_files import format_for, save
-from diffkiln.cli.printing import Watch, show
+from diffkiln.cli.memory import MAX_MEMORY
+from diffkiln.cli.output_files import SOUND, Made, format_for, save
+from diffkiln.cli.printing import Watch, say, show
 from diffkiln.cli.trust import POLICY, hashed_bytes
 from diffkiln.guards.limits import Limits
 
 if TYPE_CHECKING:
     from diffkiln.program import Program
 
-_NATIVE = click.option("--allow-native", is_flag=True, help="Load native code that was not built on this machine.")
+NATIVE = click.option("--allow-native", is_flag=True, help="Load native code that was not built on this machine.")
 
+#: What an address on the Hub begins with, which is not a path.
+_SCHEME = "hf://"
 #: Keywords of a call that `--set` does not take, and what to use instead.
 _ELSEWHERE = {
     "prompt": "Use --prompt",
@@ -33,6 +38,8 @@ _ELSEWHERE = {
     "return_dict": "It is of use in Python only",
     "callback_on_step_end": "It is of use in Python only",
     "latents": "Tensors can be given in Python only",
+    "allow_nan": "Use --allow-nan",
+    "timeout": "It is of use in Python only",
 }
 
 
@@ -44,15 +51,37 @@ class Device(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Returns the device's name. Fails for one that is not `cpu`, `cuda` or `cuda:N`."""
         if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(value)):
-            self.fail(f"{value!r} is no device. Use cpu, cuda, or one GPU of several such as cuda:1", param, ctx)
+            self.fail(f"{value!r} is not a device. Use cpu, cuda, or one GPU of several such as cuda:1", param, ctx)
         return str(value)
 
 
+class Bundle(click.ParamType):
+    """A bundle's directory, or its address on the Hub, which stays text."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Returns a path, or an address that begins with hf://."""
+        return str(value) if str(value).startswith(_SCHEME) else FILE.convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the completion of paths."""
+        return FILE.shell_complete(ctx, param, incomplete)
+
+
+DEVICE = click.option("--device", type=Device(), help="cpu, cuda or cuda:N (default: the bundle's target).")
+LIMIT = click.option(
+    "--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="A limit of diffkiln.Limits to change."
+)
+
+
 @click.command("run")
-@click.argument("bundle", type=FILE)
-@click.option("--prompt", required=True, multiple=True, help="What to draw; repeat it for a batch.")
+@click.argument("bundle", type=Bundle())
+@click.option("--prompt", multiple=True, help="What to draw; repeat it for a batch.")
 @click.option("--negative-prompt", multiple=True, help="What not to draw.")
-@click.option("-o", "--output", type=FILE, required=True, help="File to write: .png, .jpg, .webp, .gif, .npy or .mp4.")
+@click.option(
+    "-o", "--output", type=FILE, required=True, help="File to write: .png, .jpg, .webp, .gif, .npy, .mp4 or .wav."
+)
 @click.option("--seed", type=int, help="Seed of the noise; the same seed draws the same image.")
 @click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps.")
 @click.option("--height", type=int, help="Height in pixels.")
@@ -65,15 +94,17 @@ class Device(click.ParamType):
     "--set", "settings", multiple=True, metavar="KEYWORD=VALUE", help="Any other keyword of the call, as JSON."
 )
 @click.option("--fps", type=click.FloatRange(1, 240), default=16, show_default=True, help="Frames a second of a video.")
-@click.option("--device", type=Device(), help="cpu, cuda or cuda:N (default: what the bundle is for).")
+@DEVICE
 @click.option("--as-diffusers", is_flag=True, help="Run the original diffusers pipeline, with the engines in it.")
-@click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="A limit of diffkiln.Limits to change.")
+@MAX_MEMORY
+@LIMIT
 @click.option("--paranoid", is_flag=True, help="Compare the type of every result with the declared one.")
+@click.option("--allow-nan", is_flag=True, help="Write the result also where numbers overflowed.")
 @click.option("--rehash", is_flag=True, help="Re-hash all weights, even those unchanged since the last load.")
 @POLICY
-@_NATIVE
+@NATIVE
 def run_(
-    bundle: Path,
+    bundle: Path | str,
     prompt: tuple[str, ...],
     negative_prompt: tuple[str, ...],
     output: Path,
@@ -83,17 +114,20 @@ def run_(
     fps: float,
     device: str | None,
     as_diffusers: bool,
+    max_memory: int | None,
     limits: tuple[str, ...],
     paranoid: bool,
+    allow_nan: bool,
     rehash: bool,
     policy: Path | None,
     allow_native: bool,
     **keywords: Any,
 ) -> None:
-    """Make images or a video with BUNDLE.
+    """Make images, a video or sound with BUNDLE.
 
-    Sizes and steps must be those of one of the bundle's variants, which `diffkiln inspect` lists; those left out are
-    the first variant's. Several images get numbered names.
+    BUNDLE is a directory, or hf://owner/name@revision on the Hugging Face Hub, which is fetched once. Sizes and steps
+    must be those of one of the bundle's variants, which `diffkiln inspect` lists; by default they are the first
+    variant's. Several images get numbered names.
 
     \b
     diffkiln run bundle --prompt "a red fox" --seed 7 -o fox.png
@@ -103,15 +137,20 @@ def run_(
     format_for(output)  # before anything is opened or loaded
     given = {name: value for name, value in keywords.items() if value is not None}
     given |= _settings(settings, taken=given)
-    given |= {"prompt": _one_or_list(prompt)} | read_images(image)
+    given |= read_images(image)
+    if prompt:
+        given["prompt"] = _one_or_list(prompt)
     if negative_prompt:
         given["negative_prompt"] = _one_or_list(negative_prompt)
+    bundle = _fetched(bundle, device) if isinstance(bundle, str) else bundle
     call = _call_of(bundle)
-    given["output_type"] = format_for(output, _videos(call))
+    _need_prompt(call, given)
+    given["output_type"] = format_for(output, _made(call))
     if as_diffusers:  # whose own defaults are other sizes
         given = _fixed_in_the_first_variant(bundle) | given
     import torch
 
+    from diffkiln.program.calls import SOUNDS
     from diffkiln.runtime.loading import load
 
     if seed is not None:
@@ -125,20 +164,59 @@ def run_(
             device=device,
             policy=policy,
             rehash=rehash,
-            limits=_limits(limits),
+            limits=limits_of(limits),
             paranoid=paranoid,
+            max_memory=max_memory,
             progress=watch.hashing(hashed_bytes(bundle)),
         )
         if as_diffusers:
             _refuse_unknown(pipe, given)
             pipe.set_progress_bar_config(disable=True)
         watch("run")
-        result = pipe(**given, **_watched(pipe, given, watch.step, as_diffusers))
-    for path in save(next(iter(result.values())), output, fps):
+        given |= _watched(pipe, given, watch.step, as_diffusers)
+        result = _checked(pipe, given, allow_nan) if as_diffusers else pipe(**given, allow_nan=allow_nan)
+    sound = output.suffix.lower() == SOUND
+    kept = next((value for name, value in result.items() if sound and name in SOUNDS), next(iter(result.values())))
+    rate: Any = call.signature.get("rate") if call else None
+    for path in save(kept, output, fps, rate):
         show(str(path))
 
 
-def _limits(items: Sequence[str]) -> Limits:
+def _checked(pipe: Any, given: Mapping[str, Any], allow_nan: bool) -> Any:
+    """Returns what a pipeline of diffusers gives, which writes black for numbers that are none.
+
+    Raises:
+        NotFinite: there are such.
+    """
+    import numpy as np
+
+    from diffkiln.runtime.finite import not_finite
+
+    with warnings.catch_warnings():
+        action = "ignore" if allow_nan else "error"
+        warnings.filterwarnings(action, "invalid value encountered in cast", RuntimeWarning)
+        try:
+            result = pipe(**given)
+        except RuntimeWarning:
+            raise not_finite("", None) from None
+    made = next(iter(result.values()))
+    if not allow_nan and isinstance(made, np.ndarray) and not np.isfinite(made).all():
+        raise not_finite("", None)
+    return result
+
+
+def _fetched(address: str, device: str | None) -> Path:
+    """Returns the directory of a bundle on the Hub, fetched for this machine; says which commit a branch means now."""
+    from diffkiln.hub import cached, pinned
+    from diffkiln.runtime.targets import fitting_targets
+
+    commit = pinned(address)
+    if commit != address:
+        say(f"{address} is {commit}")
+    return cached(commit, lambda manifest: fitting_targets(manifest, device))
+
+
+def limits_of(items: Sequence[str]) -> Limits:
     """Returns the limits of `--limit`."""
     known = {item.name: item.type for item in fields(Limits)}
     found: dict[str, float] = {}
@@ -149,7 +227,7 @@ def _limits(items: Sequence[str]) -> Limits:
         try:
             found[name] = float(text) if name == "seconds" else int(text)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is no number", param_hint=f"--limit {name}") from None
+            raise click.BadParameter(f"{text!r} is not a number", param_hint=f"--limit {name}") from None
     return Limits(**found)  # type: ignore[arg-type]
 
 
@@ -228,16 +306,29 @@ def _call_of(path: Path) -> Program | None:
         return read_call(bundle)
 
 
-def _videos(call: Program | None) -> bool | None:
-    from diffkiln.cli.printing_bundle import makes_videos
+def _need_prompt(call: Program | None, given: Mapping[str, Any]) -> None:
+    """Says before anything is loaded that a prompt is missing."""
+    from diffkiln.program.calls import text_keywords
 
-    return None if call is None else makes_videos(call)
+    if call is not None and "prompt" in text_keywords([call]) and "prompt" not in given:
+        raise click.UsageError("This bundle takes a prompt. Add --prompt, such as --prompt 'a red fox'")
+
+
+def _made(call: Program | None) -> Made | None:
+    from diffkiln.cli.printing_bundle import what_it_makes
+
+    return None if call is None else what_it_makes(call)
 
 
 def _fixed_in_the_first_variant(path: Path) -> dict[str, Any]:
     from diffkiln.bundle import open_bundle
     from diffkiln.program.images import IMAGES
 
+    def is_declared(value: Any) -> bool:
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        return isinstance(first, Mapping) and ("shape" in first or set(first) == {"height", "width"})
+
     with open_bundle(path) as bundle:
         fixed = bundle.manifest.pipeline.variants[0].fixed
-    return {name: value for name, value in fixed.items() if value is not None and name not in IMAGES}
+    given = {name: value for name, value in fixed.items() if value is not None and name not in IMAGES}
+    return {name: value for name, value in given.items() if not is_declared(value)}

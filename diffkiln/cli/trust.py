@@ -46,7 +46,7 @@ def verify(bundle: Path, policy: Path | None) -> None:
 @click.argument("bundle", type=FILE)
 @click.option("--key", type=FILE, help="Private key: elliptic curve, PEM, not encrypted.")
 @click.option("--certificate", type=FILE, help="Certificate of the key (PEM).")
-@click.option("--chain", type=FILE, multiple=True, help="Certificate between that one and the root (PEM); repeatable.")
+@click.option("--chain", type=FILE, multiple=True, help="Intermediate certificate up to the root (PEM); repeatable.")
 @click.option("--sigstore", is_flag=True, help="Sign with your identity at sigstore, without a key. Needs the network.")
 @click.option("--identity-token", help="OpenID Connect token for sigstore (default: a browser opens).")
 @click.option("--force", is_flag=True, help="Replace the signature that is there.")

@@ -54,7 +54,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def filled(places: Path) -> dict[str, Path]:
     """A thing of each kind of cache, by kind."""
     cache, made = cache_home(), {}
-    for kind in ("engines", "toolchain", "architectures"):
+    for kind in ("engines", "toolchain", "architectures", "weights"):
         made[kind] = cache.directory(kind)
         (made[kind] / "inner").mkdir()
         (made[kind] / "inner" / "file").write_bytes(bytes(100))

@@ -30,7 +30,13 @@ COMMANDS = {
     "targets": (["targets"], 0, "nvidia-h200"),
     "schema": (["schema"], 0, "json-schema.org"),
     "run": (["run", "bundle", "--prompt", "seven", "-o", "seven.png"], 0, "seven.png"),
+    "serve": (["serve", "bundle", "--host", "192.0.2.1"], 5, "cannot listen on 192.0.2.1 port 8000"),
+    "bench": (["bench", "bundle", "--starts", "0", "--warmup", "0", "--runs", "1"], 0, "one step"),
+    "evaluate": (["evaluate", "bundle", "--against", "bundle", "--prompts", "prompts.txt"], 0, "psnr"),
+    "tune": (["tune", "spec.json", "-o", "tuning"], 2, "holds no choices"),
     "inspect": (["inspect", "bundle"], 0, "cpu-x86-64-v3"),
+    "memory": (["memory", "bundle"], 0, "each call brings in"),
+    "lora": (["lora", "convert", "style.bin", "--for", "bundle", "-o", "new.safetensors"], 2, "a pickle can run code"),
     "push": (["push", "bundle", "me/digits"], 0, "hf://me/digits@"),
     "pull": (["pull", "me/nothing", "-o", "pulled"], 2, "me/nothing"),
     "verify": (["verify", "bundle"], 0, "all as hashed"),
@@ -45,6 +51,7 @@ def folder(tmp_path_factory, digits_bundle):
     shutil.copytree(digits_bundle, made / "bundle")
     shutil.copytree(DIGITS / "model", made / "model")
     shutil.copy(DIGITS / "spec.json", made)
+    (made / "prompts.txt").write_text("seven\n")
     make_key(made, "key")
     return made
 

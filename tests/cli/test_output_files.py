@@ -70,25 +70,28 @@ def test_several_videos_are_numbered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "videos", "words"),
+    ("name", "made", "words"),
     [
         ("image", None, "has no ending. Use .png"),
-        ("image.xyz", None, ".xyz is no ending that can be written"),
+        ("image.xyz", None, ".xyz is not an ending that diffkiln can write"),
         ("nowhere/image.png", None, "there is no folder"),
-        ("clip.png", True, "the bundle makes videos"),
-        ("image.mp4", False, "the bundle makes pictures"),
+        ("clip.png", "videos", "the bundle makes videos"),
+        ("image.mp4", "pictures", "the bundle makes pictures"),
+        ("image.wav", "pictures", "makes pictures, and .wav holds none"),
+        ("sound.png", "sound", "makes sound, and .png holds none. Use .wav or .npy"),
+        ("made.png", "tensors", "makes tensors, and .png holds none. Use .npy"),
         (".", None, "is a folder"),
     ],
 )
-def test_a_name_that_will_not_do_is_refused_with_one_that_will(tmp_path, name, videos, words):
+def test_a_name_that_will_not_do_is_refused_with_one_that_will(tmp_path, name, made, words):
     with pytest.raises(click.BadParameter) as caught:
-        format_for(tmp_path / name, videos)
+        format_for(tmp_path / name, made)
     assert words in str(caught.value)
 
 
 def test_a_name_says_what_the_call_must_give(tmp_path):
     assert format_for(tmp_path / "out.npy") == "np"
-    assert {format_for(tmp_path / f"out{end}", True) for end in (".gif", ".webp", ".mp4")} == {"pil"}
+    assert {format_for(tmp_path / f"out{end}", "videos") for end in (".gif", ".webp", ".mp4")} == {"pil"}
 
 
 def test_video_without_its_package_names_the_extra(tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ def test_videos_are_written(film, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("fox.xyz", ".xyz is no ending"), ("fox.mp4", "makes pictures"), ("no/fox.png", "no folder")]
+    ("name", "words"),
+    [("fox.xyz", ".xyz is not an ending"), ("fox.mp4", "makes pictures"), ("no/fox.png", "no folder")],
 )
 def test_the_name_of_the_output_is_looked_at_before_anything_is_loaded(digits_bundle, run, name, words, monkeypatch):
     monkeypatch.setattr("diffkiln.runtime.loading.load", None)
@@ -158,7 +159,7 @@ def test_a_device_is_chosen_by_name(digits_bundle, run):
     assert run(digits_bundle, "--device", "cpu")[0] == 0
     code, error = run(digits_bundle, "--device", "gpu")
     assert code == 2
-    assert "'gpu' is no device. Use cpu, cuda, or one GPU of several such as cuda:1" in error
+    assert "'gpu' is not a device. Use cpu, cuda, or one GPU of several such as cuda:1" in error
 
 
 def test_a_keyword_that_diffusers_does_not_take_is_refused_with_the_nearest(digits_bundle, run):
@@ -195,3 +196,45 @@ def test_limits_and_paranoia_are_options(batch, run):
     assert run(batch, "--paranoid", "--limit", "text_chars=30", prompts=2)[0] == 0
     assert run(batch, "--limit", "words=3")[0] == 2
     assert run(batch, "--limit", "tokens=few")[0] == 2
+
+
+@pytest.fixture
+def overflowing(batch, monkeypatch):
+    """A bundle whose VAE is given numbers that overflow."""
+    from diffkiln.runtime.executor import Executor
+
+    component = Executor.component
+
+    def loud(self, name, program):
+        made = component(self, name, program)
+        if name != "vae":
+            return made
+        return type(
+            "Loud", (), {"schedule": made.schedule, "__call__": lambda _, *given: made(*[1e38 * x for x in given])}
+        )()
+
+    monkeypatch.setattr(Executor, "component", loud)
+    return batch
+
+
+def test_a_picture_of_overflow_is_not_written(overflowing, run, tmp_path):
+    code, error = run(overflowing, prompts=2)
+    assert code == 7
+    assert "vae: its output" in error
+    assert "--allow-nan" in error
+    assert list(tmp_path.iterdir()) == []
+    assert run(overflowing, "--allow-nan", prompts=2)[0] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["fox.png", "fox.npy"])
+def test_neither_is_one_of_diffusers(batch, run, tmp_path, monkeypatch, name):
+    from diffusers import AutoencoderKL
+
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, *rest, **more: decode(self, z * 1e38, *rest, **more))
+    code, error = run(batch, "--as-diffusers", prompts=2, output=name)
+    assert code == 7
+    assert "not finite" in error
+    assert list(tmp_path.iterdir()) == []
+    assert run(batch, "--as-diffusers", "--allow-nan", prompts=2, output=name)[0] == 0

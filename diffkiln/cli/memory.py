@@ -1,0 +1,92 @@
+"""The command that says how much memory a bundle takes, or the bundle that a spec would make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffkiln.cli.group import FILE, JSON, needs_compiler
+from diffkiln.cli.printing import print_json, print_table, say, show, size_of
+from diffkiln.guards.amounts import bytes_of
+
+if TYPE_CHECKING:
+    from diffkiln.program.planner import PlannedCall
+
+#: What a call's plan is called.
+_STRATEGIES = {
+    "resident": "all weights stay in memory",
+    "group": "each group of weights comes and goes",
+    "auto": "some weights stay in memory, and the others come and go",
+}
+
+
+class Amount(click.ParamType):
+    """An amount of memory, such as 8GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns the amount in bytes. Fails for what is none."""
+        try:
+            return bytes_of(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+MAX_MEMORY = click.option(
+    "--max-memory", type=Amount(), metavar="SIZE", help="Most memory of a call, such as 8GiB (default: the bundle's)."
+)
+
+
+@click.command("memory")
+@click.argument("bundle", type=FILE, metavar="BUNDLE|SPEC")
+@MAX_MEMORY
+@JSON
+def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
+    """Show how much memory BUNDLE or SPEC takes.
+
+    Lists the largest moment of each phase of a call: weights with constants, results, and both together. Nothing runs.
+    Of a spec the call is recorded, and no weight is read. Not counted are libraries, a GPU's context, and what
+    operators take for themselves.
+
+    \b
+    diffkiln memory bundle --max-memory 8GiB
+    diffkiln memory spec.json
+    """
+    if not bundle.exists():
+        raise click.BadParameter(f"there is no bundle and no spec at {bundle}", param_hint="BUNDLE|SPEC")
+    plans = _of_spec(bundle, max_memory) if bundle.is_file() else _of_bundle(bundle, max_memory)
+    if as_json:
+        print_json({name: {key: plan.as_json() for key, plan in calls.items()} for name, calls in plans.items()})
+        return
+    for name, calls in plans.items():
+        _print_largest(name, max(calls.values(), key=lambda plan: plan.residency.peak))
+    if bundle.is_dir() and max_memory is not None:
+        say(f"next: diffkiln run {bundle} --max-memory {max_memory} --prompt TEXT -o image.png")
+
+
+def _of_bundle(bundle: Path, max_memory: int | None) -> dict[str, dict[str, PlannedCall]]:
+    from diffkiln.runtime.memory import plan_memory
+
+    return plan_memory(bundle, max_memory=max_memory)
+
+
+def _of_spec(spec: Path, max_memory: int | None) -> dict[str, dict[str, PlannedCall]]:
+    needs_compiler()
+    from diffkiln.compiler.compile import plan_memory_of
+
+    return plan_memory_of(spec, max_memory=max_memory)
+
+
+def _print_largest(variant: str, plan: PlannedCall) -> None:
+    """Prints the call of a variant that takes the most."""
+    residency = plan.residency
+    show(f"{variant}: {size_of(residency.peak)}, {_STRATEGIES[residency.strategy]}")
+    rows = [
+        [row.phase, row.component, size_of(row.weights), size_of(row.results), size_of(row.total)] for row in plan.rows
+    ]
+    print_table(("phase", "component", "weights", "results", "total"), rows)
+    if residency.brought:
+        show(f"each call brings in {size_of(residency.brought)} of weights")
