@@ -22,6 +22,8 @@ OTHER_MEANINGS = {
     ("runtime/diffusers/checks.py", "onnx"): "a part of the names of diffusers' own modules",
     ("__init__.py", "compile"): "the public function, and the module that has it",
     ("cli/build.py", "compile"): "the public function",
+    ("cli/memory.py", "compile"): "the module of a public function",
+    ("evaluate/trials.py", "compile"): "the public function",
     ("compiler/compile.py", "calibrate"): "the stage",
     ("compiler/first_spec.py", "fuse_qkv"): "the first spec recommends it",
     ("compiler/first_spec.py", "compile"): "the first spec recommends it",

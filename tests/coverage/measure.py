@@ -113,7 +113,7 @@ def _compiled(case: Case, backend: str, cache: EngineCache | None) -> dict[str, 
             return {"failure": f"differs from the original by {difference:.0e}, relative to its norm"}
         return {"engines": engines, "difference": f"{difference:.0e}"}
 
-    return _told(attempt)
+    return told(attempt)
 
 
 def _recorded(case: Case) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _recorded(case: Case) -> dict[str, Any]:
             "sizes": f"{follow} of {len(small.regions)}" if small.regions else "",
         }
 
-    found = _told(attempt)
+    found = told(attempt)
     return found if "failure" not in found else {"operations": 0, "sizes": found["failure"]}
 
 
@@ -161,7 +161,7 @@ def _fused(case: Case) -> str:
     return "real" if notes and difference <= case.tolerance else f"differs by {difference:.0e}"
 
 
-def _told(attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def told(attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What an attempt gives, or the reason why it fails, in one line without paths of this machine."""
     try:
         return attempt()

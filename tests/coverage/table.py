@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
+from tests.coverage.calls.classes import NOT_BUILT, exported
 from tests.coverage.measure import RESULTS
 from tests.coverage.registry import CASES, GROUPS, Case
 
@@ -34,13 +39,19 @@ follow their inputs, so that one engine may serve a range of sizes. *Fixed* are 
 way through the code: they are folded, as a pipeline's call folds them (`compile_module(…, fixed=…)`).
 """
 _CALLS = """
-## Calls
+## Every pipeline
 
-Whole pipelines, from text, and from images where the call takes them, to an image or a video: recorded without weights,
-packed into a bundle, loaded, and compared with diffusers. A *program* gives the same bits where the constants of both
-are computed alike ([why](bundle.md#what-the-id-depends-on)), or, where prompts are padded to a fixed length, the same
-within 1e-5; its operations are counted over the call and all components. What cannot be recorded runs *as diffusers*,
-if the spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
+Every class of a pipeline that diffusers {version} exports, on a tiny model with random weights (`tests/pipelines`,
+`tests/coverage/calls`): recorded without weights, packed into a bundle, loaded, and compared with diffusers for two
+prompts and two seeds. A *program* is within 1e-5 of diffusers in float32; its operations are counted over the call and
+all components. What cannot be recorded runs *as diffusers*, if the spec allows it (`runtime.on_unrecordable`); the
+reason is what diffkiln says of it. *Refused* is what diffkiln does not run at all. *Not built* has no tiny model here,
+and *not measured* has one and no result yet.
+
+"""
+_REASONS = """
+The reasons, by the number of classes:
+
 """
 _COMPILED = """
 ## Compiled pipelines
@@ -58,7 +69,8 @@ def document() -> str:
     for group in GROUPS:
         cases = sorted((case for case in CASES.values() if case.group == group), key=lambda case: case.name)
         parts.append(f"\n## {_TITLES[group]}\n\n{_modules(cases, results)}")
-    return "".join([*parts, _CALLS, "\n", _calls(), _COMPILED, "\n", _compiled()])
+    head = _CALLS.format(version=diffusers.__version__)
+    return "".join([*parts, head, _calls(), _REASONS, _reasons(), _COMPILED, "\n", _compiled()])
 
 
 def calls() -> dict[str, dict[str, Any]]:
@@ -74,17 +86,16 @@ def _summary(results: Mapping[str, Any]) -> str:
     lines = ["", "| | classes |", "|---|---|"]
     for group in GROUPS:
         names = [case.name for case in CASES.values() if case.group == group]
-        counts = [
+        shares = [
             f"{title} {done} of {len(names)}"
             for backend, title in BACKENDS.items()
             if (done := sum(_works(results.get(name, {}), backend) for name in names))
         ]
-        lines.append(f"| {_TITLES[group]} | {', '.join(counts) or '–'} |")
-    found = calls().values()
-    programs = sum("diffusers" not in result for result in found)
+        lines.append(f"| {_TITLES[group]} | {', '.join(shares) or '–'} |")
     done = sum("engines" in result for result in compiled().values())
     lines.append(f"| Pipelines with a compiled denoiser | {done} of {len(compiled())} |")
-    lines.append(f"| Calls of pipelines | as programs {programs} of {len(found)} |")
+    told = ", ".join(f"{kind} {count}" for kind, count in counts().items())
+    lines.append(f"| Pipelines, all {len(exported())} | {told} |")
     return "\n".join([*lines, ""])
 
 
@@ -117,16 +128,54 @@ def _failures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, found[key]["failure"]) for key in BACKENDS if "failure" in found.get(key, {})]
 
 
+def standing(result: Mapping[str, Any]) -> str:
+    """What became of a pipeline's call: "a program", "diffusers" or "refused"."""
+    return "refused" if "refused" in result else "diffusers" if "diffusers" in result else "a program"
+
+
+def counts() -> dict[str, int]:
+    """How many classes run as what; a class with several calls as the best of them."""
+    order = ("a program", "diffusers", "refused")
+    best: dict[str, str] = {}
+    for result in calls().values():
+        name, found = result["class"], standing(result)
+        best[name] = min(best.get(name, found), found, key=order.index)
+    found = {key: sum(standing == key for standing in best.values()) for key in order}
+    missing = len(exported().keys() - best.keys() - NOT_BUILT.keys())
+    return found | ({"not measured": missing} if missing else {}) | {"not built": len(NOT_BUILT)}
+
+
 def _calls() -> str:
     lines = [_row(["pipeline", "from", "to", "runs as", "operations or reason"]), _row(["---"] * 5)]
-    for result in sorted(calls().values(), key=lambda result: (result["class"], result.get("takes", []))):
-        reason = result.get("diffusers")
-        equal = "" if result.get("equal", True) else " (within 1e-5)"
-        told = reason if reason else f"{result['operations']}{equal}"
-        kind = "video" if result["video"] else "image"
-        given = ", ".join(["text", *(f"`{keyword}`" for keyword in result.get("takes", []))])
-        lines.append(_row([f"`{result['class']}`", given, kind, "diffusers" if reason else "a program", told]))
-    return "\n".join([*lines, ""])
+    rows = [(result["class"], _call_row(result)) for result in calls().values()]
+    rows += [(name, _row([f"`{name}`", "", "", "not built", reason])) for name, reason in NOT_BUILT.items()]
+    unknown = exported().keys() - {name for name, _ in rows}
+    rows += [(name, _row([f"`{name}`", "", "", "not measured", "run `make coverage`"])) for name in unknown]
+    return "\n".join([*lines, *(row for _, row in sorted(rows)), ""])
+
+
+def _call_row(result: Mapping[str, Any]) -> str:
+    given = ", ".join([*["text"] * result["text"], *(f"`{keyword}`" for keyword in result.get("takes", []))])
+    told = str(result.get("refused") or result.get("diffusers") or result["operations"])
+    told = told.replace("[", chr(92) + "[")  # brackets of code are no links
+    return _row([f"`{result['class']}`", given, result["gives"], standing(result), told])
+
+
+def _reasons() -> str:
+    """Why calls are no programs, without what is particular to each class."""
+    found = Counter(_reason(result) for result in calls().values() if "diffusers" in result)
+    lines = [_row(["reason", "classes"]), _row(["---"] * 2)]
+    return "\n".join([*lines, *(_row([reason, str(count)]) for reason, count in found.most_common()), ""])
+
+
+def _reason(result: Mapping[str, Any]) -> str:
+    """The reason that diffkiln gives, with the names in it left out."""
+    text = (
+        str(result["diffusers"]).removeprefix(f"{result['class']} cannot be recorded: ").split(" To make a bundle ")[0]
+    )
+    text = text.replace(result["class"], "the pipeline").replace("the call of the pipeline failed", "the call failed")
+    text = re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]", "…", text)
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", text)[:160]
 
 
 def compiled() -> dict[str, dict[str, Any]]:

@@ -141,7 +141,7 @@ class GenerationPass(torch.nn.Module):
     "WanAnimate2Transformer3DModel",
     scope="whole",
     fixed=("reference_grid_sizes",),
-    note="The generation pass; blocks get a block mask, which is no tensor, so they are no regions.",
+    note="The generation pass; blocks get a block mask, which is not a tensor, so they are no regions.",
 )
 def wan_animate2(draw: Draw, size: int):
     module = WanAnimate2Transformer3DModel(

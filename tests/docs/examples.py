@@ -19,6 +19,8 @@ NOT_RUN = {
     "pip install ": "changes the environment that the tests run in",
     "hf auth login": "asks for a token",
     "diffkiln sign bundle --sigstore": "needs a browser and the network",
+    "from diffkiln.serving.ray import": "needs Ray; tests/serving runs it where `make test-more` has installed it",
+    "pipe(prompt_embeds=embeds": "needs Stable Diffusion's weights; tests/end_to_end/test_inputs.py calls a small one",
     'built = diffkiln.compile_module(module, kwargs, target="nvidia': "tests/exporters builds engines of TensorRT",
 }
 #: Languages of blocks that show a listing or a message.
@@ -66,4 +68,4 @@ def values(block: Block) -> list[Any]:
         with suppress(ValueError):
             value = json.loads(re.sub(r",(\s*,)+", ",", wrapped))
             return value if isinstance(value, list) else [value]
-    raise ValueError(f"line {block.line} is no JSON")
+    raise ValueError(f"line {block.line} is not JSON")

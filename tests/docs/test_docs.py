@@ -13,6 +13,7 @@ from diffkiln.passes.registry import option_models, pass_class, read_passes
 from diffkiln.passes.variants import constant
 from diffkiln.spec import PassEntry
 from diffkiln.spec.model import Inputs, Offload, Runtime, Source, Spec, TargetSpec
+from diffkiln.spec.quality import Gate
 from tests.docs.examples import blocks, values
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def _words(name: str) -> set[str]:
 PASSES = [model for cls in option_models().values() for model in (cls, *cls.variants().values())]
 
 
-@pytest.mark.parametrize("model", [Spec, Source, TargetSpec, Inputs, Runtime, Offload, *PASSES])
+@pytest.mark.parametrize("model", [Spec, Source, TargetSpec, Inputs, Runtime, Offload, Gate, *PASSES])
 def test_every_field_of_a_spec_is_explained(model):
     assert set(model.model_fields) <= _words("spec.md")
 

@@ -8,21 +8,27 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import diffkiln
 from diffkiln.cli import cli, main
 from diffkiln.passes.registry import read_passes
 from diffkiln.spec import PassEntry, parse_spec
+from diffkiln.spec.choices import chooses
 from diffkiln.spec.model import Inputs, Runtime, Source, TargetSpec
+from diffkiln.spec.quality import Gate
 from diffkiln.spec.strict import as_tuple
+from diffkiln.spec.tuning import read_tuning
 from tests.bundle.keys import make_chain, make_key
 from tests.conftest import DIGITS
 from tests.docs.examples import DOCUMENTS, NOT_RUN, ROOT, SHOWN, blocks, commands, is_run, values
+from tests.docs.servers import Servers
 from tests.exporters.regions import engine_cache
 from tests.hub.conftest import UPLOAD_WARNING, hub
 from tests.hub.server import Server
@@ -57,7 +63,9 @@ def test_no_example_of_a_command_is_left_outside_a_fence():
 def test_json_is_what_a_spec_may_say(document):
     for block in blocks(document):
         for value in values(block) if block.language == "json" else ():
-            if "spec_version" in value:
+            if "spec_version" in value and chooses(value):
+                read_tuning(value)
+            elif "spec_version" in value:
                 read_passes(parse_spec(value).passes)
             elif "name" in value:
                 read_passes([PassEntry.model_validate(value)])
@@ -67,7 +75,7 @@ def test_json_is_what_a_spec_may_say(document):
 
 def _read_members(value: dict) -> None:
     """The members of a spec that an example shows."""
-    readers = {"source": Source, "runtime": Runtime, "target": TargetSpec, "inputs": Inputs}
+    readers = {"source": Source, "runtime": Runtime, "target": TargetSpec, "inputs": Inputs, "quality": Gate}
     for name, member in value.items():
         if name == "passes":
             read_passes([PassEntry.model_validate(item) for item in member])
@@ -111,20 +119,51 @@ def _with_spec(world: Path, digits: Path) -> None:
     (world / "spec.json").write_text(json.dumps(_spec()))
 
 
+def _with_choices(world: Path, digits: Path) -> None:
+    first = next(block for block in blocks(ROOT / "docs" / "tune.md") if block.language == "json")
+    (world / "choices.json").write_text(first.text)
+
+
 def _with_inpainting(world: Path, digits: Path) -> None:
     inputs = {"height": 32, "width": 32, "num_inference_steps": 2, "call": {"image": {}, "mask_image": {}}}
     made = _spec(source={"model": "", "pipeline": "FluxInpaintPipeline"}, inputs=inputs)
     diffkiln.compile(made, world / "bundle")
 
 
+def _with_edits(world: Path, digits: Path) -> None:
+    _with_bundle(world, digits)
+    image_to_image = json.loads((DIGITS / "spec-image-to-image.json").read_text())
+    changed = {name: image_to_image[name] for name in ("source", "inputs")}
+    diffkiln.compile(_spec(runtime={}, **changed), world / "edits")
+
+
+def _with_adapters(world: Path, digits: Path) -> None:
+    _with_bundle(world, digits)
+    (world / "loras").mkdir()
+    layer, drawn = "transformer.transformer_blocks.0.attn.to_q", torch.full((4, 96), 0.01)
+    factors = {f"{layer}.lora_A.weight": drawn, f"{layer}.lora_B.weight": drawn.T.contiguous()}
+    for name in ("style", "detail", "loras/style"):
+        save_file(factors, world / f"{name}.safetensors")
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    whole = {f"{key}.lora_down.weight": drawn, f"{key}.lora_up.weight": torch.full((288, 4), 0.01)}
+    save_file(whole | {f"{key}.alpha": torch.tensor(4.0)}, world / "kohya.safetensors")
+
+
 #: What a document takes for granted, beside what every world has. README makes everything itself.
 GIVEN = {
+    "adapters": _with_adapters,
     "bundle": _with_bundle,
     "commands": _with_bundle,
+    "evaluate": _with_bundle,
+    "programs": _with_bundle,
+    "recipes": _with_bundle,
     "hub": _with_bundle,
     "targets": _with_bundle,
     "schedules": _with_spec,
+    "serving": _with_edits,
     "spec": _with_inpainting,
+    "threads": _with_bundle,
+    "tune": _with_choices,
 }
 
 
@@ -153,14 +192,15 @@ def _names(world: Path) -> dict:
 def test_shell_and_python_run(document, world, hub: Server, digits_bundle, monkeypatch):
     GIVEN.get(document.stem, lambda *_: None)(world, digits_bundle)
     names = _names(world)
-    for block in blocks(document):
-        where = f"{document.name}:{block.line}"
-        if block.language == "bash":
-            for command in filter(is_run, commands(block)):
-                assert _shell(command) == 0, f"{where}: {command}"
-        elif block.language == "python" and is_run(block.text):
-            _alias(hub, block.text)
-            exec(compile(block.text, where, "exec"), names)
+    with Servers() as servers:
+        for block in blocks(document):
+            where, text = f"{document.name}:{block.line}", servers.at_real_ports(block.text)
+            if block.language == "bash":
+                for command in filter(is_run, commands(replace(block, text=text))):
+                    assert servers.start(command) or _shell(command) == 0, f"{where}: {command}"
+            elif block.language == "python" and is_run(text):
+                _alias(hub, text)
+                exec(compile(text, where, "exec"), names)
     for value in names.values():
         if isinstance(value, diffkiln.runtime.pipeline.CompiledPipeline):
             value.close()

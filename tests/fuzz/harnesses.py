@@ -24,15 +24,22 @@ from diffkiln.errors import DiffkilnError, PathEscape
 from diffkiln.guards.printable import markdown, markdown_code, printable, printable_json
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.interpreter.aten import Interpreter
+from diffkiln.models.adapters import check_adapter
 from diffkiln.models.gguf_header import check_gguf
-from diffkiln.passes.model.fuse_lora import check_adapter
 from diffkiln.program import Module, Program, fingerprint, program_from_json, program_to_json, verify
-from diffkiln.program.inference import infer_types, peak_memory
+from diffkiln.program.inference import infer_types
+from diffkiln.program.memory import peak_memory
 from diffkiln.program.operators import nbytes
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.opening import read_constants, read_modules, read_variant
+from diffkiln.runtime.tables import read_header
 from diffkiln.runtime.targets import choose_target
-from diffkiln.runtime.weights import read_header
+from diffkiln.runtime.variants import CompiledVariant
+from diffkiln.serving.files import decode
+from diffkiln.serving.offer import Offer
+from diffkiln.serving.refusals import Refusal
+from diffkiln.serving.requests import MAX_SEED, body_for, order_of, read_json
+from diffkiln.serving.settings import Settings
 from diffkiln.spec import parse_spec
 from tests.fuzz import bundles, directories, mutate
 from tests.interpreter.hostile import BYTES, values_of
@@ -218,6 +225,42 @@ def strings(data: bytes) -> None:
     json.loads(printable_json({text: [text]}))
 
 
+def requests(data: bytes) -> None:
+    """A body becomes an order that the bundle serves, or is refused with a reason that shows what it quotes."""
+    try:
+        order = order_of(read_json(_BODY, data), _OFFER, "id", {})
+        choice = _OFFER.choose(order.asked, "negative_prompt" in order.prompts)
+    except Refusal as refusal:
+        _check_refusal(refusal)
+        return
+    assert 1 <= order.count <= Settings.images
+    assert 0 <= order.seed <= MAX_SEED
+    assert choice.keywords["width"] == 32
+
+
+def _check_refusal(refusal: Refusal) -> None:
+    assert refusal.status == 400
+    assert printable(refusal.reason) == refusal.reason
+    json.dumps(refusal.body).encode()
+
+
+def uploads(data: bytes) -> None:
+    """A file becomes an image of no more pixels than are allowed, or is refused."""
+    try:
+        image = decode(data, "image", 4_096)
+    except Refusal as refusal:
+        _check_refusal(refusal)
+        return
+    assert image.mode == "RGB"
+    assert 0 < image.width * image.height <= 4_096
+
+
+_CALL: Any = SimpleNamespace(texts=(), inputs=(), ops=(), signature={})
+_FIXED = {"width": 32, "height": 32, "num_inference_steps": 4}
+_OFFER = Offer("digits", "0" * 64, "FluxPipeline", (CompiledVariant("32x32", _FIXED, {"call": _CALL}),))
+_BODY = body_for([_OFFER], Settings(), "ImageRequest")
+
+
 def _programs_of(modules: dict[str, Module]) -> list[Any]:
     return [program for module in modules.values() for program in (*module.programs.values(), *module.regions.values())]
 
@@ -236,6 +279,8 @@ HARNESSES: dict[str, Harness] = {
     "gguf": Harness(gguf, mutate.some_bytes),
     "adapters": Harness(adapters, mutate.safetensors_file),
     "strings": Harness(strings, mutate.some_bytes),
+    "requests": Harness(requests, mutate.json_text),
+    "uploads": Harness(uploads, mutate.some_bytes),
 }
 
 

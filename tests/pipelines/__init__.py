@@ -19,6 +19,7 @@ __all__ = ["FAMILIES", "WARNING_FILTERS", "Family", "build_folder"]
 WARNING_FILTERS = (
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers",
     "ignore:`FluxPosEmbed` is deprecated:FutureWarning:diffusers",
+    "ignore:The decode_latents method is deprecated:FutureWarning",
     "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
 )
 

@@ -64,6 +64,13 @@ def flux_autoencoder():
     return autoencoder_kl(16, quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
 
 
+def t5gemma_encoder(tokenizer: PreTrainedTokenizerBase):
+    """The encoder of T5Gemma."""
+    module = decoder_config(tokenizer) | {"sliding_window": 64, "query_pre_attn_scalar": 16}
+    config = transformers.T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
+    return transformers.T5GemmaEncoderModel(config)
+
+
 def bert_encoder(tokenizer: PreTrainedTokenizerBase):
     """BERT, as HunyuanDiT uses it."""
     return transformers.BertModel(

@@ -12,14 +12,16 @@ import torch
 
 @dataclass(frozen=True)
 class Family:
-    """One tiny pipeline: how to build it, the call keywords (prompt and generator apart) that suit it, and the images
-    that its call takes, as a spec says them."""
+    """One tiny pipeline: how to build it, the call keywords (prompt and generator apart) that suit it, the images and
+    tensors that its call takes, as a spec says them, the `output_type` that gives numbers, and what its call makes."""
 
     name: str
     build: Callable[[], Any]
     call: dict[str, Any]
     video: bool = False
     images: Mapping[str, Any] = field(default_factory=dict)
+    output: str = "pt"
+    gives: str = "image"
 
 
 FAMILIES: dict[str, Family] = {}
@@ -30,10 +32,16 @@ def family(
     *,
     video: bool = False,
     images: Mapping[str, Any] | None = None,
+    steps: int | None = 3,
+    output: str = "pt",
+    gives: str = "image",
     table: dict[str, Family] = FAMILIES,
     **call: Any,
 ):
-    """Register the decorated function, which returns a pipeline with whatever weights, under `name`."""
+    """Register the decorated function, which returns a pipeline with whatever weights, under `name`.
+
+    `steps` is None where the pipeline's call has no number of steps.
+    """
 
     def register(construct: Callable[[], Any]) -> Callable[[], Any]:
         if name in table:
@@ -47,7 +55,8 @@ def family(
             pipe.set_progress_bar_config(disable=True)
             return pipe
 
-        table[name] = Family(name, build, {"num_inference_steps": 3, **call}, video, images or {})
+        counted = {"num_inference_steps": steps} if steps else {}
+        table[name] = Family(name, build, counted | call, video, images or {}, output, "video" if video else gives)
         return build
 
     return register

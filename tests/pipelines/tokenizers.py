@@ -6,7 +6,9 @@ known tokens.
 """
 
 import string
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import transformers
 from tokenizers import AddedToken, processors
@@ -46,6 +48,15 @@ def _numbered(tokens: Iterable[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
+def _unigrams() -> dict[str, float]:
+    pieces = {"▁": -2.0}
+    pieces |= {char: -6.0 for char in string.printable if char.isprintable() and not char.isspace()}
+    for rank, word in enumerate(WORDS):
+        pieces["▁" + word] = -3.0 - rank / 64
+        pieces.setdefault(word, -5.0 - rank / 64)
+    return pieces
+
+
 def clip(pad_token: str = "<|endoftext|>", max_length: int = 77):
     """CLIP: lower-cased byte-level BPE with `</w>`; bos and eos are the last two ids, as in the real one."""
     alphabet = sorted(ByteLevel.alphabet())
@@ -58,11 +69,7 @@ def clip(pad_token: str = "<|endoftext|>", max_length: int = 77):
 
 def t5(max_length: int = 512):
     """T5 and UMT5: case-sensitive Unigram with `▁` for a word's beginning, `</s>` at the end, no bos."""
-    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -2.0}
-    pieces |= {char: -6.0 for char in string.printable if char.isprintable() and not char.isspace()}
-    for rank, word in enumerate(WORDS):
-        pieces["▁" + word] = -3.0 - rank / 64
-        pieces.setdefault(word, -5.0 - rank / 64)
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **_unigrams()}
     return transformers.T5TokenizerFast(
         vocab=list(pieces.items()), extra_ids=0, additional_special_tokens=[], model_max_length=max_length
     )
@@ -104,3 +111,52 @@ def bert(max_length: int = 77):
     pieces = [*chars, *WORDS]
     vocab = _numbered([*special, *pieces, *("##" + piece for piece in pieces)])
     return transformers.BertTokenizer(vocab=vocab, model_max_length=max_length)
+
+
+def xlm_roberta(max_length: int = 512):
+    """XLM-RoBERTa: case-sensitive Unigram with `▁` for a word's beginning, between `<s>` and `</s>`."""
+    pieces = {"<s>": 0.0, "<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **_unigrams()}
+    return transformers.XLMRobertaTokenizer(vocab=list(pieces.items()), model_max_length=max_length)
+
+
+def roberta(max_length: int = 77):
+    """RoBERTa: case-sensitive byte-level BPE between `<s>` and `</s>`."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    merges = _merges(tuple(lead + word) for word in WORDS for lead in ("Ġ", ""))
+    vocab = _numbered([*special, *sorted(ByteLevel.alphabet()), *map("".join, merges)])
+    return transformers.RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def llama(max_length: int = 512):
+    """Llama 2: case-sensitive BPE with byte fallback, spaces kept as `▁`, bos in front."""
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    alphabet = ["▁", *(char for char in string.printable if char.isprintable() and char != " ")]
+    merges = _merges(tuple(lead + word) for word in WORDS for lead in ("▁", ""))
+    vocab = _numbered([*special, *bytes_, *alphabet, *map("".join, merges)])
+    return transformers.LlamaTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def llama3(max_length: int = 512):
+    """Llama 3's marks around what each side says, and one of an image, in Qwen's kind of vocabulary."""
+    tokenizer = qwen(max_length)
+    marks = ("<image>", "<|start_header_id|>", "<|end_header_id|>")
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    return tokenizer
+
+
+def chat_glm(max_length: int = 64):
+    """ChatGLM 3: SentencePiece's own file, which is trained on the words, padded on the left."""
+    import sentencepiece
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="diffkiln-glm-"))
+    alphabet = "".join(char for char in string.printable if char.isprintable() and not char.isspace())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORD_LIST, *alphabet]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=120,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return ChatGLMTokenizer(str(folder / "tokenizer.model"), model_max_length=max_length)

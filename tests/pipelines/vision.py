@@ -65,3 +65,25 @@ def qwen25_vl(tokenizer: PreTrainedTokenizerBase) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     )
+
+
+def qwen3_vl_processor(tokenizer: PreTrainedTokenizerBase) -> Any:
+    size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 24}
+    images = transformers.Qwen2VLImageProcessor(size=size, patch_size=16)
+    videos = transformers.Qwen3VLVideoProcessor() if is_torchvision_available() else NoVideos()
+    template = tokenizer.chat_template
+    return transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
+
+
+def qwen3_vl(tokenizer: PreTrainedTokenizerBase, *, layers: int = 2, bare: bool = False) -> Any:
+    """Qwen 3 VL, or the model under its head."""
+    text = parts.decoder_config(tokenizer, layers=layers) | {
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        "max_position_embeddings": 4096,
+    }
+    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": parts.DIM}
+    tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    names = ("vision_start", "vision_end", "image", "video")
+    marks = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in zip(names, MARKS, strict=True)}
+    kind = transformers.Qwen3VLModel if bare else transformers.Qwen3VLForConditionalGeneration
+    return kind(transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **marks))

@@ -19,7 +19,7 @@ from diffkiln.errors import DiffkilnError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
-from tests.coverage.calls.measure import REQUEST, SEED, drawn, images_for, spec_of
+from tests.coverage.calls.measure import PROMPT, SEED, drawn, given_to, spec_of
 from tests.coverage.measure import RESULTS, plain
 from tests.pipelines.registry import Family
 
@@ -80,14 +80,14 @@ def _fresh(family: Family, spec: dict[str, Any], bundle: Path, out: Path) -> tup
     """What a fresh process gives that has the bundle and no more."""
     keywords = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
     keywords |= {key: value for key, value in family.call.items() if key == "negative_prompt"}
-    images = images_for(family, keywords["height"], keywords["width"])
+    images = given_to(family, keywords["height"], keywords["width"])
     for name, image in images.items():
         image.save(out.with_name(f"{name}.png"))
     if images and not _takes_a_size(bundle):
         keywords = {key: value for key, value in keywords.items() if key not in ("height", "width")}
     job = {
         "bundle": str(bundle),
-        "keywords": {"prompt": REQUEST["prompt"]} | {k: v for k, v in keywords.items() if k not in images},
+        "keywords": {"prompt": PROMPT} | {k: v for k, v in keywords.items() if k not in images},
         "images": {name: str(out.with_name(f"{name}.png")) for name in images},
         "seed": SEED,
         "field": "frames" if family.video else "images",
