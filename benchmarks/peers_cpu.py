@@ -23,11 +23,14 @@ from pathlib import Path
 
 from measuring import ROOT, machine
 from peers.pipelines import MID, PROMPT, parameters
-from peers.prepare import PEERS, python_of, versions
+from peers.prepare import BUNDLES, PEERS, python_of, versions
 from peers.results import Prepared, Results, Run, render
 
 #: The ways in the order of the table. Compilers run fewer rounds, since each takes minutes.
-WAYS = ("bundle", "bundle_first", "eager", "compile_repeated_blocks", "torch_compile", "openvino", "onnxruntime")
+WAYS = (
+    "bundle", "bundle_first", "bundle_openvino", "eager", "compile_repeated_blocks", "torch_compile", "openvino",
+    "onnxruntime",
+)  # fmt: skip
 COMPILERS = ("compile_repeated_blocks", "torch_compile")
 _PEERS = Path(__file__).parent / "peers"
 
@@ -61,7 +64,7 @@ class Bench:
     def made(self, pipeline: str, way: str) -> Path:
         """What a way loads: the source itself, unless something was made of it."""
         kind = "bundle" if way == "bundle_first" else way
-        return self.folder / f"{pipeline}-{kind if kind == 'bundle' or kind in PEERS else 'source'}"
+        return self.folder / f"{pipeline}-{kind if kind in (*BUNDLES, *PEERS) else 'source'}"
 
     def run(self, pipeline: str, way: str, number: int, images: int | None = None) -> Run:
         """Runs one process and keeps what it said."""
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3, help="of each process; all but the first are steady")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers", help="takes some 5 GB a pipeline")
     parser.add_argument("--again", action="store_true", help="measure the named ways anew; what was made stays")
+    parser.add_argument("--note", default="", help="a sentence on the circumstances, for the head of the page")
     options = parser.parse_args()
     began = machine()
     pipelines, ways = options.only.split(","), options.ways.split(",")
@@ -158,14 +162,15 @@ def main() -> None:
                 few = way in COMPILERS and number > options.compiler_rounds
                 if not few and not bench.results.has(pipeline, way, number):
                     bench.run(pipeline, way, number)
-    show(bench, began, pipelines, ways)
+    show(bench, f"{began}\n\n{options.note}".strip(), pipelines, ways)
 
 
 def show(bench: Bench, began: str, pipelines: Sequence[str], ways: Sequence[str]) -> None:
     print(f"# Pipelines of middle size on a CPU\n\n{began}\n")
     print("float32, OMP_WAIT_POLICY=passive, warm page cache. Median and range of whole processes; ratios are of runs")
     print("in the same round. Load and first picture count from the start of the process. Compilers find their caches")
-    print("of an earlier process. `bundle_first` is the first load by a user without any receipt.\n")
+    print("of an earlier process. `bundle_first` is the first load by a user without any receipt. `bundle_openvino`")
+    print("is a bundle with each component compiled whole by OpenVINO; `openvino` is optimum-intel's pipeline.\n")
     for pipeline in pipelines:
         mid = MID[pipeline]
         counts = parameters(bench.folder / f"{pipeline}-source")

@@ -2,7 +2,8 @@
 
     python benchmarks/steady_state.py [--runs 20]
 
-One process holds all three; they take turns, forwards and backwards. Prints Markdown tables.
+`diffkiln.bench` measures the images: each way has a process of its own, and they take turns, forwards and backwards.
+Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -17,54 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import DIGITS, machine, median, table
+from measuring import DIGITS, machine, median, ratio, seconds, table
 
-CALL = {"height": 32, "width": 32, "num_inference_steps": 8, "guidance_scale": 1.0, "max_sequence_length": 16}
+import diffkiln
+from diffkiln.evaluate.bench import Rounds
 
 
 def timed(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def pipelines(folder: Path) -> dict[str, Any]:
-    """The ways by name: called with a prompt and the keywords of CALL."""
-    from diffusers import FluxPipeline
-
-    import diffkiln
-
-    def diffusers_pipeline() -> Any:
-        pipe = FluxPipeline.from_pretrained(DIGITS / "model", local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    spec = json.loads((DIGITS / "spec.json").read_text())
-    offloaded = diffkiln.compile(spec, folder / "offloaded", base=DIGITS).path
-    resident = diffkiln.compile(spec | {"runtime": {}}, folder / "resident", base=DIGITS).path
-    compiled = diffusers_pipeline()
-    compiled.transformer.compile_repeated_blocks(fullgraph=True)
-    return {
-        "bundle, resident": diffkiln.load(resident),
-        "bundle, group offload from disk": diffkiln.load(offloaded),
-        "compile_repeated_blocks": compiled,
-        "eager diffusers": diffusers_pipeline(),
-    }
-
-
-def images(runs: int, ways: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds an image, `runs` for each way after 3 that do not count."""
-
-    def draw(pipe: Any) -> Any:
-        return pipe("a handwritten seven", generator=torch.Generator("cpu").manual_seed(7), **CALL).images[0]
-
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for index in range(runs + 3):
-        for way in list(ways)[:: 1 if index % 2 == 0 else -1]:
-            value = timed(lambda way=way: draw(ways[way]))
-            if index >= 3:
-                seconds[way].append(value)
-    return seconds
 
 
 def engine_overhead(pipe: Any, runs: int = 2000) -> tuple[float, float, float]:
@@ -117,25 +80,30 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     options = parser.parse_args()
     described = machine()
+    spec = json.loads((DIGITS / "spec.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
-        ways = pipelines(Path(folder))
-        seconds = images(options.segments, ways)
-        direct, wrapped, whole = engine_overhead(ways["bundle, resident"])
-        compiled, eager = median(seconds["compile_repeated_blocks"]), median(seconds["eager diffusers"])
+        offloaded = diffkiln.compile(spec, Path(folder) / "offloaded", base=DIGITS).path
+        resident = diffkiln.compile(spec | {"runtime": {}}, Path(folder) / "resident", base=DIGITS).path
+        against = [str(offloaded), "compile", "eager"]
+        ways = diffkiln.bench(resident, against, rounds=Rounds(0, 3, options.runs)).ways
+        with diffkiln.load(resident) as pipe:
+            pipe("a handwritten seven")
+            direct, wrapped, whole = engine_overhead(pipe)
+        compiled, eager = (way.seconds["call"] for way in ways[2:])
         rows = [
             (
-                way,
-                f"{median(values) * 1e3:.1f} ms",
-                " ms, ".join(f"{value * 1e3:.1f}" for value in (min(values), max(values))) + " ms",
-                f"{median(values) / compiled:.2f}",
-                f"{median(values) / eager:.2f}",
+                way.name,
+                seconds(found := way.seconds["call"], "ms"),
+                seconds(way.seconds["denoise"], "ms"),
+                ratio(found, compiled),
+                ratio(found, eager),
             )
-            for way, values in seconds.items()
+            for way in ways
         ]
         print("# Steady state\n")
-        print(f"{described}; {torch.get_num_threads()} threads\n")
-        print(f"examples/digits, float32, 8 steps, {options.runs} runs each after 3.\n")
-        print(table(("way", "median", "lowest, highest", "× torch.compile", "× eager"), rows))
+        print(described + "\n")
+        print(f"examples/digits, float32, 8 steps, {options.runs} calls of each way after 3, a process each.\n")
+        print(table(("way", "a call", "denoising", "× torch.compile", "× eager"), rows))
         print("\nGoals: bundle ≤ 1.02 × torch.compile and ≤ eager.\n")
         overhead = [
             ("engine's call over a direct boxed_run, one block", f"{wrapped - direct:.1f} µs", "≤ 100 µs"),
@@ -143,8 +111,6 @@ def main() -> None:
             ("interpreter, one operation", f"{operation_overhead():.1f} µs", "≤ 20 µs"),
         ]
         print(table(("overhead", "measured", "goal"), overhead))
-        for way in ("bundle, resident", "bundle, group offload from disk"):
-            ways[way].close()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def onnxruntime(folder: str) -> Any:
 WAYS: Mapping[str, Callable[[str], Any]] = {
     "bundle": bundle,
     "bundle_first": bundle_of_others,
+    "bundle_openvino": bundle,
     "eager": eager,
     "compile_repeated_blocks": compile_repeated_blocks,
     "torch_compile": torch_compile,

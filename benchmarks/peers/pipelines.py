@@ -40,6 +40,11 @@ class Mid:
         whole = [{"name": "compile", "component": name, "scope": "whole"} for name in (*self.text_encoders, "vae")]
         return [{"name": "compile", "component": self.denoiser, "between": True}, *whole]
 
+    def whole(self, backend: str) -> list[dict[str, Any]]:
+        """Every component compiled whole by one backend."""
+        names = (*self.text_encoders, self.denoiser, "vae")
+        return [{"name": "compile", "component": name, "backend": backend} for name in names]
+
 
 def save(name: str, folder: Path) -> None:
     """Builds the pipeline with weights of seed 0 and saves it."""

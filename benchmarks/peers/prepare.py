@@ -2,7 +2,7 @@
 
     python prepare.py KIND PIPELINE SOURCE TARGET
 
-KIND is `source`, `bundle`, or a peer that exports SOURCE in the environment that this is run in.
+KIND is `source`, one of `BUNDLES`, or a peer that exports SOURCE in the environment that this is run in.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("optimum-intel[openvino]==2.2.*", "openvino==2026.4.*", "diffusers", "accelerate"),
     "onnxruntime": ("optimum-onnx[onnxruntime]", "onnxruntime", "diffusers", "accelerate"),
 }
+#: Bundles by what compiles them: None is what suits a pipeline best, else every component whole by that backend.
+BUNDLES: Mapping[str, str | None] = {"bundle": None, "bundle_openvino": "openvino"}
 #: What is said of each: the versions that decide.
 _TOLD = ("torch", "diffusers", "transformers", "openvino", "optimum-intel", "optimum-onnx", "onnxruntime")
 
@@ -86,12 +89,15 @@ def main() -> None:
     if kind in PEERS:
         export(kind, source, target)
         return
+    import_module("tests")  # whose tokenizers the sources have; it must come before torch
     from pipelines import MID, save
 
     if kind == "source":
         save(name, target)
     else:
-        compile_bundle(source, target, MID[name].call, MID[name].passes)
+        backend = BUNDLES[kind]
+        passes = MID[name].passes if backend is None else MID[name].whole(backend)
+        compile_bundle(source, target, MID[name].call, passes)
 
 
 if __name__ == "__main__":
