@@ -7,7 +7,8 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-more test-portable test-portable-sample test-cross coverage fuzz lint bench install
+.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross
+.PHONY: coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,9 +24,20 @@ demo: install
 	$(BIN)/diffkiln compile examples/digits/spec.json -o build/digits --force
 	PATH=/no-programs $(abspath $(BIN))/python examples/digits/draw.py build/digits build/digits.png
 
-# A file of tests stays in one process, so that what its tests share is made once.
+# The documentation as a site, in build/site. A broken link or a missing reference fails.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+
+# Serve the example by two replicas of Ray Serve on this machine, and draw with them.
+serve-demo: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	test -d build/served || $(BIN)/diffkiln compile examples/digits/spec.json -o build/served
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python examples/serving/demo.py
+
+# A file of tests stays in one process, so that what its tests share is made once. If such a process ends, so does the run:
+# its place is not taken in time by another one.
 test: install
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile --durations 25
 
 # What compares numbers, on CPUs that this one is made to look like: without AVX-512 and without AVX, with one thread and
 # with four. About an hour on two cores; the sample, which continuous integration runs, takes minutes.
@@ -35,8 +47,18 @@ test-portable: install
 test-portable-sample: install
 	$(BIN)/python -m tests.portable --sample
 
-# What is heavier than `make test` allows, and each change needs all the same.
-test-more: test-portable-sample
+# What is heavier than `make test` allows, and each change needs all the same: the sample, Ray Serve, a browser (Debian's
+# chromium), schemathesis against the server, and what many pipelines are made for, each beside diffusers' own.
+test-more: test-portable-sample test-heavy
+
+test-heavy: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[more]'
+	command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q chromium)
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m more
+
+# What takes longer than continuous integration has: every kind of pipeline, one by one.
+test-long: install
+	$(BIN)/python -m pytest -q -m long
 
 # Every class and every call, an hour or more; what has a result is not measured again. Remove results to measure anew.
 coverage: install
@@ -74,3 +96,5 @@ bench: install
 	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python benchmarks/serving.py

@@ -1,0 +1,1 @@
+"""Builds the site of the documentation; no part of the package."""
