@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from diffkiln.cli.printing import print_table, show, size_of
@@ -129,8 +129,16 @@ def _memory(ways: Sequence[Measured]) -> list[list[str]]:
         ["planned", *sizes([way.planned for way in ways])],
         ["weights", *sizes([sum(way.weights.values()) or None for way in ways])],
         ["weights moved", *sizes([way.moved for way in ways])],
-        ["energy", *sizes([None] * len(ways))],
+        *_energy(ways),
     ]
+
+
+def _energy(ways: Sequence[Measured]) -> Iterator[list[str]]:
+    from diffkiln.evaluate.energy import SOURCES
+
+    for source, words in SOURCES.items():
+        told = [way.joules.get(source) for way in ways]
+        yield [words, *(_NOT_MEASURED if joules is None else f"{joules:.3g} J an image" for joules in told)]
 
 
 def _short(name: str) -> str:

@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffkiln.evaluate.energy import SOURCES
 from diffkiln.evaluate.machine import machine
 from diffkiln.evaluate.numbers import Spread, spread_of
 from diffkiln.evaluate.processes import Started, started
@@ -55,6 +56,8 @@ class Measured:
         weights: bytes of the weights, by component.
         moved: bytes of weights that a call brings to the device.
         planned: the most bytes of a call for weights, constants and results, as `plan_memory` has it.
+        joules: energy for an image by source, "cpu" and "gpu": all that the processors and the GPU took during the
+            calls, as their drivers count it; without those that tell nothing.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Measured:
     weights: Mapping[str, int] = field(default_factory=dict)
     moved: int | None = None
     planned: int | None = None
+    joules: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the numbers by their names; null where nothing was measured."""
@@ -78,7 +82,7 @@ class Measured:
             "weights_bytes": dict(self.weights) or None,
             "planned_bytes": self.planned,
             "bytes_moved": self.moved,
-            "joules_per_image": None,  # a driver would have to tell, and nothing asks it
+            "joules_per_image": dict(self.joules) or None,
         }
 
 
@@ -203,4 +207,10 @@ def _measured(
 
     throughput = spread_of([images / total for total in totals])
     peaks = most("host"), most("device"), most("reserved")
-    return Measured(way.name, seconds, throughput, *peaks, way.weights, most("moved"), way.planned)
+    joules = {source: sum(row["joules"][source] for row in calls) / images / len(calls) for source in _told(calls)}
+    return Measured(way.name, seconds, throughput, *peaks, way.weights, most("moved"), way.planned, joules)
+
+
+def _told(calls: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    """Returns the sources whose drivers told the energy of all calls."""
+    return [source for source in SOURCES if calls and all(source in row["joules"] for row in calls)]

@@ -46,14 +46,18 @@ def _serve(job: Mapping[str, Any], answer: Callable[..., None]) -> None:
     call = Call(**job["call"])
     keywords = taken(pipe, keywords_of(call, job["prompts"], job["seeds"]))
     answer(event="image", bytes=_bytes(pipe(**keywords)), load=loaded)
+    from diffkiln.evaluate.energy import Meter
     from diffkiln.evaluate.memory import highest
     from diffkiln.evaluate.phases import Stopwatch
     from diffkiln.runtime.accelerator import peak
 
     stopwatch = Stopwatch(pipe)
+    meter = Meter(stopwatch.device)
     for _ in sys.stdin:
         before = brought(pipe)
+        meter.start()
         _, timed = stopwatch.call(**taken(pipe, keywords_of(call, job["prompts"], job["seeds"])))
+        joules = meter.joules()
         found = peak(stopwatch.device)
         answer(
             event="run",
@@ -63,6 +67,7 @@ def _serve(job: Mapping[str, Any], answer: Callable[..., None]) -> None:
             host=highest(),
             device=found.allocated if found else None,
             reserved=found.reserved if found else None,
+            joules=joules,
             moved=None if before is None else brought(pipe) - before,
         )
 

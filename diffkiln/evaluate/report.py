@@ -15,6 +15,7 @@ from diffkiln.evaluate.album import Album
 from diffkiln.evaluate.bench import Bench
 from diffkiln.evaluate.charts import bars, lines, waterfall
 from diffkiln.evaluate.comparing import Row
+from diffkiln.evaluate.energy import SOURCES
 from diffkiln.evaluate.numbers import Spread
 from diffkiln.evaluate.phases import PHASES
 from diffkiln.evaluate.quality import Evaluation
@@ -208,6 +209,9 @@ def _speed(bench: Bench) -> Iterator[dict[str, str]]:
     starts = {way.name: {"start": seconds(way.seconds["start"]) / 1e3} for way in bench.ways}
     if all(way.seconds["start"] for way in bench.ways):
         yield {"svg": bars(starts, "s"), "caption": "Start of the process to the first image, medians."}
+    energy = {way.name: {SOURCES[name]: joules for name, joules in way.joules.items()} for way in bench.ways}
+    if all(energy.values()):
+        yield {"svg": bars(energy, "J"), "caption": "Energy for an image, of all that ran meanwhile."}
     peaks = {way.name: {"host": (way.host or 0) / 1e6, "GPU": (way.device or 0) / 1e6} for way in bench.ways}
     if any(way.host for way in bench.ways):
         yield {"svg": bars(peaks, "MB"), "caption": "Peak memory of the process, and of the GPU if there is one."}
@@ -239,6 +243,7 @@ def _missing(made: Evaluation, bench: Bench | None, costs: Sequence[Costs]) -> I
         yield "speed and memory"
     else:
         yield from (f"peak memory of the GPU, {way.name}" for way in bench.ways if way.device is None)
-        yield "energy: no driver is asked"
+        for source, words in SOURCES.items():
+            yield from (f"{words}, {way.name}: no driver tells it" for way in bench.ways if source not in way.joules)
     if not costs:
         yield "what each pass cost: the spec has no quality gates"

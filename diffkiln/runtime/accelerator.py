@@ -200,6 +200,11 @@ def peak(device: torch.device) -> Peak | None:
     return Peak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
 
 
+def uuid_of(device: torch.device) -> str:
+    """Returns the name that NVIDIA's driver has for a GPU, such as "GPU-3a9c…"; it stays where numbers change."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def wait(device: torch.device) -> None:
     """Waits until a GPU has done all that it was given; does nothing for the CPU."""
     if device.type == "cuda":
