@@ -1,4 +1,4 @@
-"""Reads what each pass cost when a bundle was built from `build.json`, which strangers may have written.
+"""Reads what each pass cost and saved when a bundle was built from `build.json`, which strangers may have written.
 
 What is not as expected is left out. Nothing depends on it: the file is outside the bundle's id.
 """
@@ -33,6 +33,24 @@ class Costs:
 def costs_of(build: Mapping[str, Any]) -> list[Costs]:
     """Returns a table for each gate of quality; none for a spec without gates."""
     return list(_tables(build))
+
+
+def sizes_of(build: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns the bytes of every component's weights: of the source, and after each pass that changed them. Empty where
+    the file does not tell.
+    """
+    given, passes = build.get("weights"), build.get("passes")
+    sizes = {name: _number(size) for name, size in given.items()} if isinstance(given, dict) else {}
+    now = {name: size for name, size in sizes.items() if size is not None}
+    found = {"source": dict(now)} if now else {}
+    for number, row in enumerate(passes if isinstance(passes, list) else (), 1):
+        if not isinstance(row, dict):
+            continue
+        name, component, size = str(row.get("name")), str(row.get("component")), _number(row.get("bytes"))
+        if size is not None and size != now.get(component, size):
+            now[component] = size
+            found[f"{number}: {name}"] = dict(now)
+    return found
 
 
 def _tables(build: Mapping[str, Any]) -> Iterator[Costs]:

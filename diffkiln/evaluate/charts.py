@@ -1,4 +1,7 @@
-"""Charts as static SVG, drawn by matplotlib, that take the colours of the page around them."""
+"""Charts as static SVG, drawn by matplotlib, that take the colours of the page around them.
+
+Names in them may be a stranger's: matplotlib would read "$" as a formula, and leave out what begins with "_".
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffkiln.guards.printable import printable
+
 #: Colours that can be told apart on white and on black, and by most people who see fewer colours (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _MARKERS = "os^Dvx"
 _WIDTH = 5.2
+_LONGEST = 60
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 
 
@@ -26,11 +32,11 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     for place, row in enumerate(rows.values()):
         left = 0.0
         for part, value in row.items():
-            axes.barh(place, value, 0.62, left=left, color=COLOURS[parts.index(part) % len(COLOURS)], label=part)
+            axes.barh(place, value, 0.62, left=left, color=COLOURS[parts.index(part) % len(COLOURS)], label=_text(part))
             left += value
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), map(_text, rows))
     axes.invert_yaxis()
-    axes.set_xlabel(unit)
+    axes.set_xlabel(_text(unit))
     if len(parts) > 1:
         _legend(axes)
     return _svg(figure)
@@ -54,10 +60,10 @@ def waterfall(steps: Sequence[tuple[str, float]], unit: str, floor: float | None
         before = value
     if floor is not None:
         axes.axvline(floor, color=COLOURS[0], linestyle="--", linewidth=1.2)
-    axes.set_yticks(range(len(steps)), [name for name, _ in steps])
+    axes.set_yticks(range(len(steps)), [_text(name) for name, _ in steps])
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_xlabel(unit)
+    axes.set_xlabel(_text(unit))
     return _svg(figure)
 
 
@@ -72,9 +78,11 @@ def lines(series: Mapping[str, Sequence[float]], across: str, unit: str) -> str:
     figure, axes = _figure(2.6)
     for number, (name, values) in enumerate(series.items()):
         steps = range(1, len(values) + 1)
-        axes.semilogy(steps, values, marker="o", markersize=3.5, color=COLOURS[number % len(COLOURS)], label=name)
-    axes.set_xlabel(across)
-    axes.set_ylabel(unit)
+        axes.semilogy(
+            steps, values, marker="o", markersize=3.5, color=COLOURS[number % len(COLOURS)], label=_text(name)
+        )
+    axes.set_xlabel(_text(across))
+    axes.set_ylabel(_text(unit))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes)
     return _svg(figure)
@@ -91,14 +99,20 @@ def scatter(points: Mapping[str, Sequence[tuple[float, float, str]]], across: st
     for number, (name, series) in enumerate(points.items()):
         ways = [list(values) for values in zip(*((x, y) for x, y, _ in series), strict=True)]
         marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(*ways, marker, markersize=6, color=COLOURS[number % len(COLOURS)], label=name)
+        axes.plot(*ways, marker, markersize=6, color=COLOURS[number % len(COLOURS)], label=_text(name))
         for x, y, word in series:
-            axes.annotate(word, (x, y), (5, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+            axes.annotate(_text(word), (x, y), (5, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(_text(across))
+    axes.set_ylabel(_text(up))
     axes.margins(0.1)
     _legend(axes)
     return _svg(figure)
+
+
+def _text(name: str) -> str:
+    """Returns a name as matplotlib shows exactly these characters."""
+    shown = printable(name, _LONGEST).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _figure(height: float) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle.evidence import Costs, costs_of
+from diffkiln.bundle.evidence import Costs, costs_of, sizes_of
 from diffkiln.errors import MissingDependency
 from diffkiln.evaluate.album import Album
 from diffkiln.evaluate.bench import Bench
@@ -77,7 +77,7 @@ def report(
         gates=[f"{table.metric} {table.gate}" for table in costs],
         shown=some,
         pairs=[_pair(made, number, each) for number in chosen],
-        charts=list(_charts(made, bench, costs)),
+        charts=list(_charts(made, bench, costs, sizes_of(build or {}))),
         timelines=list(_timelines(schedules or {})),
         each_names=[row.name for row in each],
         each=[_line(made, number, each) for number in range(len(made.requests))],
@@ -176,7 +176,9 @@ def _line(made: Evaluation, number: int, each: Sequence[Row]) -> dict[str, Any]:
 # -- charts --
 
 
-def _charts(made: Evaluation, bench: Bench | None, costs: Sequence[Costs]) -> Iterator[dict[str, str]]:
+def _charts(
+    made: Evaluation, bench: Bench | None, costs: Sequence[Costs], sizes: Mapping[str, Mapping[str, float]]
+) -> Iterator[dict[str, str]]:
     if made.drift:
         series = {"bundle": [step.relative for step in made.drift]}
         if made.floor:
@@ -189,6 +191,9 @@ def _charts(made: Evaluation, bench: Bench | None, costs: Sequence[Costs]) -> It
     weights = {way.name: {name: size / 1e6 for name, size in way.weights.items()} for way in made.ways if way.weights}
     if weights:
         yield {"svg": bars(weights, "MB"), "caption": "Weights by component."}
+    if len(sizes) > 1:
+        passed = {name: {part: size / 1e6 for part, size in row.items()} for name, row in sizes.items()}
+        yield {"svg": bars(passed, "MB"), "caption": "Weights by component, after each pass that changed them."}
     for table in costs:
         rows = [(name, value) for name, value in table.cumulative if value is not None]
         if rows:

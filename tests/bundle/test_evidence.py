@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffkiln.bundle.card import card
-from diffkiln.bundle.evidence import costs_of
+from diffkiln.bundle.evidence import costs_of, sizes_of
 from tests.bundle.making import manifest_of
 
 ROWS = [{"pass": "quantize", "value": 35.5}, {"pass": "bundle", "value": None}]
@@ -47,3 +47,38 @@ def test_a_name_stays_text_on_the_card():
     text = card(manifest_of(), ledger(metric="<b>|x", cumulative=[{"pass": "<script>", "value": 1}]))
     assert "<script>" not in text
     assert "<b>" not in text
+
+
+SIZES = {
+    "weights": {"transformer": 400, "vae": 80},
+    "passes": [
+        {"name": "fuse_qkv", "component": "transformer", "bytes": 400},
+        {"name": "quantize", "component": "transformer", "bytes": 100},
+        {"name": "compile", "component": "vae", "bytes": 80},
+    ],
+}
+
+
+def test_sizes_are_those_of_the_source_and_after_each_pass_that_changed_them():
+    assert sizes_of(SIZES) == {
+        "source": {"transformer": 400, "vae": 80},
+        "2: quantize": {"transformer": 100, "vae": 80},
+    }
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        {},
+        {"weights": 3},
+        {"weights": {"vae": "much"}},
+        {"weights": {}, "passes": [{"name": "quantize", "component": "vae", "bytes": 1}]},
+    ],
+)
+def test_what_tells_no_sizes_gives_none(build):
+    assert sizes_of(build) == {}
+
+
+@pytest.mark.parametrize("row", [3, None, {}, {"component": ["vae"], "bytes": 1}, {"component": "vae", "bytes": True}])
+def test_a_strange_pass_is_left_out(row):
+    assert sizes_of({"weights": {"vae": 80}, "passes": [row]}) == {"source": {"vae": 80}}

@@ -15,7 +15,11 @@ from tests.evaluate.making import STRANGE, bench, evaluation
 
 SCHEDULES = {"main": {"transformer": [Step(number, 1.0, 1, blocks) for number, blocks in enumerate((4, 0, 2, 4))]}}
 ROWS = [{"pass": "fuse_qkv", "value": 60.0}, {"pass": "quantize", "value": 35.0}, {"pass": "bundle", "value": None}]
-BUILD = {"ledger": {"tables": [{"metric": "psnr", "at_least": 20, "cumulative": ROWS}]}}
+BUILD = {
+    "ledger": {"tables": [{"metric": "psnr", "at_least": 20, "cumulative": ROWS}]},
+    "weights": {"transformer": 4_000_000},
+    "passes": [{"name": "quantize", "component": "transformer", "bytes": 2_000_000}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def test_numbers_schedules_gates_and_what_was_not_measured_are_there(page):
     for words in ("psnr", "ssim", "quantize", "psnr at least 20", "bundle against eager diffusers"):
         assert words in page, words
     assert "clip_score: needs a backbone: --backbone clip=FOLDER" in page
+    assert "Weights by component, after each pass that changed them." in page
     assert 'class="some" title="step 3: some blocks"' in page
     assert "A processor, 2 cores" in page
 
@@ -60,6 +65,16 @@ def test_a_ledger_of_a_stranger_does_no_harm(tmp_path):
     made = evaluation(tmp_path, count=1)
     for ledger in ({"tables": 3}, {"tables": [1, {"cumulative": 2}]}, {"tables": [{"cumulative": []}]}):
         assert "Pictures" in report(made, build={"ledger": ledger})
+
+
+@pytest.mark.parametrize("name", ["$\\nothing{$", "</text><script>", "\x07", "_hidden", "\ud800"])
+def test_names_of_a_stranger_are_text_in_charts(tmp_path, name):
+    made = evaluation(tmp_path, count=1)
+    ledger = {"tables": [{"metric": name, "at_least": 20, "cumulative": [{"pass": name, "value": 60.0}] * 2}]}
+    passes = [{"name": name, "component": name, "bytes": 1}]
+    page = report(made, build={"ledger": ledger, "weights": {name: 2}, "passes": passes})
+    assert page.count("</script>") == 1
+    assert "Pictures" in page
 
 
 def test_charts_take_the_page_s_colour_and_no_address():

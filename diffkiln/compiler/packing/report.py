@@ -110,8 +110,15 @@ def pack_report(
         "host": {"machine": platform.machine(), "system": platform.platform()},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1),
+        "weights": {name: plan.bytes_before[name] for name in plan.state.modules},
         "passes": [
-            {"name": ran.listed.step.name, "notes": list(ran.notes), "seconds": round(ran.seconds, 3)}
+            {
+                "name": ran.listed.step.name,
+                "component": ran.listed.step.component,
+                "bytes": ran.nbytes,
+                "notes": list(ran.notes),
+                "seconds": round(ran.seconds, 3),
+            }
             for ran in plan.report
         ],
         "notices": list(plan.notices),
