@@ -153,8 +153,9 @@ def _report(bundle: Path, made: Evaluation, against: str | None, asked: Asked, w
 @click.option("-o", "--output", type=FILE, required=True, help="Folder for trials and report; goes on from them.")
 @click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="Combinations to try at most.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds after which no trial begins.")
+@click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose nodes make the trials, side by side.")
 @JSON
-def tune_(spec: Path, output: Path, trials: int, timeout: float | None, as_json: bool) -> None:
+def tune_(spec: Path, output: Path, trials: int, timeout: float | None, ray: str | None, as_json: bool) -> None:
     """Find the best spec within limits.
 
     SPEC leaves values to be chosen, such as {"choose": [2, 3]} for an interval. Each trial builds and measures one spec
@@ -171,7 +172,7 @@ def tune_(spec: Path, output: Path, trials: int, timeout: float | None, as_json:
 
     needs_packages()
     with Watch() as watch:
-        tuned = tune(spec, output, trials=trials, timeout=timeout, progress=watch)
+        tuned = tune(spec, output, trials=trials, timeout=timeout, ray=ray, progress=watch)
     report = output / "report.html"
     report.write_text(page(tuned), encoding="utf-8")
     if as_json:

@@ -52,6 +52,7 @@ class Trials:
         self._grid = self._size <= most
         self._most = min(most, self._size)
         self._random = random.Random(_SEED)
+        self._running: list[Asked] = []
         self._distributions = _distributions(tuning)
         self._end_killed()
 
@@ -62,25 +63,32 @@ class Trials:
 
     @property
     def left(self) -> int:
-        """Returns how many are still to be tried."""
-        return max(0, self._most - len(list(self)))
+        """Returns how many are still to be begun."""
+        return max(0, self._most - self.begun)
 
-    @contextmanager
-    def next(self) -> Iterator[_Asked]:
-        """Gives the next combination, which is tried inside the `with` block. One whose block fails is not counted."""
-        from optuna.trial import TrialState
+    @property
+    def begun(self) -> int:
+        """Returns how many have ended or are running."""
+        return len(list(self)) + len(self._running)
 
+    def begin(self) -> Asked:
+        """Returns the next combination. It is running until `end` or `drop`; several may be."""
         asked = self._ask()
-        try:
-            yield asked
-        except BaseException:
-            self._study.tell(asked.trial, state=TrialState.FAIL)
-            raise
+        self._running.append(asked)
+        return asked
 
-    def end(self, asked: _Asked, outcome: Outcome) -> None:
+    def end(self, asked: Asked, outcome: Outcome) -> None:
         """Keeps what a combination came to."""
+        self._running.remove(asked)
         asked.trial.set_user_attr(_OUTCOME, outcome.as_json())
         self._tell(asked.trial, outcome)
+
+    def drop(self, asked: Asked) -> None:
+        """Forgets that a combination was begun, so that it is tried again."""
+        from optuna.trial import TrialState
+
+        self._running.remove(asked)
+        self._study.tell(asked.trial, state=TrialState.FAIL)
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         """Tells the sampler: a combination that does not keep the limits is as bad as one that is refused."""
@@ -103,8 +111,8 @@ class Trials:
             else:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
-    def _ask(self) -> _Asked:
-        tried = [trial.picks for trial in self]
+    def _ask(self) -> Asked:
+        tried = [trial.picks for trial in (*self, *self._running)]
         if self._grid:
             return self._named(next(picks for picks in combinations(self._tuning.data) if picks not in tried))
         from optuna.trial import TrialState
@@ -113,7 +121,7 @@ class Trials:
             trial = self._study.ask(self._distributions)
             picks = self._active(trial.params)
             if picks not in tried:
-                return _Asked(trial, picks)
+                return Asked(trial, picks)
             self._study.tell(trial, state=TrialState.FAIL)
         return self._named(self._untried(tried))
 
@@ -124,17 +132,17 @@ class Trials:
             if (picks := self._active(params)) not in tried:
                 return picks
 
-    def _named(self, picks: Picks) -> _Asked:
+    def _named(self, picks: Picks) -> Asked:
         """Asks for these picks; a choice that does not count has its first value."""
         self._study.enqueue_trial({name: picks.get(name, 0) for name in self._distributions})
-        return _Asked(self._study.ask(self._distributions), picks)
+        return Asked(self._study.ask(self._distributions), picks)
 
     def _active(self, params: Mapping[str, Any]) -> Picks:
         return active(self._tuning.data, params)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """A combination that is to be tried: optuna's trial, and its picks."""
 
     trial: Any

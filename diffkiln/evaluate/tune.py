@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from os import PathLike
@@ -23,13 +23,13 @@ from diffkiln.compiler.check import base_of
 from diffkiln.compiler.gates import ReadyGate, ready_gates
 from diffkiln.errors import IllegalPlan, OutputBusy, QualityError, SpecError
 from diffkiln.evaluate.album import claim
-from diffkiln.evaluate.machine import machine
-from diffkiln.evaluate.study import Trial, need_optuna, opened
+from diffkiln.evaluate.crew import Alone, Crew, cluster
+from diffkiln.evaluate.study import Asked, Trial, Trials, need_optuna, opened
 from diffkiln.evaluate.trials import Goal, Workshop
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.passes.registry import read_passes
-from diffkiln.spec import parse_spec
+from diffkiln.spec import parse_spec, resolve_targets
 from diffkiln.spec.choices import Choice, count, told
 from diffkiln.spec.tuning import BYTES, LATENCY, MEMORY, Tuning, read_tuning
 
@@ -92,6 +92,7 @@ def tune(
     trials: int = 20,
     timeout: float | None = None,
     cache: EngineCache | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """Tries what a spec leaves to be chosen, and writes the best plain spec beside it.
@@ -101,7 +102,8 @@ def tune(
         output: the folder that keeps the trials; a later call with the same spec goes on from them.
         trials: how many combinations to try at most, those of earlier calls included; all, if there are not more.
         timeout: seconds after which no other trial begins.
-        cache: of engines; by default the user's.
+        cache: of engines; by default the user's. Nodes of a cluster have their own.
+        ray: the address of a Ray cluster whose nodes make the trials side by side; None makes them here, one by one.
         progress: called with what is being done.
 
     Raises:
@@ -109,7 +111,8 @@ def tune(
         IllegalPlan: every trial was refused before it was built.
         QualityError: no trial keeps the limits.
         OutputBusy: another process is tuning in this folder.
-        MissingDependency: optuna is not installed.
+        MissingDependency: optuna or Ray is not installed.
+        SystemRefused: the cluster cannot be reached, or its nodes differ.
     """
     need_optuna()
     began, path, folder, say = time.monotonic(), Path(spec), Path(output), progress or (lambda _: None)
@@ -118,19 +121,46 @@ def tune(
     tuning = read_tuning(path, _parse)
     base = base_of(path, None)
     goal, reference = _goal(tuning, base), _reference(tuning, base)
-    here = machine()
-    with _claimed(folder, path, tuning, goal, here), opened(folder, tuning, goal, trials) as study:
-        workshop = Workshop(folder, base, reference, cache or EngineCache(), say)
-        while study.left and (timeout is None or time.monotonic() - began < timeout):
-            with study.next() as asked:
-                say(f"trial {len(list(study)) + 1}: {told(tuning.choices, asked.picks)}")
-                study.end(asked, workshop.outcome(tuning.plain(asked.picks), goal))
+    workshop = Workshop(folder, base, reference, cache or EngineCache(), say)
+    until = float("inf") if timeout is None else began + timeout
+    with ExitStack() as stack:
+        crew = stack.enter_context(_crew(ray, workshop, tuning))
+        here = crew.machine
+        stack.enter_context(_claimed(folder, path, tuning, goal, here))
+        study = stack.enter_context(opened(folder, tuning, goal, trials))
+        _try(study, tuning, goal, crew, until, say)
         ended = tuple(study)
     best = _best(ended, goal)
     _write(winner_of(path), tuning.plain(best.picks))
     return Tuned(
         winner_of(path), best, ended, unbeaten(ended, goal), goal, tuple(tuning.choices), count(tuning.data), here
     )
+
+
+def _crew(ray: str | None, workshop: Workshop, tuning: Tuning) -> AbstractContextManager[Crew]:
+    if ray is None:
+        return nullcontext(Alone(workshop))
+    gpu = any(target.device == "cuda" for target in resolve_targets(tuning.first))
+    return cluster(ray, workshop.base.absolute(), workshop.reference and workshop.reference.absolute(), gpu)
+
+
+def _try(study: Trials, tuning: Tuning, goal: Goal, crew: Crew, until: float, say: Progress) -> None:
+    """Makes the trials that are left, as many at once as there are places, until the time is over."""
+    running: dict[Any, Asked] = {}
+    try:
+        while True:
+            while study.left and len(running) < crew.places and time.monotonic() < until:
+                asked = study.begin()
+                say(f"trial {study.begun}: {told(tuning.choices, asked.picks)}")
+                running[crew.begin(tuning.plain(asked.picks), goal)] = asked
+            if not running:
+                return
+            work, outcome = crew.first(list(running))
+            asked = running.pop(work)
+            study.drop(asked) if outcome is None else study.end(asked, outcome)
+    finally:
+        for asked in running.values():
+            study.drop(asked)
 
 
 def winner_of(spec: Path) -> Path:

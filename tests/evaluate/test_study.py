@@ -29,8 +29,8 @@ def latency(picks) -> Outcome:
 
 def run(trials: Trials, most: int | None = None) -> None:
     while trials.left and most != 0:
-        with trials.next() as asked:
-            trials.end(asked, latency(asked.picks))
+        asked = trials.begin()
+        trials.end(asked, latency(asked.picks))
         most = None if most is None else most - 1
 
 
@@ -60,9 +60,9 @@ def test_a_study_goes_on_and_a_combination_whose_process_died_is_tried_again(tmp
         died = trials._ask().picks  # nobody ends it
     with opened(tmp_path, tuning(data), GOAL, 20) as trials:
         assert list(trials) == before
-        with trials.next() as asked:
-            assert asked.picks == died
-            trials.end(asked, Outcome("refused", reason="no room"))
+        asked = trials.begin()
+        assert asked.picks == died
+        trials.end(asked, Outcome("refused", reason="no room"))
         run(trials)
         found = list(trials)
     assert [trial.outcome.end for trial in found] == ["kept", "kept", "refused", "kept", "kept", "kept"]
@@ -79,20 +79,31 @@ def test_a_trial_that_was_measured_counts_though_its_process_died_before_the_sam
         assert trials._study.best_value == 2.0
 
 
-def test_a_trial_that_raises_is_not_counted(tmp_path):
+def test_a_trial_that_is_dropped_is_not_counted(tmp_path):
     with opened(tmp_path, tuning(DATA), GOAL, 3) as trials:
-        with pytest.raises(KeyboardInterrupt), trials.next():
-            raise KeyboardInterrupt
-        assert trials.left == 3
+        asked = trials.begin()
+        assert (trials.begun, trials.left) == (1, 2)
+        trials.drop(asked)
+        assert (trials.begun, trials.left) == (0, 3)
+
+
+@pytest.mark.parametrize("most", [3, 6])
+def test_trials_that_run_at_once_are_of_different_combinations(tmp_path, most):
+    data = DATA | {"a": {"choose": {"from": 1, "to": 2}}}
+    with opened(tmp_path, tuning(data), GOAL, most) as trials:
+        running = [trials.begin() for _ in range(trials.left)]
+        assert trials.left == 0
+        assert len({str(sorted(asked.picks.items())) for asked in running}) == most
+        for asked in reversed(running):
+            trials.end(asked, latency(asked.picks))
+        assert len(list(trials)) == most
 
 
 def test_what_another_beats_is_beaten_and_noise_beats_nothing(tmp_path):
     numbers = [(1.0, 5.0), (2.0, 4.0), (2.1, 4.5), (1.0, 5.01), (3.0, 1.0)]
     with opened(tmp_path, tuning(DATA), GOAL, len(numbers) + 1) as trials:
         for latency_, memory in numbers:
-            with trials.next() as asked:
-                trials.end(asked, Outcome("kept", {"latency": latency_, "memory": memory}))
-        with trials.next() as asked:
-            trials.end(asked, Outcome("missed", {"latency": 0.1, "memory": 0.1}, "latency"))
+            trials.end(trials.begin(), Outcome("kept", {"latency": latency_, "memory": memory}))
+        trials.end(trials.begin(), Outcome("missed", {"latency": 0.1, "memory": 0.1}, "latency"))
         found = list(trials)
     assert unbeaten(found, GOAL) == (1, 2, 4, 5)
