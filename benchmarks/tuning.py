@@ -2,7 +2,8 @@
 
     python benchmarks/tuning.py [--trials 12]
 
-Both are measured by the trials' own code, in this process, on this CPU. Prints a Markdown table.
+The trials are measured one after the other, so the tuned bundle and those by hand are measured once more, in turn.
+Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,9 @@ def main() -> None:
     import classifier
 
     import diffkiln
-    from diffkiln.evaluate.trials import Workshop
+    from diffkiln.evaluate.bench import Rounds
     from diffkiln.evaluate.tune import tune
     from diffkiln.evaluate.tuned import ended, shown
-    from diffkiln.exporters.cache import EngineCache
     from diffkiln.spec.tuning import read_tuning
 
     wanted = classifier.requests(100)
@@ -66,14 +65,14 @@ def main() -> None:
 
         rows = [row(tuned.told(trial).replace("|", ""), trial, ended(tuned, trial)) for trial in tuned.trials]
         rows = [(str(number), *cells) for number, cells in enumerate(rows, 1)]
-        workshop = Workshop(folder / "study", spec.parent, None, EngineCache(), lambda _: None)
-        tuning = read_tuning(spec)
-        again = {"the tuned spec, once more": tuning.plain(tuned.best.picks)}
-        again |= {f"by hand: {words}": by_hand(tuning, schedule) for words, schedule in BY_HAND.items()}
-        for words, plain in again.items():
-            trial = replace(tuned.best, outcome=workshop.outcome(plain, tuned.goal))
-            rows.append(("", *row(words, trial, trial.outcome.end)))
-        built = diffkiln.compile(tuned.path, folder / "best")
+        built = diffkiln.compile(tuned.path, folder / "tuned")
+        again, tuning = {"tuned": "the tuned spec"}, read_tuning(spec)
+        for number, (words, schedule) in enumerate(BY_HAND.items(), 1):
+            plain = {key: value for key, value in by_hand(tuning, schedule).items() if key != "quality"}
+            diffkiln.compile(plain, folder / f"hand{number}", base=spec.parent)
+            again[f"hand{number}"] = f"by hand: {words}"
+        others = [str(folder / name) for name in again if name != "tuned"]
+        turns = diffkiln.bench(built.path, others, rounds=Rounds(0, 5, 40)).ways
         with diffkiln.load(built.path) as pipe:
             images, _ = draw(pipe, wanted)
         score = classifier.score(images, [request.digit for request in wanted])
@@ -83,10 +82,17 @@ def main() -> None:
         f"`diffkiln tune examples/digits/tune/spec.json -o tuning --trials {options.trials}`: {len(tuned.trials)} of "
         f"{tuned.combinations} combinations, the lowest latency with a PSNR of at least 40 dB on ten prompts and at "
         f"most 2 GB of memory. The tuned spec draws {score:.2f} of 100 digits as asked. Latency in ms, memory "
-        "and bytes in MB. After the trials, the tuned spec and the schedules that were written by hand are measured "
-        "once more by the same code.\n"
+        "and bytes in MB.\n"
     )
     print(table(("trial", "chosen", *names, "ended"), rows))
+    print("\nThe same, and the schedules that were written by hand, in turn: 40 calls each, in ms.\n")
+    spreads = {words: way.seconds["call"] for words, way in zip(again.values(), turns, strict=True)}
+    calls = [
+        (words, *(f"{value * 1e3:.2f}" for value in (found.median, found.lowest)))
+        for words, found in spreads.items()
+        if found
+    ]
+    print(table(("bundle", "median", "lowest"), calls))
     print("\nOn a GPU: not measured.")
 
 

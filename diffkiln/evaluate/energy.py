@@ -65,9 +65,9 @@ class Meter:
 def _is_package(zone: Path) -> bool:
     """Returns True if a zone counts a whole processor, and may be read."""
     try:
-        int((zone / "energy_uj").read_text()), int((zone / "max_energy_range_uj").read_text())
-        return (zone / "name").read_text().startswith("package")
-    except (OSError, ValueError):
+        counted = all((zone / name).read_text().strip().isdecimal() for name in ("energy_uj", "max_energy_range_uj"))
+        return counted and (zone / "name").read_text().startswith("package")
+    except OSError:
         return False
 
 

@@ -62,7 +62,7 @@ class Stopwatch:
         if not before:
             return Timed(ended - begun, {}, [])
         first, last = before[0], self._steps[-1]
-        phases = dict(zip(PHASES, (first - begun, last - first, ended - last), strict=True))
+        phases: dict[str, float] = dict(zip(PHASES, (first - begun, last - first, ended - last), strict=True))
         edges = [first, *self._steps]
         return Timed(ended - begun, phases, [later - sooner for sooner, later in pairwise(edges)])
 

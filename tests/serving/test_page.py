@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 import diffkiln
+from diffkiln.serving import worker
 from tests.serving.conftest import GENERATIONS, running
 
 
@@ -88,7 +89,9 @@ def opened(browser, served) -> Iterator:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 class TestInChromium:
-    def test_it_draws_and_shows_steps_seed_and_the_same_command(self, opened, served, tmp_path):
+    def test_it_draws_and_shows_steps_seed_and_the_same_command(self, opened, served, tmp_path, monkeypatch):
+        step = worker._Watch.__call__
+        monkeypatch.setattr(worker._Watch, "__call__", lambda *told: time.sleep(0.1) or step(*told))
         opened.fill("#prompt", 'it\'s a "seven"')
         opened.fill("#seed", "7")
         opened.select_option("#size", "32x32")
@@ -100,7 +103,7 @@ class TestInChromium:
         picture = opened.wait_for_selector("#made img")
         assert opened.evaluate("image => image.naturalWidth", picture) == 32
         assert opened.text_content("#state") == "Seed 7"
-        # What comes at once is shown at once, so that a step may be passed over.
+        # What comes at once is shown at once, so that a step may be passed over, or all of them if they are short.
         states = opened.evaluate("states")
         shown = [state for state in states if state.startswith("Step")]
         assert shown, states
