@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from diffkiln.compiler.metrics import About, Pair
 from diffkiln.errors import SourceError
 from diffkiln.evaluate.choosing import metrics_of
+from diffkiln.evaluate.metrics.clip_fid import distance as frechet
 from diffkiln.evaluate.metrics.cmmd import distance
 from diffkiln.plugins import load, plugins
 
@@ -26,7 +27,16 @@ def about(side: int = 32, frames: int = 1, **more) -> About:
 
 
 def test_every_metric_is_found_by_its_name():
-    assert list(plugins("metrics")) == ["clip_score", "cmmd", "flicker", "lpips", "ms_ssim", "psnr", "ssim"]
+    assert list(plugins("metrics")) == [
+        "clip_fid",
+        "clip_score",
+        "cmmd",
+        "flicker",
+        "lpips",
+        "ms_ssim",
+        "psnr",
+        "ssim",
+    ]
     assert metrics_of(()).keys() == plugins("metrics").keys()
 
 
@@ -63,6 +73,17 @@ def test_cmmd_of_equal_sets_is_0_and_of_opposite_ones_that_of_the_kernel():
     assert "at least 50 pictures" in load("metrics", "cmmd").objection(about(count=49))
 
 
+def test_clip_fid_is_the_distance_of_two_gaussians():
+    drawn = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(drawn.T.cov()), (drawn - drawn.mean(0)).T, upper=False
+    ).T
+    assert frechet(white, white) == pytest.approx(0, abs=1e-3)
+    # Means that are 2 apart, and standard deviations of 1 and 3 in each of three directions.
+    assert frechet(white, 3 * white + torch.tensor([2.0, 0, 0])) == pytest.approx(4 + 3 * (3 - 1) ** 2, rel=1e-3)
+    assert "at least 1,024 pictures" in load("metrics", "clip_fid").objection(about(count=1023))
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP model of random weights."""
@@ -88,6 +109,7 @@ def test_clip_scores_and_cmmd_with_a_local_model(clip_folder):
     assert all(0 <= value <= 100 for value in (*found.each, found.reference))
     assert load("metrics", "cmmd").score([pair()] * 60, with_clip).overall == pytest.approx(0, abs=1e-6)
     assert load("metrics", "cmmd").score([pair(0.5)] * 60, with_clip).overall > 0
+    assert load("metrics", "clip_fid").score([pair()] * 9, with_clip).overall == pytest.approx(0, abs=1e-3)
 
 
 def test_a_backbone_that_is_none(tmp_path):
