@@ -41,9 +41,8 @@ def here(specs, tmp_path_factory):
     return built(specs, tmp_path_factory.mktemp("here"), {})
 
 
-@pytest.mark.parametrize(
-    ("name", "threads"), [(name, count) for name in disguises() for count in (1, 4)], ids=lambda part: str(part)
-)
+@pytest.mark.parametrize("name", disguises())
+@pytest.mark.parametrize("threads", [1, pytest.param(4, marks=pytest.mark.more)])
 def test_another_cpu_builds_the_same_bundle(name, threads, specs, here, tmp_path):
     there = built(specs, tmp_path, disguises()[name] | {"OMP_NUM_THREADS": str(threads)})
     for each in specs:

@@ -29,6 +29,7 @@ def measured(digits_bundle):
     return diffkiln.bench(digits_bundle, ["eager"], source=DIGITS / "model", rounds=ONCE)
 
 
+@pytest.mark.more
 @pytest.mark.slow
 class TestMeasured:
     def test_every_time_is_there_and_phases_add_up(self, measured):

@@ -50,6 +50,8 @@ MORE = {
     "longcat_image": 0.0,
 }
 LIMITS = ROUNDING | MORE
+#: They take longest.
+SLOW = ("bria_fibo", "kandinsky3")
 
 
 def spec_for(family, root, padding_side=None, **settings):
@@ -85,7 +87,10 @@ def compiled(family, root, passes=(), settings=None, **inputs):
     return reference, diffkiln.load(built.path), given
 
 
-@pytest.fixture(scope="module", params=LIMITS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.more) if name in SLOW else name for name in LIMITS],
+)
 def both(request, tmp_path_factory):
     """The family's name, and what `compiled` gives for it."""
     made = compiled(request.param, tmp_path_factory.mktemp(request.param))
