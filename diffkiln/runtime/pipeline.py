@@ -19,6 +19,7 @@ from diffkiln.interpreter.aten import dtype_of
 from diffkiln.program import Program
 from diffkiln.program.calls import Given
 from diffkiln.runtime.adapters.api import Adaptable
+from diffkiln.runtime.adapters.scales import AnyScale
 from diffkiln.runtime.adapters.shelf import Mix, Shelf
 from diffkiln.runtime.attributes import Interrupt, check_place, refused
 from diffkiln.runtime.executor import Executor
@@ -101,7 +102,7 @@ class CompiledPipeline(Adaptable):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, Any] | None]
         | None = None,
-        adapters: Mapping[str, float] | None = None,
+        adapters: Mapping[str, AnyScale] | None = None,
         timeout: float | None = PATIENCE,
         allow_nan: bool = False,
         **keywords: Any,

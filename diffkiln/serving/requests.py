@@ -20,7 +20,7 @@ from pydantic import (
 
 from diffkiln.bundle.strict_json import StrictJSONError, loads
 from diffkiln.guards.printable import printable
-from diffkiln.runtime.adapters.shelf import MOST as MOST_SCALE
+from diffkiln.runtime.adapters.scales import MOST as MOST_SCALE
 from diffkiln.serving.loras import MOST, NAME
 from diffkiln.serving.offer import Offer
 from diffkiln.serving.orders import Order

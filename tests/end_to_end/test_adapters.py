@@ -27,6 +27,18 @@ MIXES: list[dict[str, float]] = [
     {"one": 0.0, "two": 0.5},
     {},
 ]
+#: Scales by block: diffusers' form, which there is for U-Nets, and the bundle's.
+BLOCKS = {
+    "sdxl": (
+        {"unet": {"down": 0.5, "mid": -1.0, "up": {"block_0": [0.0, 2.0]}}},
+        {
+            "unet.down_blocks": 0.5,
+            "unet.mid_block": -1.0,
+            "unet.up_blocks.0.attentions.0": 0.0,
+            "unet.up_blocks.0.attentions.1": 2.0,
+        },
+    )
+}
 ROUNDING = 1e-5
 
 
@@ -104,6 +116,14 @@ def test_a_bundle_with_adapters_gives_what_diffusers_gives(name, offload, famili
             mixed = found if len(mix) == 3 else mixed
             if any(mix.values()):
                 assert float((found - plain).abs().max()) > 100 * ROUNDING, "the adapters change the picture"
+        if name in BLOCKS:
+            theirs, ours = BLOCKS[name]
+            with quiet_libraries():
+                eager.enable_lora()
+                eager.set_adapters(["one"], [theirs])
+            found = drawn(pipe, spec, adapters={"one": ours})
+            assert float((drawn(eager, spec) - found).abs().max()) < ROUNDING
+            assert float((found - drawn(pipe, spec, adapters={"one": 1.0})).abs().max()) > 100 * ROUNDING
         assert torch.equal(drawn(pipe, spec, adapters=MIXES[1]), mixed), "in, out, and in again: to the bit"
         assert torch.equal(drawn(pipe, spec), plain), "a call's own adapters leave no trace"
         for label in files:

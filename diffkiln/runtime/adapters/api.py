@@ -11,6 +11,7 @@ from typing import Any
 from diffkiln.errors import CallError
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
+from diffkiln.runtime.adapters.scales import AnyScale
 from diffkiln.runtime.adapters.shelf import Shelf
 from diffkiln.runtime.turns import PATIENCE
 
@@ -24,7 +25,7 @@ class Adaptable:
     _shelf: Shelf
 
     @property
-    def adapters(self) -> Mapping[str, float]:
+    def adapters(self) -> Mapping[str, AnyScale]:
         """Returns the adapters that are loaded, each with its scale; 0 for those that are turned off."""
         return MappingProxyType(dict(self._shelf.mix))
 
@@ -33,7 +34,7 @@ class Adaptable:
         self,
         path: str | os.PathLike[str],
         name: str | None = None,
-        scale: float = 1.0,
+        scale: AnyScale = 1.0,
         *,
         ignore: Sequence[str] = (),
         component: str | None = None,
@@ -45,7 +46,8 @@ class Adaptable:
         Args:
             path: a safetensors file, or hf://owner/name@commit/FILE, which is fetched from the Hub once.
             name: what other calls name the adapter; by default the file's name without its ending.
-            scale: the factor by which the adapter is multiplied; 0 loads it turned off.
+            scale: the factor by which the adapter is multiplied; 0 loads it turned off. Or factors by block, such as
+                {"unet.down_blocks": 0.5}, by the beginnings of layers' names; 1 where none fits.
             ignore: patterns of names of tensors in the file that are left out on purpose, such as `text_encoder*`.
             component: the component of layers whose names say none; by default the transformer or the U-Net.
             requantize: allows sums to be rounded to int8 and float8 weights; without it such layers are refused.
@@ -70,7 +72,7 @@ class Adaptable:
         return named
 
     @gated()
-    def set_adapters(self, adapters: Mapping[str, float], *, timeout: float | None = PATIENCE) -> None:
+    def set_adapters(self, adapters: Mapping[str, AnyScale], *, timeout: float | None = PATIENCE) -> None:
         """Makes these the adapters of all later calls, with these scales; the others are turned off.
 
         Without any adapter the weights are the bundle's own, bit for bit.
@@ -80,7 +82,7 @@ class Adaptable:
             timeout: seconds to wait for calls of other threads; None waits for ever.
 
         Raises:
-            CallError: an adapter is not loaded, or a scale is no number.
+            CallError: an adapter is not loaded, a scale is no number, or a block has none of the adapter's layers.
             Busy: calls of other threads took longer than `timeout`.
         """
         self._shelf.set(self._shelf.checked(adapters), timeout)

@@ -34,6 +34,11 @@ class Adapter:
     changes: tuple[Change, ...]
 
     @property
+    def layers(self) -> set[str]:
+        """Returns the names of the layers that it changes, with those of their components before them."""
+        return {change.target.path for change in self.changes}
+
+    @property
     def nbytes(self) -> int:
         """Returns the bytes of its factors."""
         return sum(change.nbytes for change in self.changes)

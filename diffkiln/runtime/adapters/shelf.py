@@ -6,8 +6,6 @@ its own turn; so whoever calls next gets what it asks for, too.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,7 @@ from diffkiln.program import REGION, owner_of, weight_in
 from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
 from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
+from diffkiln.runtime.adapters.scales import AnyScale, Scale, as_given, check_blocks, checked_scale, scale_of
 from diffkiln.runtime.adapters.targets import Layers, denoiser, read_layers
 from diffkiln.runtime.engines import holds_weights
 from diffkiln.runtime.executor import Executor
@@ -29,10 +28,8 @@ from diffkiln.runtime.weights import Key, Patch
 
 log = get_logger(__name__)
 
-#: An adapter is added at most so many times.
-MOST = 100.0
 #: Name of an adapter → its scale.
-Mix = Mapping[str, float]
+Mix = Mapping[str, Scale]
 
 
 class Shelf:
@@ -47,16 +44,16 @@ class Shelf:
     def __init__(self, verified: Verified, executor: Executor, variants: Sequence[CompiledVariant]) -> None:
         self._verified, self._executor, self._variants = verified, executor, variants
         self._loaded: dict[str, Adapter] = {}
-        self._mix: dict[str, float] = {}
-        self._applied: tuple[tuple[str, float], ...] | None = ()  # None: nobody knows, after an error
+        self._mix: dict[str, Scale] = {}
+        self._applied: tuple[tuple[str, Scale], ...] | None = ()  # None: nobody knows, after an error
         self._layers_of = cache(self._read_layers)
 
     @property
-    def mix(self) -> Mix:
+    def mix(self) -> Mapping[str, AnyScale]:
         """Returns all adapters by name, with the scale that calls use."""
-        return {name: self._mix.get(name, 0.0) for name in list(self._loaded)}
+        return {name: as_given(self._mix.get(name, 0.0)) for name in list(self._loaded)}
 
-    def load(self, path: Path, name: str, scale: float, wanted: Wanted, timeout: float | None) -> None:
+    def load(self, path: Path, name: str, given: AnyScale, wanted: Wanted, timeout: float | None) -> None:
         """Reads an adapter, while calls go on, and adds it to the mix, once no call runs.
 
         Raises:
@@ -64,9 +61,10 @@ class Shelf:
             Busy: Calls took longer than `timeout`.
         """
         self._check_free(name)
-        scale = checked_scale(name, scale)
+        scale = checked_scale(name, given)
         adapter = read_adapter(path, wanted, self._layers_of, self._executor.store.patched_on)
         self._check_reachable(adapter)
+        check_blocks(name, scale, adapter.layers)
         with self._executor.turns.taken(timeout):
             self._check_free(name)
             self._loaded[name] = adapter
@@ -93,17 +91,21 @@ class Shelf:
             self._mix = rest
             del self._loaded[name]
 
-    def checked(self, mix: Any) -> dict[str, float]:
+    def checked(self, mix: Any) -> dict[str, Scale]:
         """Returns a caller's mix.
 
         Raises:
-            CallError: It is no mapping of names to numbers, or names an adapter that is not loaded.
+            CallError: It is no mapping of names to scales, or names an adapter that is not loaded, or a block that it
+                does not change.
         """
         if not isinstance(mix, Mapping):
             raise CallError('adapters: give names and scales, such as {"style": 0.8}, or {} for none')
         for name in mix:
             self._check_known(name)
-        return {name: checked_scale(name, scale) for name, scale in mix.items()}
+        scales = {name: checked_scale(name, scale) for name, scale in mix.items()}
+        for name, scale in scales.items():
+            check_blocks(name, scale, self._loaded[name].layers)
+        return scales
 
     def ready(self, mix: Mix | None) -> None:
         """Brings a mix into the weights, or the mix of all calls for None. Called within a call's own turn."""
@@ -120,7 +122,11 @@ class Shelf:
         wanted = tuple((name, mix[name]) for name in sorted(self._loaded) if mix.get(name))
         if wanted == self._applied:
             return
-        changes = [(scale, change) for name, scale in wanted for change in self._loaded[name].changes]
+        changes = [
+            (scale_of(scale, change.target.path), change)
+            for name, scale in wanted
+            for change in self._loaded[name].changes
+        ]
         store = self._executor.store
         patches: dict[Key, list[Patch]] = {}
         for target, patch in patches_of(changes):
@@ -188,13 +194,3 @@ class Shelf:
         if component is not None and component not in components:
             raise CallError(f"load_lora: component {component[:60]!r} is none of {', '.join(components)}")
         return Wanted(frozenset(components), component or denoiser(components), ignored, requantize)
-
-
-def checked_scale(name: str, scale: Any) -> float:
-    """Returns a scale as a number. Raises `CallError` if it is none, or too large."""
-    number = math.nan if isinstance(scale, bool) or not isinstance(scale, numbers.Real) else float(scale)
-    if not math.isfinite(number):
-        raise CallError(f"adapters: the scale of {name[:60]!r} is no number. Give one such as 0.8; 0 turns it off")
-    if abs(number) > MOST:
-        raise CallError(f"adapters: the scale of {name[:60]!r} is {number:g}, and ±{MOST:g} is the most. Give less")
-    return number

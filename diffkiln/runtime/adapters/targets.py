@@ -45,6 +45,11 @@ class Target:
     part: tuple[int, int] | None = None
     used: bool = True
 
+    @property
+    def path(self) -> str:
+        """Returns the layer's name, with that of its component before it."""
+        return f"{self.component}.{self.layer}"
+
     def rows(self, count: int) -> slice | None:
         """Returns the rows of the weight that a layer with so many outputs has; None if it cannot have so many."""
         total = self.shape[0] if self.shape else 0

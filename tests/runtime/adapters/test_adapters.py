@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import diffkiln
 from diffkiln.errors import CallError
+from diffkiln.runtime.adapters.scales import PerBlock, scale_of
 from tests.pipelines import WARNING_FILTERS
 from tests.runtime.adapters.conftest import CALL, changed, weights
 
@@ -134,6 +135,10 @@ def test_within_a_call_nothing_changes(pipe, style):
         ({"style": "1"}, "is no number"),
         ({"style": 1000}, "100 is the most"),
         (["style"], "give names and scales"),
+        ({"style": {}}, "are no numbers by block"),
+        ({"style": {3: 1.0}}, "are no numbers by block"),
+        ({"style": {"transformer": "1"}}, "'style' in transformer is no number"),
+        ({"style": {"transformer.transformer_block": 1.0}}, r'Did you mean "transformer.transformer_blocks"'),
     ],
 )
 def test_a_mix_is_names_and_numbers(pipe, style, mix, words):
@@ -141,6 +146,26 @@ def test_a_mix_is_names_and_numbers(pipe, style, mix, words):
     with pytest.raises(CallError, match=words):
         pipe.set_adapters(mix)
     assert pipe.adapters == {"style": 1.0}
+
+
+def test_the_longest_beginning_of_a_layer_s_name_counts():
+    scale = PerBlock((("a.blocks", 0.5), ("a.blocks.1", 0.0), ("b", 2.0)))
+    layers = ("a.blocks.0.to_q", "a.blocks.1.to_q", "a.blocks.10.to_q", "b.to_q", "c.to_q")
+    assert [scale_of(scale, layer) for layer in layers] == [0.5, 0.0, 0.5, 2.0, 1.0]
+
+
+def test_a_block_that_is_turned_off_keeps_its_bits_and_is_told_as_it_was_given(pipe, style):
+    before = weights(pipe)
+    pipe.load_lora(style, scale={"transformer": 0})
+    assert not changed(before, weights(pipe))
+    assert pipe.adapters == {"style": {"transformer": 0.0}}
+    pipe.set_adapters({"style": {"transformer.transformer_blocks": 0}})
+    assert changed(before, weights(pipe))
+    assert not any(".transformer_blocks." in key for key in changed(before, weights(pipe)))
+    pipe.set_adapters({"style": {"transformer": 0.5}})
+    half = weights(pipe)
+    pipe.set_adapters({"style": 0.5})
+    assert not changed(half, weights(pipe))
 
 
 def test_two_adapters_of_one_name_are_refused(pipe, style, detail):
