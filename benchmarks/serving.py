@@ -241,7 +241,7 @@ def killed(_: Path, batched: Path) -> dict[str, Any]:
 
     from diffkiln.serving.ray import app
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     ray_serve.start(http_options={"host": "127.0.0.1", "port": 8263})
     url, results = "http://127.0.0.1:8263", {}
     ray_serve.run(app(batched, replicas=2), name="digits", route_prefix="/")

@@ -29,7 +29,7 @@ def main() -> None:
     address = configuration["http_options"]
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or else Ray tells its makers of its use
-    ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False)
+    ray.init("local", include_dashboard=False, num_cpus=4, log_to_driver=False)
     try:
         serve.start(http_options=address)
         serve.run(build(options), name=application["name"], route_prefix=application["route_prefix"])

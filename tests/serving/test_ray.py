@@ -37,7 +37,7 @@ def ray() -> Iterator[None]:
     import ray
     from ray import serve
 
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="warning", log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="warning", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     yield
     serve.shutdown()
