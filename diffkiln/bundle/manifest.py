@@ -43,12 +43,14 @@ FORMAT_MINOR = 0
 # quotations: prompts of which what is quoted is tokenized character by character.
 # tensor_inputs: inputs of calls that are tensors, besides latents. results: several results, or none that are pictures.
 # two_step_resize: images that are made smaller in two steps, as Pillow does with a `reducing_gap`.
+# low_rank: layers whose weights are stored in fewer bits, and two narrow matrices beside them.
 # mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
 KNOWN_FEATURES: frozenset[str] = frozenset(
     {
         "attention_kernels",
         "channels_last",
         "image_inputs",
+        "low_rank",
         "mixed_devices",
         "quotations",
         "results",

@@ -35,6 +35,7 @@ from diffkiln.compiler.packing import (
 )
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.planning import check_memory, planned_calls
+from diffkiln.compiler.recover import recover
 from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
@@ -97,6 +98,7 @@ def compile(
         verification = Verification(plan.pipe, plan.recording)
         with stages("verify the recording"), quiet_libraries():
             verification.check_calls(plan.requests)
+        plan = recover(plan, stages)
         plan = calibrate(plan, writer, own, stages)
         rows = ledger_of(plan, home, own, ledger, stages)
         with quiet_libraries():

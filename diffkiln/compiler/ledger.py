@@ -53,11 +53,13 @@ class Row:
         name: the pass and its component, or "bundle".
         values: by the gate's place in the spec.
         reason: why nothing was measured.
+        regains: whether its last pass makes good what earlier ones lost, which then are judged by this row.
     """
 
     name: str
     values: Mapping[str, float | None]
     reason: str = ""
+    regains: bool = False
 
     def as_json(self, where: str) -> dict[str, Any]:
         """Returns the row of one gate's table."""
@@ -98,17 +100,21 @@ class Ledger:
             QualityError: a row does not keep a gate; names the first pass after which it is so.
         """
         for ready in self.gates:
-            before = "without passes it was not measured"
-            for row in self.cumulative:
-                value = row.values.get(ready.where)
-                if value is not None and not ready.keeps(value):
-                    cost = "the engines cost it" if row.name == BUNDLE else f"{row.name} cost it"
-                    raise QualityError(
-                        f"{ready.where}: {ready.words} is asked for, and {ready.gate.metric} is {value:.4g} after "
-                        f"{row.name}; {before}. So {cost}. Choose a milder pass, or another limit"
-                    )
-                if value is not None:
-                    before = f"after {row.name} it was {value:.4g}"
+            rows = [(row, value) for row in self.cumulative if (value := row.values.get(ready.where)) is not None]
+            judged = max((at for at, (row, _) in enumerate(rows) if row.regains), default=0)
+            bad = next(((row, value) for row, value in rows[judged:] if not ready.keeps(value)), None)
+            if bad is not None:
+                row, value = bad
+                first = next(at for at, (_, found) in enumerate(rows) if not ready.keeps(found))
+                culprit = rows[first][0].name
+                before = "without passes it was not measured"
+                if first:
+                    before = f"after {rows[first - 1][0].name} it was {rows[first - 1][1]:.4g}"
+                cost = "the engines cost it" if culprit == BUNDLE else f"{culprit} cost it"
+                raise QualityError(
+                    f"{ready.where}: {ready.words} is asked for, and {ready.gate.metric} is {value:.4g} after "
+                    f"{row.name}; {before}. So {cost}. Choose a milder pass, or another limit"
+                )
         return self
 
 
@@ -150,7 +156,9 @@ def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, s
     ledger = Ledger(plan.gates, reference=draws.reference)
     kept: list[ListedPass] = []
     waiting: list[str] = []
-    for name, items in _entries(plan):
+    entries = _entries(plan)
+    last = max((at for at, (_, items) in enumerate(entries) if _regains(items)), default=0)
+    for at, (name, items) in enumerate(entries):
         kept += items
         waiting.append(name)
         with stages(f"draw with {name}"), quiet_libraries():
@@ -158,7 +166,8 @@ def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, s
         # As a calibration without its schedule, or engines, which the bundle has: they count with the next row.
         if row is not None and not row.reason:
             waiting.clear()
-            ledger = replace(ledger, cumulative=(*ledger.cumulative, row)).judged()
+            ledger = replace(ledger, cumulative=(*ledger.cumulative, replace(row, regains=_regains(items))))
+            ledger = ledger.judged() if at >= last else ledger
     for name, items in _entries(plan) if mode == "each" else ():
         with stages(f"draw with {name} alone"), quiet_libraries():
             alone = _row(draws, name, items)
@@ -172,6 +181,11 @@ def _entries(plan: Plan) -> list[tuple[str, list[ListedPass]]]:
     for item in plan.listed:
         found.setdefault(item.index, []).append(item)
     return [(_name(items), items) for items in found.values()]
+
+
+def _regains(items: Sequence[ListedPass]) -> bool:
+    """Returns True if the passes make good what earlier ones lost."""
+    return any(fact.name == "recovered" for item in items for fact in item.step.provides())
 
 
 def with_bundle(ledger: Ledger, root: Path, plan: Plan, base: Path, own: Mapping[str, Function]) -> Ledger:

@@ -79,8 +79,11 @@ class Plan:
 
     def choosing(self, place: ListedPass, step: Pass) -> Plan:
         """Returns the plan with another pass in one place."""
+        return self.replacing(place, step, *step.run(self.state).notes)
+
+    def replacing(self, place: ListedPass, step: Pass, *notes: str) -> Plan:
+        """Returns the plan with another pass in one place, and these notes on what it does."""
         new = replace(place, step=step)
         listed = tuple(new if item is place else item for item in self.listed)
-        notes = step.run(self.state).notes
         report = tuple(replace(ran, listed=new, notes=notes) if ran.listed is place else ran for ran in self.report)
         return replace(self, listed=listed, report=report)

@@ -9,8 +9,17 @@ from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem,
 from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
-from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, Cast, FourBit, Int4, Int8, Sparse24, StorageFormat
-from diffkiln.interpreter.layers.stored import Stored, described, store, store_as_described
+from diffkiln.interpreter.layers.storage import (
+    STORAGE_FORMATS,
+    Cast,
+    FourBit,
+    Int4,
+    Int8,
+    LowRank,
+    Sparse24,
+    StorageFormat,
+)
+from diffkiln.interpreter.layers.stored import Stored, add_factors, described, store, store_as_described
 
 __all__ = [
     "FUSED",
@@ -20,9 +29,11 @@ __all__ = [
     "FourBit",
     "Int4",
     "Int8",
+    "LowRank",
     "Sparse24",
     "StorageFormat",
     "Stored",
+    "add_factors",
     "decode_in_parts",
     "described",
     "drop_blocks",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -162,4 +162,35 @@ class Sparse24(StorageFormat):
         return dense.scatter(-1, indices.to(torch.int64), kept).reshape(shape)
 
 
-STORAGE_FORMATS: dict[str, Any] = {storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24)}
+@dataclass(frozen=True)
+class LowRank(StorageFormat):
+    """Another form, and beside it two narrow matrices whose product is added: weight = form + up × down.
+
+    `form` and `settings` are the other form's name and options. The factors have the weight's type if that has two
+    bytes, and else float16.
+    """
+
+    name: ClassVar[str] = "low_rank"
+
+    form: str = Int8.name
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rank: int = 1
+
+    @property
+    def inner(self) -> StorageFormat:
+        """Returns the other form."""
+        return STORAGE_FORMATS[self.form](**self.settings)
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> Parts:
+        rows, columns = shape
+        narrow = dtype if dtype.itemsize == 2 else torch.float16
+        factors: Parts = {"down": ((self.rank, columns), narrow), "up": ((rows, self.rank), narrow)}
+        return self.inner.parts(shape, dtype) | factors
+
+    def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return self.inner.restore(parts, shape, dtype) + parts["up"].to(dtype) @ parts["down"].to(dtype)
+
+
+STORAGE_FORMATS: dict[str, Any] = {
+    storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24, LowRank)
+}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffkiln.interpreter.dtypes import DTYPES
-from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, StorageFormat
+from diffkiln.interpreter.layers.storage import STORAGE_FORMATS, LowRank, StorageFormat
 
 
 class Stored:
@@ -67,6 +67,23 @@ def store(layer: torch.nn.Module, storage: StorageFormat, parts: Mapping[str, to
         layer._parameters.pop("bias", None)
     layer.__class__ = _class(type(layer), "bias" in storage.stores)
     layer.storage, layer.stored = storage, stored  # type: ignore[assignment]
+
+
+def add_factors(layer: Stored, rank: int, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    """Changes a layer in place whose weight is stored: the product of two factors is added to it from now on.
+
+    Args:
+        layer: whose form stores a matrix, and nothing but the weight.
+        rank: of the factors.
+        factors: `down` [rank, columns] and `up` [rows, rank]; zeros if they are not given, which change nothing.
+    """
+    storage = LowRank(layer.storage.name, layer.storage.options(), rank)
+    parts, device = storage.parts(*layer.stored["weight"]), layer._buffers["weight_data"].device
+    for index, part in enumerate(("down", "up")):
+        shape, dtype = parts[part]
+        given = torch.zeros(shape, dtype=dtype, device=device) if factors is None else factors[index]
+        layer._buffers[f"weight_{part}"] = given.to(device, dtype)
+    layer.storage = storage
 
 
 @cache
