@@ -93,6 +93,7 @@ bench: install
 	$(BIN)/python benchmarks/steady_state.py
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/quantization.py
+	$(BIN)/python benchmarks/recovering.py
 	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/reliability.py

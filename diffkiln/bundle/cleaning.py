@@ -20,7 +20,7 @@ from diffkiln.bundle.scratch import dead, places
 from diffkiln.bundle.state import cache_home, state_home
 from diffkiln.errors import OutputBusy
 
-_BUILDS = ("engines", "toolchain", "architectures")
+_BUILDS = ("engines", "toolchain", "architectures", "recovered")
 # What another process is writing just now is younger.
 _OLD_SECONDS = 3600
 _UNFINISHED = re.compile(r"\..+\.(?:pull|staging-\d+-[0-9a-f]{16})")
@@ -188,6 +188,7 @@ _LOOKS: dict[str, Callable[[], Iterator[Path]]] = {
     "toolchain": _whole("toolchain"),
     "bundles": _bundles,
     "architectures": _whole("architectures"),
+    "recovered": _whole("recovered"),
     "kernels": _kernels,
     "weights": _whole(COPIES),
     "leftovers": _leftovers,

@@ -18,6 +18,7 @@ KINDS = {
     "toolchain": "compiled headers that builds of engines share",
     "bundles": "those that load or run fetched from the Hub",
     "architectures": "configurations of architectures with random weights",
+    "recovered": "what recover has trained, or is training",
     "kernels": "those that TensorRT compiled for this GPU",
     "weights": "copies that processes share (share_weights)",
     "leftovers": "temporary folders, unfinished downloads and unused locks of killed processes",

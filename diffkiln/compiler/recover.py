@@ -1,8 +1,8 @@
 """Trains the factors that bring a compressed denoiser back towards the original.
 
 The original pipeline draws with all of its weights in memory; what its denoiser was given and what it answered is kept.
-The denoiser as the passes leave it is then trained on that, its factors alone. The state of the training lies in the
-cache, in one file that is replaced whole, so a build that was killed goes on; a file that is damaged counts as absent.
+The denoiser as the passes leave it is then trained on that, its factors alone. A build that was killed goes on from the
+state that it kept (diffkiln.compiler.training).
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.utils._pytree import tree_map
 
-from diffkiln.bundle.state import cache_home
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Stages
+from diffkiln.compiler.training import Pair, Training, TrainingFile
 from diffkiln.errors import BuildError, SpecError
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.layers import Stored
@@ -41,8 +35,7 @@ from diffkiln.record.keywords import parameters_of
 
 log = get_logger(__name__)
 
-#: The directory of the cache that states lie in, and how many updates apart they are written.
-RECOVERED = "recovered"
+#: How many updates apart the state is written.
 _EVERY = 50
 #: Grows when the same options give other factors.
 _VERSION = 1
@@ -50,8 +43,6 @@ _VERSION = 1
 _SOME = 64
 #: More directions than the rank that a decomposition looks at, and its rounds.
 _SPARE, _ROUNDS = 8, 4
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Recovery(Protocol):
@@ -98,12 +89,12 @@ def recover(plan: Plan, stages: Stages) -> Plan:
 
 def _trained(plan: Plan, item: ListedPass) -> tuple[Mapping[str, Pair], str]:
     recovery: Any = item.step
-    file = _State(_key(plan, item))
+    file = TrainingFile(_key(plan, item))
     training = file.read()
     if training is None or training.done < recovery.updates:
         calls = _calls(plan, recovery)
         student, beginning = _student(plan, item)
-        training = _train(student, calls, training or _Training(beginning), recovery, file)
+        training = _train(student, calls, training or Training(beginning), recovery, file)
     factors = {name: (pair[0], pair[1]) for name, pair in training.factors.items()}
     lost, left = training.errors[0], training.errors[-1]
     note = f"the denoiser's answers are {lost:.2%} off before the training, and {left:.2%} after it"
@@ -116,7 +107,7 @@ def _trained(plan: Plan, item: ListedPass) -> tuple[Mapping[str, Pair], str]:
 def _calls(plan: Plan, recovery: Recovery) -> list[_Call]:
     """Returns the calls of the original denoiser in all of its pictures."""
     modules = {name: _original(plan, name) for name in plan.source.modules}
-    pipe = pipeline_with(plan.source, modules)
+    pipe: Any = pipeline_with(plan.source, modules)
     if plan.state.scheduler is not None:
         pipe.register_modules(scheduler=plan.state.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -124,7 +115,7 @@ def _calls(plan: Plan, recovery: Recovery) -> list[_Call]:
 
     def keep(_module: Any, args: Any, kwargs: Any, result: Any) -> None:
         copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-        found.append(_Call(*copied, _answer(result).clone()))
+        found.append(_Call(copied[0], copied[1], _answer(result).clone()))
 
     handle = modules[recovery.component].register_forward_hook(keep, with_kwargs=True)
     try:
@@ -135,6 +126,8 @@ def _calls(plan: Plan, recovery: Recovery) -> list[_Call]:
                 pipe(**_keywords(pipe, plan.requests[0], recovery, numbers))
     finally:
         handle.remove()
+    if not found:
+        raise BuildError(f"recover: the original drew without calling {recovery.component}. Recover another component")
     return found
 
 
@@ -207,51 +200,19 @@ def _approximation(lost: torch.Tensor, rank: int) -> Pair:
 # -- the training --
 
 
-class _Training:
-    """The state of a training: the factors, what the optimizer keeps of each, and its errors.
-
-    Attributes:
-        factors: of each layer, float32.
-        done: the number of updates that are done.
-        moments: the optimizer's two averages of each factor.
-        errors: of the answers before the first update and, at the end, after the last one.
-    """
-
-    def __init__(self, factors: Mapping[str, Sequence[torch.Tensor]], done: int = 0) -> None:
-        self.factors = {name: [each.detach().clone() for each in pair] for name, pair in factors.items()}
-        self.done = done
-        self.moments: list[Pair] = [(torch.zeros_like(each), torch.zeros_like(each)) for each in self.leaves]
-        self.errors: list[float] = []
-
-    @property
-    def leaves(self) -> list[torch.Tensor]:
-        """Returns the factors in one row."""
-        return [each for pair in self.factors.values() for each in pair]
-
-
 def _train(
-    student: torch.nn.Module, calls: Sequence[_Call], training: _Training, recovery: Recovery, file: _State
-) -> _Training:
+    student: torch.nn.Module, calls: Sequence[_Call], training: Training, recovery: Recovery, file: TrainingFile
+) -> Training:
+    """Returns the training with all of its updates done; it is written to the file on the way."""
     for name, layer in _layers(student):
         layer._buffers["weight_down"], layer._buffers["weight_up"] = training.factors[name]
     if not training.errors:
         training.errors.append(_error(student, calls))
     optimizer = _optimizer(training, recovery)
     while training.done < recovery.updates:
-        call = calls[_turn(training.done, len(calls), recovery.seed)]
         optimizer.param_groups[0]["lr"] = _rate(training.done, recovery)
-        with torch.enable_grad():
-            loss = _loss(student, call)
-            gradients = torch.autograd.grad(loss, training.leaves, materialize_grads=True)
-        if not loss.isfinite():
-            raise BuildError(
-                f"recover: the training of {recovery.component} gave numbers that are not finite after {training.done} "
-                "updates. Give a smaller learning_rate"
-            )
-        for leaf, gradient in zip(training.leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimizer.step()
-        training.done += 1
+        call = calls[_turn(training.done, len(calls), recovery.seed)]
+        _update(optimizer, training, student, call)
         if training.done == recovery.updates:
             training.errors.append(_error(student, calls))
         if training.done % _EVERY == 0 or training.done == recovery.updates:
@@ -260,7 +221,27 @@ def _train(
     return training
 
 
-def _optimizer(training: _Training, recovery: Recovery) -> torch.optim.Adam:
+def _update(optimizer: torch.optim.Adam, training: Training, student: torch.nn.Module, call: _Call) -> None:
+    """Does one update of the factors.
+
+    Raises:
+        BuildError: the numbers are not finite.
+    """
+    with torch.enable_grad():
+        loss = _loss(student, call)
+        gradients = torch.autograd.grad(loss, training.leaves, materialize_grads=True)
+    if not loss.isfinite():
+        raise BuildError(
+            f"recover: the training gave numbers that are not finite after {training.done} updates. Give a smaller "
+            "learning_rate"
+        )
+    for leaf, gradient in zip(training.leaves, gradients, strict=True):
+        leaf.grad = gradient
+    optimizer.step()
+    training.done += 1
+
+
+def _optimizer(training: Training, recovery: Recovery) -> torch.optim.Adam:
     """Returns Adam as it was after the updates that are done."""
     leaves = [leaf.requires_grad_() for leaf in training.leaves]
     optimizer = torch.optim.Adam(leaves, recovery.learning_rate, foreach=False)
@@ -315,95 +296,4 @@ def _key(plan: Plan, item: ListedPass) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class _State:
-    """The file of a training."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def read(self) -> _Training | None:
-        """Returns the training as it was last written; None if there is none, or if it is damaged.
-
-        Raises:
-            IntegrityError: the cache belongs to another user, or others may write to it.
-        """
-        directory = cache_home().existing(RECOVERED)
-        path = directory / self._name if directory is not None else None
-        if path is None or not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                told = json.loads(file.metadata()["training"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told["sha256"] != _digest(tensors):
-                raise ValueError("its numbers are not those that were written")
-            return _from_tensors(tensors, told)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            log.warning("the state of a training, %s, is damaged, so it begins anew: %s", path, error)
-            return None
-
-    def write(self, training: _Training) -> None:
-        """Replaces the file by the state of now.
-
-        Raises:
-            BuildError: the cache cannot be written.
-        """
-        tensors = _as_tensors(training)
-        told = {"done": training.done, "errors": training.errors, "sha256": _digest(tensors)}
-        data = save(tensors, {"training": json.dumps(told, sort_keys=True)})
-        directory = cache_home().directory(RECOVERED)
-        staged = directory / f".{secrets.token_hex(16)}"
-        try:
-            _replace(directory / self._name, staged, data)
-        except OSError as error:
-            raise BuildError(
-                f"the state of a training cannot be written to {directory}: {error.strerror or error}. Set "
-                "DIFFKILN_CACHE_DIR to a directory that can"
-            ) from error
-
-    @property
-    def _name(self) -> str:
-        return f"{self._key}.safetensors"
-
-
-def _replace(path: Path, staged: Path, data: bytes) -> None:
-    try:
-        with staged.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except BaseException:
-        with suppress(OSError):
-            staged.unlink()
-        raise
-
-
-def _as_tensors(training: _Training) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    names = [f"{name}.{part}" for name in training.factors for part in ("down", "up")]
-    for name, leaf, (first, second) in zip(names, training.leaves, training.moments, strict=True):
-        tensors |= {f"{name}.now": leaf.detach(), f"{name}.first": first, f"{name}.second": second}
-    return tensors
-
-
-def _from_tensors(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> _Training:
-    layers = dict.fromkeys(name.removesuffix(".down.now") for name in tensors if name.endswith(".down.now"))
-    pairs = {name: (tensors[f"{name}.down.now"], tensors[f"{name}.up.now"]) for name in layers}
-    training = _Training(pairs, int(told["done"]))
-    parts = [f"{name}.{part}" for name in layers for part in ("down", "up")]
-    training.moments = [(tensors[f"{name}.first"], tensors[f"{name}.second"]) for name in parts]
-    training.errors = [float(error) for error in told["errors"]]
-    return training
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-__all__ = ["RECOVERED", "recover"]
+__all__ = ["recover"]

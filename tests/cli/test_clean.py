@@ -54,7 +54,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def filled(places: Path) -> dict[str, Path]:
     """A thing of each kind of cache, by kind."""
     cache, made = cache_home(), {}
-    for kind in ("engines", "toolchain", "architectures", "weights"):
+    for kind in ("engines", "toolchain", "architectures", "recovered", "weights"):
         made[kind] = cache.directory(kind)
         (made[kind] / "inner").mkdir()
         (made[kind] / "inner" / "file").write_bytes(bytes(100))
@@ -168,8 +168,8 @@ def test_what_a_living_process_uses_stays(holder: subprocess.Popen[str], filled:
     lock = lock_output(filled["bundles"])
     done = CliRunner().invoke(cli, ["clean", "--yes"])
     lock.release()
-    assert done.output.count("another process uses it") == 4
-    for kind in ("engines", "toolchain", "architectures", "bundles"):
+    assert done.output.count("another process uses it") == 5
+    for kind in ("engines", "toolchain", "architectures", "recovered", "bundles"):
         assert filled[kind].exists()
     assert native
     assert list((places / "TMPDIR").iterdir()) == native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -88,6 +89,15 @@ def ledger(*values: float | None) -> Ledger:
 def test_engines_that_cost_too_much_are_named():
     with pytest.raises(QualityError, match=r"after pass 0 it was 50\. So the engines cost it"):
         ledger(50, 20).judged()
+
+
+def test_a_pass_that_regains_judges_what_came_before_it():
+    rows = (Row("quantize", {"$.quality[0]": 20.0}), Row("recover", {"$.quality[0]": 40.0}, regains=True))
+    kept = replace(ledger(50, 39), cumulative=(ledger(50, 0).cumulative[0], *rows))
+    assert kept.judged() is kept
+    worse = replace(kept, cumulative=(*kept.cumulative[:2], replace(rows[1], values={"$.quality[0]": 28.0})))
+    with pytest.raises(QualityError, match=r"psnr is 28 after recover; after pass 0 it was 50\. So quantize cost it"):
+        worse.judged()
 
 
 def test_rows_that_were_not_measured_are_kept_and_judge_nothing():

@@ -191,6 +191,4 @@ class LowRank(StorageFormat):
         return self.inner.restore(parts, shape, dtype) + parts["up"].to(dtype) @ parts["down"].to(dtype)
 
 
-STORAGE_FORMATS: dict[str, Any] = {
-    storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24, LowRank)
-}
+STORAGE_FORMATS: dict[str, Any] = {storage.name: storage for storage in (Cast, Int8, Int4, FourBit, Sparse24, LowRank)}

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from diffkiln.errors import Problem
-from diffkiln.interpreter.layers import LowRank, Stored, add_factors, matching
+from diffkiln.interpreter.layers import LowRank, StorageFormat, Stored, add_factors, matching
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
 from diffkiln.passes.layers import has_no_data
 from diffkiln.program.images import IMAGES
@@ -147,12 +147,12 @@ class Recover(ModelPass):
 
 def stored_layers(module: torch.nn.Module) -> dict[str, Stored]:
     """Returns the linear layers whose weights are stored in a form that factors can stand beside, by name."""
-    found: dict[str, Stored] = {}
-    for name, part in module.named_modules():
-        plain = isinstance(part, Stored) and part.storage.stores == ("weight",) and part.storage.name != LowRank.name
-        if plain and isinstance(part, torch.nn.Linear):
-            found[name] = part
-    return found
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
+    return {name: part for name, part in linear.items() if isinstance(part, Stored) and _has_room(part.storage)}
+
+
+def _has_room(storage: StorageFormat) -> bool:
+    return storage.stores == ("weight",) and storage.name != LowRank.name
 
 
 PLUGIN = Recover

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffkiln.interpreter.layers import STORAGE_FORMATS, Cast, FourBit, Int4, Int8, Sparse24, store
+from diffkiln.interpreter.layers import STORAGE_FORMATS, Cast, FourBit, Int4, Int8, LowRank, Sparse24, store
 from diffkiln.passes.model.sparsify import compressed
 
 SHAPE = (8, 64)
@@ -13,7 +13,12 @@ def blank(form, shape, dtype):
     return {part: torch.zeros(size, dtype=kind) for part, (size, kind) in form.parts(shape, dtype).items()}
 
 
-@pytest.mark.parametrize("form", [Cast(), Int8(), Int4(16), FourBit(), FourBit(nested=True), Sparse24()], ids=str)
+FORMS = (
+    Cast(), Int8(), Int4(16), FourBit(), FourBit(nested=True), Sparse24(), LowRank("int4", {"group_size": 16}, 2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_form_restores_its_own_parts_in_shape_and_type(form, dtype):
     weight = form.restore(blank(form, SHAPE, dtype), SHAPE, dtype)
@@ -48,3 +53,12 @@ def test_parts_of_another_shape_are_refused_by_name():
     layer = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"weight_scale is .*\(4,\), int8 stores .*\(4, 1\)"):
         store(layer, Int8(), {"weight_data": torch.zeros(4, 4, dtype=torch.int8), "weight_scale": torch.zeros(4)})
+
+
+def test_low_rank_adds_the_product_of_its_factors_to_another_form():
+    form = LowRank("int8", {}, 1)
+    parts = {"data": torch.tensor([[1, -2]], dtype=torch.int8), "scale": torch.tensor([[0.5]])}
+    parts |= {"up": torch.tensor([[2.0]]).half(), "down": torch.tensor([[1.0, 0.25]]).half()}
+    assert form.restore(parts, (1, 2), torch.float32).tolist() == [[2.5, -0.5]]
+    assert form.options() == {"form": "int8", "settings": {}, "rank": 1}
+    assert LowRank(**form.options()) == form
