@@ -30,16 +30,15 @@ TRAINING = {"pictures": 480, "batch": 40, "updates": 1000, "learning_rate": 2e-3
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {
     "int8": (INT8, None, True),
     "int4, groups of 32": (INT4, None, True),
-    "… recovered, rank 2": (INT4, {"rank": 2}, False),
-    "… recovered, rank 4": (INT4, {"rank": 4}, True),
-    "… recovered, rank 8": (INT4, {"rank": 8}, True),
-    "… rank 8, not trained": (INT4, {"rank": 8, "updates": 1, "learning_rate": 1e-12}, False),
+    "int4 recovered, rank 2": (INT4, {"rank": 2}, False),
+    "int4 recovered, rank 4": (INT4, {"rank": 4}, True),
+    "int4 recovered, rank 8": (INT4, {"rank": 8}, True),
+    "int4 rank 8, untrained": (INT4, {"rank": 8, "updates": 1, "learning_rate": 1e-12}, False),
     "nf4": (NF4, None, False),
-    "… recovered, rank 8 ": (NF4, {"rank": 8}, False),
+    "nf4 recovered, rank 8": (NF4, {"rank": 8}, False),
 }
 #: PSNR of a picture and itself with 8 bits a channel, in which errors of rounding are uniform.
 CEILING = 58.9
-LOST = "int4, groups of 32"
 
 
 def spec(kind: dict[str, Any], training: dict[str, Any] | None, compiled: bool) -> dict[str, Any]:
@@ -105,9 +104,9 @@ def main() -> None:
         f"{options.count} digits, 8 steps, QKV fused, all weights resident. PSNR and SSIM against eager; the error is "
         "the root of the mean square, in levels of 255. The original drew 480 pictures of the classifier's 60 prompts "
         "for the training, with other seeds than those compared here. A picture and itself have no finite PSNR, so "
-        f"what is regained is a share of the way from int4 (or nf4) to {CEILING} dB, which is what saving a picture with "
-        "8 bits a channel leaves of it. Training takes 1000 updates, each of one step of 40 pictures; its time includes "
-        "the original's drawing.\n"
+        f"what is regained is a share of the way from int4 (or nf4) to {CEILING} dB, which is what saving a picture "
+        "with 8 bits a channel leaves of it. Training takes 1000 updates, each of one step of 40 pictures; its time "
+        "includes the original's drawing.\n"
     )
     columns = (
         "transformer", "compiled", "score", "PSNR, dB", "regained", "SSIM", "error", "MB", "ms an image", "training, s",

@@ -95,7 +95,7 @@ def _trained(plan: Plan, item: ListedPass) -> tuple[Mapping[str, Pair], str]:
         calls = _calls(plan, recovery)
         student, beginning = _student(plan, item)
         training = _train(student, calls, training or Training(beginning), recovery, file)
-    factors = {name: (pair[0], pair[1]) for name, pair in training.factors.items()}
+    factors = {name: (pair[0].detach(), pair[1].detach()) for name, pair in training.factors.items()}
     lost, left = training.errors[0], training.errors[-1]
     note = f"the denoiser's answers are {lost:.2%} off before the training, and {left:.2%} after it"
     return factors, note

@@ -73,7 +73,7 @@ class TrainingFile:
             with safe_open(path, "pt") as file:
                 told = json.loads(file.metadata()["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told["sha256"] != _digest(tensors):
+            if told.pop("sha256") != _digest(tensors, told):
                 raise ValueError("its numbers are not those that were written")
             return _from_tensors(tensors, told)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -87,8 +87,8 @@ class TrainingFile:
             BuildError: the cache cannot be written.
         """
         tensors = _as_tensors(training)
-        told = {"done": training.done, "errors": training.errors, "sha256": _digest(tensors)}
-        data = save(tensors, {"training": json.dumps(told, sort_keys=True)})
+        told = {"done": training.done, "errors": training.errors}
+        data = save(tensors, {"training": json.dumps(told | {"sha256": _digest(tensors, told)})})
         directory = cache_home().directory(RECOVERED)
         staged = directory / f".{secrets.token_hex(16)}"
         try:
@@ -135,8 +135,8 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) 
     return training
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
