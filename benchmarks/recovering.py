@@ -26,14 +26,15 @@ INT4 = {"type": "int4_weight_only", "group_size": 32}
 NF4 = {"backend": "bitsandbytes", "type": "nf4"}
 #: The training of all rows: 480 pictures, 40 at a time.
 TRAINING = {"pictures": 480, "batch": 40, "updates": 1000, "learning_rate": 2e-3}
+#: The best approximation of what was lost, which the training begins with.
+UNTRAINED = {"rank": 8, "pictures": 1, "updates": 1, "learning_rate": 1e-12}
 #: name → options of quantize; those of recover, if it is there; whether the transformer is compiled.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {
-    "int8": (INT8, None, True),
+    "int8": (INT8, None, False),
     "int4, groups of 32": (INT4, None, True),
-    "int4 recovered, rank 2": (INT4, {"rank": 2}, False),
-    "int4 recovered, rank 4": (INT4, {"rank": 4}, True),
+    "int4, factors of rank 8, untrained": (INT4, UNTRAINED, False),
+    "int4 recovered, rank 4": (INT4, {"rank": 4}, False),
     "int4 recovered, rank 8": (INT4, {"rank": 8}, True),
-    "int4 rank 8, untrained": (INT4, {"rank": 8, "updates": 1, "learning_rate": 1e-12}, False),
     "nf4": (NF4, None, False),
     "nf4 recovered, rank 8": (NF4, {"rank": 8}, False),
 }

@@ -25,6 +25,7 @@ OTHER_MEANINGS = {
     ("cli/memory.py", "compile"): "the module of a public function",
     ("evaluate/trials.py", "compile"): "the public function",
     ("compiler/compile.py", "calibrate"): "the stage",
+    ("compiler/compile.py", "recover"): "the stage",
     ("compiler/first_spec.py", "fuse_qkv"): "the first spec recommends it",
     ("compiler/first_spec.py", "compile"): "the first spec recommends it",
     ("bundle/card.py", "quantize"): "a word of the format: a card says that its model is a quantized one",

@@ -26,7 +26,9 @@ KINDS = {
 
 
 @click.command("clean", epilog="Kinds: " + "; ".join(f"{kind}, {what}" for kind, what in KINDS.items()) + ".")
-@click.option("--only", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="A kind; may be given again.")
+@click.option(
+    "--only", "kinds", multiple=True, type=click.Choice(list(KINDS)), metavar="KIND", help="A kind; may be given again."
+)
 @click.option("-y", "--yes", is_flag=True, help="Remove without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
 def clean_(kinds: tuple[str, ...], yes: bool, as_json: bool) -> None:

@@ -289,7 +289,7 @@ def _key(plan: Plan, item: ListedPass) -> str:
         "source": plan.source.pinned(),
         "dtype": plan.dtype,
         "passes": [[each.step.name, each.step.version, each.step.options()] for each in listed],
-        "scheduler": [type(scheduler).__name__, json.loads(scheduler.to_json_string())] if scheduler else [],
+        "timesteps": [type(scheduler).__name__, json.loads(scheduler.to_json_string())] if scheduler else [],
         "call": {key: repr(value) for key, value in plan.requests[0].fixed.items()},
         "tools": [torch.__version__, diffusers.__version__],
     }
