@@ -16,6 +16,7 @@ import torch
 
 from diffkiln.bundle import open_bundle
 from diffkiln.compiler.check import check_with
+from diffkiln.compiler.folding import Folding
 from diffkiln.compiler.gates import Function, ReadyGate
 from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.plan import Plan
@@ -271,6 +272,9 @@ def _replayed(plan: Plan, chosen: Sequence[ListedPass]) -> CompiledPipeline:
         module = load_module(plan.source, name, plan.dtype)
         manager.apply(module, name, chosen)
         weights[name] = dict(weights_of(module))
+        folding = Folding(recording, name)
+        folding.add(weights[name])
+        folding.finish()
     store: Any = InMemory(weights)
     executor = Executor(recording.modules, store, recording.constants.tensors, {}, _CPU)
     variant = CompiledVariant("ledger", dict(plan.requests[0].fixed), recording.calls[0])

@@ -66,6 +66,29 @@ def test_the_ledger_adds_up_and_is_evidence_in_the_bundle(folder, capsys):
 
 
 @pytest.mark.slow
+def test_tables_that_are_computed_once_cost_nothing(folder):
+    hoist = {"name": "hoist", "component": "transformer"}
+    built = diffkiln.compile(spec_of([FUSE, hoist], 100), folder / "bundle", base=folder)
+    with open_bundle(built.path) as bundle:
+        (table,) = costs_of(bundle.build)
+    assert dict(table.cumulative)["hoist transformer"] > 100
+
+
+@pytest.mark.slow
+def test_what_recover_regains_stands_in_the_ledger_and_keeps_a_floor(folder, monkeypatch):
+    monkeypatch.setenv("DIFFKILN_CACHE_DIR", str(folder / "cache"))
+    recover = {"name": "recover", "component": "transformer", "prompts": "prompts.txt", "rank": 4}
+    passes = [FUSE, INT4, recover | {"pictures": 24, "updates": 80}]
+    built = diffkiln.compile(spec_of(passes, 42), folder / "bundle", base=folder, ledger="each")
+    with open_bundle(built.path) as bundle:
+        (table,) = costs_of(bundle.build)
+    values = dict(table.cumulative)
+    assert values["quantize transformer"] < 42 < values["recover transformer"]
+    assert values["bundle"] == pytest.approx(values["recover transformer"], abs=0.1)
+    assert dict(table.each)["recover transformer"] is None
+
+
+@pytest.mark.slow
 def test_a_floor_that_int4_cannot_keep_fails_the_compile_and_names_it(folder, capsys):
     (folder / "spec.json").write_text(json.dumps(spec_of([FUSE, INT4], 60)))
     assert main(["compile", str(folder / "spec.json"), "-o", str(folder / "bundle")]) == 4
