@@ -136,6 +136,7 @@ def main() -> None:
         "\nThe layers are 96 wide, so factors of rank 8 have 17 % as many numbers as a weight of 96 × 96; of one of "
         "3072 × 3072 they have 0.5 %.\n"
     )
+    print(f"Drawn in turn, {options.count} digits each:\n")
     print(speed(options.count))
     print("\nOn a GPU: not measured.")
 
