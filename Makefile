@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross
+.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross test-twin
 .PHONY: coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -54,7 +54,12 @@ test-more: test-portable-sample test-heavy
 test-heavy: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[more]'
 	command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q chromium)
-	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m more
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m "more or twin"
+
+# The rest of the engines for absent GPUs that are run on the CPU; `test-more` has a sample of them.
+test-twin: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[twin]'
+	$(BIN)/python -m pytest -q -m "twin or twin_all" tests/twins
 
 # What takes longer than continuous integration has: every kind of pipeline, one by one.
 test-long: install

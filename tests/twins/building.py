@@ -1,9 +1,11 @@
-"""Writes twins: `python -m tests.twins.building FOLDER CASE...`. Each case gets a folder; one that fails, a file `failed`.
+"""Writes twins: `python -m tests.twins.building FOLDER CASE...`. Each case gets a folder.
 
-    engine/          what torch's loader takes: the twin's library
-    model.cpp ...    what the library is made of, so that a mistake can be made in it (tests/twins/mistakes.py)
-    kernels/*.py     the engine's Triton kernels as Inductor wrote them
-    case.pickle      a `Written` (tests/twins/written.py)
+    failed           only where it failed: why
+
+engine/          what torch's loader takes: the twin's library
+model.cpp ...    what the library is made of, so that a mistake can be made in it (tests/twins/mistakes.py)
+kernels/*.py     the engine's Triton kernels as Inductor wrote them
+case.pickle      a `Written` (tests/twins/written.py)
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def without_cuda(scratch: Path) -> Iterator[None]:
     torch.ops.load_library(str(guard))
     with (
         mock.patch.object(torch.version, "cuda", CUDA),
-        mock.patch.object(check, "cuda_problems", lambda: iter(())),
+        mock.patch.object(check, "cuda_problems", return_value=()),
     ):
         yield
 

@@ -82,8 +82,10 @@ def _by_hand() -> Case:
     return Case(region, (region,), constants, L4)
 
 
+#: The case that mistakes are made in.
+MISTAKEN = "by-hand"
 SAMPLE: Mapping[str, Callable[[], Case]] = {
-    "by-hand": _by_hand,
+    MISTAKEN: _by_hand,
     "flux-double": _block("flux", "transformer", "FluxTransformerBlock", H200),
     "flux-single": _block("flux", "transformer", "FluxSingleTransformerBlock"),
     "sdxl-unet": _block("sdxl", "unet", "BasicTransformerBlock"),

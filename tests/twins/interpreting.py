@@ -185,7 +185,9 @@ class _Libdevice:
 
     _ERF = np.vectorize(math.erf, otypes=[np.float64])
     _FUNCTIONS: Mapping[str, Callable[..., np.ndarray]] = {
-        **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "sin")},
+        **{
+            name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "sin")
+        },
         **{name: getattr(np, name) for name in ("cos", "tan", "tanh", "floor", "ceil", "trunc", "rint", "abs", "fmod")},
         "pow": np.power,
         "rsqrt": lambda x: 1 / np.sqrt(x),

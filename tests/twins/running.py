@@ -12,6 +12,7 @@ import json
 import pickle
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,34 @@ import torch
 
 from diffkiln.errors import VerifyError
 from diffkiln.exporters.base import input_specs
+from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import Program
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine
-from diffkiln.runtime.self_test import self_test
+from diffkiln.runtime.reference import replay_in_float32
+from diffkiln.runtime.self_test import Repeated, errors, sample, self_test
 from tests.twins.attending import Attend
 from tests.twins.memory import Fault
 from tests.twins.written import Written
 
-_Launch = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint32] * 3, ctypes.POINTER(ctypes.c_void_p)
-)
-_Attend = ctypes.CFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_double
-)
+_Launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint32] * 3, ctypes.POINTER(ctypes.c_void_p))
+_Attend = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_double)
 
 
 class Twin:
     """An engine as the runtime takes one: the twin's library in torch's loader, with its kernels and its attention.
 
     Args:
-        folder: of the case.
-        kernels: of its kernels' files.
+        folder: with the library in `engine`, and the kernels' files in `kernels`.
+        written: what the engine is run by.
     """
 
-    def __init__(self, folder: Path, written: Written, engine: str = "engine", kernels: str = "kernels") -> None:
-        self.kernels = interpreting.Kernels(folder / kernels, written.kernels)
+    def __init__(self, folder: Path, written: Written) -> None:
+        self.kernels = interpreting.Kernels(folder / "kernels", written.kernels)
         self.attend = Attend(())
         self.fault: Exception | None = None
         self._written = written
-        self._engine = AotInductorEngine(folder / engine, input_specs(written.members[0]))
-        self._library = ctypes.CDLL(str(folder / engine / "data" / "aotinductor" / "model" / "engine.so"))
+        self._engine = AotInductorEngine(folder / "engine", input_specs(written.members[0]))
+        self._library = ctypes.CDLL(str(folder / "engine" / "data" / "aotinductor" / "model" / "engine.so"))
         self._functions = _Launch(self._launch), _Attend(self._attend)
         self._library.twin_set(*self._functions)
 
@@ -99,11 +98,24 @@ def run(twin: Twin, written: Written, member: int) -> float:
     return error
 
 
+def replays_own(region: Program, constants: Mapping[str, torch.Tensor]) -> float:
+    """Returns the error of the replay itself, on the tensors of the self-test; 0 where it computes in float32."""
+    cpu = torch.device("cpu")
+    normal = Repeated(cpu)
+    inputs = [sample(item.type, normal) for item in region.inputs]
+    weights = {name: sample(region.types[f"@{name}"], normal) for name in region.weights}
+    with torch.inference_mode():
+        found = Interpreter(region, cpu)(inputs, weights, dict(constants))
+        exact = replay_in_float32(region, inputs, weights, constants, cpu)
+    return max(errors(want, got).overall for want, got in zip(exact, found, strict=True))
+
+
 def main(folder: Path) -> None:
     written: Written = pickle.loads((folder / "case.pickle").read_bytes())
     began = time.perf_counter()
     twin = Twin(folder, written)
     result: dict[str, Any] = {"kernels": len(written.kernels), "cubins": written.cubins, "errors": []}
+    result["own"] = [replays_own(member, written.constants) for member in written.members]
     try:
         for member in range(len(written.members)):
             result["errors"].append(run(twin, written, member))

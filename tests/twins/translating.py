@@ -49,7 +49,9 @@ def translated(source: str) -> toolchain.Sources:
     return replace(sources, interface=sources.interface.replace(*_HEADERS), model=model, header=header)
 
 
-def flags(compiler: toolchain.Compiler, isa: str, compile_: Mapping[str, Any], link: Mapping[str, Any]) -> toolchain.Flags:
+def flags(
+    compiler: toolchain.Compiler, isa: str, compile_: Mapping[str, Any], link: Mapping[str, Any]
+) -> toolchain.Flags:
     """Returns what Inductor tells the compiler, without CUDA."""
     kept = {
         key: [word for word in words if word.strip() not in _CUDAS and "/nvidia/" not in word]

@@ -49,8 +49,11 @@ def gpu_tools(target: Target) -> dict[str, str]:
     """
     import triton  # pyright: ignore[reportMissingImports]
 
-    tuned = torch.cuda.get_device_name() if gpu_is_here(target) else "nothing"
-    return {"triton": triton.__version__, "cuda": str(torch.version.cuda), "tuned on": tuned}
+    here = gpu_is_here(target)
+    found = {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    found["tuned on"] = torch.cuda.get_device_name() if here else "nothing"
+    # Engines that were built without the GPU before this was so read convolutions from wrong places.
+    return found if here else found | {"convolutions": "cuDNN's layout"}
 
 
 def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
