@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +28,7 @@ import tests  # noqa: F401  (says how torch is to compute, before torch is impor
 import torch  # isort: skip
 
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.aot_inductor import build, check
+from diffkiln.exporters.aot_inductor import absent_gpu, build, check
 from diffkiln.exporters.aot_inductor.attention import gpu_kernel
 from diffkiln.exporters.aot_inductor.cubins import cubins_of
 from diffkiln.exporters.artefact import Lowering
@@ -59,6 +59,11 @@ def without_cuda(scratch: Path) -> Iterator[None]:
         mock.patch.object(check, "cuda_problems", return_value=()),
     ):
         yield
+
+
+def without_cudnns_layout() -> AbstractContextManager[object]:
+    """Leaves out what gives convolutions the layout that they have on a GPU."""
+    return mock.patch.object(absent_gpu, "_convolutions", return_value=nullcontext())
 
 
 @contextmanager
@@ -110,7 +115,7 @@ def write(case: Case, folder: Path) -> None:
     target, compiler = TARGETS[case.target], toolchain.find_compiler()
     kernels: dict[str, Kernel] = {}
     began = time.perf_counter()
-    with watched(kernels, kernels_folder):
+    with watched(kernels, kernels_folder), nullcontext() if case.cudnns else without_cudnns_layout():
         _, files = build._generate(Lowering(case.region, target, family=case.family), compiler, scratch)
     seconds = time.perf_counter() - began
     source = translated(build._one(files, ".cpp").read_text())

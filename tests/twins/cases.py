@@ -25,13 +25,19 @@ L4, H200 = "nvidia-l4", "nvidia-h200"
 
 @dataclass(frozen=True)
 class Case:
-    """A region to lower for a target; `members` are the sizes that its twin is run at."""
+    """A region to lower for a target.
+
+    Attributes:
+        members: the sizes that its twin is run at.
+        cudnns: whether convolutions have cuDNN's layout, or the one that torch expects where it finds no GPU.
+    """
 
     region: Program
     members: tuple[Program, ...]
     constants: Mapping[str, torch.Tensor]
     target: str
     family: Family | None = None
+    cudnns: bool = True
 
 
 def _one(recording: Recording, component: str, region: str, target: str = L4) -> Case:
@@ -82,8 +88,19 @@ def _by_hand() -> Case:
     return Case(region, (region,), constants, L4)
 
 
+def _convolution(cudnns: bool) -> Callable[[], Case]:
+    def make() -> Case:
+        # As many channels as come out: Inductor leaves the layout of fewer alone.
+        region = regions.in_type(regions.convolution(16), "bfloat16")
+        return Case(region, (region,), {}, L4, cudnns=cudnns)
+
+    return make
+
+
 #: The case that mistakes are made in.
 MISTAKEN = "by-hand"
+#: The case that the runtime must refuse.
+MISLAID = "mislaid-convolution"
 SAMPLE: Mapping[str, Callable[[], Case]] = {
     MISTAKEN: _by_hand,
     "flux-double": _block("flux", "transformer", "FluxTransformerBlock", H200),
@@ -98,6 +115,8 @@ SAMPLE: Mapping[str, Callable[[], Case]] = {
     "int8-weights": _quantized("int8_weight_only"),
     "float8-weights": _quantized("float8_weight_only"),
     "sizes": _ranged("transformer"),
+    MISLAID: _convolution(cudnns=False),
+    "convolution": _convolution(cudnns=True),
 }
 CASES: Mapping[str, Callable[[], Case]] = SAMPLE | {
     "after-blocks": _part("after the blocks"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.bundle.aot_inductor import COMPARE
 from diffkiln.errors import VerifyError
 from diffkiln.exporters.base import input_specs
 from diffkiln.interpreter.aten import Interpreter
@@ -50,6 +51,7 @@ class Twin:
         self._library = ctypes.CDLL(str(folder / "engine" / "data" / "aotinductor" / "model" / "engine.so"))
         self._functions = _Launch(self._launch), _Attend(self._attend)
         self._library.twin_set(*self._functions)
+        self._library[COMPARE](True)
 
     def check(self, flat: Any) -> None:
         """Takes what the self-test gives; other members have other sizes."""
@@ -119,7 +121,7 @@ def main(folder: Path) -> None:
     try:
         for member in range(len(written.members)):
             result["errors"].append(run(twin, written, member))
-    except (Fault, VerifyError) as fault:
+    except (Fault, VerifyError, RuntimeError) as fault:
         result["fault"] = str(fault)
     result["launches"] = sum(twin.kernels.launched.values())
     result["seconds"] = time.perf_counter() - began

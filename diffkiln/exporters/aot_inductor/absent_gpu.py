@@ -330,7 +330,9 @@ def _forget() -> None:
     """Drops what functions remember of the GPU: before, of the machine's own; afterwards, of the absent one."""
     from torch._dynamo import device_interface
     from torch._inductor.codecache import CacheBase, CudaKernelParamCache
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
+    FakeTensorMode.cache_clear()  # layouts of convolutions among others, which a dry run may have asked for
     device_interface.caching_worker_device_properties.clear()
     device_interface.caching_worker_current_devices.clear()
     CudaKernelParamCache.cache_clear()

@@ -59,6 +59,8 @@ def gpu_tools(target: Target) -> dict[str, str]:
 def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns Inductor's configuration on top of the host's, with the caller's flags as far as they apply here."""
     ours = {
+        # They are compared in the self-test alone (toolchain).
+        "size_asserts": True,
         "aot_inductor.embed_kernel_binary": True,
         "aot_inductor.emit_multi_arch_kernel": False,
         "triton.autotune_at_compile_time": True,
