@@ -114,7 +114,8 @@ class Edit:
         recording = Recording(self._calls(modules), modules, Constants(read_constants(self._verified)), [])
         if any(target.device == "cuda" for target in targets):
             with self._stages("run the call on fake GPU tensors"):
-                dry_run(recording, self.manifest.runtime.get("cuda_graphs"))
+                graphs: Any = self.manifest.runtime.get("cuda_graphs")
+                dry_run(recording, graphs)
         engines = EnginesPacker(self._writer, cache, recording)
         for group in groups:
             component = group.request.component
