@@ -48,7 +48,8 @@ test-portable-sample: install
 	$(BIN)/python -m tests.portable --sample
 
 # What is heavier than `make test` allows, and each change needs all the same: the sample, Ray Serve, a browser (Debian's
-# chromium), schemathesis against the server, and what many pipelines are made for, each beside diffusers' own.
+# chromium), schemathesis against the server, a sample of engines for absent GPUs that are run on the CPU, and what many
+# pipelines are made for, each beside diffusers' own.
 test-more: test-portable-sample test-heavy
 
 test-heavy: install
