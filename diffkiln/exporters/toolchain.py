@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from diffkiln.bundle.aot_inductor import COMPARE
 from diffkiln.bundle.digest import sha256_file
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import ExportError
 from diffkiln.exporters.processes import call
 

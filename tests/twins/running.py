@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle.aot_inductor import COMPARE
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import VerifyError
 from diffkiln.exporters.base import input_specs
 from diffkiln.interpreter.aten import Interpreter

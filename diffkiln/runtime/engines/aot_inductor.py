@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle.aot_inductor import COMPARE
+from diffkiln.bundle.native import COMPARE
 from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
 from diffkiln.runtime.engines import Layout, check_inputs

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffkiln.bundle.aot_inductor import COMPARE
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import ExportError, PathEscape
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.aot_inductor import build as aot_inductor

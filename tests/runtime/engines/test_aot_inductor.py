@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffkiln.bundle.aot_inductor import COMPARE
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import Incompatible, Incomplete, VerifyError
 from diffkiln.program import Program
 from diffkiln.runtime.engines import comparing, engine

@@ -1,4 +1,4 @@
-"""What a file of `aot_inductor` has that its exporter writes and its engine calls."""
+"""What a shared object of an engine has that its exporter writes and the runtime calls."""
 
 from __future__ import annotations
 
