@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross
+.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross test-twin
 .PHONY: coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -48,13 +48,19 @@ test-portable-sample: install
 	$(BIN)/python -m tests.portable --sample
 
 # What is heavier than `make test` allows, and each change needs all the same: the sample, Ray Serve, a browser (Debian's
-# chromium), schemathesis against the server, and what many pipelines are made for, each beside diffusers' own.
+# chromium), schemathesis against the server, a sample of engines for absent GPUs that are run on the CPU, and what many
+# pipelines are made for, each beside diffusers' own.
 test-more: test-portable-sample test-heavy
 
 test-heavy: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[more]'
 	command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q chromium)
-	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m more
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m "more or twin"
+
+# The rest of the engines for absent GPUs that are run on the CPU; `test-more` has a sample of them.
+test-twin: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[twin]'
+	$(BIN)/python -m pytest -q -m "twin or twin_all" tests/twins
 
 # What takes longer than continuous integration has: every kind of pipeline, one by one.
 test-long: install

@@ -195,7 +195,7 @@ def main() -> None:
     until = time.monotonic() + options.seconds
     ways = started(options, until)
     try:
-        go_round(ways, options.segments, options.warm, until)
+        go_round(ways, options.runs, options.warm, until)
         finish(ways, options.rows)
     finally:
         for way in ways:

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of at most ten minutes. Needs diffkiln[dev] and a torch with CUDA.
 #
-#   benchmarks/gpu/run.sh [PART...]     parts: tests ceilings eager compile bf16 graphs untuned fp8 mask streamed offload replay
+#   benchmarks/gpu/run.sh [PART...]
+#   parts: tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-fp8 fp8 build-mask mask
+#          build-streamed streamed offload replay
 #
 # Without a part it runs as many as fit, in this order. Rows are kept in $ROWS as they are measured, so that parts may be
-# run one by one, on several days; the table is made of all that are there. One that fails costs its own row.
+# run one by one, on several days; the table is made of all that are there. One that fails costs its own row. A bundle is
+# compiled by a part of its own, build-NAME, so that neither takes the time of the other. Engines that are ready when the
+# time runs out are kept, and the part goes on with them. Measuring compiles a bundle that is not there.
 #
 #   SECONDS_IN_ALL  for the whole call (540)      ROWS  of the tables (benchmarks/results/gpu-rows)
 #   RUNS, WARM      counted runs, others (10, 3)  WORK  for bundles: 35 GB for bf16, 22 GB each for fp8 (/tmp/diffkiln-gpu)
@@ -16,8 +20,9 @@ export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHO
 rows="${ROWS:-benchmarks/results/gpu-rows}" work="${WORK:-/tmp/diffkiln-gpu}" out="${TABLE:-benchmarks/results/gpu.md}"
 runs="${RUNS:-10}" warm="${WARM:-3}" python="${PYTHON:-python3}"
 end=$((SECONDS + ${SECONDS_IN_ALL:-540}))
-all=(tests ceilings eager compile bf16 graphs untuned fp8 mask streamed offload replay)
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$self"; }
+all=(tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-fp8 fp8 build-mask mask
+    build-streamed streamed offload replay)
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$self"; }
 
 left() { echo $((end - SECONDS)); }
 
@@ -50,17 +55,27 @@ replays() {
 # Bundles of another kind make room: together they are more than the disk of a small machine.
 only() { for bundle in "$work"/bundle-*; do [[ $bundle == "$work/bundle-$1" ]] || rm -rf "$bundle"; done; }
 
+# Compile the bundle of a way, where it is not there yet.
+built() {
+    timeout "$(left)" "$python" benchmarks/gpu/ways.py "bundle-$1" --work "$work" --build ${REHEARSE:+--rehearse}
+}
+
 part() {
     case $1 in
     tests) tests ;;
     ceilings) timeout "$(left)" "$python" benchmarks/gpu/ceilings.py --rows "$rows" ;;
     eager) rounds eager eager-cudnn --runs "$runs" --warm "$warm" ;;
     compile) rounds eager compile-blocks compile-full --runs "$runs" --warm "$warm"; rounds pruna-like --runs "$runs" --warm "$warm" ;;
+    build-bf16) only bf16 && built bf16 ;;
     bf16) only bf16 && rounds eager bundle-bf16 --runs "$runs" --warm "$warm" ;;
     graphs) only bf16 && rounds bundle-bf16-step-graphs bundle-bf16-program-graphs --runs "$runs" --warm "$warm" ;;
+    build-untuned) only bf16-hidden && built bf16-untuned ;;
     untuned) only bf16-hidden && rounds eager bundle-bf16-untuned --runs "$runs" --warm "$warm" ;;
+    build-fp8) only fp8 && built fp8 ;;
     fp8) only fp8 && rounds eager bundle-fp8 --runs "$runs" --warm "$warm" ;;
+    build-mask) only fp8-mask && built fp8-mask ;;
     mask) only fp8-mask && rounds eager bundle-fp8-mask --runs "$runs" --warm "$warm" ;;
+    build-streamed) only fp8-streamed && built fp8-streamed ;;
     streamed) only fp8-streamed && rounds bundle-fp8-streamed --runs "$runs" --warm "$warm" ;;
     offload) for way in group model sequential; do rounds "offload-$way" --runs 2 --warm 1; done ;;
     replay) replays ;;

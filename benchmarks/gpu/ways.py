@@ -208,6 +208,16 @@ def build(name: str, setting: Setting, hidden: bool = False) -> Path:
     return path
 
 
+#: What a way that draws with a bundle is built from: the bundle, and whether the GPU is hidden from its compiler.
+BUILT = {
+    "bundle-bf16": ("bf16", False),
+    "bundle-bf16-untuned": ("bf16", True),
+    "bundle-fp8": ("fp8", False),
+    "bundle-fp8-mask": ("fp8-mask", False),
+    "bundle-fp8-streamed": ("fp8-streamed", False),
+}
+
+
 def spec_of(name: str, setting: Setting) -> dict[str, Any]:
     call = dict(setting.call)
     inputs = {"call": {"max_sequence_length": call.pop("max_sequence_length")}} | call
@@ -280,6 +290,7 @@ def main() -> None:
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("--work", type=Path, default=Path("/tmp/diffkiln-gpu"))
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--build", action="store_true", help="of a bundle: compile it if it is missing, and no more")
     parser.add_argument("--build-as", type=Path, help="of a bundle: compile it to this place, and no more")
     options = parser.parse_args()
     setting = Setting(options.work, options.rehearse)
@@ -287,6 +298,10 @@ def main() -> None:
         import diffkiln
 
         diffkiln.compile(spec_of(options.way.removeprefix("bundle-"), setting), options.build_as)
+        return
+    if options.build:
+        name, hidden = BUILT[options.way]
+        build(name, setting, hidden)
         return
     answers = own_output()
     draw = WAYS[options.way](setting)

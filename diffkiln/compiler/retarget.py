@@ -52,6 +52,7 @@ def add_target(
         Incompatible: the bundle is for another torch than this one.
         IntegrityError: the bundle is not whole.
         BuildError: the build failed.
+        VerifyError: a GPU would refuse an operator of a call.
     """
     with Edit(bundle, output, force, progress) as edit:
         wanted = _known(target)

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from diffkiln.bundle.digest import sha256_file
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import ExportError
 from diffkiln.exporters.processes import call
 
@@ -46,6 +47,16 @@ _BASE = "namespace torch::aot_inductor {{ {}template class AOTInductorModelBase<
 #: and leak the inputs that they reject; the runtime has its own.
 _CHECK_BODY = re.compile(r"^AOTI_NOINLINE static void check_input_\d+\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _CHECK_CALL = re.compile(r"^ *check_input_\d+\(input_handles\);\n", re.MULTILINE)
+
+#: Whether an engine compares the layouts of what it is given and of what torch's kernels give it. AOTInductor asks an
+#: environment variable, once for a library. The runtime calls the engine's own function instead, for the self-test.
+_COMPARES = re.compile(r"^static bool _check_aoti_runtime_check_inputs_env\(\) \{.*?^}\n", re.MULTILINE | re.DOTALL)
+_SWITCH = f"""static bool compares = false;
+static bool _check_aoti_runtime_check_inputs_env() {{ return __atomic_load_n(&compares, __ATOMIC_RELAXED); }}
+extern "C" __attribute__((visibility("default"))) void {COMPARE}(bool on) {{
+    __atomic_store_n(&compares, on, __ATOMIC_RELAXED);
+}}
+"""
 
 #: Optimization. An engine's call took 15 µs less with the model at -O1, and the model's compilation half as long again;
 #: with the interface at -O0 it took 60 µs more.
@@ -139,6 +150,8 @@ def take_apart(source: str, device: str = "cpu") -> Sources:
     """Splits the one file that AOTInductor writes. Any unexpected part stays together."""
     header = _MODEL_HEADERS[device]
     source = _CHECK_CALL.sub("", _CHECK_BODY.sub("", source))
+    if device == "cuda":
+        source = _COMPARES.sub(_SWITCH, source)
     source = source.replace(_THREADS, f"num_threads(std::min({MAX_THREADS}, omp_get_max_threads()))")
     interface = _INTERFACE.read_text().strip("\n")
     head, found, body = source.partition(interface)

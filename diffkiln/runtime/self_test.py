@@ -14,7 +14,7 @@ from diffkiln.interpreter.aten import Interpreter, dtype_of
 from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
 from diffkiln.program import ATTENTION, Program, TensorType
 from diffkiln.runtime.attention import packaged
-from diffkiln.runtime.engines import holds_weights
+from diffkiln.runtime.engines import comparing, holds_weights
 from diffkiln.runtime.executor import Engine
 from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.reference import NARROW, is_narrow, replay_in_float32
@@ -67,7 +67,8 @@ def self_test(
         )
         flat = [*inputs, *weights.values(), *folded.values()]
         engine.check(flat)
-        given = engine(flat)
+        with comparing(engine):
+            given = engine(flat)
         if is_narrow(region) and not holds_weights(engine):
             exact = replay_in_float32(region, inputs, weights, folded, device)
         else:

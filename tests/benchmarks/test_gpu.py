@@ -42,7 +42,11 @@ def test_every_way_has_a_part_and_a_row(module) -> None:
 
 def test_help_lists_the_parts_and_an_unknown_part_is_refused() -> None:
     told = subprocess.run([GPU / "run.sh", "--help"], capture_output=True, text=True, check=True).stdout
-    assert "tests ceilings eager compile bf16 graphs untuned fp8 mask streamed offload replay" in told
+    script = (GPU / "run.sh").read_text()
+    parts = re.search(r"^all=\((.*?)\)", script, re.MULTILINE | re.DOTALL)
+    assert parts is not None
+    assert re.search(r"parts: (.*?)\n\n", told, re.DOTALL)[1].split() == parts[1].split()  # type: ignore[index]
+    assert re.findall(r"^    ([\w-]+)\) ", script, re.MULTILINE) == parts[1].split()
     assert subprocess.run([GPU / "run.sh", "nonsense"], capture_output=True).returncode == 2
 
 
@@ -65,6 +69,27 @@ def way(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     start.failed = rounds.Failed  # type: ignore[attr-defined]
     return start
+
+
+def test_every_bundle_is_compiled_by_a_part_of_its_own(module) -> None:
+    script = (GPU / "run.sh").read_text()
+    named = {f"bundle-{name}" for name in re.findall(r"built ([\w-]+) ;;", script)}
+    assert named == module("ways").BUILT.keys() <= module("ways").WAYS.keys()
+
+
+def test_rounds_time_each_way_in_turn(module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rounds = module("rounds")
+    answers = '{"ready": true, "seconds": 0.5, "saved": ""}'
+    (tmp_path / "ways.py").write_text(
+        f"import sys\nprint({answers!r}, flush=True)\nfor _ in sys.stdin: print({answers!r}, flush=True)"
+    )
+    monkeypatch.setattr(rounds, "HERE", tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["rounds.py", "eager", "bundle-fp8", "--rows", str(tmp_path), "--runs", "2", "--warm", "1"]
+    )
+    rounds.main()
+    for name in ("eager", "bundle-fp8"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["seconds"] == [0.5, 0.5]
 
 
 def test_a_way_that_does_not_get_ready_is_ended(way, tmp_path: Path) -> None:

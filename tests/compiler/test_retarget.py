@@ -15,12 +15,14 @@ import torch
 import diffkiln
 from diffkiln.bundle import PARTIAL, dump_partial, has_receipt, open_bundle
 from diffkiln.cli import main
+from diffkiln.compiler.dry_run import dry_run
 from diffkiln.compiler.packing import editing
 from diffkiln.compiler.packing.targets import groups_of
-from diffkiln.errors import BuildError, ExportError, Incompatible, NativeCodeRefused
+from diffkiln.errors import BuildError, ExportError, Incompatible, NativeCodeRefused, VerifyError
 from diffkiln.exporters import cache
 from diffkiln.exporters.cache import EngineCache, engine_key
 from diffkiln.program import Module, Program
+from diffkiln.record.pipeline import Recording
 from diffkiln.runtime import compatibility
 from tests.bundle.making import left_beside, make_for
 from tests.conftest import DIGITS
@@ -247,6 +249,18 @@ def test_regions_that_share_an_engine_are_lowered_together_again(three: Path) ->
         (group,) = groups_of(bundle.manifest.model_copy(update={"engines": rows}), modules)
     assert group.regions == ("Block", "Block-2")
     assert group.family(modules["transformer"]).ranges
+
+
+def test_for_a_gpu_the_calls_run_dry_before_anything_is_built(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(recording: Recording, graphs: str | None) -> None:
+        dry_run(recording, graphs)
+        raise VerifyError(f"{len(recording.calls)} variant, graphs: {graphs}")
+
+    for name in ("_check_buildable", "check_target"):  # this torch cannot build for a GPU
+        monkeypatch.setattr(editing, name, lambda *_, **__: None)
+    monkeypatch.setattr(editing, "dry_run", ran)
+    with pytest.raises(VerifyError, match="1 variant, graphs: None"):
+        diffkiln.add_target(one, "nvidia-l4", cache=engine_cache())
 
 
 KILLER = """

@@ -59,40 +59,46 @@ def _kept() -> tempfile.TemporaryDirectory[str]:
 def part(name: str) -> Program:
     """One of `PARTS`."""
     component, region = PARTS[name]
-    return _of_all().modules[component].regions[region]
+    return of_all().modules[component].regions[region]
 
 
 @cache
-def _of_all() -> Recording:
-    return _rewritten(flux(_PASSES))
+def of_all() -> Recording:
+    """The recording that has `PARTS`."""
+    return rewritten(flux(_PASSES))
 
 
 def quantized(kind: str) -> Program:
     """The double block with its linear layers in one of the types of `QUANTIZED`."""
+    return quantized_recording(kind).modules["transformer"].regions["FluxTransformerBlock"]
+
+
+def quantized_recording(kind: str) -> Recording:
     passes = [
         {"name": "quantize", "component": "transformer", "type": kind},
         {"name": "compile", "component": "transformer"},
     ]
-    return _rewritten(flux(passes)).modules["transformer"].regions["FluxTransformerBlock"]
+    return rewritten(flux(passes))
 
 
 def ranged(component: str) -> Family:
     """The first of a component's regions that four sizes share."""
-    shared = next(family for family in families(list(_ranges().modules[component].regions.values())) if family.ranges)
+    shared = next(family for family in families(list(ranges().modules[component].regions.values())) if family.ranges)
     assert len(shared.members) > 1
     return shared
 
 
 @cache
-def _ranges() -> Recording:
+def ranges() -> Recording:
+    """The recording of four sizes."""
     whole = {"name": "compile", "component": "vae", "scope": "whole"}
     rest = [{"name": "compile", "component": name} for name in ("transformer", "scheduler")]
     spec = flux([whole, *rest])
     spec["inputs"] |= {"height": _SIZES, "width": _SIZES, "num_inference_steps": 2}
-    return _rewritten(spec)
+    return rewritten(spec)
 
 
-def _rewritten(spec: dict[str, Any]) -> Recording:
+def rewritten(spec: dict[str, Any]) -> Recording:
     """The recording as `compile` lowers it."""
     with quiet_libraries():
         checked = check(spec)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import ExportError
 from diffkiln.exporters.aot_inductor.absent_gpu import absent_gpu
@@ -104,6 +105,14 @@ def test_leaves_torch_and_triton_as_they_were() -> None:
         assert torch.cuda.get_device_capability() == (8, 9)
         assert state() != before
     assert state() == before
+
+
+def test_convolutions_in_bfloat16_keep_channels_last_as_on_the_gpu() -> None:
+    with absent_gpu((8, 9)), FakeTensorMode():
+        image = torch.empty(1, 16, 8, 8, dtype=torch.bfloat16, device="cuda:0").to(memory_format=torch.channels_last)
+        weight = torch.empty(16, 16, 3, 3, dtype=torch.bfloat16, device="cuda:0")
+        convolved = torch.ops.aten.convolution.default(image, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        assert convolved.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_missing_assembler_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

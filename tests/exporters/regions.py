@@ -168,10 +168,11 @@ def bfloat16_block() -> Program:
     return in_type(block(), "bfloat16")
 
 
-def convolution() -> Program:
+def convolution(channels: int = 8) -> Program:
     """A convolution and a group norm whose weights are inputs, as a VAE has them."""
     w = Writer()
-    x, weight, bias = w.value("%x", 1, 8, 8, 8), w.value("@conv.weight", 16, 8, 3, 3), w.value("@conv.bias", 16)
+    x, weight = w.value("%x", 1, channels, 8, 8), w.value("@conv.weight", 16, channels, 3, 3)
+    bias = w.value("@conv.bias", 16)
     h = w.op("convolution.default", x, weight, bias, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
     h = w.op("group_norm.default", h, 4, w.value("@norm.weight", 16), w.value("@norm.bias", 16), 1e-5)
     return w.program("Convolution", w.op("silu.default", h))

@@ -26,6 +26,7 @@ from diffkiln.bundle import (
 from diffkiln.bundle.card import card
 from diffkiln.bundle.layout import BUILD, CARD, SCHEMAS, SPEC
 from diffkiln.compiler.built import Built
+from diffkiln.compiler.dry_run import dry_run
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.compiler.packing.engines import EnginesPacker
 from diffkiln.compiler.packing.targets import Group, groups_of, isas_of, retargeted, spec_for, targets_in
@@ -34,11 +35,11 @@ from diffkiln.errors import IllegalPlan, Problem, SpecError
 from diffkiln.exporters.base import exporter
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.aten import check_schemas
-from diffkiln.program import Module
+from diffkiln.program import Module, Program
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.compatibility import check_target
-from diffkiln.runtime.opening import read_constants, read_json, read_modules
+from diffkiln.runtime.opening import read_constants, read_json, read_modules, read_variant
 from diffkiln.spec import Target
 from diffkiln.version import __version__
 
@@ -99,6 +100,7 @@ class Edit:
             IllegalPlan: a backend cannot build for a target.
             Incompatible: the bundle is for another torch, Python or operating system.
             BuildError: there is no room, or the build failed.
+            VerifyError: a GPU would refuse an operator of a call.
         """
         asked: dict[str, Any] = {"packages": {}, "sm": None}
         if all(target.device == "cpu" for target in targets):
@@ -109,7 +111,11 @@ class Edit:
         groups = groups_of(self.manifest, modules)
         _check_buildable(self.manifest, groups, modules, targets)
         self._writer.require_space(self._size(targets))
-        recording = Recording([], modules, Constants(read_constants(self._verified)), [])
+        recording = Recording(self._calls(modules), modules, Constants(read_constants(self._verified)), [])
+        if any(target.device == "cuda" for target in targets):
+            with self._stages("run the call on fake GPU tensors"):
+                graphs: Any = self.manifest.runtime.get("cuda_graphs")
+                dry_run(recording, graphs)
         engines = EnginesPacker(self._writer, cache, recording)
         for group in groups:
             component = group.request.component
@@ -118,6 +124,11 @@ class Edit:
                     family = group.family(modules[component])
                     self._packed += engines.family(group.request, target, family)
         self._added += targets
+
+    def _calls(self, modules: Mapping[str, Module]) -> list[dict[str, Program]]:
+        """Returns the call programs of each variant, by name."""
+        count = len(self.manifest.pipeline.variants)
+        return [dict(read_variant(self._verified, index, modules).programs) for index in range(count)]
 
     def publish(self, what: str) -> Built:
         """Writes the other files and takes the output's place. `what` describes the edit in `build.json`."""

@@ -97,7 +97,7 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
     gpu = numbers_of(capability)
     with ExitStack() as stack:
         stack.callback(_forget)
-        for stand_in in (_fake_tensors, _device, _interface, _random_state, _folding, _driver, _untuned):
+        for stand_in in (_fake_tensors, _device, _interface, _random_state, _convolutions, _folding, _driver, _untuned):
             stack.enter_context(stand_in(gpu))
         _forget()
         yield
@@ -163,6 +163,31 @@ def _random_state(_: Gpu) -> Iterator[None]:
     with _replaced(
         torch.cuda, get_rng_state=lambda device=None: torch.empty(0), set_rng_state=lambda state, device=None: None
     ):
+        yield
+
+
+@contextmanager
+def _convolutions(_: Gpu) -> Iterator[None]:
+    """Gives the results of convolutions the layout that cuDNN gives them on a GPU.
+
+    Where torch finds no GPU, it finds no cuDNN for bfloat16 either, and takes the results for contiguous. On a GPU
+    cuDNN keeps the channels last that Inductor gives it: the engine would read values from wrong places.
+    Source: torch 2.13, aten/src/ATen/native/ConvUtils.h, cudnn_conv_suggest_memory_format.
+    """
+    from torch._prims_common import suggest_memory_format
+
+    recorded = torch._C._conv_determine_backend_memory_format
+
+    def layout(input: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
+        if input.device.type != "cuda":
+            return recorded(input, weight, backend)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+        known = torch.float64 not in (input.dtype, weight.dtype)
+        if known and last in (suggest_memory_format(input), suggest_memory_format(weight)):
+            return last
+        return torch.contiguous_format
+
+    with _replaced(torch._C, _conv_determine_backend_memory_format=layout):
         yield
 
 
@@ -305,7 +330,9 @@ def _forget() -> None:
     """Drops what functions remember of the GPU: before, of the machine's own; afterwards, of the absent one."""
     from torch._dynamo import device_interface
     from torch._inductor.codecache import CacheBase, CudaKernelParamCache
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
+    FakeTensorMode.cache_clear()  # layouts of convolutions among others, which a dry run may have asked for
     device_interface.caching_worker_device_properties.clear()
     device_interface.caching_worker_current_devices.clear()
     CudaKernelParamCache.cache_clear()

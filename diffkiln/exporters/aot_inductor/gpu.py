@@ -49,13 +49,18 @@ def gpu_tools(target: Target) -> dict[str, str]:
     """
     import triton  # pyright: ignore[reportMissingImports]
 
-    tuned = torch.cuda.get_device_name() if gpu_is_here(target) else "nothing"
-    return {"triton": triton.__version__, "cuda": str(torch.version.cuda), "tuned on": tuned}
+    here = gpu_is_here(target)
+    found = {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    found["tuned on"] = torch.cuda.get_device_name() if here else "nothing"
+    # Engines that were built without the GPU before this was so read convolutions from wrong places.
+    return found if here else found | {"convolutions": "cuDNN's layout"}
 
 
 def gpu_options(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns Inductor's configuration on top of the host's, with the caller's flags as far as they apply here."""
     ours = {
+        # They are compared in the self-test alone (toolchain).
+        "size_asserts": True,
         "aot_inductor.embed_kernel_binary": True,
         "aot_inductor.emit_multi_arch_kernel": False,
         "triton.autotune_at_compile_time": True,

@@ -7,6 +7,7 @@ that is imported when a bundle names it and no sooner.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +49,12 @@ class Engine(Protocol):
 def holds_weights(engine: Engine) -> bool:
     """Returns True if an engine has its own weights and ignores those among its inputs."""
     return getattr(engine, "holds_weights", False)
+
+
+def comparing(engine: Engine) -> AbstractContextManager[None]:
+    """Has an engine compare more of what it does, inside the `with` block, where it can. The self-test uses it."""
+    compare = getattr(engine, "comparing", None)
+    return compare() if compare is not None else nullcontext()
 
 
 def learned(engine: Engine) -> Mapping[str, bytes]:

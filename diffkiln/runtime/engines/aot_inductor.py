@@ -6,15 +6,17 @@ manifest allows: the compatibility and trust gates come before this module.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffkiln.bundle.native import COMPARE
 from diffkiln.bundle.scratch import scratch
 from diffkiln.errors import Incompatible, Incomplete
 from diffkiln.runtime.engines import Layout, check_inputs
@@ -42,7 +44,8 @@ class AotInductorEngine:
         self.inputs = tuple(inputs)
         self.device = torch.device(device)
         self._name = f"the engine {directory.name}"
-        if not (directory / _LIBRARY).is_file():
+        self._library = directory / _LIBRARY
+        if not self._library.is_file():
             raise Incomplete(f"{directory}: the file {_LIBRARY} is missing")
         # Unless it is alone, torch's loader records an event after each call on a GPU, and the host waits for it before
         # the next call. A CUDA graph cannot hold the event either. The lock makes calls take turns instead.
@@ -55,8 +58,29 @@ class AotInductorEngine:
         with self._turn:
             return self._run(held)
 
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Has an engine for a GPU compare the layouts of tensors, inside the `with` block."""
+        compare = _switch(self._library) if self.device.type != "cpu" else None
+        if compare is None:
+            yield
+            return
+        compare(True)
+        try:
+            yield
+        finally:
+            compare(False)
+
     def check(self, flat: Sequence[torch.Tensor]) -> None:
         check_inputs(flat, self.inputs, self.device, self._name)
+
+
+def _switch(library: Path) -> Callable[[bool], None] | None:
+    """Returns the function of a library that is loaded already; None where it has none, as those of earlier builds."""
+    function = getattr(ctypes.CDLL(str(library)), COMPARE, None)
+    if function is not None:
+        function.argtypes, function.restype = (ctypes.c_bool,), None
+    return function
 
 
 def _load(directory: Path, device: torch.device, alone: bool) -> tuple[object, _Run]:

@@ -10,7 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import ExportError
 from diffkiln.exporters.aot_inductor import absent_gpu
-from diffkiln.exporters.aot_inductor.absent_gpu import _device, _first_that_compiles, _folding, _replaced, numbers_of
+from diffkiln.exporters.aot_inductor.absent_gpu import (
+    _convolutions,
+    _device,
+    _first_that_compiles,
+    _folding,
+    _replaced,
+    numbers_of,
+)
 from diffkiln.spec.targets import GPUS
 
 
@@ -66,6 +73,28 @@ def test_a_tensor_of_one_value_is_folded_without_the_gpu() -> None:
     with _folding(numbers_of((8, 9))):
         constant_fold_uniform_value(module)
     assert 9.0 in [node.args[1] for node in module.graph.find_nodes(op="call_function", target=full.target)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dimensions", "last"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
+def test_a_convolution_keeps_channels_last_as_cudnn_does(
+    dtype: torch.dtype, dimensions: int, last: torch.memory_format
+) -> None:
+    """Without a GPU torch takes those of bfloat16 for contiguous, and an engine would read them from wrong places."""
+    each = [1] * dimensions
+
+    def convolved(given: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.convolution.default(given, weight, None, each, each, each, False, [0] * dimensions, 1)
+
+    with FakeTensorMode(), torch.inference_mode(False):
+        image = torch.empty(2, 16, *[8] * dimensions, dtype=dtype, device="cuda:0")
+        weight = torch.empty(32, 16, *[3] * dimensions, dtype=dtype, device="cuda:0")
+        convolved(image.to(memory_format=last))  # as a dry run does: torch remembers the layout that it finds
+        with _convolutions(numbers_of((8, 9))):
+            absent_gpu._forget()
+            assert convolved(image).is_contiguous()
+            assert convolved(image.to(memory_format=last)).is_contiguous(memory_format=last) == (dtype != torch.float64)
+        absent_gpu._forget()
 
 
 def test_what_torch_no_longer_has_is_an_error_and_the_rest_is_put_back() -> None:

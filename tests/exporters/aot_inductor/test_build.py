@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import ExportError, PathEscape
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.aot_inductor import build as aot_inductor
@@ -214,6 +215,15 @@ class TestTakingApart:
 
     def test_leaves_together_what_it_does_not_know(self) -> None:
         assert toolchain.take_apart("int main() {}\n") == toolchain.Sources("", "int main() {}\n", "")
+
+    def test_the_runtime_decides_whether_a_gpus_engine_compares_layouts(self) -> None:
+        asks = "static bool _check_aoti_runtime_check_inputs_env() {\n    return getenv(X);\n}\n"
+        run = "void AOTInductorModel::run_impl() {}\n"
+        for device in ("cuda", "cpu"):
+            header = toolchain._MODEL_HEADERS[device]
+            model = toolchain.take_apart(f"{header}{toolchain._INTERFACE.read_text()}\n{asks}{run}", device).model
+            assert (f"void {COMPARE}(bool on)" in model) == (device == "cuda")
+            assert ("getenv" in model) == (device == "cpu")
 
     def test_a_gpus_engine_has_kernels_of_its_own_and_no_loops(self) -> None:
         header = toolchain._MODEL_HEADERS["cuda"]

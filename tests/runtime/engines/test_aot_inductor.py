@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffkiln.bundle.native import COMPARE
 from diffkiln.errors import Incompatible, Incomplete, VerifyError
 from diffkiln.program import Program
-from diffkiln.runtime.engines import engine
+from diffkiln.runtime.engines import comparing, engine
 from diffkiln.runtime.engines.aot_inductor import AotInductorEngine
 from tests.exporters.regions import block, built, int8_linear, interpreted, stated, tensors, total
 
@@ -206,7 +208,7 @@ from pathlib import Path
 from typing import Any
 from types import SimpleNamespace
 import torch
-from diffkiln.runtime.engines import engine
+from diffkiln.runtime.engines import comparing, engine
 layouts = [SimpleNamespace(**row) for row in json.loads(sys.argv[1])]
 
 def refuse(event, args):
@@ -290,3 +292,18 @@ def test_calls_from_several_threads_take_turns_in_an_engine_that_is_alone(monkey
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(engine, [[torch.zeros(2)]] * 8))
     assert engine._loader.most == 1
+
+
+def test_the_self_test_has_an_engine_for_a_gpu_compare_layouts(tmp_path: Path) -> None:
+    """The engine's function is called with true, and afterwards with false; one of an earlier build has none."""
+    code = f"int told = 0;\nvoid {COMPARE}(unsigned char on) {{ told = 10 * told + on + 1; }}\n"
+    for name, text in (("now", code), ("before", "int told = 0;\n")):
+        (tmp_path / f"{name}.c").write_text(text)
+        how = ["gcc", "-shared", "-fPIC", str(tmp_path / f"{name}.c"), "-o", str(tmp_path / f"{name}.so")]
+        subprocess.run(how, check=True)
+        run = object.__new__(AotInductorEngine)
+        run.device, run._library = torch.device("cuda:0"), tmp_path / f"{name}.so"
+        told = ctypes.c_int.in_dll(ctypes.CDLL(str(run._library)), "told")
+        with comparing(run):
+            assert told.value == (2 if name == "now" else 0)
+        assert told.value == (21 if name == "now" else 0)
