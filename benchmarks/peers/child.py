@@ -63,6 +63,9 @@ def openvino(folder: str) -> Any:
     sizes = {"height": call["height"], "width": call["width"], "num_images_per_prompt": 1}
     if "num_frames" in call:
         sizes["num_frames"] = call["num_frames"]
+    if "max_sequence_length" in call:  # its static shape is that of the longest prompt that the tokenizer allows
+        longest = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
+        longest.model_max_length = call["max_sequence_length"]
     pipe.reshape(batch_size=1, **sizes)
     pipe.compile()
     return pipe
