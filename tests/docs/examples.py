@@ -20,7 +20,6 @@ NOT_RUN = {
     "hf auth login": "asks for a token",
     "diffkiln sign bundle --sigstore": "needs a browser and the network",
     "from diffkiln.serving.ray import": "needs Ray; tests/serving runs it where `make test-more` has installed it",
-    "diffkiln tune choices.json -o tuning --trials 40 --ray": "needs Ray; tests/evaluate/test_crew.py has a cluster",
     "pipe(prompt_embeds=embeds": "needs Stable Diffusion's weights; tests/end_to_end/test_inputs.py calls a small one",
     'built = diffkiln.compile_module(module, kwargs, target="nvidia': "tests/exporters builds engines of TensorRT",
 }

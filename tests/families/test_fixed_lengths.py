@@ -87,10 +87,12 @@ def compiled(family, root, passes=(), settings=None, **inputs):
     return reference, diffkiln.load(built.path), given
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.more) if name in SLOW else name for name in LIMITS],
-)
+def slow_apart(names):
+    """Parameters, of which the slow ones run in `make test-more`."""
+    return [pytest.param(name, marks=pytest.mark.more) if name in SLOW else name for name in names]
+
+
+@pytest.fixture(scope="module", params=slow_apart(LIMITS))
 def both(request, tmp_path_factory):
     """The family's name, and what `compiled` gives for it."""
     made = compiled(request.param, tmp_path_factory.mktemp(request.param))
@@ -157,7 +159,9 @@ def test_equals_diffusers_without_guidance(family, tmp_path):
             assert difference(reference, pipe, given, prompt=PROMPTS[count]) <= LIMITS[family]
 
 
-@pytest.mark.parametrize("family", [*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo", "ernie_image"])
+@pytest.mark.parametrize(
+    "family", slow_apart([*ROUNDING, "cogview4", "lumina", "kandinsky3", "bria_fibo", "ernie_image"])
+)
 def test_equals_diffusers_for_prompts_of_several_lengths_at_once(family, tmp_path):
     """Tokenizers that pad on the left, where they may: prompts that are cut keep their first tokens."""
     repeats = {} if family == "wan" else {"num_images_per_prompt": 2}
@@ -178,7 +182,7 @@ def test_equals_diffusers_for_quotations(tmp_path):
         assert difference(reference, pipe, given, prompt="'" + PROMPTS[200] + "'") == 0.0
 
 
-@pytest.mark.parametrize("family", ["bria_fibo", "ernie_image"])
+@pytest.mark.parametrize("family", slow_apart(["bria_fibo", "ernie_image"]))
 def test_equals_diffusers_for_empty_prompts(family, tmp_path):
     """Both of a batch, and one beside another: FIBO makes it as long as that."""
     reference, pipe, given = compiled(family, tmp_path, batch_size=2)
