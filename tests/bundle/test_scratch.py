@@ -34,6 +34,19 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
+#: A process of its own: one that runs many tests has threads, and what is forked from it may wait for them for ever.
+_FORKING = """
+import os, signal, sys, tempfile
+from diffkiln.bundle.scratch import Scratch
+
+tempfile.tempdir = sys.argv[1]
+folder = Scratch("test").path
+if os.fork() == 0:
+    os.read(int(sys.argv[2]), 1)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,16 +102,9 @@ def test_what_a_living_process_holds_stays(holder: subprocess.Popen[str], privat
 def test_folder_of_a_parent_that_died_stays_while_a_forked_child_lives(private_tmp: Path) -> None:
     """The lock is inherited; the child's own end gives the folder free."""
     read, write = os.pipe()
-    if (parent := os.fork()) == 0:
-        folder = Scratch("test").path
-        if (child := os.fork()) == 0:
-            os.close(write)
-            os.read(read, 1)
-            os._exit(0)
-        (folder / "child").write_text(str(child))
-        os.kill(os.getpid(), signal.SIGKILL)
+    command = [sys.executable, "-c", _FORKING, str(private_tmp), str(read)]
+    assert subprocess.run(command, pass_fds=[read], check=False).returncode == -signal.SIGKILL
     os.close(read)
-    os.waitpid(parent, 0)
     (folder,) = private_tmp.iterdir()
     scratch.remove_dead(private_tmp)
     assert folder.exists()

@@ -214,7 +214,9 @@ def test_native_code_is_loaded_in_one_place_only():
                 calls.setdefault(node.attr, set()).add(path.relative_to(ROOT).as_posix())
     assert calls["native_copy"] == {"runtime/opening.py"}
     assert calls["AOTIModelPackageLoader"] == {"runtime/engines/aot_inductor.py"}
-    for name in ("load_library", "CDLL", "aoti_load_package"):
+    assert {path for path in calls["CDLL"] if path.startswith("runtime/")} == calls["AOTIModelPackageLoader"]
+    assert calls["AOTIModelPackageLoader"] <= calls["RTLD_NOLOAD"], "what torch has loaded is asked for, nothing else"
+    for name in ("load_library", "aoti_load_package"):
         assert not any(path.startswith("runtime/") for path in calls.get(name, ()))
 
 

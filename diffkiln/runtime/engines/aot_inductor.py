@@ -7,6 +7,7 @@ manifest allows: the compatibility and trust gates come before this module.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,8 @@ class AotInductorEngine:
 
 def _switch(library: Path) -> Callable[[bool], None] | None:
     """Returns the function of a library that is loaded already; None where it has none, as those of earlier builds."""
-    function = getattr(ctypes.CDLL(str(library)), COMPARE, None)
+    loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # fails if torch did not load it
+    function = getattr(loaded, COMPARE, None)
     if function is not None:
         function.argtypes, function.restype = (ctypes.c_bool,), None
     return function
