@@ -4,34 +4,21 @@ sets. It is FID with CLIP in the place of Inception, whose weights nobody publis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from diffkiln.compiler.metrics import About, Metric, Pair, Score
-from diffkiln.evaluate.metrics._clip import embedded
+from diffkiln.evaluate.metrics._sets import OfSets
 
 #: With fewer pictures than CLIP has features, 512 to 1,024, their covariance is not known.
 LEAST = 1_024
 
 
-class ClipFid(Metric):
-    better = "lower"
-    backbone = "clip"
+class ClipFid(OfSets):
     packages = ("transformers", "torchmetrics")
+    least = LEAST
 
-    def objection(self, about: About) -> str:
-        """Returns why nothing can be measured: also for few pictures."""
-        if about.count < LEAST:
-            return f"needs at least {LEAST:,} pictures; there are {about.count}"
-        return super().objection(about)
-
-    def score(self, pairs: Sequence[Pair], about: About) -> Score:
-        """Returns the distance of the two sets."""
-        folder = about.backbones[self.backbone]
-        ours = embedded([pair.picture for pair in pairs], folder)
-        theirs = embedded([pair.reference for pair in pairs], folder)
-        return Score(distance(ours, theirs))
+    def distance(self, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        """Returns the distance, as the function of this name has it."""
+        return distance(ours, theirs)
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
