@@ -73,6 +73,8 @@ def _check_method(source: Path) -> None:
         raise SourceError(
             f"{source.name} is not a safetensors file. Save the adapter as safetensors: a pickle can run code"
         )
+    if not source.is_file():
+        raise SourceError(f"there is no file {source}. Give the adapter's safetensors file")
     keys = sorted(read_header(source))
     if other := next((key for key in keys if other_method(key)), None):
         raise SourceError(

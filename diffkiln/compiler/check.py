@@ -6,13 +6,14 @@ import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffkiln.compiler.decoding import too_large
 from diffkiln.compiler.gates import ready_gates
 from diffkiln.compiler.plan import Plan
-from diffkiln.errors import Problem, gather_problems
+from diffkiln.errors import Problem, SpecError, gather_problems
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
 from diffkiln.models.meta import meta_pipeline
@@ -21,7 +22,7 @@ from diffkiln.models.quantized import UNCOMPILED
 from diffkiln.models.source import SourceModel
 from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, State
-from diffkiln.passes.registry import read_passes
+from diffkiln.passes.registry import ListedPass, read_passes
 from diffkiln.record.call import Request
 from diffkiln.record.rehearsal import rehearse
 from diffkiln.record.requests import places_of, requests_of
@@ -59,7 +60,7 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
         lambda: open_source(parsed.source, home),
         lambda: ready_gates(parsed, home, metrics),
     )
-    listed = tuple(replace(item, step=item.step.prepare(home, source.pipeline_class)) for item in listed)
+    listed = tuple(gather_problems(*(partial(_prepared, item, home, source.pipeline_class) for item in listed)))
     pipe = meta_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = tuple(requests_of(parsed, pipe))
@@ -98,6 +99,15 @@ def _ignored(spec: Spec, targets: Sequence[Target]) -> Iterator[Problem]:
     if runtime.cuda_graphs is not None:
         reason = "a graph is of a GPU's launches, and a CPU has none"
         yield Problem("$.runtime.cuda_graphs", reason, "Remove it, or choose a GPU as the target.")
+
+
+def _prepared(item: ListedPass, home: Path, pipeline_class: type) -> ListedPass:
+    """Returns a pass that has read the files it names. An error names the pass's place in the spec."""
+    try:
+        return replace(item, step=item.step.prepare(home, pipeline_class))
+    except SpecError as error:
+        found = error.problems or (Problem("", str(error)),)
+        raise type(error)(problems=[replace(each, where=each.where or item.where) for each in found]) from error
 
 
 def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Request]) -> State:

@@ -104,6 +104,11 @@ def test_what_is_not_lora_is_named(bundle, tmp_path):
     assert not (tmp_path / "y.safetensors").exists()
 
 
+def test_a_file_that_is_not_there(bundle, tmp_path):
+    with pytest.raises(SourceError, match=r"there is no file .*nothing\.safetensors"):
+        convert_adapter(tmp_path / "nothing.safetensors", bundle, tmp_path / "new.safetensors")
+
+
 def test_the_command_says_what_it_made_and_replaces_nothing_unasked(bundle, eager, tmp_path: Path, capsys):
     file = adapter_of(tmp_path / "a.safetensors", {"transformer": eager.transformer}, ("to_q",))
     arguments = ["lora", "convert", str(file), "--for", str(bundle), "-o", str(tmp_path / "b.safetensors")]

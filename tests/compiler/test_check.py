@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.errors import IllegalPlan
+from diffkiln.errors import IllegalPlan, SpecError
 from diffkiln.exporters.aot_inductor import check
 from tests.conftest import DIGITS
 
@@ -80,3 +80,13 @@ def test_images_that_a_gpu_cannot_upsample_at_once_need_tiles(height: int, image
 def test_images_that_a_gpu_can_upsample_need_none() -> None:
     diffkiln.check(large(2048, 1, GPU, []))
     diffkiln.check(large(1024, 8, GPU, [{"name": "vae", "component": "vae", "slicing": True}]))
+
+
+def test_files_of_passes_that_are_not_there_are_named_together_with_their_places() -> None:
+    lora = {"name": "fuse_lora", "component": "transformer", "adapters": [{"file": "nope.safetensors"}]}
+    recover = {"name": "recover", "component": "transformer", "prompts": "nowhere.txt"}
+    with pytest.raises(SpecError) as caught:
+        diffkiln.check(spec({"device": "cpu"}, [lora, recover]), base=DIGITS)
+    first, second = map(str, caught.value.problems)
+    assert first.startswith("$.passes[0]: the adapter nope.safetensors cannot be read")
+    assert second.startswith("$.passes[1]: there is no file of prompts")
