@@ -24,7 +24,7 @@ from pathlib import Path
 from measuring import DIGITS, machine, median, spread, table
 
 import diffkiln
-from diffkiln.bundle import BundleWriter, GroupRow, open_bundle
+from diffkiln.bundle import BundleWriter, GroupEntry, open_bundle
 from diffkiln.bundle.hashed import SETTLED_NS
 
 PADDING_FILES = 8
@@ -55,7 +55,7 @@ def padded(folder: Path, size: int) -> Path:
             path = f"weights/padding{index}/unused.safetensors"
             count = _write_tensor(writer.path(path), size // PADDING_FILES)
             writer.add(path, "weights")
-            weights[f"padding{index}"] = (GroupRow(name="unused", file=path, tensors=1, bytes=count),)
+            weights[f"padding{index}"] = (GroupEntry(name="unused", file=path, tensors=1, bytes=count),)
         writer.publish(lambda rows: manifest.model_copy(update={"files": rows, "weights": weights}))
     return output
 

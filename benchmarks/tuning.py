@@ -63,7 +63,7 @@ def main() -> None:
         def row(words: str, trial: Any, end: str) -> tuple[str, ...]:
             return words, *(shown(trial, name) for name in names), end
 
-        rows = [row(tuned.told(trial).replace("|", ""), trial, ended(tuned, trial)) for trial in tuned.trials]
+        rows = [row(tuned.in_words(trial).replace("|", ""), trial, ended(tuned, trial)) for trial in tuned.trials]
         rows = [(str(number), *cells) for number, cells in enumerate(rows, 1)]
         built = diffkiln.compile(tuned.path, folder / "tuned")
         again, tuning = {"tuned": "the tuned spec"}, read_tuning(spec)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffkiln.version import __version__
 
-_PLACES = {
+_HOMES = {
     "compile": "diffkiln.compiler.compile",
     "check": "diffkiln.compiler.compile",
     "compile_module": "diffkiln.compiler.modules",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'diffkiln' has no attribute {name!r}")
     try:
-        module = import_module(_PLACES[name])
+        module = import_module(_HOMES[name])
     except ModuleNotFoundError as error:
         if name not in ("compile", "check", "compile_module") or (error.name or "").startswith("diffkiln"):
             raise
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+    return sorted([*globals(), *_HOMES])
 
 
 __all__ = [

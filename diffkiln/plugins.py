@@ -34,13 +34,13 @@ class Plugin:
 
     Attributes:
         name: as specs and bundles have it.
-        place: "module:attribute".
+        reference: "module:attribute".
         distribution: the name of the distribution that brings it; "" for a built-in.
         version: of that distribution.
     """
 
     name: str
-    place: str
+    reference: str
     distribution: str = ""
     version: str = ""
 
@@ -55,7 +55,7 @@ class Plugin:
         Raises:
             MissingDependency: it needs a package that is not installed.
         """
-        module, _, attribute = self.place.partition(":")
+        module, _, attribute = self.reference.partition(":")
         try:
             return getattr(import_module(module), attribute)
         except ModuleNotFoundError as error:

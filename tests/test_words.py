@@ -15,10 +15,12 @@ RETIRED = {
     "lane": "call site", "lanes": "call sites", "weave": "apply a schedule", "weaving": "applying",
     "woven": "scheduled",
     "shim": "engine block", "shims": "engine blocks", "mend": "hint", "openat": "safe open", "placed": "listed",
+    "place": "device, folder, path, position or capacity", "places": "devices, folders, paths or positions",
+    "told": "what it is: a reason, a notice, facts",
     "joining": "merging", "parting": "splitting", "halves": "half batches",
 }  # fmt: skip
-#: The old name of a public attribute keeps working.
-KEPT = {("errors.py", "mend")}
+#: The old name of a public attribute keeps working; what torch calls a write in place is called so.
+KEPT = {("errors.py", "mend"), ("tape.py", "_write_in_place")}
 
 
 def words(identifier: str) -> set[str]:

@@ -14,12 +14,12 @@ class Bag(NamedTuple):
     Attributes:
         member: the class of each.
         attribute: the list of them.
-        place: the module of the class.
+        home: the module of the class.
     """
 
     member: str
     attribute: str
-    place: str
+    home: str
 
 
 BAGS = {

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from diffkiln.bundle import safe_open
 from diffkiln.bundle.digest import Progress, chunks
 from diffkiln.bundle.hashed import Stamp
-from diffkiln.bundle.manifest import FileRow
+from diffkiln.bundle.manifest import FileEntry
 from diffkiln.errors import DigestMismatch
 
 AGAIN = "Fetch or build the bundle again"
 
 
-def check_digest(row: FileRow, descriptor: int, progress: Progress | None = None) -> None:
+def check_digest(row: FileEntry, descriptor: int, progress: Progress | None = None) -> None:
     """Hashes an open file. Raises `DigestMismatch` if it is not the file of the row."""
     digest = hashlib.sha256()
     for chunk in chunks_of(row.path, descriptor):
@@ -37,5 +37,5 @@ def chunks_of(path: str, descriptor: int) -> Iterator[bytes]:
         yield from chunks(descriptor)
 
 
-def mismatch(row: FileRow) -> DigestMismatch:
+def mismatch(row: FileEntry) -> DigestMismatch:
     return DigestMismatch(f"{row.path!r} is not the file that the manifest names. {AGAIN}")

@@ -140,13 +140,13 @@ def checks_of(manifest: Manifest) -> str:
 
 def _use(manifest: Manifest, repo: str | None) -> list[str]:
     fetch = [f"    diffkiln pull {repo} -o bundle", ""] if repo else []
-    place = "bundle" if repo else "this/folder"
+    folder = "bundle" if repo else "this/folder"
     images = "".join(f", {name}={name}" for name in _images(manifest))
     made, results = ("frames", "frames") if _films(manifest) else ("image", "images")
     return [
         *fetch,
         "    import diffkiln",
-        f'    pipe = diffkiln.load("{place}")',
+        f'    pipe = diffkiln.load("{folder}")',
         f'    {made} = pipe("a prompt"{images}).{results}[0]',
     ]
 
@@ -157,9 +157,11 @@ def _variants(manifest: Manifest) -> list[str]:
 
 
 def _passes(manifest: Manifest, build: Mapping[str, Any]) -> list[str]:
-    told = [item if isinstance(item, dict) else {} for item in _list(build, "passes")]
+    reports = [item if isinstance(item, dict) else {} for item in _list(build, "passes")]
     notes = (
-        [_list(item, "notes") for item in told] if len(told) == len(manifest.passes) else [[]] * len(manifest.passes)
+        [_list(item, "notes") for item in reports]
+        if len(reports) == len(manifest.passes)
+        else [[]] * len(manifest.passes)
     )
     rows = [
         [_line(row.name), _line(row.options.get("component", "")), _line("; ".join(map(str, said)))]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffkiln.bundle.mapped import COPIES
 from diffkiln.bundle.output import lock_output
-from diffkiln.bundle.scratch import dead, places
+from diffkiln.bundle.scratch import dead, folders
 from diffkiln.bundle.state import cache_home, state_home
 from diffkiln.errors import OutputBusy
 
@@ -136,8 +136,8 @@ def _kernels() -> Iterator[Path]:
 
 
 def _leftovers() -> Iterator[Path]:
-    for place in places():
-        yield from dead(place)
+    for folder in folders():
+        yield from dead(folder)
     for name in ("engines", "architectures"):
         if (directory := cache_home().existing(name)) is not None:
             yield from dead(directory)

@@ -62,7 +62,7 @@ class Receipt:
     """The notes that one load leaves for the next.
 
     Args:
-        identity, place: the bundle's id and directory.
+        identity, path: the bundle's id and directory.
         known: what the receipt says already.
         started_ns: when the load began (`time.time_ns`).
     """

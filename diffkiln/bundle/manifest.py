@@ -155,19 +155,19 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-class _Row(BaseModel):
+class _Entry(BaseModel):
     # A later minor of the format may add fields. What a reader must understand stands in `features_required`,
     # so what it does not know is left aside.
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class Format(_Row):
+class Format(_Entry):
     name: Literal["diffkiln-bundle"] = FORMAT_NAME
     major: Count = FORMAT_MAJOR
     minor: Count = FORMAT_MINOR
 
 
-class Requires(_Row):
+class Requires(_Entry):
     """The machine's required properties. `None` means that the bundle does not care."""
 
     python: Text  # version specifier, ">=3.11"
@@ -182,7 +182,7 @@ class Requires(_Row):
     packages: Annotated[dict[Package, Specifier], Field(max_length=1000)] = {}  # name to version specifier
 
 
-class Variant(_Row):
+class Variant(_Entry):
     """One choice of the inputs fixed at compile time, and the programs that run it."""
 
     name: Name
@@ -190,20 +190,20 @@ class Variant(_Row):
     programs: Annotated[dict[Name, BundlePath], Field(max_length=MAX_ROWS)]
 
 
-class Pipeline(_Row):
+class Pipeline(_Entry):
     class_name: Name
     diffusers_version: Text
     variants: Annotated[tuple[Variant, ...], _ROWS]
 
 
-class FileRow(_Row):
+class FileEntry(_Entry):
     path: BundlePath
     size: Count  # bytes
     sha256: Digest
     role: Role
 
 
-class TensorSpec(_Row):
+class TensorSpec(_Entry):
     dtype: Dtype
     shape: Dimensions
     stride: Dimensions  # in elements
@@ -220,7 +220,7 @@ class TensorSpec(_Row):
         return self
 
 
-class EngineRow(_Row):
+class EngineEntry(_Entry):
     """One region lowered by one backend for one target. `inputs` and `outputs` are leaves, in order."""
 
     target: Name
@@ -233,14 +233,14 @@ class EngineRow(_Row):
     options: Json = {}
 
 
-class PassRow(_Row):
+class AppliedPass(_Entry):
     name: Name
     version: Count
     options: Json = {}
     changed: bool
 
 
-class GroupRow(_Row):
+class GroupEntry(_Entry):
     """A group of weights that are loaded and dropped together: one offload group, one safetensors file."""
 
     name: Name
@@ -249,23 +249,23 @@ class GroupRow(_Row):
     bytes: Count
 
 
-class Manifest(_Row):
+class Manifest(_Entry):
     format: Format = Format()
     features_required: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
     source: Json
     requires: Requires
     pipeline: Pipeline
-    files: Annotated[tuple[FileRow, ...], _ROWS]
-    engines: Annotated[tuple[EngineRow, ...], _ROWS] = ()
-    passes: Annotated[tuple[PassRow, ...], _ROWS] = ()
+    files: Annotated[tuple[FileEntry, ...], _ROWS]
+    engines: Annotated[tuple[EngineEntry, ...], _ROWS] = ()
+    passes: Annotated[tuple[AppliedPass, ...], _ROWS] = ()
     runtime: Annotated[Json, AfterValidator(_policy)] = {}
-    weights: Annotated[dict[Name, Annotated[tuple[GroupRow, ...], _ROWS]], Field(max_length=MAX_ROWS)] = {}
+    weights: Annotated[dict[Name, Annotated[tuple[GroupEntry, ...], _ROWS]], Field(max_length=MAX_ROWS)] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         check_unique(row.path for row in self.files)
         for row in self.files:
-            check_place(row.path, row.role)
+            check_role(row.path, row.role)
         roles = {row.path: row.role for row in self.files}
         if clash := sorted(RESERVED.intersection(roles)):
             raise ValueError(f"{clash[0]} cannot be among the files that the manifest hashes")
@@ -280,7 +280,7 @@ class Manifest(_Row):
         return self
 
 
-def check_place(path: str, role: Role) -> None:
+def check_role(path: str, role: Role) -> None:
     """Raises `ManifestInvalid` for a file that has no place in a bundle."""
     if reason := misplaced(path, role):
         raise ManifestInvalid(

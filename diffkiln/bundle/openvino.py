@@ -21,7 +21,7 @@ PACKAGE, INSTALL = "openvino", "pip install 'diffkiln[openvino]'"
 _Text = Annotated[str, StringConstraints(max_length=256)]
 _Count = Annotated[int, Field(ge=1, le=4096)]
 
-Place = Literal["input", "engine"]
+Holder = Literal["input", "engine"]
 Precision = Literal["f32", "bf16"]
 Mode = Literal["latency", "throughput"]
 
@@ -46,7 +46,7 @@ class Facts(BaseModel):
     digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     sizes: tuple[Annotated[int, Field(ge=0, lt=2**53)], Annotated[int, Field(ge=0, lt=2**53)]]
     inputs: tuple[_Text | None, ...]
-    weights: Place = "input"
+    weights: Holder = "input"
     inference_precision: Precision = "f32"
     performance_mode: Mode = "latency"
     threads: _Count | None = None

@@ -14,7 +14,7 @@ from diffkiln.bundle import hashed, safe_open
 from diffkiln.bundle.card import MAX_BUILD_BYTES, read_build
 from diffkiln.bundle.digest import Progress
 from diffkiln.bundle.layout import BUILD, MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
-from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES, RESERVED, FileRow, Manifest, Role, bundle_id, parse_manifest
+from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES, RESERVED, FileEntry, Manifest, Role, bundle_id, parse_manifest
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
 from diffkiln.bundle.readers import Readers
 from diffkiln.bundle.signature import MAX_SIGNATURE_BYTES, Signature, parse_signature
@@ -205,7 +205,7 @@ def digest_line(manifest: bytes) -> bytes:
     return f"{bundle_id(manifest)}  {MANIFEST}\n".encode()
 
 
-def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileRow]) -> None:
+def _check_tree(bundle: Path, root: int, rows: Mapping[str, FileEntry]) -> None:
     """Checks that every named file is there, whole and plain, and that nothing else is."""
     directories = {""}
     for path in rows:
@@ -249,7 +249,7 @@ def _entries(root: int, directory: str) -> list[tuple[str, os.stat_result]]:
         os.close(descriptor)
 
 
-def _check_size(row: FileRow | None, size: int) -> None:
+def _check_size(row: FileEntry | None, size: int) -> None:
     if row is not None and size != row.size:
         raise DigestMismatch(
             f"{row.path!r} has {size} bytes, the manifest says {row.size}. Fetch or build the bundle again"

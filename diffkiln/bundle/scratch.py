@@ -44,7 +44,7 @@ class Scratch:
     """
 
     def __init__(self, kind: str, parent: Path | None = None) -> None:
-        where = parent if parent is not None else _safe_place()
+        where = parent if parent is not None else _safe_folder()
         if where not in _swept:
             _swept.add(where)
             remove_dead(where)
@@ -89,7 +89,7 @@ def remove_dead(parent: Path) -> None:
             os.close(lock)
 
 
-def places() -> list[Path]:
+def folders() -> list[Path]:
     """Returns where scratch folders may lie: the temporary directory and its substitute."""
     found = [Path(tempfile.gettempdir())]
     if (own := existing_state_dir("scratch")) is not None:
@@ -97,7 +97,7 @@ def places() -> list[Path]:
     return found
 
 
-def _safe_place() -> Path:
+def _safe_folder() -> Path:
     temporary = Path(tempfile.gettempdir())
     if closed_to_others(temporary):
         return temporary
@@ -109,27 +109,27 @@ def _safe_place() -> Path:
         ) from error
 
 
-def place_to_run() -> Path:
+def folder_to_run() -> Path:
     """Returns where native code can lie: the state directory where the temporary one runs no programs.
 
     Raises:
         SystemRefused: neither does.
     """
-    place = _safe_place()
-    if runs_programs(place):
-        return place
+    folder = _safe_folder()
+    if runs_programs(folder):
+        return folder
     with suppress(BuildError):
         if runs_programs(own := state_dir("scratch")):
             return own
     raise SystemRefused(
-        f"{place} is mounted noexec: native code cannot be loaded from there. Set TMPDIR to a directory of yours on a "
+        f"{folder} is mounted noexec: native code cannot be loaded from there. Set TMPDIR to a directory of yours on a "
         "file system that runs programs"
     )
 
 
-def runs_programs(place: Path) -> bool:
+def runs_programs(folder: Path) -> bool:
     """Returns False for a directory on a file system that is mounted `noexec`."""
-    return not os.statvfs(place).f_flag & os.ST_NOEXEC
+    return not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
 def _made(kind: str, parent: Path) -> tuple[Path, int]:

@@ -23,11 +23,11 @@ from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chu
 from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
 from diffkiln.bundle.layout import PARTIAL
-from diffkiln.bundle.manifest import FileRow, Manifest
+from diffkiln.bundle.manifest import FileEntry, Manifest
 from diffkiln.bundle.mapped import mapped
 from diffkiln.bundle.paths import check_path
 from diffkiln.bundle.readers import Readers
-from diffkiln.bundle.scratch import Scratch, place_to_run
+from diffkiln.bundle.scratch import Scratch, folder_to_run
 from diffkiln.bundle.sharing import clone, link
 from diffkiln.bundle.signature import Signature
 from diffkiln.errors import CallError, DiffkilnError, DigestMismatch, Incomplete, IntegrityError
@@ -66,7 +66,7 @@ class Verified:
         root: int,
         manifest: Manifest,
         identity: str,
-        files: tuple[FileRow, ...],
+        files: tuple[FileEntry, ...],
         targets: tuple[str, ...],
         signature: Signature | None = None,
     ) -> None:
@@ -276,10 +276,10 @@ class Verified:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _copy(self, prefix: str, rows: list[FileRow]) -> Path:
+    def _copy(self, prefix: str, rows: list[FileEntry]) -> Path:
         needed = sum(row.size for row in rows)
         try:
-            made = Scratch("native", place_to_run())
+            made = Scratch("native", folder_to_run())
             self._held.directories.append(made)
             for row in rows:
                 self._copy_file(row, made.path / row.path[len(prefix) + 1 :])
@@ -290,7 +290,7 @@ class Verified:
             ) from error
         return made.path
 
-    def _copy_file(self, row: FileRow, target: Path, mode: int = 0o600, pad: int = 0) -> None:
+    def _copy_file(self, row: FileEntry, target: Path, mode: int = 0o600, pad: int = 0) -> None:
         """Copies a file, behind so many zeros, and hashes it on the way."""
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         digest = hashlib.sha256()
@@ -362,7 +362,7 @@ class Verified:
         shared = self._rows[path].role == "weights"
         return safe_open.open_file(self._root, path, self.path if shared else None)
 
-    def _row(self, path: str) -> FileRow:
+    def _row(self, path: str) -> FileEntry:
         self._check_open()
         try:
             return self._rows[path]

@@ -16,11 +16,11 @@ from diffkiln.bundle.hashed import Stamp, stamp_of
 from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, UNHASHED
 from diffkiln.bundle.manifest import (
     RESERVED,
-    FileRow,
+    FileEntry,
     Manifest,
     Role,
     bundle_id,
-    check_place,
+    check_role,
     dump_manifest,
     parse_manifest,
     problems,
@@ -55,7 +55,7 @@ class BundleWriter:
     def __init__(self, output: str | os.PathLike[str], force: bool = False) -> None:
         self._stated = output
         self._force = force
-        self._rows: dict[str, tuple[FileRow, Stamp]] = {}  # with what it was when it was hashed
+        self._rows: dict[str, tuple[FileEntry, Stamp]] = {}  # with what it was when it was hashed
         self._unhashed: set[str] = set()
         self._shared: set[str] = set()  # with the bundle that is to be replaced
 
@@ -85,7 +85,7 @@ class BundleWriter:
             raise explanation from error
 
     @property
-    def rows(self) -> tuple[FileRow, ...]:
+    def rows(self) -> tuple[FileEntry, ...]:
         """Returns the rows of the files written so far, sorted by path."""
         return tuple(self._rows[path][0] for path in sorted(self._rows))
 
@@ -96,7 +96,7 @@ class BundleWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
-    def write(self, rel: str, data: bytes, role: Role) -> FileRow:
+    def write(self, rel: str, data: bytes, role: Role) -> FileEntry:
         """Writes a small file.
 
         Raises `PathEscape` or `ManifestInvalid` for its name, and `BuildError` if it exists.
@@ -106,14 +106,14 @@ class BundleWriter:
         _write(target, data)
         return self._register(rel, target, sha256_bytes(data), role)
 
-    def add(self, rel: str, role: Role) -> FileRow:
+    def add(self, rel: str, role: Role) -> FileEntry:
         """Registers a file that was written at `path(rel)`. The file must not change any more."""
         target = self._target(rel, role)
         with explained(target, "read"):
             _check_plain(target)
             return self._register(rel, target, sha256_file(target), role)
 
-    def keep(self, row: FileRow, source: Verified) -> None:
+    def keep(self, row: FileEntry, source: Verified) -> None:
         """Takes over a file of another bundle unchanged, with its row.
 
         Weights of the bundle that this one replaces stay the same file, under a second name until the old bundle goes.
@@ -146,7 +146,7 @@ class BundleWriter:
 
     def publish(
         self,
-        build: Callable[[tuple[FileRow, ...]], Manifest],
+        build: Callable[[tuple[FileEntry, ...]], Manifest],
         report: Callable[[Manifest], None] | None = None,
         trial: Callable[[Path], None] | None = None,
     ) -> str:
@@ -172,7 +172,7 @@ class BundleWriter:
         self._staging.install()
         return bundle_id(data)
 
-    def _manifest(self, build: Callable[[tuple[FileRow, ...]], Manifest]) -> tuple[bytes, Manifest]:
+    def _manifest(self, build: Callable[[tuple[FileEntry, ...]], Manifest]) -> tuple[bytes, Manifest]:
         rows = self.rows
         try:
             manifest = build(rows)
@@ -205,11 +205,11 @@ class BundleWriter:
                 if now != stamp and (now[:2] != stamp[:2] or sha256_file(root / path) != row.sha256):
                     raise BuildError(f"{path!r} changed after it was added to the bundle")
 
-    def _register(self, rel: str, target: Path, digest: str, role: Role) -> FileRow:
+    def _register(self, rel: str, target: Path, digest: str, role: Role) -> FileEntry:
         if rel in self._rows:
             raise BuildError(f"{rel!r} was added to the bundle twice")
         status = os.stat(target, follow_symlinks=False)
-        row = FileRow(path=rel, size=status.st_size, sha256=digest, role=role)
+        row = FileEntry(path=rel, size=status.st_size, sha256=digest, role=role)
         self._rows[rel] = row, stamp_of(status)
         return row
 
@@ -218,7 +218,7 @@ class BundleWriter:
         if rel in RESERVED:
             raise BuildError(f"{rel!r} is not among a bundle's hashed files")
         if role is not None:
-            check_place(rel, role)
+            check_role(rel, role)
         return self._staging.root / path
 
     def _explanation(self, error: BaseException | None) -> BuildError | None:

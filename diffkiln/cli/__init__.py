@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:  # of native extensions, too, which are no Exception
         if os.environ.get("DIFFKILN_DEBUG"):
             raise
-        told = ours(error, "diffkiln")
-        say(f"error: {told}")
-        return told.exit_code
+        known = ours(error, "diffkiln")
+        say(f"error: {known}")
+        return known.exit_code
 
 
 __all__ = ["cli", "main"]

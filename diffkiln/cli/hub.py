@@ -74,8 +74,8 @@ def pull_(
     choose = engine_targets if all_targets else only(names) if names else fitting
     pulled = pull(repo, output, revision=revision, choose=choose, force=force, progress=count)
     if as_json:
-        told = {"path": str(pulled.path), "id": pulled.id, "commit": pulled.commit, "targets": pulled.targets}
-        print_json(told | {"received_bytes": received})
+        facts = {"path": str(pulled.path), "id": pulled.id, "commit": pulled.commit, "targets": pulled.targets}
+        print_json(facts | {"received_bytes": received})
         return
     say(f"{size_of(received)} received; commit {pulled.commit}; engines for {', '.join(pulled.targets) or 'no target'}")
     show(f"{pulled.path}  {pulled.id}")

@@ -162,10 +162,10 @@ def choice_here(bundle: Bundle) -> Mapping[str, Any]:
     if not bundle.manifest.engines:
         return {}
     from diffkiln.errors import Incompatible
-    from diffkiln.runtime.targets import choose, place_for
+    from diffkiln.runtime.targets import choose, device_for
 
     try:
-        choice = choose(bundle.manifest, place_for(bundle.manifest), bundle.targets)
+        choice = choose(bundle.manifest, device_for(bundle.manifest), bundle.targets)
     except Incompatible as error:
         return {"choice": {"target": None, "why": str(error), "others": {}}}
     return {"choice": asdict(choice)}

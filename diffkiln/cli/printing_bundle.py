@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffkiln.cli.printing import read_json, say, show, size_of
 
 if TYPE_CHECKING:
-    from diffkiln.bundle import Bundle, GroupRow, Manifest
+    from diffkiln.bundle import Bundle, GroupEntry, Manifest
     from diffkiln.cli.output_files import Made
     from diffkiln.program import Program
 
@@ -216,7 +216,7 @@ def _short(value: Any) -> Any:
     return f"{value[:23]}..." if isinstance(value, str) and value.startswith("sha256:") else value
 
 
-def _weights(groups: Sequence[GroupRow]) -> str:
+def _weights(groups: Sequence[GroupEntry]) -> str:
     return f"{size_of(sum(group.bytes for group in groups))} in {_count(len(groups), 'group')}"
 
 

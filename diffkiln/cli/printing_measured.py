@@ -10,7 +10,7 @@ from diffkiln.cli.printing import print_table, show, size_of
 
 if TYPE_CHECKING:
     from diffkiln.evaluate.bench import Bench, Measured
-    from diffkiln.evaluate.comparing import Row
+    from diffkiln.evaluate.comparing import MetricResult
     from diffkiln.evaluate.numbers import Spread
     from diffkiln.evaluate.quality import Evaluation
     from diffkiln.evaluate.tune import Tuned
@@ -67,7 +67,7 @@ def print_evaluation(made: Evaluation) -> None:
     print_machine(made.machine)
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: MetricResult) -> list[str]:
     assert row.score is not None
     each = row.score.each
     worst = (min(each) if row.better == "higher" else max(each)) if each else None
@@ -89,17 +89,17 @@ def print_tuned(tuned: Tuned) -> None:
     show()
     for trial in tuned.trials:
         reason = f" – {trial.outcome.reason}" if trial.outcome.reason else ""
-        print_line(f"{trial.number}: {tuned.told(trial)}{reason}")
+        print_line(f"{trial.number}: {tuned.in_words(trial)}{reason}")
     show()
     show(f"{len(tuned.trials)} of {tuned.combinations} combinations; best {tuned.goal.objective}: {tuned.best.number}")
     print_machine(tuned.machine)
 
 
-def print_machine(told: Mapping[str, str]) -> None:
+def print_machine(facts: Mapping[str, str]) -> None:
     """Prints where it was measured."""
     from diffkiln.evaluate.machine import in_a_line
 
-    print_line(in_a_line(told))
+    print_line(in_a_line(facts))
 
 
 def print_line(text: str) -> None:
@@ -137,8 +137,8 @@ def _energy(ways: Sequence[Measured]) -> Iterator[list[str]]:
     from diffkiln.evaluate.energy import SOURCES
 
     for source, words in SOURCES.items():
-        told = [way.joules.get(source) for way in ways]
-        yield [words, *(_NOT_MEASURED if joules is None else f"{joules:.3g} J an image" for joules in told)]
+        in_words = [way.joules.get(source) for way in ways]
+        yield [words, *(_NOT_MEASURED if joules is None else f"{joules:.3g} J an image" for joules in in_words)]
 
 
 def _short(name: str) -> str:

@@ -64,7 +64,7 @@ def convert_adapter(
             save_file(_renamed(state), made, metadata=_metadata(state.metadata))
             layers = _checked(verified, made)
             os.replace(made, target)
-    return Converted(target, layers, tuple(dict.fromkeys(" ".join(text.split())[:200] for text in state.told)))
+    return Converted(target, layers, tuple(dict.fromkeys(" ".join(text.split())[:200] for text in state.warnings)))
 
 
 def _check_method(source: Path) -> None:
@@ -96,10 +96,10 @@ def _state(verified: Verified, source: Path) -> State:
     except (DiffkilnError, MemoryError):
         raise
     except Exception as error:  # whatever diffusers' conversion raises for a file that it does not know
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise SourceError(
-            f"{source.name} is not an adapter that diffusers reads for a {name}: {told}. Give one that was trained on "
-            "this model"
+            f"{source.name} is not an adapter that diffusers reads for a {name}: {reason}. Give one that was trained "
+            "on this model"
         ) from error
 
 

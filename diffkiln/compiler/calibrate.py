@@ -98,9 +98,9 @@ def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], s
             continue
         calibration: Any = item.step
         component = item.step.component
-        after = [place for place in plan.listed if place.step.component == component]
-        place = next(place for place in after if "calibrated" in place.step.takes)
-        schedule: Any = place.step
+        after = [chosen for chosen in plan.listed if chosen.step.component == component]
+        chosen = next(chosen for chosen in after if "calibrated" in chosen.step.takes)
+        schedule: Any = chosen.step
         with stages(f"calibrate the schedule of {component}"), quiet_libraries():
             modules = {name: load_module(plan.source, name, plan.dtype) for name in plan.state.modules}
             for name, module in modules.items():
@@ -108,7 +108,7 @@ def calibrate(plan: Plan, writer: BundleWriter, metrics: Mapping[str, Metric], s
             with manager.guarded(item), row_scales():
                 evidence = calibrated(plan.recording, plan.pipe, modules, calibration, schedule, metrics)
         writer.write(calibration_file(component), as_json(evidence.as_json(calibration)), "doc")
-        plan = plan.choosing(place, schedule.with_steps(evidence.mask))
+        plan = plan.choosing(chosen, schedule.with_steps(evidence.mask))
     return plan
 
 
@@ -278,7 +278,7 @@ class _Traced:
         self._call = call
         call_sites, edit = call_sites_of(call, component), Builder(call, outputs=())
         self.steps: list[list[_Site]] = [[] for _ in call_sites.sites]
-        for at, (step, branch) in call_sites.place.items():
+        for at, (step, branch) in call_sites.step_of.items():
             op, part = call.ops[at], splits[call.ops[at].attrs["program"]]
             keeping = with_kept(edit, op, part, f"%traced.{step}.{branch}")
             edit.replace(at, keeping)
@@ -299,8 +299,8 @@ class _Traced:
         """Returns the program from the component's results to the latents at the step's end."""
         ops, first, last = self._call.ops, sites[0].at, sites[-1].at
         end = next((at for at in range(last, len(ops)) if ops[at].name == STEP), len(ops) - 1)
-        places = [at for at in range(first, end) if ops[at].name != CALL]
-        return split_off(self._call, places, tuple(ops[end].uses)[:1])
+        positions = [at for at in range(first, end) if ops[at].name != CALL]
+        return split_off(self._call, positions, tuple(ops[end].uses)[:1])
 
     def latents(self, values: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
         """Returns the latents after a step, float64."""

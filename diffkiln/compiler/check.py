@@ -25,7 +25,7 @@ from diffkiln.passes.base import Fact, State
 from diffkiln.passes.registry import ListedPass, read_passes
 from diffkiln.record.call import Request
 from diffkiln.record.rehearsal import rehearse
-from diffkiln.record.requests import places_of, requests_of
+from diffkiln.record.requests import paths_of_inputs, requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 
@@ -64,7 +64,7 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
     pipe = meta_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = tuple(requests_of(parsed, pipe))
-    rehearse(pipe, requests, places_of(parsed))
+    rehearse(pipe, requests, paths_of_inputs(parsed))
     state = _state(parsed, source, pipe, requests)
     before = {name: manager.nbytes(module) for name, module in state.modules.items()}
     steps = [item.step for item in listed]

@@ -174,8 +174,8 @@ def _recorded(plan: Plan) -> Plan:
                 raise
             hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
-        told = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
-        return replace(plan, recording=Recording([], {}, Constants(), [], reason=str(error))).noting(told)
+        notices = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
+        return replace(plan, recording=Recording([], {}, Constants(), [], reason=str(error))).noting(notices)
     manager.check_recording(recording, plan.listed, plan.targets)
     unread = {name for name in IF_READ if name in plan.source.components and name not in recording.read}
     source = plan.source.without(unread)

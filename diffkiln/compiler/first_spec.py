@@ -288,10 +288,10 @@ def _passes(plan: State, target: Target) -> Iterator[dict[str, Any]]:
 
 def _notices(pipe: Any, spec: Mapping[str, Any]) -> Iterator[str]:
     inputs = spec["inputs"]
-    told = [f"{inputs['width']} × {inputs['height']} pixels"] if "width" in inputs else []
-    told += [f"{inputs['num_frames']} frames"] if "num_frames" in inputs else []
-    told += [f"{inputs['num_inference_steps']} steps"] if "num_inference_steps" in inputs else []
-    at = ", ".join(told) or "its own size"
+    sizes = [f"{inputs['width']} × {inputs['height']} pixels"] if "width" in inputs else []
+    sizes += [f"{inputs['num_frames']} frames"] if "num_frames" in inputs else []
+    sizes += [f"{inputs['num_inference_steps']} steps"] if "num_inference_steps" in inputs else []
+    at = ", ".join(sizes) or "its own size"
     yield f"{type(pipe).__name__} at {at}: a bundle serves the sizes and steps of its spec, so set those you need"
     if not any(step["name"] == "compile" for step in spec["passes"]):
         yield "no component declares repeated blocks, so nothing is compiled; operations are replayed one by one"

@@ -32,7 +32,9 @@ class Folding:
         self._component, self._constants = component, recording.constants
         own = [fold for fold in recording.folds if fold.component == component]
         self._waiting = {key for fold in own for each in fold.evaluations for key in each.gives}
-        self._left = [_Work(fold, at, values) for fold in own for values in [_values_of(fold)] for at in _places(fold)]
+        self._left = [
+            _Work(fold, at, values) for fold in own for values in [_values_of(fold)] for at in _positions(fold)
+        ]
         self._held: Weights = {}
 
     def add(self, weights: Weights) -> None:
@@ -84,7 +86,7 @@ def _values_of(fold: Fold) -> list[_Values]:
     return [_Values(fold, each) for each in fold.evaluations]
 
 
-def _places(fold: Fold) -> range:
+def _positions(fold: Fold) -> range:
     return range(len(fold.program.ops))
 
 

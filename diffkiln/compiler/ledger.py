@@ -47,7 +47,7 @@ Pictures = Mapping[str, Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerEntry:
     """One row: the pass, and the value of each gate's metric after it; None where it was not measured.
 
     Attributes:
@@ -65,8 +65,8 @@ class Row:
     def as_json(self, where: str) -> dict[str, Any]:
         """Returns the row of one gate's table."""
         value = self.values.get(where)
-        told = {"pass": self.name, "value": None if value is None else float(f"{value:.6g}")}
-        return told if value is not None else {**told, "reason": self.reason}
+        entry = {"pass": self.name, "value": None if value is None else float(f"{value:.6g}")}
+        return entry if value is not None else {**entry, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Ledger:
     """
 
     gates: tuple[ReadyGate, ...]
-    cumulative: tuple[Row, ...] = ()
-    each: tuple[Row, ...] = ()
+    cumulative: tuple[LedgerEntry, ...] = ()
+    each: tuple[LedgerEntry, ...] = ()
     reference: Pictures = field(default_factory=dict, repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -128,12 +128,12 @@ class _Draws:
     own: Mapping[str, Function]
     reference: Pictures = field(default_factory=dict)
 
-    def row(self, name: str, pictures: Pictures) -> Row:
+    def row(self, name: str, pictures: Pictures) -> LedgerEntry:
         values = {
             ready.where: ready.measured(pictures[ready.where], self.reference[ready.where], self.own)
             for ready in self.plan.gates
         }
-        return Row(name, values)
+        return LedgerEntry(name, values)
 
 
 def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, stages: Stages) -> Ledger:
@@ -207,7 +207,7 @@ def with_bundle(ledger: Ledger, root: Path, plan: Plan, base: Path, own: Mapping
             ):
                 pictures = {ready.where: _called(pipe, ready) for ready in plan.gates}
         except Incompatible as error:
-            row = Row(BUNDLE, {}, f"this machine cannot run it: {error}")
+            row = LedgerEntry(BUNDLE, {}, f"this machine cannot run it: {error}")
         else:
             row = _Draws(plan, base, own, ledger.reference).row(BUNDLE, pictures)
     return replace(ledger, cumulative=(*ledger.cumulative, row)).judged()
@@ -218,12 +218,12 @@ def _name(items: Sequence[ListedPass]) -> str:
     return f"{items[0].step.name} {components}".strip()
 
 
-def _row(draws: _Draws, name: str, items: Sequence[ListedPass]) -> Row | None:
+def _row(draws: _Draws, name: str, items: Sequence[ListedPass]) -> LedgerEntry | None:
     """Returns the row of these passes; None if the last of them adds engines, which a replay does not have."""
     try:
         plan, chosen = _planned(draws, items)
     except IllegalPlan as error:
-        return Row(name, {}, f"it cannot stand alone: {error}")
+        return LedgerEntry(name, {}, f"it cannot stand alone: {error}")
     if plan.state.compile and _adds_engines(draws, plan, items):
         return None
     return draws.row(name, _drawn(draws, plan, chosen))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkiln.compiler.packing.engines import place_of
+from diffkiln.compiler.packing.engines import device_for
 from diffkiln.compiler.verify import compare_component
 from diffkiln.errors import BuildError, CallError, Incompatible, RecordError, SpecError
 from diffkiln.exporters.artefact import Artefact, Lowering
@@ -83,7 +83,7 @@ def compile_module(
     constants = Constants()
     callee, recorded = record_module(module, example_kwargs, fixed, constants)
     recorded = _SCOPES[scope](recorded)
-    place, weights = place_of(machine), dict(weights_of(module))
+    device, weights = device_for(machine), dict(weights_of(module))
     engines: dict[str, Engine] = {}
     artefacts: dict[str, Artefact] = {}
     for region in recorded.regions.values():
@@ -92,10 +92,10 @@ def compile_module(
         lowering = Lowering(region, machine, own, dict(options or {}), weights=named)
         artefacts[region.name] = artefact = exporter(backend).export(lowering, cache or EngineCache())
         engines[region.name] = _Elsewhere(machine)
-        if place is not None:
-            engines[region.name] = engine(backend)(artefact.directory, input_specs(region), place)
-            self_test(engines[region.name], region, own, place, f"the engine of {region.name}")
-    folded = {key: tensor.to(place) if place and tensor.ndim else tensor for key, tensor in constants.tensors.items()}
+        if device is not None:
+            engines[region.name] = engine(backend)(artefact.directory, input_specs(region), device)
+            self_test(engines[region.name], region, own, device, f"the engine of {region.name}")
+    folded = {key: tensor.to(device) if device and tensor.ndim else tensor for key, tensor in constants.tensors.items()}
     return CompiledModule(module, callee, recorded, engines, folded, artefacts, machine)
 
 
@@ -238,7 +238,7 @@ class _Elsewhere:
 def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
     """Returns the first keyword that differs."""
 
-    def told(value: Any) -> str:
+    def word(value: Any) -> str:
         return str(type_of(value)) if isinstance(value, torch.Tensor) else repr(value)[:80]
 
     for name in sorted(given.keys() | example.keys()):
@@ -247,7 +247,7 @@ def _difference(given: Mapping[str, Any], example: Mapping[str, Any]) -> str:
         found, required = flatten(given[name]), flatten(example[name])
         if key_of(*found) != key_of(*required):
             return (
-                f"{name}: {told(given[name])} found, {told(example[name])} required, which the module was compiled for"
+                f"{name}: {word(given[name])} found, {word(example[name])} required, which the module was compiled for"
             )
     return "the arguments are nested in another way than the example's"
 

@@ -70,8 +70,8 @@ def origin_of(identity: str, spec: Mapping[str, Any], folder: Path | None = None
     Raises:
         SourceError: nobody knows where it is, it cannot be read, or it is another model.
     """
-    told: Any = spec.get("source")
-    pinned = told if isinstance(told, dict) else {}
+    source: Any = spec.get("source")
+    pinned = source if isinstance(source, dict) else {}
     given, base = _given(identity, pinned, folder)
     model = open_source(given, base)
     # A source on the Hub is fetched at its commit, and random weights follow from their seed.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffkiln.bundle import EngineRow, GroupRow, Variant
+from diffkiln.bundle import EngineEntry, GroupEntry, Variant
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Packed:
     """
 
     variants: tuple[Variant, ...] = ()
-    engines: tuple[EngineRow, ...] = ()
-    weights: Mapping[str, tuple[GroupRow, ...]] = field(default_factory=dict)
+    engines: tuple[EngineEntry, ...] = ()
+    weights: Mapping[str, tuple[GroupEntry, ...]] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     requires: Mapping[str, str] = field(default_factory=dict)
     gpus: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

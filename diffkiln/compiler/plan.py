@@ -77,13 +77,13 @@ class Plan:
         notices = dict.fromkeys((*self.notices, *packed.notices))
         return replace(self, packed=self.packed + packed, notices=tuple(notices))
 
-    def choosing(self, place: ListedPass, step: Pass) -> Plan:
+    def choosing(self, old: ListedPass, step: Pass) -> Plan:
         """Returns the plan with another pass in one place."""
-        return self.replacing(place, step, *step.run(self.state).notes)
+        return self.replacing(old, step, *step.run(self.state).notes)
 
-    def replacing(self, place: ListedPass, step: Pass, *notes: str) -> Plan:
+    def replacing(self, old: ListedPass, step: Pass, *notes: str) -> Plan:
         """Returns the plan with another pass in one place, and these notes on what it does."""
-        new = replace(place, step=step)
-        listed = tuple(new if item is place else item for item in self.listed)
-        report = tuple(replace(ran, listed=new, notes=notes) if ran.listed is place else ran for ran in self.report)
+        new = replace(old, step=step)
+        listed = tuple(new if item is old else item for item in self.listed)
+        report = tuple(replace(ran, listed=new, notes=notes) if ran.listed is old else ran for ran in self.report)
         return replace(self, listed=listed, report=report)

@@ -82,8 +82,8 @@ def recover(plan: Plan, stages: Stages) -> Plan:
             recovery: Any = item.step
             with stages(f"recover {item.step.component}"), quiet_libraries(), manager.guarded(item):
                 factors, note = _trained(plan, item)
-            told = next(ran.notes for ran in plan.report if ran.listed is item)
-            plan = plan.replacing(item, recovery.trained(factors), *told, note)
+            notes = next(ran.notes for ran in plan.report if ran.listed is item)
+            plan = plan.replacing(item, recovery.trained(factors), *notes, note)
     return plan
 
 

@@ -71,11 +71,11 @@ class TrainingFile:
             return None
         try:
             with safe_open(path, "pt") as file:
-                told = json.loads(file.metadata()["training"])
+                facts = json.loads(file.metadata()["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told.pop("sha256") != _digest(tensors, told):
+            if facts.pop("sha256") != _digest(tensors, facts):
                 raise ValueError("its numbers are not those that were written")
-            return _from_tensors(tensors, told)
+            return _from_tensors(tensors, facts)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("the state of a training, %s, is damaged, so it begins anew: %s", path, error)
             return None
@@ -87,8 +87,8 @@ class TrainingFile:
             BuildError: the cache cannot be written.
         """
         tensors = _as_tensors(training)
-        told = {"done": training.done, "errors": training.errors}
-        data = save(tensors, {"training": json.dumps(told | {"sha256": _digest(tensors, told)})})
+        facts = {"done": training.done, "errors": training.errors}
+        data = save(tensors, {"training": json.dumps(facts | {"sha256": _digest(tensors, facts)})})
         directory = cache_home().directory(RECOVERED)
         staged = directory / f".{secrets.token_hex(16)}"
         try:
@@ -125,18 +125,18 @@ def _as_tensors(training: Training) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _from_tensors(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> Training:
+def _from_tensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Training:
     layers = dict.fromkeys(name.removesuffix(".down.now") for name in tensors if name.endswith(".down.now"))
     pairs = {name: (tensors[f"{name}.down.now"], tensors[f"{name}.up.now"]) for name in layers}
-    training = Training(pairs, int(told["done"]))
+    training = Training(pairs, int(facts["done"]))
     parts = [f"{name}.{part}" for name in layers for part in ("down", "up")]
     training.moments = [(tensors[f"{name}.first"], tensors[f"{name}.second"]) for name in parts]
-    training.errors = [float(error) for error in told["errors"]]
+    training.errors = [float(error) for error in facts["errors"]]
     return training
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -22,7 +22,7 @@ from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.call import Request
-from diffkiln.record.refusals import place_of, refusal
+from diffkiln.record.refusals import code_of, refusal
 from diffkiln.record.rehearsal import rehearse
 from diffkiln.runtime.diffusers.loading import load_as_diffusers, with_modules
 from diffkiln.runtime.executor import Executor
@@ -127,5 +127,5 @@ def _drawn(pipe: Any, request: Request, negative: bool) -> str:
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             pipe(**example_of(pipe, request, negative))
     except Exception as error:  # whatever the pipeline's own code raises
-        return refusal(error) or f"in {place_of(error) or 'its code'}, without a reason"
+        return refusal(error) or f"in {code_of(error) or 'its code'}, without a reason"
     return ""

@@ -150,8 +150,8 @@ def bench(
     say = progress or (lambda _: None)
     asked = Asked(allow_native, device, Path(source) if source is not None else None)
     ways = ways_of(Path(bundle), tuple(against), asked)
-    told = machine()
-    rounds = rounds or Rounds(runs=5 if told["gpu"] == "none" else 10)
+    facts = machine()
+    rounds = rounds or Rounds(runs=5 if facts["gpu"] == "none" else 10)
     prompts = [prompt or _PROMPT] * ways[0].call.batch
     starts: dict[str, list[float]] = {way.name: [] for way in ways}
     loads: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -163,7 +163,7 @@ def bench(
                 loads[way.name].append(begun.load)
     calls = _calls(ways, prompts, seed, rounds, say)
     measured = [_measured(way, starts[way.name], loads[way.name], calls[way.name]) for way in ways]
-    return Bench(str(ways[0].job["identity"]), tuple(measured), told, rounds, ways[0].call.fixed)
+    return Bench(str(ways[0].job["identity"]), tuple(measured), facts, rounds, ways[0].call.fixed)
 
 
 def _in_turn(ways: Sequence[Any], turn: int) -> Sequence[Any]:
@@ -207,10 +207,12 @@ def _measured(
 
     throughput = spread_of([images / total for total in totals])
     peaks = most("host"), most("device"), most("reserved")
-    joules = {source: sum(row["joules"][source] for row in calls) / images / len(calls) for source in _told(calls)}
+    joules = {
+        source: sum(row["joules"][source] for row in calls) / images / len(calls) for source in _energy_sources(calls)
+    }
     return Measured(way.name, seconds, throughput, *peaks, way.weights, most("moved"), way.planned, joules)
 
 
-def _told(calls: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+def _energy_sources(calls: Sequence[Mapping[str, Any]]) -> Sequence[str]:
     """Returns the sources whose drivers told the energy of all calls."""
     return [source for source in SOURCES if calls and all(source in row["joules"] for row in calls)]

@@ -29,10 +29,10 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """
     figure, axes = _figure(0.9 + 0.42 * len(rows))
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    for place, row in enumerate(rows.values()):
+    for at, row in enumerate(rows.values()):
         left = 0.0
         for part, value in row.items():
-            axes.barh(place, value, 0.62, left=left, color=COLOURS[parts.index(part) % len(COLOURS)], label=_text(part))
+            axes.barh(at, value, 0.62, left=left, color=COLOURS[parts.index(part) % len(COLOURS)], label=_text(part))
             left += value
     axes.set_yticks(range(len(rows)), map(_text, rows))
     axes.invert_yaxis()
@@ -52,11 +52,11 @@ def waterfall(steps: Sequence[tuple[str, float]], unit: str, floor: float | None
     """
     figure, axes = _figure(0.9 + 0.42 * len(steps))
     before = steps[0][1]
-    for place, (_, value) in enumerate(steps):
+    for at, (_, value) in enumerate(steps):
         worse = value < before
         low, width = min(before, value), abs(value - before)
-        axes.barh(place, width or 0.1, 0.62, left=low, color=COLOURS[5] if worse else COLOURS[2])
-        axes.annotate(f"{value:.4g}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.barh(at, width or 0.1, 0.62, left=low, color=COLOURS[5] if worse else COLOURS[2])
+        axes.annotate(f"{value:.4g}", (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         before = value
     if floor is not None:
         axes.axvline(floor, color=COLOURS[0], linestyle="--", linewidth=1.2)
@@ -129,8 +129,8 @@ def _legend(axes: Any) -> None:
     """Puts one entry for each label above the chart."""
     handles, labels = axes.get_legend_handles_labels()
     kept = dict(zip(labels, handles, strict=True))
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": min(len(kept), 3)}
-    axes.legend(list(kept.values()), list(kept), frameon=False, fontsize=8, **place)
+    at = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": min(len(kept), 3)}
+    axes.legend(list(kept.values()), list(kept), frameon=False, fontsize=8, **at)
 
 
 def _svg(figure: Any) -> str:

@@ -44,8 +44,8 @@ class UserMetric(Metric):
             found = self._function(*given)
             numbers = [float(value) for value in found] if hasattr(found, "__len__") else [float(found)]
         except (TypeError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise CallError(f"the metric {self._name} gives no number, nor one for each picture: {told}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise CallError(f"the metric {self._name} gives no number, nor one for each picture: {reason}") from error
         each = tuple(numbers) if hasattr(found, "__len__") else ()
         return Score(sum(numbers) / len(numbers), each)
 
@@ -125,18 +125,18 @@ def backbones_of(items: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     known = sorted({load("metrics", name).backbone for name in plugins("metrics")} - {""})
     for item in items:
-        kind, equals, place = item.partition("=")
-        if not equals or not place or kind not in known:
+        kind, equals, where = item.partition("=")
+        if not equals or not where or kind not in known:
             raise SpecError(f"--backbone {item}: write KIND=FOLDER, where KIND is one of {', '.join(known)}")
-        found[kind] = _folder(kind, place)
+        found[kind] = _folder(kind, where)
     return found
 
 
-def _folder(kind: str, place: str) -> Path:
-    path = Path(place).expanduser()
+def _folder(kind: str, where: str) -> Path:
+    path = Path(where).expanduser()
     if path.is_dir():
         return path.absolute()
-    repo, at, commit = place.rpartition("@")
+    repo, at, commit = where.rpartition("@")
     from diffkiln.models.opening import COMMIT, HUB_ID, from_the_hub
 
     if at and HUB_ID.fullmatch(repo) and COMMIT.fullmatch(commit):
@@ -146,6 +146,6 @@ def _folder(kind: str, place: str) -> Path:
             patterns = ["*.json", "*.txt", "*.safetensors"]
             return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
     raise SpecError(
-        f"--backbone {kind}: there is no folder {place}. Give a local folder, or owner/name@commit with the 40 digits "
+        f"--backbone {kind}: there is no folder {where}. Give a local folder, or owner/name@commit with the 40 digits "
         "of a commit on the Hub"
     )

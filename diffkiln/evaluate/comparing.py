@@ -30,7 +30,7 @@ class Pairs(Sequence[Pair]):
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricResult:
     """One metric of an evaluation.
 
     Attributes:
@@ -49,12 +49,12 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row by its fields; null where nothing was measured."""
-        told = {"name": self.name, "unit": self.unit, "better": self.better, "floor": short(self.floor)}
+        entry = {"name": self.name, "unit": self.unit, "better": self.better, "floor": short(self.floor)}
         if self.score is None:
-            return {**told, "overall": None, "reason": self.reason}
+            return {**entry, "overall": None, "reason": self.reason}
         each = [short(value) for value in self.score.each]
         reference = short(self.score.reference)
-        return {**told, "overall": short(self.score.overall), "each": each, "reference": reference}
+        return {**entry, "overall": short(self.score.overall), "each": each, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Drift:
         return {name: value if name == "step" else short(value) for name, value in vars(self).items()}
 
 
-def rows_of(metrics: Mapping[str, Metric], pairs: Sequence[Pair], about: About) -> Iterator[Row]:
+def results_of(metrics: Mapping[str, Metric], pairs: Sequence[Pair], about: About) -> Iterator[MetricResult]:
     """Yields each metric's numbers, or why there are none."""
     for name, metric in metrics.items():
         reason = metric.objection(about)
         score = None if reason else metric.score(pairs, about)
-        yield Row(name, metric.unit, metric.better, score, reason)
+        yield MetricResult(name, metric.unit, metric.better, score, reason)
 
 
 def drift_of(ours: Album, theirs: Album, count: int) -> list[Drift]:

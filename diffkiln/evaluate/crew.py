@@ -30,12 +30,12 @@ class Crew(Protocol):
     """Makers of trials.
 
     Attributes:
-        places: how many trials may run at once.
+        capacity: how many trials may run at once.
         machine: where they run, as words.
     """
 
     @property
-    def places(self) -> int: ...
+    def capacity(self) -> int: ...
 
     @property
     def machine(self) -> Mapping[str, str]: ...
@@ -52,7 +52,7 @@ class Crew(Protocol):
 class Alone:
     """This process; the trials use its folder."""
 
-    places = 1
+    capacity = 1
 
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
@@ -99,12 +99,12 @@ class Cluster:
         hands: actors of `Hand`, as Ray knows them.
     """
 
-    def __init__(self, hands: Sequence[Any], told: Mapping[str, str]) -> None:
+    def __init__(self, hands: Sequence[Any], facts: Mapping[str, str]) -> None:
         self._idle, self._busy = list(hands), {}
-        self.machine = told
+        self.machine = facts
 
     @property
-    def places(self) -> int:
+    def capacity(self) -> int:
         return len(self._idle) + len(self._busy)
 
     def begin(self, spec: Mapping[str, Any], goal: Goal) -> Any:
@@ -132,7 +132,7 @@ class Cluster:
             raise (error.cause if isinstance(error.cause, SystemRefused) else error) from None
         except RayActorError as error:
             log.warning("a node of the cluster was lost, and its trial is made again: %s", error)
-            if not self.places:
+            if not self.capacity:
                 raise SystemRefused("the last node of the Ray cluster was lost. The same command goes on") from None
             return work, None
         self._idle.append(hand)
@@ -162,8 +162,8 @@ def cluster(address: str, base: Path, reference: Path | None, gpu: bool) -> Iter
     hands: list[Any] = []
     try:
         hands = _hired(base, reference, gpu)
-        ready, told = _ready(hands, base)
-        yield Cluster(ready, told)
+        ready, facts = _ready(hands, base)
+        yield Cluster(ready, facts)
         ray.get([hand.close.remote() for hand in ready], timeout=_PATIENCE)
     finally:
         for hand in hands:
@@ -201,11 +201,11 @@ def _hired(base: Path, reference: Path | None, gpu: bool) -> list[Any]:
         cores, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
         if not node["Alive"] or cores < 1 or (gpu and gpus < 1):
             continue
-        places = gpus if gpu else 1
-        wanted = {"num_cpus": max(1, cores // places), "num_gpus": 1 if gpu else 0}
+        capacity = gpus if gpu else 1
+        wanted = {"num_cpus": max(1, cores // capacity), "num_gpus": 1 if gpu else 0}
         stays = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         hire = maker.options(scheduling_strategy=stays, **wanted)
-        made += [hire.remote(str(base), None if reference is None else str(reference)) for _ in range(places)]
+        made += [hire.remote(str(base), None if reference is None else str(reference)) for _ in range(capacity)]
     if not made:
         raise SystemRefused(f"no node of the Ray cluster has a {'GPU' if gpu else 'core'} to give. Add one")
     return made
@@ -228,7 +228,7 @@ def _ready(hands: Sequence[Any], base: Path) -> tuple[list[Any], Mapping[str, st
         raise SystemRefused(f"no node of the Ray cluster was free within {_PATIENCE:.0f} s. Try again later")
     if not all(has for _, has in found):
         raise SystemRefused(f"a node of the Ray cluster has no folder {base}. Put the spec where all nodes see it")
-    kinds = {tuple(told[name] for name in _COMPARED) for told, _ in found}
+    kinds = {tuple(facts[name] for name in _COMPARED) for facts, _ in found}
     if len(kinds) > 1:
         several = "; ".join(", ".join(kind) for kind in sorted(kinds))
         raise SystemRefused(f"the nodes of the Ray cluster differ, so their numbers would not compare: {several}")

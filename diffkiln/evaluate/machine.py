@@ -28,11 +28,11 @@ def machine() -> dict[str, str]:
     return found | {"versions": ", ".join(_versions())}
 
 
-def in_a_line(told: Mapping[str, str]) -> str:
+def in_a_line(facts: Mapping[str, str]) -> str:
     """Returns what `machine` found as one paragraph."""
-    kept = [told[key] for key in ("processor", "memory") if key in told]
-    gpu = [told["gpu"]] if told.get("gpu", "none") != "none" else []
-    return f"{', '.join([*kept, *gpu])}; {told['versions']}; {told['threads']} threads; load {told['load']}"
+    kept = [facts[key] for key in ("processor", "memory") if key in facts]
+    gpu = [facts["gpu"]] if facts.get("gpu", "none") != "none" else []
+    return f"{', '.join([*kept, *gpu])}; {facts['versions']}; {facts['threads']} threads; load {facts['load']}"
 
 
 def _versions() -> Iterator[str]:

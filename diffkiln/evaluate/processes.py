@@ -78,8 +78,8 @@ def _answer(way: Way, child: subprocess.Popen[str], log: Any) -> dict[str, Any]:
     line = child.stdout.readline()
     if not line:
         log.seek(0)
-        told = [text.strip() for text in log.read().splitlines() if text.strip()]
-        raise Incompatible(f"{way.name}: its process ended without an image. The last that it said: {told[-1:]}")
+        lines = [text.strip() for text in log.read().splitlines() if text.strip()]
+        raise Incompatible(f"{way.name}: its process ended without an image. The last that it said: {lines[-1:]}")
     answer = json.loads(line)
     if "error" in answer:
         raise Incompatible(f"{way.name} cannot be measured: {answer['error']}")

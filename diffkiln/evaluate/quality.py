@@ -20,7 +20,7 @@ from diffkiln.compiler.metrics import About, Metric
 from diffkiln.errors import CallError, SpecError
 from diffkiln.evaluate.album import Album, claim
 from diffkiln.evaluate.choosing import backbones_of, check_computable, metrics_of
-from diffkiln.evaluate.comparing import Drift, Pairs, Row, drift_of, rows_of
+from diffkiln.evaluate.comparing import Drift, MetricResult, Pairs, drift_of, results_of
 from diffkiln.evaluate.drawing import draw
 from diffkiln.evaluate.machine import machine
 from diffkiln.evaluate.prompts import MOST, Request, requests_of
@@ -53,7 +53,7 @@ class Evaluation:
     bundle: str
     ways: tuple[Way, Way]
     requests: tuple[Request, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[MetricResult, ...]
     drift: tuple[Drift, ...]
     floor: tuple[Drift, ...]
     seconds: Mapping[str, Sequence[float]]
@@ -151,14 +151,14 @@ def evaluated(
         check_computable(metrics, about)
     with _folder(keep) as folder:
         claim(folder, _record(ours, theirs, requests))
-        told = machine()
+        facts = machine()
         draw(ours, requests, Album(folder / _OURS), progress)
         draw(theirs, requests, Album(folder / _THEIRS), progress)
         few = requests[:_FLOOR] if theirs.job["kind"] == EAGER else []
         if few:
             draw(theirs, few, Album(folder / _AGAIN), progress, _other_attention)
         progress("compare")
-        yield _compared(folder, (ours, theirs), requests, few, metrics, about, told)
+        yield _compared(folder, (ours, theirs), requests, few, metrics, about, facts)
 
 
 def _requests(prompts: str | PathLike[str] | Sequence[str], seeds: int) -> list[Request]:
@@ -216,19 +216,19 @@ def _compared(
     few: Sequence[Request],
     metrics: Mapping[str, Metric],
     about: About,
-    told: Mapping[str, str],
+    facts: Mapping[str, str],
 ) -> Evaluation:
     ours, theirs, again = (Album(folder / name) for name in (_OURS, _THEIRS, _AGAIN))
-    rows = list(rows_of(metrics, Pairs(ours, theirs, requests), _true_size(about, ours)))
+    rows = list(results_of(metrics, Pairs(ours, theirs, requests), _true_size(about, ours)))
     if few:
-        floors = rows_of(metrics, Pairs(again, theirs, few), replace(_true_size(about, ours), count=len(few)))
+        floors = results_of(metrics, Pairs(again, theirs, few), replace(_true_size(about, ours), count=len(few)))
         overall = [row.score.overall if row.score else None for row in floors]
         rows = [replace(row, floor=value) for row, value in zip(rows, overall, strict=True)]
     sides = {_OURS: ours, _THEIRS: theirs}
     seconds = {name: [album.get(number).seconds for number in range(len(requests))] for name, album in sides.items()}
     drift, floor = drift_of(ours, theirs, len(requests)), drift_of(again, theirs, len(few)) if few else []
     identity = str(ways[0].job["identity"])
-    return Evaluation(identity, ways, tuple(requests), tuple(rows), tuple(drift), tuple(floor), seconds, told, folder)
+    return Evaluation(identity, ways, tuple(requests), tuple(rows), tuple(drift), tuple(floor), seconds, facts, folder)
 
 
 def _true_size(about: About, album: Album) -> About:

@@ -14,7 +14,7 @@ from diffkiln.errors import MissingDependency
 from diffkiln.evaluate.album import Album
 from diffkiln.evaluate.bench import Bench
 from diffkiln.evaluate.charts import bars, lines, waterfall
-from diffkiln.evaluate.comparing import Row
+from diffkiln.evaluate.comparing import MetricResult
 from diffkiln.evaluate.energy import SOURCES
 from diffkiln.evaluate.numbers import Spread
 from diffkiln.evaluate.phases import PHASES
@@ -86,7 +86,7 @@ def report(
     )
 
 
-def _cards(measured: Sequence[Row], bench: Bench | None) -> Iterator[dict[str, str]]:
+def _cards(measured: Sequence[MetricResult], bench: Bench | None) -> Iterator[dict[str, str]]:
     for row in measured[:4]:
         assert row.score is not None
         yield {"name": row.name, "value": f"{row.score.overall:.5g} {row.unit}".strip()}
@@ -101,7 +101,7 @@ def _cards(measured: Sequence[Row], bench: Bench | None) -> Iterator[dict[str, s
         yield {"name": "peak memory of the host", "value": f"{ours.host / theirs.host:.2f} ×"}
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: MetricResult) -> list[str]:
     assert row.score is not None
     each = row.score.each
     worst = (min(each) if row.better == "higher" else max(each)) if each else None
@@ -127,7 +127,7 @@ def _worst(made: Evaluation) -> list[int]:
     return sorted(numbers, key=lambda number: sign * values[number])[:MOST_PAIRS]
 
 
-def _pair(made: Evaluation, number: int, each: Sequence[Row]) -> dict[str, Any]:
+def _pair(made: Evaluation, number: int, each: Sequence[MetricResult]) -> dict[str, Any]:
     ours, theirs = _frame(made.ours, number), _frame(made.theirs, number)
     difference = (ours - theirs).abs()
     gain = _gain(float(difference.max()))
@@ -167,7 +167,7 @@ def _as_data(picture: torch.Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(made.getvalue()).decode()}"
 
 
-def _line(made: Evaluation, number: int, each: Sequence[Row]) -> dict[str, Any]:
+def _line(made: Evaluation, number: int, each: Sequence[MetricResult]) -> dict[str, Any]:
     request = made.requests[number]
     cells = [_shown(row.score.each[number]) for row in each if row.score]
     return {"prompt": request.prompt, "seed": request.seed, "cells": cells}

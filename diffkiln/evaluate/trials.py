@@ -184,8 +184,8 @@ def _digest(way: Way, requests: Sequence[Request]) -> str:
         source = [way.job["identity"]]
     else:
         source = [way.job[name] for name in ("path", "class_name", "dtypes", "variant")] + [way.job["spec"]["source"]]
-    told = json.dumps([source, way.call.as_json(), [vars(request) for request in requests]], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    identity = json.dumps([source, way.call.as_json(), [vars(request) for request in requests]], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def _costs(way: Measured) -> dict[str, float | None]:

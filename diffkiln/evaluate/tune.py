@@ -30,7 +30,7 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.passes.registry import read_passes
 from diffkiln.spec import parse_spec, resolve_targets
-from diffkiln.spec.choices import Choice, count, told
+from diffkiln.spec.choices import Choice, count, in_words
 from diffkiln.spec.tuning import BYTES, LATENCY, MEMORY, Tuning, read_tuning
 
 Progress = Callable[[str], None]
@@ -62,9 +62,9 @@ class Tuned:
     combinations: int
     machine: Mapping[str, str]
 
-    def told(self, trial: Trial) -> str:
+    def in_words(self, trial: Trial) -> str:
         """Returns what a trial chose, in words."""
-        return told(self.choices, trial.picks)
+        return in_words(self.choices, trial.picks)
 
     def as_json(self) -> dict[str, Any]:
         """Returns everything as a JSON value."""
@@ -149,9 +149,9 @@ def _try(study: Trials, tuning: Tuning, goal: Goal, crew: Crew, until: float, sa
     running: dict[Any, Asked] = {}
     try:
         while True:
-            while study.left and len(running) < crew.places and time.monotonic() < until:
+            while study.left and len(running) < crew.capacity and time.monotonic() < until:
                 asked = study.begin()
-                say(f"trial {study.begun}: {told(tuning.choices, asked.picks)}")
+                say(f"trial {study.begun}: {in_words(tuning.choices, asked.picks)}")
                 running[crew.begin(tuning.plain(asked.picks), goal)] = asked
             if not running:
                 return
@@ -228,11 +228,11 @@ def _claimed(folder: Path, spec: Path, tuning: Tuning, goal: Goal, here: Mapping
 
 def _record(tuning: Tuning, goal: Goal, here: Mapping[str, str]) -> dict[str, Any]:
     """Returns what makes trials comparable: the spec, its prompts, the machine and the versions."""
-    told = {name: here[name] for name in ("processor", "gpu", "versions")}
+    facts = {name: here[name] for name in ("processor", "gpu", "versions")}
     wanted = tuning.wanted.model_dump(mode="json")
     gates = [ready.pinned() for ready in goal.gates.values()]
     digest = hashlib.sha256(json.dumps([tuning.data, wanted, gates], sort_keys=True).encode()).hexdigest()
-    return {"spec": digest, **told}
+    return {"spec": digest, **facts}
 
 
 def _best(trials: Sequence[Trial], goal: Goal) -> Trial:

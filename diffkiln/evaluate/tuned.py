@@ -74,7 +74,7 @@ def _row(tuned: Tuned, trial: Trial) -> dict[str, Any]:
         "number": trial.number,
         "cells": [shown(trial, name) for name in tuned.goal.measures],
         "ended": ended(tuned, trial),
-        "chosen": tuned.told(trial),
+        "chosen": tuned.in_words(trial),
         "reason": trial.outcome.reason,
     }
 

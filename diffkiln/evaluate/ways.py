@@ -69,7 +69,7 @@ def ways_of(bundle: Path, against: tuple[str, ...], asked: Asked) -> list[Way]:
     ways = [own, *(other_way(bundle, own, word, asked) for word in dict.fromkeys(against))]
     for way in ways[1:]:
         check_sizes(own, way)
-    return [replace(way, name=_unlike(way.name, ways[:place])) for place, way in enumerate(ways)]
+    return [replace(way, name=_unlike(way.name, ways[:number])) for number, way in enumerate(ways)]
 
 
 def _unlike(name: str, others: Sequence[Way]) -> str:

@@ -33,7 +33,7 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
     with process:
         _offer(process)
         try:
-            _, told = process.communicate(timeout=seconds)
+            _, output = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as error:
             _end(process)
             raise ExportError(
@@ -43,14 +43,14 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], s
         except BaseException:
             _end(process)
             raise
-    if process.returncode == -signal.SIGKILL or (process.returncode and "Killed signal" in told):
+    if process.returncode == -signal.SIGKILL or (process.returncode and "Killed signal" in output):
         raise ExportError(
             f"{name} was killed, most likely because memory ran out: compilers have taken up to {_peak()} here. Give "
             "the machine more memory, or run on fewer cores, which compiles fewer files at a time (taskset -c 0)"
         )
     if process.returncode != 0:
-        complaints = [line for line in told.splitlines() if "error" in line or "undefined" in line]
-        first = "\n".join((complaints or told.splitlines())[:5])
+        complaints = [line for line in output.splitlines() if "error" in line or "undefined" in line]
+        first = "\n".join((complaints or output.splitlines())[:5])
         raise ExportError(f"{name} failed with status {process.returncode}:\n{first}")
 
 

@@ -47,8 +47,8 @@ def _encode_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
         embeds, negative, ids = original(self, prompt, *args, max_sequence_length=max_sequence_length, **kwargs)
         first = negatives[0] if isinstance(negatives, list) else negatives
         if negative is not None and first:
-            told, nothing = (_tokens(self, text, max_sequence_length).input_ids for text in (first, ""))
-            negative = negative.masked_fill(told.eq(nothing).all(), 0.0)
+            given, nothing = (_tokens(self, text, max_sequence_length).input_ids for text in (first, ""))
+            negative = negative.masked_fill(given.eq(nothing).all(), 0.0)
         return embeds, negative, ids
 
     return encode_prompt
@@ -98,9 +98,9 @@ def _get_fibo_embeds(
     if self.tokenizer.padding_side != "right":
         raise RecordError("the tokenizer of BriaFiboPipeline pads on the left: where a prompt begins is not fixed")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    told = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
-    tokens = self.tokenizer(prompts, add_special_tokens=True, **told)
-    nothing = self.tokenizer("", add_special_tokens=True, **told).input_ids
+    options = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
+    tokens = self.tokenizer(prompts, add_special_tokens=True, **options)
+    nothing = self.tokenizer("", add_special_tokens=True, **options).input_ids
     is_empty = tokens.input_ids.eq(nothing).all(dim=1, keepdim=True)
     pad_id = self.tokenizer.pad_token_id
     ids, mask, longest = _with_empty_ones(tokens.input_ids, tokens.attention_mask, is_empty, pad_id)

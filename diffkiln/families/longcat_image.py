@@ -24,16 +24,16 @@ def _rewire_prompt(_self: Any, *_args: Any, **_kwargs: Any) -> list[str]:
 
 def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
     """Returns the same tokens between the same template; the runtime splits the prompt."""
-    told = {"add_special_tokens": False, "return_tensors": "pt"}
+    options = {"add_special_tokens": False, "return_tensors": "pt"}
     tokens = self.tokenizer(
         [Ruled(text, quotations="characters") for text in prompt],
         padding="max_length",
         max_length=self.tokenizer_max_length,
         truncation=True,
-        **told,
+        **options,
     )
     template = self.prompt_template_encode_prefix, self.prompt_template_encode_suffix
-    first, last = (self.tokenizer(text, **told).input_ids.expand(len(prompt), -1) for text in template)
+    first, last = (self.tokenizer(text, **options).input_ids.expand(len(prompt), -1) for text in template)
     ids = torch.cat([first, tokens.input_ids, last], dim=-1)
     mask = functional.pad(tokens.attention_mask, (first.shape[1], last.shape[1]), value=1)
     hidden = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]

@@ -28,11 +28,11 @@ def _get_t5_prompt_embeds(
     if self.tokenizer.padding_side != "right":
         raise RecordError("the tokenizer of MochiPipeline pads on the left: where a prompt begins is not fixed")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    told = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
-    tokens = self.tokenizer(prompts, add_special_tokens=True, **told)
+    options = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
+    tokens = self.tokenizer(prompts, add_special_tokens=True, **options)
     ids, mask = tokens.input_ids, tokens.attention_mask.bool()
     if self.config.force_zeros_for_empty_prompt:
-        is_empty = ids[-1:].eq(self.tokenizer("", **told).input_ids).all()
+        is_empty = ids[-1:].eq(self.tokenizer("", **options).input_ids).all()
         ids, mask = ids.masked_fill(is_empty, 0), mask.masked_fill(is_empty, False)
     embeds = self.text_encoder(ids, attention_mask=mask)[0]
     embeds = embeds.to(dtype=dtype or self.text_encoder.dtype, device=device or self._execution_device)

@@ -33,13 +33,15 @@ def gated(*callbacks: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         what = function.__qualname__.removesuffix(".__call__")
-        places = [place for place, name in enumerate(inspect.signature(function).parameters) if name in callbacks]
+        positions = [
+            position for position, name in enumerate(inspect.signature(function).parameters) if name in callbacks
+        ]
 
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> R:
             given = list(args)
-            for place in places[: bisect_left(places, len(given))]:
-                given[place] = _callers(given[place])
+            for position in positions[: bisect_left(positions, len(given))]:
+                given[position] = _callers(given[position])
             kwargs |= {name: _callers(kwargs[name]) for name in callbacks if name in kwargs}
             try:
                 return cast(Any, function)(*given, **kwargs)
@@ -58,14 +60,14 @@ def gated(*callbacks: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def ours(error: BaseException, what: str) -> DiffkilnError:
     """Returns the error of ours that says what `error`, raised within `what`, comes to."""
-    told = " ".join(f"{type(error).__name__}: {_said(error)}".split())[:500]
+    words = " ".join(f"{type(error).__name__}: {_said(error)}".split())[:500]
     if is_no_memory(error):
-        return OutOfMemory(f"{what}: this machine has too little memory ({told}). Free some, or offload weights")
+        return OutOfMemory(f"{what}: this machine has too little memory ({words}). Free some, or offload weights")
     if isinstance(error, OSError) and error.errno is not None:
         named = f" ({error.filename})" if error.filename else ""
         return SystemRefused(f"{what}: the system refuses it: {error.strerror}{named}. Mend that, and try again")
     return InternalFault(
-        f"{what}: internal fault, {told}. This is a defect of diffkiln: please report it. DIFFKILN_DEBUG=1 shows where"
+        f"{what}: internal fault, {words}. This is a defect of diffkiln: please report it. DIFFKILN_DEBUG=1 shows where"
     )
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffkiln.bundle import FileRow, Progress, sha256_file
+from diffkiln.bundle import FileEntry, Progress, sha256_file
 from diffkiln.errors import DigestMismatch, HubError, Incomplete, ManifestInvalid
 from diffkiln.hub.explained import asking
 from diffkiln.hub.remote import Remote
@@ -40,7 +40,7 @@ class Download:
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
-    def check_listed(self, rows: Sequence[FileRow]) -> None:
+    def check_listed(self, rows: Sequence[FileEntry]) -> None:
         """Compares the manifest with the repository's list of files, before any file is fetched.
 
         Raises `Incomplete`, `DigestMismatch`, and `ManifestInvalid` for a name that the client's notes use.
@@ -73,7 +73,7 @@ class Download:
             raise HubError(f"{self._at()}: {path} has another size than the Hub lists. Try again")
         return data
 
-    def all(self, rows: Sequence[FileRow]) -> None:
+    def all(self, rows: Sequence[FileEntry]) -> None:
         """Fetches and hashes files, several at a time. The first failure, or Ctrl-C, stops the others.
 
         Raises `DigestMismatch` for a file that differs from the manifest, and what `asking` raises.
@@ -95,7 +95,7 @@ class Download:
     def drop_notes(self) -> None:
         shutil.rmtree(self._root / NOTES, ignore_errors=True)
 
-    def _row(self, row: FileRow) -> None:
+    def _row(self, row: FileEntry) -> None:
         if self._stop.is_set():
             return
         target = self._fetch(row.path, row.size)

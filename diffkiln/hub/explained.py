@@ -41,8 +41,8 @@ def asking(repo: str, doing: str) -> Iterator[None]:
         raise MissingDependency(f"the Hub needs the package {error.name}: pip install 'diffkiln[hub]'") from error
     except Exception as error:
         # A traceback prints the causes too, so one that holds a token is not kept.
-        told = f"{error} {error.__cause__} {error.__context__}"
-        raise explained(error, repo, doing) from (error if redacted(told) == told else None)
+        words = f"{error} {error.__cause__} {error.__context__}"
+        raise explained(error, repo, doing) from (error if redacted(words) == words else None)
 
 
 def explained(error: Exception, repo: str, doing: str) -> DiffkilnError:

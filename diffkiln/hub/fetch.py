@@ -21,7 +21,7 @@ from diffkiln.bundle import (
     PARTIAL,
     SIGNATURE,
     UNHASHED,
-    FileRow,
+    FileEntry,
     Manifest,
     Progress,
     bundle_id,
@@ -174,7 +174,7 @@ def _is_small(download: Download, name: str) -> bool:
     return listed is not None and listed.size <= _MAX_UNHASHED_BYTES
 
 
-def _require_space(root: Path, rows: Sequence[FileRow]) -> None:
+def _require_space(root: Path, rows: Sequence[FileEntry]) -> None:
     """Raises `BuildError` now if the remaining files do not fit."""
     there = sum(row.size for row in rows if (root / row.path).is_file())
     needed, free = sum(row.size for row in rows) - there, free_bytes(root)

@@ -64,11 +64,11 @@ def declared_once(wrapper: Any) -> Iterator[None]:
     def codegen_int_array_var(
         self: Any, int_array: str, writeline: Any, known_statically: bool = False, graph: Any = None
     ) -> str:
-        place = getattr(writeline, "__self__", writeline)
-        key = int_array, id(place), known_statically, id(graph) if graph else None
+        writer = getattr(writeline, "__self__", writeline)
+        key = int_array, id(writer), known_statically, id(graph) if graph else None
         if key not in self.codegen_int_array_var_cache:
             name = self._codegen_int_array_var_impl(int_array, writeline, known_statically)
-            self.codegen_int_array_var_cache[key] = name, place  # which lives as long as its address is a key
+            self.codegen_int_array_var_cache[key] = name, writer  # which lives as long as its address is a key
         return self.codegen_int_array_var_cache[key][0]
 
     with mock.patch.object(wrapper, "codegen_int_array_var", codegen_int_array_var):

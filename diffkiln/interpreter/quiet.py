@@ -37,18 +37,18 @@ def quiet_libraries() -> Iterator[None]:
 @contextmanager
 def heard(name: str) -> Iterator[list[str]]:
     """Gathers what the library of this name warns of, and does not show it, inside the `with` block."""
-    told: list[str] = []
+    messages: list[str] = []
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            messages.append(record.getMessage())
 
     logger = logging.getLogger(name)
     before = logger.level, logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [Ear(logging.WARNING)], False
     logger.setLevel(logging.WARNING)
     try:
-        yield told
+        yield messages
     finally:
         logger.handlers, logger.propagate = before[1], before[2]
         logger.setLevel(before[0])

@@ -27,13 +27,13 @@ class State:
         tensors: By names that begin with the component.
         alphas: By the names of layers, where the format has them.
         metadata: PEFT's configuration, where the file has it.
-        told: What diffusers warns of.
+        warnings: What diffusers warns of.
     """
 
     tensors: Mapping[str, torch.Tensor]
     alphas: Mapping[str, Any] | None
     metadata: Mapping[str, Any] | None
-    told: Sequence[str]
+    warnings: Sequence[str]
 
 
 def read_state(pipeline_class: Any, path: Path, ignored: Sequence[str] = (), unet_config: Any = None) -> State:
@@ -59,12 +59,12 @@ def read_state(pipeline_class: Any, path: Path, ignored: Sequence[str] = (), une
         options["unet_config"] = unet_config
     check_adapter(path)
     # The tensors of the file are real, also beside meta models.
-    with quiet_libraries(), heard("diffusers") as told, _disable_current_modes():
+    with quiet_libraries(), heard("diffusers") as warnings, _disable_current_modes():
         source: Any = str(path.parent)
         if ignored:
             source = {key: tensor for key, tensor in load_file(path).items() if not matches(key, ignored)}
         tensors, *rest = read(source, return_lora_metadata=True, **options)
-    return State(tensors, rest[0] if len(rest) == 2 else None, rest[-1], told)
+    return State(tensors, rest[0] if len(rest) == 2 else None, rest[-1], warnings)
 
 
 def as_peft(state: Mapping[str, torch.Tensor], encoder: bool) -> Mapping[str, torch.Tensor]:
@@ -94,9 +94,9 @@ def check_adapter(path: Path) -> None:
         LimitExceeded: It has more tensors, or one of a higher rank, than the limits allow.
     """
     for name, tensor in read_header(path).items():
-        for place, pattern in enumerate((RANK_FIRST, RANK_SECOND)):
+        for dimension, pattern in enumerate((RANK_FIRST, RANK_SECOND)):
             if len(tensor.shape) >= 2 and pattern.search(name):
-                active().check("adapter_rank", tensor.shape[place], f"{path.name}, {name}")
+                active().check("adapter_rank", tensor.shape[dimension], f"{path.name}, {name}")
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:

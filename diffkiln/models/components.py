@@ -31,7 +31,7 @@ _CONFIGS = ("config.json", _SCHEDULER, "tokenizer_config.json", "processor_confi
 
 
 @dataclass(frozen=True)
-class Place:
+class ComponentFiles:
     """The files of a component that a spec names: its folder, or one for each model of a bag.
 
     Attributes:
@@ -89,12 +89,12 @@ class Component:
             yield from (f"{self.name}/{path.relative_to(self.root).as_posix()}" for path in plain_files(self.root))
 
 
-def read_component(name: str, place: Place, entry: tuple[Any, Any] | None, *, weights: bool) -> Component:
+def read_component(name: str, files: ComponentFiles, entry: tuple[Any, Any] | None, *, weights: bool) -> Component:
     """Returns a component, of which no weight is read.
 
     Args:
         name: in the pipeline.
-        place: where its files are.
+        files: where its files are.
         entry: library and class that model_index.json names; None if it has none, and the files must say.
         weights: whether it must have some.
 
@@ -103,19 +103,19 @@ def read_component(name: str, place: Place, entry: tuple[Any, Any] | None, *, we
     """
     if not name.isidentifier():
         raise SourceError("the name is not an identifier")
-    library, class_name = entry or _stated_class(place.folders)
+    library, class_name = entry or _stated_class(files.folders)
     kind = _component_class(library, class_name)
     bag = BAGS.get(kind.__name__)
-    if bag is None and len(place.folders) > 1:
-        raise SourceError(f"{kind.__name__} is one model, and {len(place.folders)} are given")
+    if bag is None and len(files.folders) > 1:
+        raise SourceError(f"{kind.__name__} is one model, and {len(files.folders)} are given")
     if bag is None:
-        return _one(name, place, kind, weights=weights)
-    return _bag(name, place, kind, weights=weights)
+        return _one(name, files, kind, weights=weights)
+    return _bag(name, files, kind, weights=weights)
 
 
-def _bag(name: str, place: Place, kind: type, *, weights: bool) -> Component:
+def _bag(name: str, files: ComponentFiles, kind: type, *, weights: bool) -> Component:
     """Returns a bag of models, whose folders lie beside each other or are given."""
-    bag, folders = BAGS[kind.__name__], list(place.folders)
+    bag, folders = BAGS[kind.__name__], list(files.folders)
     if len(folders) == 1:
         beside = folders[0]
         while (following := beside.parent / member_folder(kind.__name__, beside.name, len(folders))).is_dir():
@@ -123,7 +123,7 @@ def _bag(name: str, place: Place, kind: type, *, weights: bool) -> Component:
     member_class = _component_class("diffusers", bag.member)
     members = [
         _one(
-            member_folder(kind.__name__, name, index), replace(place, folders=(folder,)), member_class, weights=weights
+            member_folder(kind.__name__, name, index), replace(files, folders=(folder,)), member_class, weights=weights
         )
         for index, folder in enumerate(folders)
     ]
@@ -133,11 +133,11 @@ def _bag(name: str, place: Place, kind: type, *, weights: bool) -> Component:
         for key, tensor in (member.checkpoint.tensors if member.checkpoint else {}).items()
     }
     checkpoint = Checkpoint((), tensors) if weights else None
-    return Component(name, kind, members[0].root, "diffusers", checkpoint, place.variant, members=tuple(members))
+    return Component(name, kind, members[0].root, "diffusers", checkpoint, files.variant, members=tuple(members))
 
 
-def _one(name: str, place: Place, kind: type, *, weights: bool) -> Component:
-    root = place.folders[0]
+def _one(name: str, files: ComponentFiles, kind: type, *, weights: bool) -> Component:
+    root = files.folders[0]
     if not root.is_dir():
         raise SourceError(f"the folder {root.name} is missing. Download the model again")
     if code := sorted(path.name for path in root.rglob("*.py")):
@@ -156,10 +156,10 @@ def _one(name: str, place: Place, kind: type, *, weights: bool) -> Component:
     config = configs.get("config.json")
     if not isinstance(config, dict):
         raise SourceError("config.json is missing or is not a JSON object")
-    if place.file is not None and weights and is_read_from(kind, place.file):
-        checkpoint = read_single_file(name, kind, root, place.file)
-        return Component(name, kind, root, module_library, checkpoint, file=place.file)
-    variant = place.variant if has_variant(root, module_library, place.variant) else None
+    if files.file is not None and weights and is_read_from(kind, files.file):
+        checkpoint = read_single_file(name, kind, root, files.file)
+        return Component(name, kind, root, module_library, checkpoint, file=files.file)
+    variant = files.variant if has_variant(root, module_library, files.variant) else None
     checkpoint = read_checkpoint(root, module_library, variant) if weights else None
     found = Component(name, kind, root, module_library, checkpoint, variant)
     stated = config.get("quantization_config")
@@ -202,12 +202,12 @@ def _stated_class(folders: tuple[Path, ...]) -> tuple[str, str]:
     raise SourceError(f"the folder {root.name} does not say of which class it is")
 
 
-def replaced_entry(place: Place, entry: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
+def replaced_entry(files: ComponentFiles, entry: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
     """Returns library and class of a component that a spec replaces.
 
     They are those that the new files name, as diffusers' own do; else those that the component had.
     """
-    first, *others = place.folders
+    first, *others = files.folders
     if others:
         return None
     for file in ("config.json", _SCHEDULER):
@@ -236,7 +236,7 @@ def _component_class(library: Any, class_name: Any) -> type:
     if re.match("Auto[A-Z]", class_name):
         raise SourceError(f"{class_name} lets the model's files choose the class")
     if library == "diffusers" and class_name in BAGS:
-        home = importlib.import_module(BAGS[class_name].place)
+        home = importlib.import_module(BAGS[class_name].home)
     kind = getattr(home, class_name, None)
     if not inspect.isclass(kind):
         version = getattr(homes.get(library, diffusers), "__version__", "")

@@ -15,7 +15,7 @@ from typing import Any
 from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
 from diffkiln.interpreter.quiet import quiet_imports
 from diffkiln.models.checkpoint import read_json
-from diffkiln.models.components import Component, Place, read_component, replaced_entry
+from diffkiln.models.components import Component, ComponentFiles, read_component, replaced_entry
 from diffkiln.plugins import Plugin, plugins
 from diffkiln.spec.problems import suggest
 
@@ -42,7 +42,7 @@ class Wanted:
 
     pipeline: str | None = None
     variant: str | None = None
-    given: Mapping[str, Place | None] = field(default_factory=dict)
+    given: Mapping[str, ComponentFiles | None] = field(default_factory=dict)
     omit: Collection[str] = ()
     elsewhere: Collection[str] = ()
     file: Path | None = None
@@ -90,8 +90,8 @@ def read_folder(
     return pipeline_class, components, notices
 
 
-def _present(wanted: Wanted) -> dict[str, Place]:
-    return {name: place for name, place in wanted.given.items() if place is not None}
+def _present(wanted: Wanted) -> dict[str, ComponentFiles]:
+    return {name: files for name, files in wanted.given.items() if files is not None}
 
 
 def _listed(index: Mapping[str, Any], wanted: Wanted) -> Iterator[tuple[str, list[Any]]]:
@@ -109,13 +109,15 @@ def _is_used(name: str, entry: list[Any], wanted: Wanted, pipeline_class: type) 
 def _component(folder: Path, name: str, entry: list[Any], wanted: Wanted, *, weights: bool) -> Component:
     named = None if entry == [None, None] else (entry[0], entry[1])
     weights = weights and name not in wanted.elsewhere
-    place = wanted.given.get(name)
-    if place is None:
-        return read_component(name, Place((folder / name,), wanted.variant, wanted.file), named, weights=weights)
-    if not place.folders:  # another file has the weights, and its configuration stays
-        place = Place((folder / name,), place.variant, place.file, place.origin)
-        return read_component(name, place, named, weights=weights)
-    return read_component(name, place, replaced_entry(place, named), weights=weights)
+    files = wanted.given.get(name)
+    if files is None:
+        return read_component(
+            name, ComponentFiles((folder / name,), wanted.variant, wanted.file), named, weights=weights
+        )
+    if not files.folders:  # another file has the weights, and its configuration stays
+        files = ComponentFiles((folder / name,), files.variant, files.file, files.origin)
+        return read_component(name, files, named, weights=weights)
+    return read_component(name, files, replaced_entry(files, named), weights=weights)
 
 
 def _where(name: str, wanted: Wanted) -> str:
@@ -225,9 +227,9 @@ def _refuse_fetching(kind: type, index: Mapping[str, Any]) -> None:
 def _of_a_family(name: str) -> type | None:
     """Returns the class of a pipeline that diffusers lacks and a family of an installed package brings."""
     for family in plugins("families").values():
-        for place in family.load().pipelines:
-            if place.endswith(f":{name}"):
-                return Plugin(name, place, family.distribution).load()
+        for reference in family.load().pipelines:
+            if reference.endswith(f":{name}"):
+                return Plugin(name, reference, family.distribution).load()
     return None
 
 

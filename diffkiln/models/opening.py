@@ -16,7 +16,7 @@ from typing import Any
 from diffkiln.errors import MissingDependency
 from diffkiln.models.architectures import open_architecture
 from diffkiln.models.checkpoint import STEMS
-from diffkiln.models.components import Place
+from diffkiln.models.components import ComponentFiles
 from diffkiln.models.folder import LEFT_OUT, Wanted, entries, read_folder, read_index, source_error
 from diffkiln.models.licences import CARD
 from diffkiln.models.single_file import known_config
@@ -38,7 +38,7 @@ def open_source(source: Source, base: Path) -> SourceModel:
     if source.architecture is not None:
         return open_architecture(source.architecture, source.seed or 0, source.pipeline)
     gguf = {name: _beside(file, base) for name, file in (source.gguf or {}).items()}
-    given = _places(source, base)
+    given = _given_files(source, base)
     file = _single_file(source.single_file, base, "$.source.single_file") if source.single_file else None
     wanted = Wanted(source.pipeline, source.variant, given, source.omit or (), gguf, file)
     folder, origin = _folder(source, base, file, _left_alone(wanted))
@@ -47,14 +47,14 @@ def open_source(source: Source, base: Path) -> SourceModel:
     return found
 
 
-def _origin(origin: Mapping[str, Any], source: Source, given: Mapping[str, Place | None]) -> dict[str, Any]:
+def _origin(origin: Mapping[str, Any], source: Source, given: Mapping[str, ComponentFiles | None]) -> dict[str, Any]:
     """Returns what identifies the source apart from its digest: what a spec says of it, but for paths."""
     own: dict[str, Any] = {"pipeline": source.pipeline} if source.pipeline else {}
     if source.variant:
         own["variant"] = source.variant
     if source.omit:
         own["omit"] = list(source.omit)
-    if absent := sorted(name for name, place in given.items() if place is None):
+    if absent := sorted(name for name, files in given.items() if files is None):
         own["without"] = absent
     return {**origin, **own}
 
@@ -171,15 +171,15 @@ def _check_gguf(found: SourceModel) -> None:
 # -- components from elsewhere --
 
 
-def _places(source: Source, base: Path) -> dict[str, Place | None]:
+def _given_files(source: Source, base: Path) -> dict[str, ComponentFiles | None]:
     """Returns where the components are that the spec has from elsewhere; None for one that is left out."""
     return {
-        name: None if given is None else _place(name, as_tuple(given), base, f"$.source.components.{name}")
+        name: None if given is None else _files_of(name, as_tuple(given), base, f"$.source.components.{name}")
         for name, given in (source.components or {}).items()
     }
 
 
-def _place(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> Place:
+def _files_of(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> ComponentFiles:
     """Returns where a component is that comes from elsewhere: one folder, or one for each model of several."""
     first = given[0]
     if len(given) > 1 and any(item.single_file for item in given):
@@ -194,7 +194,7 @@ def _place(name: str, given: Sequence[ComponentSource], base: Path, where: str) 
     if len(variants) > 1:
         raise source_error("the models of a list are of several variants", "Give all of them the same", where)
     origins = [origin for _, origin in found]
-    return Place(tuple(folder for folder, _ in found), variants.pop(), file, origins)
+    return ComponentFiles(tuple(folder for folder, _ in found), variants.pop(), file, origins)
 
 
 def _component_folder(name: str, given: ComponentSource, base: Path, where: str) -> tuple[Path, dict[str, Any]]:
@@ -235,13 +235,13 @@ def _single_file(file: str, base: Path, where: str) -> Path:
 
 def _left_alone(wanted: Wanted) -> set[str]:
     """Returns the components whose own files are not used."""
-    replaced = {name for name, place in wanted.given.items() if place is None or place.folders}
+    replaced = {name for name, files in wanted.given.items() if files is None or files.folders}
     return {*replaced, *wanted.omit, *(LEFT_OUT if wanted.omit else ())}
 
 
-def _stated(given: Mapping[str, Place | None]) -> dict[str, Any]:
+def _stated(given: Mapping[str, ComponentFiles | None]) -> dict[str, Any]:
     """Returns what identifies each component that comes from elsewhere."""
-    return {name: list(place.origin) for name, place in given.items() if place is not None}
+    return {name: list(files.origin) for name, files in given.items() if files is not None}
 
 
 @contextmanager

@@ -50,10 +50,10 @@ class QuantizedLayers:
 
     def notice(self, component: str) -> str:
         """Returns what a user should know of the component."""
-        told = f"{component} is quantized already: {len(self.layers)} layers by {self.backend} to {self.type}"
+        notice = f"{component} is quantized already: {len(self.layers)} layers by {self.backend} to {self.type}"
         if self.type == "int8":
-            told += ", which multiply with activations as they are, and not as LLM.int8() does"
-        return told
+            notice += ", which multiply with activations as they are, and not as LLM.int8() does"
+        return notice
 
     def parts(self) -> set[str]:
         """Returns the tensors of the checkpoint that layers are made of."""

@@ -88,8 +88,8 @@ def read_single_file(name: str, kind: type, root: Path, file: Path) -> Checkpoin
         raise _Enough
 
     with ExitStack() as stack:
-        for place in (single_file_utils, single_file_model):
-            stack.enter_context(mock.patch.object(place, "load_model_dict_into_meta", gathered))
+        for module in (single_file_utils, single_file_model):
+            stack.enter_context(mock.patch.object(module, "load_model_dict_into_meta", gathered))
         stack.enter_context(suppress(_Enough))
         _load(name, kind, root, file, _meta(file), None)
     return Checkpoint((), {key: _row(tensor, file) for key, tensor in found.items()})
@@ -125,7 +125,7 @@ def _load(
     from diffusers.loaders.single_file import load_single_file_sub_model
 
     library = "transformers" if kind.__module__.startswith("transformers.") else "diffusers"
-    place: dict[str, Any] = {"name": root.name, "cached_model_config_path": str(root.parent)}
+    named: dict[str, Any] = {"name": root.name, "cached_model_config_path": str(root.parent)}
     try:
         with quiet_libraries():
             module: Any = load_single_file_sub_model(
@@ -134,7 +134,7 @@ def _load(
                 checkpoint=tensors,
                 pipelines=pipelines,
                 is_pipeline_module=False,
-                **place,
+                **named,
                 local_files_only=True,
                 torch_dtype=dtype,
             )

@@ -49,9 +49,9 @@ class SourceModel:
 
     def without(self, names: Collection[str]) -> SourceModel:
         """Returns the source without components that its call does not read, and a notice of each."""
-        told = [f"{name} is left out: the call does not read it" for name in sorted(names)]
+        origin = [f"{name} is left out: the call does not read it" for name in sorted(names)]
         kept = {name: component for name, component in self.components.items() if name not in names}
-        return replace(self, components=kept, notices=[*self.notices, *told])
+        return replace(self, components=kept, notices=[*self.notices, *origin])
 
     def checkpoint(self, name: str) -> Checkpoint:
         checkpoint = self.components[name].checkpoint
@@ -98,14 +98,14 @@ class SourceModel:
 
     def _identity(self) -> Any:
         """Returns what the result depends on besides the files."""
-        told: dict[str, Any] = dict(self.gguf_digests())
+        origin: dict[str, Any] = dict(self.gguf_digests())
         if files := self.file_digests():
-            told["single_file"] = files
+            origin["single_file"] = files
         if absent := self.origin.get("without"):
-            told["without"] = absent
+            origin["without"] = absent
         if self.elsewhere:
-            told["classes"] = {name: self.components[name].kind.__name__ for name in sorted(self.elsewhere)}
-        return told or None
+            origin["classes"] = {name: self.components[name].kind.__name__ for name in sorted(self.elsewhere)}
+        return origin or None
 
     def gguf_digests(self) -> dict[str, str]:
         """Returns "sha256:…" of each GGUF file, by component."""
@@ -130,18 +130,18 @@ class SourceModel:
 
     def pinned(self) -> dict[str, Any]:
         """Returns the source as a bundle names it: never a path of this machine."""
-        told: dict[str, Any] = {key: value for key, value in self.origin.items() if key != "without"}
-        told["digest"] = self.digest()
+        origin: dict[str, Any] = {key: value for key, value in self.origin.items() if key != "without"}
+        origin["digest"] = self.digest()
         if self.gguf:
-            told["gguf"] = self.gguf_digests()
+            origin["gguf"] = self.gguf_digests()
         files = self.file_digests()
         if parts := {name: self._part(name, files) for name in self.elsewhere}:
-            told["components"] = parts
+            origin["components"] = parts
         if absent := self.origin.get("without"):
-            told["components"] = told.get("components", {}) | dict.fromkeys(absent)
+            origin["components"] = origin.get("components", {}) | dict.fromkeys(absent)
         if whole := {digest for name, digest in files.items() if name not in self.elsewhere}:
-            told["single_file"] = whole.pop()
-        return told
+            origin["single_file"] = whole.pop()
+        return origin
 
     def _part(self, name: str, files: Mapping[str, str]) -> Any:
         """Identifies a component from elsewhere: each folder by repository, commit and digest; its single file by its

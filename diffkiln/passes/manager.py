@@ -116,11 +116,11 @@ def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recordi
                 )
             continue
         with guarded(item):
-            changed, told = item.step.rewrite(recording)
+            changed, changes = item.step.rewrite(recording)
         if changed is not recording:
             recording = _without_unused(changed)
             _verify_programs(recording, item)
-        notes += [f"{item.step.name} of {item.step.component}: {note}" for note in told]
+        notes += [f"{item.step.name} of {item.step.component}: {note}" for note in changes]
     return recording, notes
 
 

@@ -43,11 +43,11 @@ def pass_classes() -> Mapping[str, type[Pass]]:
     classes: dict[str, type[Pass]] = {name: plugin.load() for name, plugin in plugins.plugins("passes").items()}
     order = list(ORDER)
     for name in classes.keys() - set(ORDER):
-        order.insert(_place(classes[name], order), name)
+        order.insert(_index(classes[name], order), name)
     return {name: classes[name] for name in order}
 
 
-def _place(cls: type[Pass], order: Sequence[str]) -> int:
+def _index(cls: type[Pass], order: Sequence[str]) -> int:
     """Returns where a pass of another distribution stands: after all that it names, and else just before the
     engines."""
     first = max((order.index(name) + 1 for name in cls.after if name in order), default=0)

@@ -33,10 +33,10 @@ def touches_complex(op: Op, program: Program) -> bool:
 
 def pair_problems(program: Program) -> Iterator[str]:
     """Yields each operator on complex numbers that has no form in pairs, once."""
-    told: set[str] = set()
+    reported: set[str] = set()
     for op in program.ops:
-        if op.name not in OPERATORS | told and touches_complex(op, program):
-            told.add(op.name)
+        if op.name not in OPERATORS | reported and touches_complex(op, program):
+            reported.add(op.name)
             short = sorted(name.removeprefix("aten.").partition(".")[0] for name in OPERATORS)
             yield f"found {op.name} of complex numbers, required one of {', '.join(short)}"
     for ref in program.outputs:

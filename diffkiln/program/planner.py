@@ -21,7 +21,7 @@ STRATEGY, MAX_MEMORY, AUTO = "strategy", "max_memory", "auto"
 
 
 @dataclass(frozen=True)
-class Row:
+class Peak:
     """The moment of a phase in which a call takes the most memory. Sizes in bytes."""
 
     phase: str
@@ -45,11 +45,11 @@ class PlannedCall:
         self.moments, self.residency = listed, residency
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[Peak, ...]:
         """Returns the largest moment of each phase; weights with constants."""
-        most: dict[str, Row] = {}
+        most: dict[str, Peak] = {}
         for moment, total in zip(self.moments, self.residency.memory, strict=True):
-            row = Row(moment.phase, moment.component, total - moment.results, moment.results)
+            row = Peak(moment.phase, moment.component, total - moment.results, moment.results)
             if moment.phase not in most or row.total > most[moment.phase].total:
                 most[moment.phase] = row
         return tuple(most[phase] for phase in PHASES if phase in most)

@@ -38,7 +38,7 @@ from diffkiln.record.mixed import mixed_processors
 from diffkiln.record.outputs import outputs_of
 from diffkiln.record.processors import processors_of
 from diffkiln.record.reading import Reading
-from diffkiln.record.refusals import Refused, place_of, refusal
+from diffkiln.record.refusals import Refused, code_of, refusal
 from diffkiln.record.safety import SafetyRecorder
 from diffkiln.record.sentinels import Sizes, sentinels
 from diffkiln.record.structure import flatten, unflatten
@@ -354,8 +354,8 @@ def _explained(error: Exception, pipe: Any, request: Request, sentinels: Iterabl
     hint = f". If it needs images, name them in inputs.call: {{{json.dumps(able[0])}: {{}}}}" if able else ""
     if reason := refusal(error, list(sentinels)):
         return Refused(f"{name} refuses this call: {reason}{hint if 'image' in reason.lower() else ''}")
-    place = place_of(error) or "its code"
-    return Failed(f"{name} fails in {place}, and gives no reason. An input that it needs may be missing{hint}")
+    code = code_of(error) or "its code"
+    return Failed(f"{name} fails in {code}, and gives no reason. An input that it needs may be missing{hint}")
 
 
 def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> Program:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from diffkiln.errors import RecordError
 from diffkiln.interpreter.aten import dtype_name
 
-_Places = list[tuple[dict[str, Any], str, torch.Tensor]]
+_Floating = list[tuple[dict[str, Any], str, torch.Tensor]]
 
 
 @contextlib.contextmanager
@@ -25,17 +25,17 @@ def casted(module: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
     Casts are operations like others: under a tape they are recorded.
     """
-    places = _floating(module) if dtype else []
+    floating = _floating(module) if dtype else []
     try:
-        for table, name, tensor in places:
+        for table, name, tensor in floating:
             table[name] = tensor.to(dtype)
         yield
     finally:
-        for table, name, tensor in places:
+        for table, name, tensor in floating:
             table[name] = tensor
 
 
-def _floating(module: torch.nn.Module) -> _Places:
+def _floating(module: torch.nn.Module) -> _Floating:
     return [
         (table, name, tensor)
         for part in module.modules()

@@ -137,7 +137,7 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants, readin
     recorder = CallRecorder(pipe, fake, constants, callees, reading)
     variants = [_record_variant(recorder, request, constants) for request in requests]
     requests = [request for request, _, _ in variants]
-    notices = tuple(dict.fromkeys(notice for _, _, told in variants for notice in told))
+    notices = tuple(dict.fromkeys(notice for _, _, each in variants for notice in each))
     calls = [programs for _, programs, _ in variants]
     every = [program for programs in calls for program in programs.values()]
     used = {op.attrs["program"] for program in every for op in program.ops if op.name == CALL}

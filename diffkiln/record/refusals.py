@@ -34,7 +34,7 @@ def refusal(error: BaseException, sentinels: Collection[str] = ()) -> str:
     return _shown(str(error), sentinels)
 
 
-def place_of(error: BaseException) -> str:
+def code_of(error: BaseException) -> str:
     """Returns where a library's code failed: the function, the file and the line; "" where it did not."""
     found = [frame for frame in traceback.extract_tb(error.__traceback__) if _library(frame.filename)]
     if not found:

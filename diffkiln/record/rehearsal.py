@@ -37,10 +37,10 @@ def rehearse(pipe: Any, requests: Sequence[Request], where: Sequence[str]) -> No
         SpecError: the pipeline refuses the inputs of one, with its own reason.
     """
     problems: dict[str, Problem] = {}
-    for request, place in zip(requests, where, strict=True):
+    for request, path in zip(requests, where, strict=True):
         if reason := _refused(pipe, request):
             hint = "diffusers refuses this call, too. Change the inputs."
-            problems.setdefault(place, Problem(place, f"{type(pipe).__name__} says: {reason}", hint))
+            problems.setdefault(path, Problem(path, f"{type(pipe).__name__} says: {reason}", hint))
     if problems:
         raise SpecError(problems=list(problems.values()))
 

@@ -42,7 +42,7 @@ def requests_of(spec: Spec, pipe: Any) -> list[Request]:
     parameters = parameters_of(pipe)
     problems: list[Problem] = []
     requests: list[Request] = []
-    for entry, where in zip(as_tuple(spec.inputs), _places(spec), strict=True):
+    for entry, where in zip(as_tuple(spec.inputs), _paths(spec), strict=True):
         variants = entry.each()
         wrong = list(_declaration_problems(variants[0], where, parameters))
         problems += wrong
@@ -56,13 +56,13 @@ def requests_of(spec: Spec, pipe: Any) -> list[Request]:
     return requests
 
 
-def places_of(spec: Spec) -> list[str]:
+def paths_of_inputs(spec: Spec) -> list[str]:
     """Returns the JSON path of each variant's inputs."""
-    entries = zip(as_tuple(spec.inputs), _places(spec), strict=True)
+    entries = zip(as_tuple(spec.inputs), _paths(spec), strict=True)
     return [where for entry, where in entries for _ in entry.each()]
 
 
-def _places(spec: Spec) -> list[str]:
+def _paths(spec: Spec) -> list[str]:
     count = len(as_tuple(spec.inputs))
     return ["$.inputs"] if count == 1 else [f"$.inputs[{index}]" for index in range(count)]
 
@@ -114,20 +114,20 @@ def _images(variant: Inputs, parameters: Parameters) -> dict[str, Sizes]:
 def _declaration_problems(variant: Inputs, where: str, parameters: Parameters) -> Iterator[Problem]:
     """Yields what is wrong with that which stands for images and tensors."""
     for name, value in variant.call.items():
-        place = f"{where}.call.{name}"
+        path = f"{where}.call.{name}"
         if is_tensor(value):
             if tensors_of(value) is None:
                 hint = f'Write {{"shape": [1, 77, 768], "dtype": "float32"}}; types are {", ".join(DTYPES)}'
-                yield Problem(place, "a tensor is declared by its shape, sizes from 1, and its type of elements", hint)
+                yield Problem(path, "a tensor is declared by its shape, sizes from 1, and its type of elements", hint)
         elif is_image(value, parameters.get(name)):
             listed = value if isinstance(value, list | tuple) else [value]
             if not listed or not all(map(is_size, listed)):
                 reason = "an image is given by the caller of the bundle, and is said here to come, with its size"
                 hint = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'
-                yield Problem(place, reason, f"{hint}. A tensor is declared by its shape.")
+                yield Problem(path, reason, f"{hint}. A tensor is declared by its shape.")
             elif any(item.get(side, getattr(variant, side)) is None for item in listed for side in _SIDES):
                 hint = f'Write "{name}": {{"height": 512, "width": 512}}'
-                yield Problem(place, "its size is not said, and the inputs have no height and width", hint)
+                yield Problem(path, "its size is not said, and the inputs have no height and width", hint)
 
 
 def _keyword_problems(
@@ -136,12 +136,12 @@ def _keyword_problems(
     """Yields keywords that the call has not, that it needs, and that are the caller's."""
     declared = [*request.images, *request.tensors, *request.texts]
     for name in (*request.fixed, *declared):
-        place = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
+        path = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
         if name in _BY_THE_CALLER and name not in request.tensors:
-            yield Problem(place, "whoever calls the bundle gives this keyword", "Remove it.")
+            yield Problem(path, "whoever calls the bundle gives this keyword", "Remove it.")
         elif name not in parameters:
             hint = suggest(name, parameters) or f"It takes {', '.join(sorted(parameters))}."
-            yield Problem(place, f"the call of {class_name} has no keyword {name!r}", hint)
+            yield Problem(path, f"the call of {class_name} has no keyword {name!r}", hint)
     given = {*request.fixed, *declared}
     for name, parameter in parameters.items():
         if name in given or (name in (*PROMPTS, *NEGATIVES, *_BY_THE_CALLER) and name != "latents"):

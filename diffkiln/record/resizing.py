@@ -89,7 +89,7 @@ def weights(before: int, after: int, name: str) -> tuple[torch.Tensor, int]:
         center = (index + 0.5) * scale
         first = max(int(center - reach * stretch + 0.5), 0)
         last = min(int(center + reach * stretch + 0.5), before)
-        own = [function((place - center + 0.5) * (1.0 / stretch)) for place in range(first, last)]
+        own = [function((pixel - center + 0.5) * (1.0 / stretch)) for pixel in range(first, last)]
         total = 0.0
         for weight in own:  # in the order in which Pillow adds
             total += weight

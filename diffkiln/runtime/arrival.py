@@ -22,7 +22,7 @@ class Arrival:
 
     Args:
         verified: the bundle.
-        place: where weights are used. Resident weights of a CPU are read here, and others hashed alone.
+        device: where weights are used. Resident weights of a CPU are read here, and others hashed alone.
         offload: the spec's offload policy as JSON, or None.
         progress: called with the number of bytes hashed or read since its last call.
         share: whether resident weights of a CPU are shared with other processes.
@@ -31,12 +31,12 @@ class Arrival:
     def __init__(
         self,
         verified: Verified,
-        place: torch.device,
+        device: torch.device,
         offload: Mapping[str, Any] | None,
         progress: Progress | None,
         share: bool = False,
     ) -> None:
-        self._verified, self._place, self._offload, self._share = verified, place, offload, share
+        self._verified, self._device, self._offload, self._share = verified, device, offload, share
         self._readers = Readers(progress)
         self._pool = ThreadPoolExecutor(1, "diffkiln-arrival")
         # In the load's own context, which holds its limits.
@@ -51,7 +51,7 @@ class Arrival:
         """
         resident = self._resident.result()
         groups = self._verified.manifest.weights
-        return resident or WeightStore(self._verified, groups, self._place, offload, share=self._share)
+        return resident or WeightStore(self._verified, groups, self._device, offload, share=self._share)
 
     def __enter__(self) -> Arrival:
         return self
@@ -70,9 +70,9 @@ class Arrival:
 
     def _bring(self) -> WeightStore | None:
         resident = None
-        if self._offload is None and self._place.type == "cpu":
+        if self._offload is None and self._device.type == "cpu":
             groups = self._verified.manifest.weights
             readers, share = self._readers, self._share
-            resident = WeightStore(self._verified, groups, self._place, None, readers=readers, share=share)
+            resident = WeightStore(self._verified, groups, self._device, None, readers=readers, share=share)
         self._verified.hash_rest(self._readers)
         return resident

@@ -44,30 +44,30 @@ def packaged(op: Op) -> Callable[..., Sequence[torch.Tensor]]:
     return run
 
 
-def check_kernels(asked: Mapping[str, Sequence[str]], place: torch.device) -> None:
+def check_kernels(asked: Mapping[str, Sequence[str]], device: torch.device) -> None:
     """Compares the device with the needs of the bundle's attention kernels.
 
     Args:
         asked: kernels by component.
-        place: where the bundle is to run.
+        device: where the bundle is to run.
 
     Raises:
         Incompatible: all components whose kernel the device cannot run.
     """
     if not any(asked.values()):
         return
-    found = capability(place) if place.type == "cuda" else (0, 0)
+    found = capability(device) if device.type == "cuda" else (0, 0)
     if found is None:
-        raise Incompatible(f"{place} cannot run the bundle's attention: there is no CUDA GPU")
+        raise Incompatible(f"{device} cannot run the bundle's attention: there is no CUDA GPU")
     problems = [
         Problem(component, reason, "Compile the bundle with another attention_backend for this machine")
         for component, names in asked.items()
         for name in names
-        if (reason := device_problem(name, place.type, found))
+        if (reason := device_problem(name, device.type, found))
     ]
     if problems:
         raise Incompatible(
-            f"{place} cannot run the bundle's attention:\n" + "\n".join(map(str, problems)), problems=problems
+            f"{device} cannot run the bundle's attention:\n" + "\n".join(map(str, problems)), problems=problems
         )
 
 
@@ -128,7 +128,7 @@ def _xformers(library: Any) -> Attend:
 
 
 #: Kernel: the module that has it, and how it is called.
-_PLACES: dict[str, tuple[str, Callable[[Any], Attend]]] = {
+_MODULES: dict[str, tuple[str, Callable[[Any], Attend]]] = {
     "flash_2": ("flash_attn", _flash),
     "flash_3": ("flash_attn_interface", _flash),
     "flash_4": ("flash_attn.cute", _flash),
@@ -138,12 +138,12 @@ _PLACES: dict[str, tuple[str, Callable[[Any], Attend]]] = {
 
 
 def _imported(name: str) -> Attend:
-    place, adapt = _PLACES[name]
+    home, adapt = _MODULES[name]
     try:
-        return adapt(import_module(place))
+        return adapt(import_module(home))
     except (ImportError, OSError) as error:  # OSError: built for another torch or CUDA
         kernel = KERNELS[name]
         raise MissingDependency(
-            f"attention by {name} needs {kernel.package} {kernel.versions}, and {place} cannot be imported: {error}. "
+            f"attention by {name} needs {kernel.package} {kernel.versions}, and {home} cannot be imported: {error}. "
             f"{kernel.install}"
         ) from error

@@ -40,11 +40,11 @@ def refused(name: str, done: str) -> AttributeError:
     if name.startswith("__"):  # Python asks for these by itself, and takes the plain error for an answer
         return AttributeError(name)
     hint = next((text for pattern, text in _HINTS.items() if fnmatchcase(name, pattern)), "")
-    told = f"{hint}; or {_ORIGINAL}" if hint else f"{_ORIGINAL}, if it has this"
-    return AttributeRefused(f"{name} cannot be {done}: a compiled pipeline has no such attribute. {told}")
+    advice = f"{hint}; or {_ORIGINAL}" if hint else f"{_ORIGINAL}, if it has this"
+    return AttributeRefused(f"{name} cannot be {done}: a compiled pipeline has no such attribute. {advice}")
 
 
-def check_place(device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_device(device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Checks what `pipe.to` is given: only the place where the pipeline is already.
 
     Raises:

@@ -94,8 +94,8 @@ def _cuda_differences(requires: Requires) -> Iterator[Problem]:
     if requires.cuda:
         found = torch.version.cuda
         if found is None or numbers(found)[0] != numbers(requires.cuda)[0]:
-            told = f"a torch built for {found}" if found else "a torch built without CUDA"
-            yield Problem("cuda", f"found {told}, required {requires.cuda}", "Install that torch or compile again")
+            build = f"a torch built for {found}" if found else "a torch built without CUDA"
+            yield Problem("cuda", f"found {build}, required {requires.cuda}", "Install that torch or compile again")
     if requires.driver and (found := _driver()) and numbers(found) < numbers(requires.driver):
         yield Problem("driver", f"found {found}, required {requires.driver} or later", "Update the NVIDIA driver")
 
@@ -105,12 +105,12 @@ def check_manifest(manifest: Manifest) -> None:
     check_target(manifest.requires, None, native=False)
 
 
-def machine(requires: Requires, place: torch.device) -> dict[str, str]:
+def machine(requires: Requires, device: torch.device) -> dict[str, str]:
     """Returns what decides how an engine computes here, besides the bundle: processors and versions."""
-    facts = {"diffkiln": __version__, "torch": torch.__version__, "device": str(place), "cpu": _cpu()}
+    facts = {"diffkiln": __version__, "torch": torch.__version__, "device": str(device), "cpu": _cpu()}
     facts |= {package: _installed(package) or "" for package in requires.packages}
-    if place.type == "cuda":
-        facts |= {"gpu": model(place), "driver": _driver() or ""}
+    if device.type == "cuda":
+        facts |= {"gpu": model(device), "driver": _driver() or ""}
         facts["cuda"] = torch.version.cuda or ""
     return facts
 

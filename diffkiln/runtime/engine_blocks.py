@@ -66,7 +66,7 @@ class EngineBlock:
         ]  # fmt: skip
         self._block, self._held = block, any(holds_weights(engine) for _, engine in engines)
         self._watch: Watch | None = None
-        self._told = False
+        self._warned = False
 
     def watch(self, filed: bool = False) -> None:
         """Notices from now on what is changed inside of the block.
@@ -110,9 +110,9 @@ class EngineBlock:
                 "adapter by the pass fuse_lora, or by load_lora where the bundle is loaded without as_diffusers), or "
                 'compile with "on_incompatible": "eager" in "runtime" to run such a block without its engine'
             )
-        if not self._told:
+        if not self._warned:
             log.warning("%s runs without its engine: %s", self._name, change)
-            self._told = True
+            self._warned = True
         return self._original
 
 

@@ -34,12 +34,12 @@ from diffkiln.program import (
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.residency import Residency
 from diffkiln.runtime.attention import packaged
+from diffkiln.runtime.current_device import current
 from diffkiln.runtime.engines import Engine, holds_weights
 from diffkiln.runtime.finite import Outputs, all_finite, check, not_finite, outputs_of
 from diffkiln.runtime.graphs import WHOLE, Graphs
-from diffkiln.runtime.host_numbers import place_constants, read_on_host
+from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.noise import Generators, draw
-from diffkiln.runtime.places import current
 from diffkiln.runtime.precision import float32_precision
 from diffkiln.runtime.turns import PATIENCE, Turn, Turns
 from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
@@ -92,7 +92,7 @@ class Executor:
         self.tf32, self.graphs = tf32, graphs
         #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
         self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_decompositions(device)}
-        self.constants = place_constants(constants, device)
+        self.constants = constants_on(constants, device)
         inside = {key for key, engine in engines.items() if holds_weights(engine)}
         self.groups = Groups(modules, lambda component, weight: store.key_of(component, weight), inside)
         self._components: dict[tuple[str, str], _Component] = {}

@@ -169,7 +169,7 @@ class _Call:
         capture: Capture,
     ) -> None:
         self._program, self._pieces, self._capture = program, pieces, capture
-        self._places: dict[str, Any] = {}
+        self._buffers: dict[str, Any] = {}
         self._launches: dict[int, Callable[[], object]] = {}
 
     def __call__(self, inputs: Sequence[Any], stopped: Callable[[], bool]) -> list[torch.Tensor]:
@@ -199,7 +199,7 @@ class _Call:
     def first_not_finite(self) -> tuple[str, torch.dtype | None]:
         """Does as `Graphs.first_not_finite`."""
         for piece, _ in self._pieces:
-            values = [self._places.get(ref.name) for ref in piece.program.outputs]
+            values = [self._buffers.get(ref.name) for ref in piece.program.outputs]
             wrong = [value for value in values if isinstance(value, torch.Tensor) and not all_finite([value])]
             names = dict.fromkeys(op.attrs["component"] for op in piece.program.ops if op.name == CALL)
             if wrong and names:
@@ -207,10 +207,10 @@ class _Call:
         return "", None
 
     def _results(self) -> list[torch.Tensor]:
-        return [_copy(self._places[ref.name]) for ref in self._program.outputs]
+        return [_copy(self._buffers[ref.name]) for ref in self._program.outputs]
 
     def _given(self, piece: Piece) -> list[Any]:
-        return [self._places[item.name] for item in piece.program.inputs]
+        return [self._buffers[item.name] for item in piece.program.inputs]
 
     def _on_host(self, index: int) -> Tensors:
         """Runs a piece of the host; returns its results."""
@@ -234,11 +234,11 @@ class _Call:
 
     def _put(self, name: str, value: Any) -> None:
         """Copies a value of the caller or the host into its place."""
-        place = self._places.get(name)
-        if isinstance(place, torch.Tensor):
-            place.copy_(value)
+        own = self._buffers.get(name)
+        if isinstance(own, torch.Tensor):
+            own.copy_(value)
         else:
-            self._places[name] = _copy(value)
+            self._buffers[name] = _copy(value)
 
     def _record(self, index: int, given: Sequence[Any]) -> None:
         piece, run = self._pieces[index]
@@ -253,7 +253,7 @@ class _Call:
                 f"{piece.program.name}: an operation cannot be recorded in a CUDA graph: {first}. Compile without "
                 '"cuda_graphs" in "runtime"'
             ) from error
-        self._places.update(zip((ref.name for ref in piece.program.outputs), results, strict=True))
+        self._buffers.update(zip((ref.name for ref in piece.program.outputs), results, strict=True))
         self._launches[index] = launch
 
 
@@ -273,15 +273,15 @@ def _cause(error: RuntimeError) -> RuntimeError:
     return error
 
 
-def graphs_for(manifest: Manifest, place: torch.device) -> Graphs | None:
+def graphs_for(manifest: Manifest, device: torch.device) -> Graphs | None:
     """Returns the graphs that a bundle asks for; None if it asks for none, or runs on a CPU."""
     unit: Any = manifest.runtime.get("cuda_graphs")
     if unit is None:
         return None
-    if place.type != "cuda":
-        log.warning("no CUDA graphs: the bundle asks for them, and runs on %s", place)
+    if device.type != "cuda":
+        log.warning("no CUDA graphs: the bundle asks for them, and runs on %s", device)
         return None
-    return Graphs(unit, place)
+    return Graphs(unit, device)
 
 
 def check_addresses(graphs: Graphs | None, offload: Mapping[str, Any] | None) -> None:

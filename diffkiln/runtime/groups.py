@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffkiln.bundle import GroupRow, Verified
+from diffkiln.bundle import GroupEntry, Verified
 from diffkiln.bundle.layout import UNUSED
 from diffkiln.program.moments import Key
 from diffkiln.runtime.accelerator import Event
@@ -29,7 +29,7 @@ class Group:
     arrived: Event | None = None  # of its last copy to a GPU
 
 
-def read_groups(verified: Verified, groups: Mapping[str, Sequence[GroupRow]]) -> dict[Key, Group]:
+def read_groups(verified: Verified, groups: Mapping[str, Sequence[GroupEntry]]) -> dict[Key, Group]:
     """Returns the groups of weights that programs read, from the headers of their files."""
     found: dict[Key, Group] = {}
     for component, rows in groups.items():

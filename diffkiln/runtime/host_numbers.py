@@ -20,7 +20,7 @@ ARITHMETIC = frozenset({"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor",
 _HOST = "host:"
 
 
-def place_constants(constants: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def constants_on(constants: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Returns the constants on the device; on a GPU each single number is on the host too, under a second key."""
     listed = {key: tensor.to(device) for key, tensor in constants.items()}
     if device.type == "cpu":
@@ -29,7 +29,7 @@ def place_constants(constants: Mapping[str, torch.Tensor], device: torch.device)
 
 
 def read_on_host(program: Program, device: torch.device) -> Program:
-    """Returns the program with the second keys of `place_constants` where arithmetic reads a single number.
+    """Returns the program with the second keys of `constants_on` where arithmetic reads a single number.
 
     On a CPU the program stays as it is.
     """

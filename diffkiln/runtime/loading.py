@@ -33,14 +33,14 @@ from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_stored
 from diffkiln.runtime.compatibility import check_manifest
+from diffkiln.runtime.current_device import current
 from diffkiln.runtime.engines import holds_weights
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import check_addresses, graphs_for
 from diffkiln.runtime.memory import decided, limit_of, offload_policy
 from diffkiln.runtime.opening import open_engines, read_constants, read_json, read_modules, read_text, read_variant
 from diffkiln.runtime.pipeline import CompiledPipeline
-from diffkiln.runtime.places import current
-from diffkiln.runtime.targets import check_device, fitting_targets, place_for
+from diffkiln.runtime.targets import check_device, device_for, fitting_targets
 from diffkiln.runtime.text import TextEnd
 
 log = get_logger(__name__)
@@ -136,7 +136,7 @@ def _loaded(
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
-        device = place_for(verified.manifest, device)
+        device = device_for(verified.manifest, device)
         check_device(verified.manifest, device)
         with current(device):
             if not as_diffusers:
@@ -167,19 +167,19 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
             f"{manifest.runtime['only_diffusers']}"
         )
     check_manifest(manifest)
-    place = place_for(manifest, device)
-    graphs = graphs_for(manifest, place)
-    offload = offload_policy(manifest, place, options.max_memory)
-    with Arrival(verified, place, offload, options.progress, options.share_weights) as arrival:
+    chosen = device_for(manifest, device)
+    graphs = graphs_for(manifest, chosen)
+    offload = offload_policy(manifest, chosen, options.max_memory)
+    with Arrival(verified, chosen, offload, options.progress, options.share_weights) as arrival:
         modules = read_modules(verified)
-        check_kernels(kernels_of(modules), place)
+        check_kernels(kernels_of(modules), chosen)
         check_schemas(read_json(verified, SCHEMAS))
         constants = read_constants(verified)
         variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
         calls = [program for variant in variants for program in variant.programs.values()]
-        check_budget(modules, calls, limits, place)
+        check_budget(modules, calls, limits, chosen)
     # By now every file has been hashed, so native code may be loaded.
-    engines = open_engines(verified, modules, constants, place, options.allow_native, policy, options.check_engines)
+    engines = open_engines(verified, modules, constants, chosen, options.allow_native, policy, options.check_engines)
     tf32: Any = manifest.runtime.get("tf32")
     offload, planned = decided(verified, modules, offload, variants)
     check_addresses(graphs, offload)
@@ -187,7 +187,7 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
     check_stored(modules, calls, store.type_of, constants, inside)
     executor = Executor(
-        modules, store, constants, engines, place, tf32, graphs, limits.seconds, options.paranoid, planned
+        modules, store, constants, engines, chosen, tf32, graphs, limits.seconds, options.paranoid, planned
     )
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)

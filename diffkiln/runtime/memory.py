@@ -63,12 +63,12 @@ def limit_of(max_memory: str | int | None) -> int | None:
         raise SpecError(f"max_memory: {error}") from None
 
 
-def offload_policy(manifest: Manifest, place: torch.device, max_memory: int | None) -> dict[str, Any] | None:
+def offload_policy(manifest: Manifest, device: torch.device, max_memory: int | None) -> dict[str, Any] | None:
     """Returns how weights are offloaded on a device: the bundle's policy, or that of the caller's limit in bytes."""
     policy = _policy(manifest, max_memory)
     if policy is not None and policy.get(STRATEGY) == AUTO and policy.get(MAX_MEMORY) is None:
-        there = accelerator(place)
-        return policy | {MAX_MEMORY: there.memory().free if there else total_memory(place)}
+        there = accelerator(device)
+        return policy | {MAX_MEMORY: there.memory().free if there else total_memory(device)}
     return policy
 
 

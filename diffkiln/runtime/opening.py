@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import EngineRow, Policy, Verified, authorise_native
+from diffkiln.bundle import EngineEntry, Policy, Verified, authorise_native
 from diffkiln.bundle.layout import CONSTANTS, SCHEMAS
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid
 from diffkiln.guards.limits import active
@@ -121,7 +121,7 @@ def open_engines(
     verified: Verified,
     modules: Mapping[str, Module],
     constants: Mapping[str, torch.Tensor],
-    place: torch.device,
+    device: torch.device,
     allow_native: bool,
     policy: Policy | None,
     check_engines: bool | None,
@@ -131,18 +131,18 @@ def open_engines(
     if not manifest.engines:
         return {}
     try:
-        target = choose_target(manifest, place, verified.targets)
+        target = choose_target(manifest, device, verified.targets)
         rows = [row for row in manifest.engines if row.target == target]
-        trials = Trials(verified, rows, modules, place, check_engines)
+        trials = Trials(verified, rows, modules, device, check_engines)
         permit = authorise_native(verified, allow_native, policy)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions
         found = {}
         for row in rows:
             region = _region_of(row, modules)
             if row.path not in opened:
-                opened[row.path] = _open(permit.verified, row, region, constants, place, trials)
+                opened[row.path] = _open(permit.verified, row, region, constants, device, trials)
             found[row.component, row.region] = opened[row.path]
-        if check_engines is not False and (there := accelerator(place)):
+        if check_engines is not False and (there := accelerator(device)):
             there.release()  # what the comparisons took, which the weights need now
         return found
     except Incompatible as error:
@@ -154,17 +154,17 @@ def open_engines(
 
 def _open(
     verified: Verified,
-    row: EngineRow,
+    row: EngineEntry,
     region: Program,
     constants: Mapping[str, torch.Tensor],
-    place: torch.device,
+    device: torch.device,
     trials: Trials,
 ) -> Engine:
     what = f"engine {row.path}"
-    engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, place)
+    engine = engine_class(row.backend)(verified.native_copy(row.path), row.inputs, device)
     if trials.wants(row.path):
         try:
-            self_test(engine, region, constants, place, what)
+            self_test(engine, region, constants, device, what)
         except DiffkilnError:
             raise
         except RuntimeError as error:
@@ -173,7 +173,7 @@ def _open(
     return engine
 
 
-def _region_of(row: EngineRow, modules: Mapping[str, Module]) -> Program:
+def _region_of(row: EngineEntry, modules: Mapping[str, Module]) -> Program:
     """Returns the region that an engine is for.
 
     Raises:

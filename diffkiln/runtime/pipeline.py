@@ -21,7 +21,7 @@ from diffkiln.program.calls import Given
 from diffkiln.runtime.adapters.api import Adaptable
 from diffkiln.runtime.adapters.scales import AnyScale
 from diffkiln.runtime.adapters.shelf import Mix, Shelf
-from diffkiln.runtime.attributes import Interrupt, check_place, refused
+from diffkiln.runtime.attributes import Interrupt, check_device, refused
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.given import LATENTS, described, is_negative, tensor_inputs, tensor_list, untaken
 from diffkiln.runtime.image_end import image_list, pixels
@@ -183,7 +183,7 @@ class CompiledPipeline(Adaptable):
     @gated()
     def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
         """Returns this pipeline, which stays where it is; any other device or dtype is refused."""
-        check_place(self.device, args, kwargs)
+        check_device(self.device, args, kwargs)
         return self
 
     def set_progress_bar_config(self, **config: Any) -> None:

@@ -85,8 +85,8 @@ class Staging:
             for source, to, size in layout.copies:
                 first, last = max(source, start), min(source + size, end)
                 if first < last:
-                    place = to + first - source
-                    self._accelerator.copy(flat[place : place + last - first], buffer[first - start : last - start])
+                    into = to + first - source
+                    self._accelerator.copy(flat[into : into + last - first], buffer[first - start : last - start])
             event = self._copied[turn] = self._accelerator.event()
             event.record(self._accelerator.current_stream())
         return flat

@@ -87,12 +87,12 @@ def own_level() -> str | None:
     return max((level for level in ISA_FLAGS if not missing_flags(level)), default=None)
 
 
-def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> Choice:
+def choose(manifest: Manifest, device: torch.device, here: Collection[str] | None = None) -> Choice:
     """Returns the bundle's target that fits this machine best.
 
     Args:
         manifest: the bundle's.
-        place: where to run.
+        device: where to run.
         here: the targets whose engines are here; all of them by default.
 
     Raises:
@@ -101,14 +101,14 @@ def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None
     used = engine_targets(manifest)
     if not used:
         return Choice(None, "the bundle has no engines, and is replayed operation by operation")
-    if place.type not in (built := devices_of(manifest)):
+    if device.type not in (built := devices_of(manifest)):
         listed = " or ".join(sorted(built))
-        raise Incompatible(f"device: found {place}, required {listed}, which the bundle's engines are for")
+        raise Incompatible(f"device: found {device}, required {listed}, which the bundle's engines are for")
     fits: dict[str, tuple[tuple[int, int], str]] = {}
     reasons: dict[str, str] = {}
     for name in used:
-        if (device := device_of(manifest, name)) != place.type:
-            reasons[name] = f"device: found {place}, required {device}"
+        if (kind := device_of(manifest, name)) != device.type:
+            reasons[name] = f"device: found {device}, required {kind}"
             continue
         try:
             fits[name] = _fit(manifest, name)
@@ -124,9 +124,9 @@ def choose(manifest: Manifest, place: torch.device, here: Collection[str] | None
     return Choice(best, fits[best][1], others)
 
 
-def choose_target(manifest: Manifest, place: torch.device, here: Collection[str] | None = None) -> str | None:
+def choose_target(manifest: Manifest, device: torch.device, here: Collection[str] | None = None) -> str | None:
     """Returns the name of the target that `choose` gives, and logs it."""
-    choice = choose(manifest, place, here)
+    choice = choose(manifest, device, here)
     if choice.target is not None:
         log.info("engines of the target %s", choice)
     return choice.target
@@ -139,7 +139,7 @@ def fitting_targets(manifest: Manifest, device: str | torch.device | None = None
         Incompatible: no target fits, and the bundle needs one.
     """
     try:
-        target = choose_target(manifest, place_for(manifest, device))
+        target = choose_target(manifest, device_for(manifest, device))
     except Incompatible:
         if manifest.runtime.get("on_incompatible") != "eager":
             raise
@@ -147,7 +147,7 @@ def fitting_targets(manifest: Manifest, device: str | torch.device | None = None
     return (target,) if target else ()
 
 
-def place_for(manifest: Manifest, device: str | torch.device | None = None) -> torch.device:
+def device_for(manifest: Manifest, device: str | torch.device | None = None) -> torch.device:
     """Returns where a bundle runs: the caller's device, or else the targets' device; of two, a GPU that a target fits.
 
     A GPU comes with its number, so that it stays the same when the caller makes another one current.
@@ -167,13 +167,13 @@ def place_for(manifest: Manifest, device: str | torch.device | None = None) -> t
     return indexed(torch.device("cuda"))
 
 
-def check_device(manifest: Manifest, place: torch.device) -> None:
+def check_device(manifest: Manifest, device: torch.device) -> None:
     """Refuses a bundle for a GPU on a machine without one, at once.
 
     Raises:
         Incompatible: in one sentence.
     """
-    if place.type != "cuda" or "cuda" not in devices_of(manifest) or capability() is not None:
+    if device.type != "cuda" or "cuda" not in devices_of(manifest) or capability() is not None:
         return
     gpus = [name for name in engine_targets(manifest) if device_of(manifest, name) == "cuda"]
     names = ", ".join(f"{name} ({_gpu_of(manifest, name)[0]})" for name in gpus)

@@ -62,8 +62,8 @@ def check_texts(program: Program, tokenizers: Collection[str]) -> None:
         try:
             text = _Text.model_validate(dict(given))
         except ValidationError as error:
-            told = "\n".join(map(str, problems(error)))
-            raise ManifestInvalid(f"{where} is not one:\n{told}") from error
+            reasons = "\n".join(map(str, problems(error)))
+            raise ManifestInvalid(f"{where} is not one:\n{reasons}") from error
         if text.tokenizer not in tokenizers:
             raise ManifestInvalid(f"{where} names the tokenizer {text.tokenizer!r}, which the bundle does not have")
         if text.padding == "max_length" and None in (text.max_length, text.pad_id, text.pad_token, text.pad_type_id):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from diffkiln.bundle import EngineRow, Tried, Verified
+from diffkiln.bundle import EngineEntry, Tried, Verified
 from diffkiln.guards.printable import get_logger
 from diffkiln.program import Module, Program
 from diffkiln.runtime.compatibility import machine
@@ -31,21 +31,21 @@ class Trials:
         verified: the bundle.
         rows: the engines that are loaded.
         modules: the components' programs.
-        place: where they run.
+        device: where they run.
         wanted: True tries all, False none, None those that need it.
     """
 
     def __init__(
         self,
         verified: Verified,
-        rows: Sequence[EngineRow],
+        rows: Sequence[EngineEntry],
         modules: Mapping[str, Module],
-        place: torch.device,
+        device: torch.device,
         wanted: bool | None,
     ) -> None:
-        self._tried = Tried(verified, machine(verified.manifest.requires, place))
+        self._tried = Tried(verified, machine(verified.manifest.requires, device))
         self._wanted = wanted
-        self._standing = chosen(rows, modules) if place.type == "cpu" else {row.path for row in rows}
+        self._standing = chosen(rows, modules) if device.type == "cpu" else {row.path for row in rows}
 
     def wants(self, path: str) -> bool:
         if self._wanted is not None:
@@ -56,7 +56,7 @@ class Trials:
         self._tried.note(path)
 
 
-def chosen(rows: Sequence[EngineRow], modules: Mapping[str, Module]) -> set[str]:
+def chosen(rows: Sequence[EngineEntry], modules: Mapping[str, Module]) -> set[str]:
     """Returns the paths of the smallest engine of each kind, unless it is too large to try at a load."""
     smallest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for row in rows:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import GroupRow, Job, Readers, Verified
+from diffkiln.bundle import GroupEntry, Job, Readers, Verified
 from diffkiln.errors import IntegrityError
 from diffkiln.guards import forks
 from diffkiln.interpreter.aten import dtype_name
@@ -67,7 +67,7 @@ class WeightStore:
     def __init__(
         self,
         verified: Verified,
-        groups: Mapping[str, Sequence[GroupRow]],
+        groups: Mapping[str, Sequence[GroupEntry]],
         device: torch.device,
         offload: Mapping[str, Any] | None,
         on: Accelerator | None = None,

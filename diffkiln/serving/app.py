@@ -182,8 +182,8 @@ class Application:
         ends = asyncio.get_running_loop().time() + self._settings.deadline
         await anext(events)  # it is accepted, or refused with a status of its own
         if order.watched:
-            told = stream(route.kind, order, events, _size(order, offer), ends)
-            return StreamingResponse(told, media_type="text/event-stream")
+            why = stream(route.kind, order, events, _size(order, offer), ends)
+            return StreamingResponse(why, media_type="text/event-stream")
         finished = await _all(request, events, ends)
         return JSONResponse(_answer(order, finished, checked.response_format == "url", _size(order, offer)))
 
@@ -311,8 +311,8 @@ def _check_previews(order: Order, offer: Offer) -> None:
     if not order.watched:
         raise Refusal(400, 'partial_images: previews are events. Send "stream": true too', "partial_images")
     if reason := _choice(order, offer).unseen:
-        told = f"partial_images: {offer.name} shows no step before the last, since {reason}. Leave it out"
-        raise Refusal(400, told, "partial_images")
+        why = f"partial_images: {offer.name} shows no step before the last, since {reason}. Leave it out"
+        raise Refusal(400, why, "partial_images")
 
 
 def _choice(order: Order, offer: Offer) -> Choice:

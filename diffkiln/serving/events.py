@@ -37,8 +37,8 @@ async def stream(
                 if isinstance(event, Progress):
                     yield _event({"type": f"{kind}.progress", "step": event.step, "steps": event.steps})
                 elif isinstance(event, Preview):
-                    told = {"type": f"{kind}.partial_image", "partial_image_index": event.number}
-                    yield _event(told | _file(event, preview_ending(order.ending), size))
+                    message = {"type": f"{kind}.partial_image", "partial_image_index": event.number}
+                    yield _event(message | _file(event, preview_ending(order.ending), size))
                 elif isinstance(event, Finished):
                     yield _event({"type": f"{kind}.completed"} | _file(event, order.ending, size))
                 elif event is None:

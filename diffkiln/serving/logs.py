@@ -42,7 +42,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and the fields that come with it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "time": _utc(record),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -50,8 +50,8 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)[-MAX_MESSAGE:]
-        return json.dumps(told)
+            entry["traceback"] = self.formatException(record.exc_info)[-MAX_MESSAGE:]
+        return json.dumps(entry)
 
 
 class TextLines(logging.Formatter):

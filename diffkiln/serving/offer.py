@@ -133,8 +133,8 @@ class Offer:
             fitting = [variant for variant in fitting if _takes_negative(variant)]
         if not fitting:
             words = ", ".join(f"{name} {value}" for name, value in asked.items())
-            told = f"no variant of {self.name} was compiled for {words or 'a negative prompt'}"
-            raise Refusal(400, f"{told}. {self.told}", next(iter(asked), "negative_prompt"))
+            reason = f"no variant of {self.name} was compiled for {words or 'a negative prompt'}"
+            raise Refusal(400, f"{reason}. {self.advice}", next(iter(asked), "negative_prompt"))
         first = min((v for v in fitting if v.fixed == fitting[0].fixed), key=lambda variant: variant.batch_size)
         alike = [variant for variant in fitting if _alike(variant, first)]
         fixed = {k: v for k, v in first.fixed.items() if v is not None and k not in IMAGES and not _is_prompt(k)}
@@ -148,7 +148,7 @@ class Offer:
         return "all steps are one CUDA graph" if self.one_launch else why_unseen(variant.programs["call"])
 
     @property
-    def told(self) -> str:
+    def advice(self) -> str:
         """Returns what there is, in a sentence."""
         parts = [f"size {', '.join(self.sizes)}"] if self.sizes else []
         if self.steps:

@@ -113,7 +113,7 @@ class Finished:
 #: What whoever gave the order is told: first that it is accepted, last its images.
 Event = Accepted | Progress | Preview | Finished
 #: What the pipeline's thread tells.
-Told = Progress | Shown | Made | Failed
+JobEvent = Progress | Shown | Made | Failed
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class Job:
 
     order: Order
     choice: Choice
-    tell: Callable[[Told], None]
+    tell: Callable[[JobEvent], None]
     since: float = field(default_factory=time.monotonic)
     _gone: threading.Event = field(default_factory=threading.Event)
 

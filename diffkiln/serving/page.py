@@ -22,7 +22,7 @@ def page(routes: Mapping[str, Mapping[str, Offer]], tokens: bool) -> tuple[str, 
         routes: The bundles of each path, by name.
         tokens: Whether requests need one.
     """
-    models = [_told(path, offer) for path, offers in routes.items() for offer in offers.values()]
+    models = [_described(path, offer) for path, offers in routes.items() for offer in offers.values()]
     # "<" would end the script that the data stands in.
     data = json.dumps({"models": models, "tokens": tokens}).replace("<", "\\u003c")
     text = _FILE.read_text().replace("/*DATA*/", data)
@@ -34,7 +34,7 @@ def page(routes: Mapping[str, Mapping[str, Offer]], tokens: bool) -> tuple[str, 
     return text, {"content-security-policy": policy}
 
 
-def _told(path: str, offer: Offer) -> dict[str, object]:
+def _described(path: str, offer: Offer) -> dict[str, object]:
     return {
         "path": path,
         "name": offer.name,

@@ -130,8 +130,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        told = error.strerror or str(error)
-        raise SystemRefused(f"cannot listen on {host} port {port}: {told}. Choose another --host or --port") from None
+        reason = error.strerror or str(error)
+        raise SystemRefused(f"cannot listen on {host} port {port}: {reason}. Choose another --host or --port") from None
     return listener
 
 

@@ -13,7 +13,7 @@ from diffkiln.serving.files import encode, preview_of
 from diffkiln.serving.loras import Loras
 from diffkiln.serving.metrics import Metrics
 from diffkiln.serving.offer import Offer
-from diffkiln.serving.orders import Accepted, Event, Failed, Finished, Job, Made, Order, Preview, Shown, Told
+from diffkiln.serving.orders import Accepted, Event, Failed, Finished, Job, JobEvent, Made, Order, Preview, Shown
 from diffkiln.serving.refusals import refusal_of
 from diffkiln.serving.settings import Settings
 from diffkiln.serving.waiting import Queue
@@ -114,11 +114,11 @@ class LocalService:
 
     async def carry_out(self, order: Order) -> AsyncIterator[Event]:
         """Does as `Service.carry_out`."""
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[Told]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[JobEvent]()
 
-        def tell(event: Told) -> None:
+        def tell(event: JobEvent) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(told.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(order, self._offer.choose(order.asked, "negative_prompt" in order.prompts), tell)
         self._queue.put(job)
@@ -126,7 +126,7 @@ class LocalService:
         try:
             yield Accepted()
             while missing:
-                event = await told.get()
+                event = await events.get()
                 if isinstance(event, Failed):
                     raise refusal_of(event.error) from event.error
                 if isinstance(event, Made):

@@ -176,8 +176,8 @@ class VideoJobs:
         if job.shown.error is not None:
             raise Refusal(404, f"this video failed: {job.shown.error.message}", "video_id")
         if not job.ended:
-            told = f"this video is {job.shown.status.replace('_', ' ')}, {job.shown.progress} %. Ask again when it is"
-            raise Refusal(409, f"{told} completed", "video_id")
+            reason = f"this video is {job.shown.status.replace('_', ' ')}, {job.shown.progress} %. Ask again when it is"
+            raise Refusal(409, f"{reason} completed", "video_id")
         return job
 
     def listed(self, owner: bytes, after: str | None, limit: int, newest_first: bool) -> Videos:
@@ -187,7 +187,7 @@ class VideoJobs:
         self._expire()
         rows = [job.shown for job in self._kept.values() if job.owner == owner]
         rows = rows[::-1] if newest_first else rows
-        start = 1 + next((place for place, row in enumerate(rows) if row.id == after), -1)
+        start = 1 + next((number for number, row in enumerate(rows) if row.id == after), -1)
         page = rows[start : start + limit]
         first, last = (page[0].id, page[-1].id) if page else (None, None)
         return Videos(data=page, first_id=first, last_id=last, has_more=len(rows) > start + limit)
@@ -226,8 +226,8 @@ class VideoJobs:
     def _complete(self, job: VideoJob, data: bytes) -> None:
         most = self._settings.kept_video_bytes
         if len(data) > most:
-            told = f"the file has {len(data):,} bytes, more than the {most:,} that are kept. Ask for a smaller format"
-            raise Refusal(507, told)
+            reason = f"the file has {len(data):,} bytes, more than the {most:,} that are kept. Ask for a smaller format"
+            raise Refusal(507, reason)
         while self._bytes + len(data) > most and self._drop_oldest(with_data=True):
             pass
         job.data = data
@@ -254,8 +254,8 @@ class VideoJobs:
         self._expire()
         while len(self._kept) >= self._settings.kept_videos:
             if not self._drop_oldest():
-                told = f"{len(self._kept)} videos are being made or wait already. Try again later"
-                raise Refusal(429, told, retry_after=10)
+                reason = f"{len(self._kept)} videos are being made or wait already. Try again later"
+                raise Refusal(429, reason, retry_after=10)
 
     @property
     def _bytes(self) -> int:

@@ -18,12 +18,12 @@ class Queue:
     """Rows that wait for the pipeline.
 
     Args:
-        places: Rows that wait at most.
+        capacity: Rows that wait at most.
         window: Seconds that a row waits for others of its kind.
     """
 
-    def __init__(self, places: int, window: float) -> None:
-        self._places, self._window = places, window
+    def __init__(self, capacity: int, window: float) -> None:
+        self._capacity, self._window = capacity, window
         self._rows: deque[Row] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -55,7 +55,7 @@ class Queue:
 
     def check(self) -> None:
         """Raises `Refusal` (429) if there is no place for even one more row."""
-        if len(self._rows) < self._places:  # nearly always; no need to wait for whoever holds the lock
+        if len(self._rows) < self._capacity:  # nearly always; no need to wait for whoever holds the lock
             return
         with self._changed:
             self._forget()
@@ -99,7 +99,7 @@ class Queue:
             self._rows = deque(row for row in self._rows if not row.job.left)
 
     def _check_room(self, rows: int) -> None:
-        if len(self._rows) + rows > self._places:
+        if len(self._rows) + rows > self._capacity:
             wait = self._wait()
             raise Refusal(429, f"{len(self._rows)} images wait already. Try again in {wait} s", retry_after=wait)
 

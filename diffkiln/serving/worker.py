@@ -166,9 +166,9 @@ class _Watch:
 def _pictures(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[tuple[Row, int, Any]]:
     """Yields the pictures of a call that are wanted, each with its row and its place among those of the row."""
     pictures = next(iter(result.values()))
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         for image in range(row.count):
-            yield row, image, pictures[place * row.job.choice.images + image]
+            yield row, image, pictures[number * row.job.choice.images + image]
 
 
 def _given(rows: Sequence[Row], batch: int) -> dict[str, Any]:

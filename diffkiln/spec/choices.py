@@ -102,8 +102,8 @@ def active(data: Any, picks: Picks, where: str = "$") -> dict[str, int]:
         number = picks[where]
         return {where: number, **active(_values(data)[number], picks, _inside(where, number))}
     found: dict[str, int] = {}
-    for place, value in _parts(data, where):
-        found |= active(value, picks, place)
+    for path, value in _parts(data, where):
+        found |= active(value, picks, path)
     return found
 
 
@@ -119,7 +119,7 @@ def resolved(data: Any, picks: Picks, where: str = "$") -> Any:
     return data
 
 
-def told(choices: Sequence[Choice], picks: Picks) -> str:
+def in_words(choices: Sequence[Choice], picks: Picks) -> str:
     """Returns picks in words, such as "passes[1].interval: 2, passes[2]: null"."""
     chosen = [(item.where, item.values[picks[item.where]]) for item in choices if item.where in picks]
     return ", ".join(f"{where.removeprefix('$.')}: {_brief(value)}" for where, value in chosen)
@@ -139,8 +139,8 @@ def _brief(value: Any) -> str:
 
 def _found(data: Any, where: str) -> Iterator[Choice | Problem]:
     if not is_choice(data):
-        for place, value in _parts(data, where):
-            yield from _found(value, place)
+        for path, value in _parts(data, where):
+            yield from _found(value, path)
     elif problem := _problem(data, where):
         yield problem
     else:
@@ -163,8 +163,8 @@ def _inside(where: str, number: int) -> str:
 
 def _items(data: list[Any], picks: Picks, where: str) -> Iterator[Any]:
     for number, item in enumerate(data):
-        place = path_to(where, number)
-        made = resolved(item, picks, place)
+        path = path_to(where, number)
+        made = resolved(item, picks, path)
         if not is_choice(item):
             yield made
         elif isinstance(made, list):

@@ -54,7 +54,7 @@ _REASONS = {
 }
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """The place of an error: its path in the JSON, the model of the path's last part, and whether a union was met."""
 
     path: list[str | int]
@@ -95,9 +95,9 @@ def problems_from(error: ValidationError, model: type[BaseModel], prefix: str = 
     problems: list[Problem] = []
     details = error.errors(include_url=False)
     for detail in details[:MAX_PROBLEMS]:
-        place = _locate(model, detail["loc"])
-        problem = _problem(detail, place, prefix)
-        if place.in_union and problems and problems[-1].where == problem.where:  # one sentence for each member
+        location = _locate(model, detail["loc"])
+        problem = _problem(detail, location, prefix)
+        if location.in_union and problems and problems[-1].where == problem.where:  # one sentence for each member
             problem = Problem(problem.where, f"{problems.pop().reason}; or {problem.reason}", problem.hint)
         problems.append(problem)
     if len(details) > MAX_PROBLEMS:
@@ -105,17 +105,17 @@ def problems_from(error: ValidationError, model: type[BaseModel], prefix: str = 
     return problems
 
 
-def _problem(detail: ErrorDetails, place: _Place, prefix: str) -> Problem:
+def _problem(detail: ErrorDetails, location: _Location, prefix: str) -> Problem:
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    where = path_to(prefix, *place.path)
+    where = path_to(prefix, *location.path)
     if kind == _REFUSED:
         return Problem(where, context["reason"], context["mend"])
     if kind in ("value_error", "assertion_error"):
         return Problem(where, str(context["error"]))
     if kind == "missing":
-        return Problem(where, "this field is missing", _describe(place.owner, str(place.path[-1])))
+        return Problem(where, "this field is missing", _describe(location.owner, str(location.path[-1])))
     if kind == "extra_forbidden":
-        return Problem(where, *_no_such_field(place.owner, str(place.path[-1])))
+        return Problem(where, *_no_such_field(location.owner, str(location.path[-1])))
     if kind in ("literal_error", "enum"):
         return _not_a_choice(where, value, context["expected"])
     if kind == "union_tag_invalid":
@@ -160,7 +160,7 @@ def _fields(owner: type[BaseModel] | None) -> Mapping[str, Any]:
     return {field.alias or name: field for name, field in owner.model_fields.items()} if owner else {}
 
 
-def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
+def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Location:
     """Walks the annotations along `loc`, which holds the labels of union members beside the keys of the JSON."""
     path: list[str | int] = []
     annotation: Any = model
@@ -179,7 +179,7 @@ def _locate(model: type[BaseModel], loc: tuple[str | int, ...]) -> _Place:
         owner = bare if isinstance(bare, type) and issubclass(bare, BaseModel) else None
         path.append(segment)
         annotation = _inside(bare, segment)
-    return _Place(path, owner, in_union)
+    return _Location(path, owner, in_union)
 
 
 def _bare(annotation: Any) -> Any:

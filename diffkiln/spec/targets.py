@@ -201,10 +201,10 @@ def unknown_gpus(target: Any, where: str = "$.target") -> list[Problem]:
         entries = [(entry, f"{where}[{index}]") for index, entry in enumerate(target[:MAX_ITEMS])]
     else:
         entries = [(target, where)]
-    names = [(entry.get("gpu"), place) for entry, place in entries if isinstance(entry, dict)]
+    names = [(entry.get("gpu"), path) for entry, path in entries if isinstance(entry, dict)]
     return [
-        Problem(f"{place}.gpu", f"{show(name)} is not a GPU that has a name here", _hint_gpu(name))
-        for name, place in names
+        Problem(f"{path}.gpu", f"{show(name)} is not a GPU that has a name here", _hint_gpu(name))
+        for name, path in names
         if isinstance(name, str) and name and not find_gpu(name)
     ]
 

@@ -97,9 +97,9 @@ def read_tuning(source: Path | Mapping[str, Any], parse: Parse = parse_spec) -> 
     data = dict(source) if isinstance(source, Mapping) else _read(source)
     if problems := flaws(data):
         raise SpecError(problems=problems)
-    for place in (TUNE, "quality"):
-        if chooses(data.get(place)):
-            raise SpecError(problems=[Problem(f"$.{place}", "says what is wanted, so it holds no choices", "Fix it")])
+    for field in (TUNE, "quality"):
+        if chooses(data.get(field)):
+            raise SpecError(problems=[Problem(f"$.{field}", "says what is wanted, so it holds no choices", "Fix it")])
     rest = {key: value for key, value in data.items() if key != TUNE}
     choices = choices_of(rest)
     if not choices:

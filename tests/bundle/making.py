@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from diffkiln.bundle import (
+    AppliedPass,
     BundleWriter,
-    EngineRow,
-    FileRow,
-    GroupRow,
+    EngineEntry,
+    FileEntry,
+    GroupEntry,
     Manifest,
-    PassRow,
     Pipeline,
     Requires,
     TensorSpec,
@@ -35,7 +35,7 @@ CONTENT: dict[str, tuple[str, bytes]] = {
 }
 
 
-def manifest_of(files: tuple[FileRow, ...] = ()) -> Manifest:
+def manifest_of(files: tuple[FileEntry, ...] = ()) -> Manifest:
     named = {row.path for row in files}
     leaf = TensorSpec(dtype="float32", shape=(1, 16), stride=(16, 1))
     return Manifest(
@@ -50,7 +50,7 @@ def manifest_of(files: tuple[FileRow, ...] = ()) -> Manifest:
         ),
         files=files,
         engines=(
-            EngineRow(
+            EngineEntry(
                 target="cpu",
                 component="transformer",
                 region="Block",
@@ -60,9 +60,9 @@ def manifest_of(files: tuple[FileRow, ...] = ()) -> Manifest:
                 outputs=(leaf,),
             ),
         ),
-        passes=(PassRow(name="fuse_qkv", version=1, options={"component": "transformer"}, changed=True),),
+        passes=(AppliedPass(name="fuse_qkv", version=1, options={"component": "transformer"}, changed=True),),
         runtime={"offload": None},
-        weights={"transformer": (GroupRow(name="0", file=WEIGHTS, tensors=1, bytes=16384),)}
+        weights={"transformer": (GroupEntry(name="0", file=WEIGHTS, tensors=1, bytes=16384),)}
         if WEIGHTS in named
         else {},
     )
@@ -97,7 +97,7 @@ def make_for(output: Path, targets: tuple[str, ...], extra: bytes = b"") -> str:
     files = {path: item for path, item in CONTENT.items() if item[0] != "native"}
     files |= {f"engines/{target}/transformer/Block/model.so": ("native", target.encode() * 9) for target in targets}
 
-    def manifest(rows: tuple[FileRow, ...]) -> Manifest:
+    def manifest(rows: tuple[FileEntry, ...]) -> Manifest:
         made = manifest_of(rows)
         (row,) = made.engines
         engines = [

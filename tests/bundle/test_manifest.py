@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffkiln.bundle import FileRow, Manifest, TensorSpec, bundle_id, dump_manifest, parse_manifest
+from diffkiln.bundle import FileEntry, Manifest, TensorSpec, bundle_id, dump_manifest, parse_manifest
 from diffkiln.errors import DiffkilnError, Incompatible, ManifestInvalid, PathEscape
 from tests.bundle.making import manifest_of
 
-ROW = FileRow(path="programs/v0.json", size=3, sha256="0" * 64, role="program")
+ROW = FileEntry(path="programs/v0.json", size=3, sha256="0" * 64, role="program")
 GOOD = dump_manifest(manifest_of((ROW,)))
 
 

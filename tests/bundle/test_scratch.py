@@ -166,12 +166,12 @@ def test_native_code_lies_where_programs_run(tmp_path, monkeypatch):
     """The temporary directory may be mounted noexec; dlopen's words for that say nothing of it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(scratch, "closed_to_others", lambda _: True)
-    assert scratch.place_to_run() == tmp_path
+    assert scratch.folder_to_run() == tmp_path
     monkeypatch.setattr(scratch, "runs_programs", lambda place: place != tmp_path)
-    assert scratch.place_to_run() != tmp_path
+    assert scratch.folder_to_run() != tmp_path
     monkeypatch.setattr(scratch, "runs_programs", lambda _: False)
     with pytest.raises(SystemRefused, match=r"mounted noexec: .*Set TMPDIR"):
-        scratch.place_to_run()
+        scratch.folder_to_run()
 
 
 def test_a_mount_without_programs_is_known():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffkiln.bundle import BundleWriter, FileRow, Manifest, open_bundle
+from diffkiln.bundle import BundleWriter, FileEntry, Manifest, open_bundle
 from diffkiln.errors import BuildError, DigestMismatch, PathEscape
 from tests.bundle import making
 from tests.bundle.test_writers_at_once import WRITE
@@ -28,7 +28,7 @@ def strip(output: Path, place: Path | None = None) -> str:
             for row in kept:
                 writer.keep(row, verified)
 
-        def manifest(rows: tuple[FileRow, ...]) -> Manifest:
+        def manifest(rows: tuple[FileEntry, ...]) -> Manifest:
             engines = tuple(row for row in bundle.manifest.engines if row.target != V4)
             return bundle.manifest.model_copy(update={"files": rows, "engines": engines})
 

@@ -12,7 +12,7 @@ from diffkiln.bundle import open_bundle
 from diffkiln.bundle.evidence import costs_of
 from diffkiln.cli import main
 from diffkiln.compiler.gates import ReadyGate
-from diffkiln.compiler.ledger import Ledger, Row
+from diffkiln.compiler.ledger import Ledger, LedgerEntry
 from diffkiln.compiler.metrics import About
 from diffkiln.errors import QualityError
 from diffkiln.spec.quality import Gate
@@ -104,7 +104,8 @@ def ledger(*values: float | None) -> Ledger:
     ready = ReadyGate(gate, "$.quality[0]", ("a",), (0,), About(32, 32))
     names = [f"pass {number}" for number in range(len(values) - 1)] + ["bundle"]
     rows = (
-        Row(name, {"$.quality[0]": value}, "" if value else "why") for name, value in zip(names, values, strict=True)
+        LedgerEntry(name, {"$.quality[0]": value}, "" if value else "why")
+        for name, value in zip(names, values, strict=True)
     )
     return Ledger((ready,), tuple(rows))
 
@@ -115,7 +116,10 @@ def test_engines_that_cost_too_much_are_named():
 
 
 def test_a_pass_that_regains_judges_what_came_before_it():
-    rows = (Row("quantize", {"$.quality[0]": 20.0}), Row("recover", {"$.quality[0]": 40.0}, regains=True))
+    rows = (
+        LedgerEntry("quantize", {"$.quality[0]": 20.0}),
+        LedgerEntry("recover", {"$.quality[0]": 40.0}, regains=True),
+    )
     kept = replace(ledger(50, 39), cumulative=(ledger(50, 0).cumulative[0], *rows))
     assert kept.judged() is kept
     worse = replace(kept, cumulative=(*kept.cumulative[:2], replace(rows[1], values={"$.quality[0]": 28.0})))

@@ -10,7 +10,7 @@ from diffkiln.compiler.metrics import About
 from diffkiln.evaluate.album import Album, Drawn
 from diffkiln.evaluate.bench import Bench, Measured, Rounds
 from diffkiln.evaluate.calls import Call
-from diffkiln.evaluate.comparing import Pairs, drift_of, rows_of
+from diffkiln.evaluate.comparing import Pairs, drift_of, results_of
 from diffkiln.evaluate.numbers import spread_of
 from diffkiln.evaluate.prompts import Request
 from diffkiln.evaluate.quality import Evaluation
@@ -35,7 +35,7 @@ def evaluation(folder: Path, count: int = 3) -> Evaluation:
         ours.put(number, Drawn((picture + noise).clamp(0, 1), latents * 1.01, 0.01))
     about = About(32, 32, 1, count)
     metrics = {name: load("metrics", name) for name in ("psnr", "ssim", "clip_score")}
-    rows = tuple(rows_of(metrics, Pairs(ours, theirs, requests), about))
+    rows = tuple(results_of(metrics, Pairs(ours, theirs, requests), about))
     drift = tuple(drift_of(ours, theirs, count))
     ways = tuple(
         Way(name, {"kind": kind}, Call(), {"transformer": size, "vae": 600_000})

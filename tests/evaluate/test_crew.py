@@ -26,7 +26,7 @@ class Nodes:
 
     def __init__(self, lost=(), fails=()):
         self.machine = {}
-        self.places, self.most, self._lost, self._fails, self._specs = 2, 0, list(lost), list(fails), {}
+        self.capacity, self.most, self._lost, self._fails, self._specs = 2, 0, list(lost), list(fails), {}
 
     def begin(self, spec, goal):
         work = object()
@@ -41,7 +41,7 @@ class Nodes:
             raise SystemRefused("no room on the disk")
         if value in self._lost:
             self._lost.remove(value)
-            self.places -= 1
+            self.capacity -= 1
             return work, None
         return work, Outcome("kept", {"latency": float(value)})
 
@@ -65,7 +65,7 @@ def test_a_trial_whose_node_is_lost_is_made_again_by_another(tmp_path):
     nodes = Nodes(lost=[3])
     found, _ = tried(tmp_path, nodes)
     assert sorted(found) == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert nodes.places == 1
+    assert nodes.capacity == 1
 
 
 def test_what_would_end_every_trial_ends_the_tuning_and_the_others_are_made_later(tmp_path):

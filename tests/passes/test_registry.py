@@ -70,9 +70,9 @@ class Nowhere(ProgramPass):
 
 
 def test_a_pass_of_another_package_stands_where_it_says():
-    assert registry._place(Between, list(ORDER)) == ORDER.index("cache_schedule")
+    assert registry._index(Between, list(ORDER)) == ORDER.index("cache_schedule")
     with pytest.raises(SpecError, match="the pass nowhere wants to stand after cache_schedule and before guidance"):
-        registry._place(Nowhere, list(ORDER))
+        registry._index(Nowhere, list(ORDER))
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffkiln.bundle.manifest import PassRow
+from diffkiln.bundle.manifest import AppliedPass
 from diffkiln.cli import main
 from diffkiln.errors import Incompatible, SpecError
 from diffkiln.passes.registry import option_models, pass_class, read_passes
@@ -136,7 +136,7 @@ def test_a_manifest_holds_what_was_given_and_the_defaults_of_the_method(given, m
 
 
 def test_a_method_of_a_bundle_that_is_not_known_is_told():
-    row = PassRow(name="quantize", version=1, options={"backend": "torchao", "type": "int9"}, changed=True)
+    row = AppliedPass(name="quantize", version=1, options={"backend": "torchao", "type": "int9"}, changed=True)
     with pytest.raises(Incompatible, match="cannot repeat in diffusers what quantize did: there is no type 'int9'"):
         pass_of(row)
     known = row.model_copy(update={"options": {"backend": "torchao", "type": "int8_dynamic"}})

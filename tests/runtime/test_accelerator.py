@@ -79,7 +79,7 @@ def test_a_bundle_for_a_gpu_is_placed_on_the_current_one(gpus: Gpus, monkeypatch
     monkeypatch.setattr(targets, "devices_of", lambda manifest: {"cuda"})
     gpus.current = 1
     manifest: Any = SimpleNamespace()
-    assert targets.place_for(manifest, device) == torch.device("cuda:1")
+    assert targets.device_for(manifest, device) == torch.device("cuda:1")
 
 
 def test_an_engine_is_given_no_tensor_of_another_gpu() -> None:

@@ -12,7 +12,7 @@ from diffkiln.interpreter.aten import Interpreter
 from diffkiln.program import CALL, NOISE, REGION, Input, Module, Op, Program, Ref, TensorType
 from diffkiln.runtime.executor import Executor, _Component
 from diffkiln.runtime.graphs import WHOLE, Graphs
-from diffkiln.runtime.host_numbers import place_constants, read_on_host
+from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.weights import WeightStore
 
 META = torch.device("meta")
@@ -73,7 +73,7 @@ def test_arithmetic_is_given_numbers_on_the_host() -> None:
         (Ref("%0"),),
         _TYPES,
     )
-    constants = place_constants({"sigma": torch.tensor(2.0, dtype=torch.float64)}, META)
+    constants = constants_on({"sigma": torch.tensor(2.0, dtype=torch.float64)}, META)
     seen: list[str] = []
 
     def mul(op: Op):

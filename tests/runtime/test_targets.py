@@ -13,7 +13,7 @@ from diffkiln.bundle import Manifest, device_features, device_policy, open_bundl
 from diffkiln.errors import Incompatible
 from diffkiln.runtime import compatibility, targets
 from diffkiln.runtime.compatibility import ISA_FLAGS
-from diffkiln.runtime.targets import EXACT, PTX, SAME_MAJOR, choose, gpu_fit, own_level, place_for
+from diffkiln.runtime.targets import EXACT, PTX, SAME_MAJOR, choose, device_for, gpu_fit, own_level
 from tests.bundle import making
 from tests.runtime.test_loading import copy, rewritten  # noqa: F401  the fixture of a copied bundle
 
@@ -113,8 +113,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None) -> No
 
 def test_a_gpu_that_fits_is_taken_before_the_cpu(mixed: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, (8, 9))
-    assert place_for(mixed) == torch.device("cuda")
-    choice = choose(mixed, place_for(mixed))
+    assert device_for(mixed) == torch.device("cuda")
+    choice = choose(mixed, device_for(mixed))
     assert (choice.target, choice.why) == ("nvidia-l4", "its sm_89 is this GPU's own")
     assert choice.others == {NAMES[1]: "device: found cuda, required cpu"}
 
@@ -124,7 +124,7 @@ def test_without_a_gpu_the_cpus_engines_are_taken_and_cuda_is_not_asked_for(
 ) -> None:
     on_gpu(monkeypatch, None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert place_for(mixed) == CPU
+    assert device_for(mixed) == CPU
     choice = choose(mixed, CPU)
     assert choice.target == NAMES[1]
     assert choice.others == {"nvidia-l4": "device: found cpu, required cuda"}
@@ -135,7 +135,7 @@ def test_a_gpu_that_does_not_fit_is_left_alone_and_the_log_says_why(
 ) -> None:
     on_gpu(monkeypatch, (7, 5))
     with caplog.at_level(logging.INFO, "diffkiln"):
-        assert place_for(mixed) == CPU
+        assert device_for(mixed) == CPU
     assert "not on the GPU" in caplog.text
     assert "gpu: found sm_75, required sm_89" in caplog.text
 
@@ -144,7 +144,7 @@ def test_a_caller_who_wants_the_gpu_is_told_of_gpus_alone(mixed: Manifest, monke
     on_gpu(monkeypatch, None)
     monkeypatch.setattr(targets, "capability", lambda: None)
     with pytest.raises(Incompatible, match=r"required nvidia-l4 \(sm_89\), which"):
-        targets.check_device(mixed, place_for(mixed, "cuda"))
+        targets.check_device(mixed, device_for(mixed, "cuda"))
 
 
 def test_devices_are_said_one_by_one_only_where_they_differ() -> None:

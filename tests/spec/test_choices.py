@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from diffkiln.errors import SpecError
-from diffkiln.spec.choices import active, choices_of, chooses, combinations, count, leading_to, resolved, told
+from diffkiln.spec.choices import active, choices_of, chooses, combinations, count, in_words, leading_to, resolved
 
 NESTED = {
     "a": {"choose": [1, 2]},
@@ -72,7 +72,7 @@ def test_an_inner_value_is_reached_through_those_around_it_without_trying_the_re
 
 def test_picks_are_told_in_words():
     picks = {"$.a": 0, "$.passes[0]": 1, "$.passes[0].choose[1].interval": 0}
-    assert told(choices_of(NESTED), picks) == 'a: 1, passes[0]: {"name": "p"}, passes[0].choose[1].interval: 2'
+    assert in_words(choices_of(NESTED), picks) == 'a: 1, passes[0]: {"name": "p"}, passes[0].choose[1].interval: 2'
 
 
 def test_a_plain_value_holds_no_choice():

@@ -13,7 +13,7 @@ import torch
 from diffkiln.bundle import (
     Bundle,
     BundleWriter,
-    FileRow,
+    FileEntry,
     Manifest,
     device_of,
     devices_of,
@@ -152,13 +152,13 @@ class Edit:
 
     def _size(self, targets: Sequence[Target]) -> int:
         """Returns an estimate of the new bundle's size: the copied files, and engines as for the first target."""
-        place = self._writer.output != self._bundle.path
-        copied = sum(row.size for row in self.manifest.files if place or row.role != "weights")
+        moved = self._writer.output != self._bundle.path
+        copied = sum(row.size for row in self.manifest.files if moved or row.role != "weights")
         others = left_out(self.manifest, self.targets[1:])
         engines = sum(row.size for row in self.manifest.files if row.path in others)
         return copied + engines * len(targets)
 
-    def _keep(self) -> list[FileRow]:
+    def _keep(self) -> list[FileEntry]:
         gone = left_out(self.manifest, [name for name in self.targets if name not in self._removed])
         kept = [row for row in self.manifest.files if row.path not in gone and row.path != SPEC]
         for row in kept:
@@ -167,7 +167,7 @@ class Edit:
         self._writer.write(SPEC, spec, "config")
         return kept
 
-    def _manifest(self, rows: tuple[FileRow, ...]) -> Manifest:
+    def _manifest(self, rows: tuple[FileEntry, ...]) -> Manifest:
         new = {target.name: target.isa for target in self._added}
         isas = {name: isa for name, isa in self._isas.items() if name not in self._removed or name in new} | new
         added = {target.name: target.device for target in self._added}
@@ -179,7 +179,7 @@ class Edit:
         """Writes `build.json` and `README.md`: those of the first build, with a note of this edit."""
         build = dict(self._bundle.build)
         stale = tuple(f"the engines for {name} were" for name in self._removed)
-        told = [notice for notice in _list(build, "notices") if not str(notice).startswith(stale or ("\0",))]
+        kept = [notice for notice in _list(build, "notices") if not str(notice).startswith(stale or ("\0",))]
         step = {
             "what": what,
             "diffkiln": __version__,
@@ -187,7 +187,7 @@ class Edit:
             "host": {"machine": platform.machine(), "system": platform.platform()},
             "seconds": {name: round(value, 3) for name, value in self._stages.seconds.items()},
         }
-        build |= {"notices": [*told, *self._packed.notices], "edits": [*_list(build, "edits"), step]}
+        build |= {"notices": [*kept, *self._packed.notices], "edits": [*_list(build, "edits"), step]}
         self._writer.write_unhashed(BUILD, as_json(build))
         self._writer.write_unhashed(CARD, card(manifest, build).encode())
 

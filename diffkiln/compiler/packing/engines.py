@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import BundleWriter, EngineRow
+from diffkiln.bundle import BundleWriter, EngineEntry
 from diffkiln.bundle.layout import engine_folder
 from diffkiln.compiler.packed import Packed, total
 from diffkiln.errors import ExportError, VerifyError
@@ -166,12 +166,12 @@ def demands(target: Target, artefact: Artefact) -> Packed:
     return Packed(requires=requires, gpus={target.name: row})
 
 
-def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineRow:
+def _engine_row(artefact: Artefact, region: Program, request: CompileRequest, target: Target, path: str) -> EngineEntry:
     outputs = tuple(
         spec if spec.shape == region.types[ref.name].shape else contiguous(region.types[ref.name])
         for spec, ref in zip(artefact.outputs, region.outputs, strict=True)
     )
-    return EngineRow(
+    return EngineEntry(
         target=target.name,
         component=request.component,
         region=region.name,
@@ -187,7 +187,7 @@ def _try_out(
     artefact: Artefact, region: Program, constants: Mapping[str, torch.Tensor], target: Target, path: str
 ) -> Files:
     """Compares an engine with its region, so that no wrong one is published; returns the files that running it made."""
-    if (device := place_of(target)) is None:
+    if (device := device_for(target)) is None:
         return {}
     loaded = engine(artefact.backend)(artefact.directory, input_specs(region), device)
     on_device = {key: tensor.to(device) for key, tensor in constants.items()}
@@ -197,15 +197,15 @@ def _try_out(
 
 def _untried(artefact: Artefact, target: Target) -> list[str]:
     """Returns notices of what this machine could not do for an engine."""
-    told = []
+    reasons = []
     if artefact.autotuned is False:
-        told.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
-    if place_of(target) is None:
-        told.append("were not tried: this machine cannot run them")
-    return [f"the engines for {target.name} {what}" for what in told]
+        reasons.append("were built without its GPU, so nothing is tuned: run `diffkiln retune` where it is")
+    if device_for(target) is None:
+        reasons.append("were not tried: this machine cannot run them")
+    return [f"the engines for {target.name} {what}" for what in reasons]
 
 
-def place_of(target: Target) -> torch.device | None:
+def device_for(target: Target) -> torch.device | None:
     """Returns where this machine can run engines for a target; None if it cannot."""
     if target.device == "cuda":
         return torch.device("cuda") if capability() == target.capability else None

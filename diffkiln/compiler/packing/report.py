@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import BundleWriter, FileRow, Manifest, PassRow, Pipeline, Requires, device_features, device_policy
+from diffkiln.bundle import (
+    AppliedPass,
+    BundleWriter,
+    FileEntry,
+    Manifest,
+    Pipeline,
+    Requires,
+    device_features,
+    device_policy,
+)
 from diffkiln.bundle.card import card
 from diffkiln.bundle.layout import BUILD, CARD
 from diffkiln.compiler.packed import as_json
@@ -22,7 +31,7 @@ from diffkiln.record.pipeline import Recording
 from diffkiln.version import __version__
 
 
-def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
+def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
     """Returns the manifest of the packed files."""
     import diffusers
 
@@ -64,7 +73,7 @@ def manifest_of(rows: tuple[FileRow, ...], plan: Plan) -> Manifest:
         files=rows,
         engines=packed.engines,
         passes=tuple(
-            PassRow(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
+            AppliedPass(name=step.name, version=step.version, options=step.options(), changed=ran.changed)
             for ran in plan.report
             for step in (ran.listed.step,)
         ),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffkiln.bundle import EngineRow, FileRow, Manifest, device_features, device_policy, engine_targets
+from diffkiln.bundle import EngineEntry, FileEntry, Manifest, device_features, device_policy, engine_targets
 from diffkiln.bundle.layout import SPEC
 from diffkiln.compiler.packed import Packed, as_json
 from diffkiln.errors import ManifestInvalid
@@ -38,7 +38,7 @@ def groups_of(manifest: Manifest, modules: Mapping[str, Module], target: str | N
         ManifestInvalid: one is for a region that the bundle does not have, or regions share one that differ.
     """
     target = target or engine_targets(manifest)[0]
-    together: dict[str, list[EngineRow]] = {}
+    together: dict[str, list[EngineEntry]] = {}
     for row in manifest.engines:
         if row.target == target:
             together.setdefault(row.path, []).append(row)
@@ -59,8 +59,8 @@ def groups_of(manifest: Manifest, modules: Mapping[str, Module], target: str | N
 
 def retargeted(
     manifest: Manifest,
-    files: tuple[FileRow, ...],
-    engines: Sequence[EngineRow],
+    files: tuple[FileEntry, ...],
+    engines: Sequence[EngineEntry],
     isas: Mapping[str, str],
     devices: Mapping[str, str],
     packed: Packed,
@@ -94,14 +94,14 @@ def retargeted(
     return manifest.model_copy(update={**changed, "features_required": features})
 
 
-def _ordered(manifest: Manifest, engines: Sequence[EngineRow], targets: Sequence[str]) -> tuple[EngineRow, ...]:
+def _ordered(manifest: Manifest, engines: Sequence[EngineEntry], targets: Sequence[str]) -> tuple[EngineEntry, ...]:
     """Orders engines as a compile for all targets at once does, by engine and then by target, so the id is the same."""
     first = engine_targets(manifest)[0]
     paths = list(dict.fromkeys(row.path for row in manifest.engines if row.target == first))
-    places = {(row.component, row.region): paths.index(row.path) for row in manifest.engines if row.target == first}
+    position = {(row.component, row.region): paths.index(row.path) for row in manifest.engines if row.target == first}
     return tuple(
         sorted(
-            engines, key=lambda row: (places.get((row.component, row.region), len(paths)), targets.index(row.target))
+            engines, key=lambda row: (position.get((row.component, row.region), len(paths)), targets.index(row.target))
         )
     )
 

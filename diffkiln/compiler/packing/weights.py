@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import safetensors.torch
 import torch
 
-from diffkiln.bundle import BundleWriter, GroupRow
+from diffkiln.bundle import BundleWriter, GroupEntry
 from diffkiln.bundle.layout import CHANNELS_LAST, REST, UNUSED, before_loop, weights_file
 from diffkiln.compiler.packed import Packed
 from diffkiln.compiler.packing.uses import Uses
@@ -29,7 +29,7 @@ class WeightsPacker:
         self._writer, self._component, self._offload, self._uses = writer, component, offload, uses
         self._features: set[str] = set()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self._rows: dict[str, GroupRow | None] = {}  # in the module's order; None is still to be written
+        self._rows: dict[str, GroupEntry | None] = {}  # in the module's order; None is still to be written
 
     def add(self, module: torch.nn.Module) -> None:
         """Takes the weights that have data; `module` is the component after all passes."""
@@ -53,7 +53,7 @@ class WeightsPacker:
         rows = tuple(row for row in self._rows.values() if row)
         return Packed(weights={self._component: rows}, features=frozenset(self._features))
 
-    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupRow:
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupEntry:
         path = weights_file(self._component, name)
         turned = sorted(key for key, tensor in tensors.items() if is_channels_last(tensor))
         self._features |= {CHANNELS_LAST} if turned else set()
@@ -63,7 +63,7 @@ class WeightsPacker:
         safetensors.torch.save_file(flat, self._writer.path(path), metadata=metadata)
         self._writer.add(path, "weights")
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-        return GroupRow(name=name, file=path, tensors=len(tensors), bytes=size)
+        return GroupEntry(name=name, file=path, tensors=len(tensors), bytes=size)
 
 
 def groups_of(module: torch.nn.Module, offload: Offload | None, uses: Uses) -> dict[str, dict[str, torch.Tensor]]:

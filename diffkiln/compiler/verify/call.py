@@ -123,14 +123,14 @@ class Verification:
     @contextmanager
     def _stand_ins(self, read: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Gives the meta model stand-ins for its components, and values for the weights that the call itself reads."""
-        places: list[tuple[dict[str, Any], str, Any]] = []
+        listed: list[tuple[dict[str, Any], str, Any]] = []
         patched: list[tuple[torch.nn.Module, str]] = []
         try:
             for component, name, value in ((key, *item) for key, own in read.items() for item in own.items()):
                 path, _, leaf = name.rpartition(".")
                 owner = self._pipe.components[component].get_submodule(path)
                 table = owner._parameters if leaf in owner._parameters else owner._buffers
-                places.append((table, leaf, table[leaf]))
+                listed.append((table, leaf, table[leaf]))
                 table[leaf] = torch.nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
             for name, module, method in component_methods(self._pipe):
                 module.__dict__[method] = wraps(getattr(module, method))(self._stand_in(name, method))
@@ -139,7 +139,7 @@ class Verification:
         finally:
             for module, method in patched:
                 module.__dict__.pop(method, None)
-            for table, leaf, before in places:
+            for table, leaf, before in listed:
                 table[leaf] = before
 
     def _stand_in(self, component: str, method: str) -> Callable[..., Any]:

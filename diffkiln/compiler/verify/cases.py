@@ -123,10 +123,10 @@ def _pictures(request: Request, seed: int, looked_at: Collection[str]) -> dict[s
 def _tensors(request: Request, case: int) -> dict[str, Any]:
     """Returns tensors of noise by keyword, of the types that the caller's have."""
 
-    def noise(keyword: str, types: Any, place: str = "") -> Any:
+    def noise(keyword: str, types: Any, suffix: str = "") -> Any:
         if isinstance(types, tuple):
-            return [noise(keyword, each, f"{place}/{index}") for index, each in enumerate(types)]
-        return noise_like(types, f"{keyword}{place}/{case}".encode())
+            return [noise(keyword, each, f"{suffix}/{index}") for index, each in enumerate(types)]
+        return noise_like(types, f"{keyword}{suffix}/{case}".encode())
 
     return {keyword: noise(keyword, types) for keyword, types in request.tensors.items()}
 

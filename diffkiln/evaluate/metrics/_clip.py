@@ -43,8 +43,8 @@ def embedded(pictures: Sequence[torch.Tensor], folder: Path) -> torch.Tensor:
     with torch.inference_mode(), quiet_libraries():
         for picture in pictures:
             frame = picture[len(picture) // 2].permute(1, 2, 0).clamp(0, 1).numpy()
-            told = {"do_rescale": False, "return_tensors": "pt", "input_data_format": "channels_last"}
-            given = processor.image_processor(frame, **told)
+            options = {"do_rescale": False, "return_tensors": "pt", "input_data_format": "channels_last"}
+            given = processor.image_processor(frame, **options)
             rows.append(_vector(model.get_image_features(**given)))
     return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 

@@ -60,14 +60,14 @@ def read(base: Tensor, box: Box, size: Sizes) -> Tensor:
     part = base.reshape(box.shape)
     for axis, (start, length) in enumerate(zip(box.starts, box.lengths, strict=True)):
         part = part.narrow(axis, start, length)
-    places = [box.order.index(i) for i in sorted(box.order)]
-    return part.squeeze(-1).permute(places).reshape(tuple(size))
+    order = [box.order.index(i) for i in sorted(box.order)]
+    return part.squeeze(-1).permute(order).reshape(tuple(size))
 
 
 def written(base: Tensor, source: Tensor, box: Box) -> Tensor:
     """Returns the storage with other content in the place of the view."""
     dense = source.reshape([n for n in source.shape if n != 1])
-    rank = {dimension: place for place, dimension in enumerate(sorted(box.order))}
+    rank = {dimension: rank_ for rank_, dimension in enumerate(sorted(box.order))}
     part = dense.permute([rank[i] for i in box.order]).unsqueeze(-1)
     return _put(base.reshape(box.shape), part, box, 0).reshape(base.shape)
 

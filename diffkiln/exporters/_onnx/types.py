@@ -15,11 +15,11 @@ def refused_of(program: Program, refusal: Callable[[str], str | None]) -> Iterat
         program: of a region.
         refusal: returns why a type is not taken; None if it is.
     """
-    told: set[str] = set()
+    reported: set[str] = set()
     for name, kind in program.types.items():
         dtype = PARTS.get(kind.dtype, kind.dtype)
-        reason = None if dtype in told else refusal(dtype)
+        reason = None if dtype in reported else refusal(dtype)
         if reason:
-            told.add(dtype)
+            reported.add(dtype)
             yield f"{reason} ({name.lstrip('%@#')} of {program.name})"
     yield from pair_problems(program)

@@ -48,8 +48,8 @@ def tools(lowering: Lowering) -> dict[str, str]:
 
 def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
     target, compiler = lowering.target, toolchain.find_compiler()
-    for place in (folder, cache.toolchain):
-        _require_room(place)
+    for each in (folder, cache.toolchain):
+        _require_room(each)
     outputs, files = _generate(lowering, compiler, folder)
     flags = toolchain.Flags.from_inductor(
         compiler, target.isa, _json(files, "_compile_flags.json"), _json(files, "_linker_flags.json")
@@ -89,7 +89,7 @@ def _generate(
     options = _options(lowering, compiler, folder / "out")  # before anything stands in for a GPU
     with INDUCTOR, quiet(), torch.no_grad():
         try:
-            with _told(lowering, folder):
+            with _settings(lowering, folder):
                 flat, exported = _exported(lowering)
                 outputs = layouts(exported, lowering)
                 files = torch._inductor.aot_compile(exported.module(), flat, options=options)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def _generate(
 
 
 @contextmanager
-def _told(lowering: Lowering, folder: Path) -> Iterator[None]:
+def _settings(lowering: Lowering, folder: Path) -> Iterator[None]:
     """Tells Inductor the target inside the `with` block."""
     target = lowering.target
     with host_settings(target.isa, folder):

@@ -83,9 +83,9 @@ def gpu_settings(target: Target, folder: Path) -> Iterator[None]:
         # Lines of generated sources, in folders that are gone, would be kept in the code of every kernel.
         # torch 2.11 brings an assembler of its own, which is not the one of Triton's version. Triton 3.9 warns that a
         # later one will not fuse products with sums unless it is told to.
-        told = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_PTXAS_PATH": str(find_ptxas())}
-        told["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "1")
-        stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), **told))
+        variables = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_PTXAS_PATH": str(find_ptxas())}
+        variables["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "1")
+        stack.enter_context(environment(TRITON_CACHE_DIR=str(folder / "triton"), **variables))
         stack.callback(setattr, cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
         cpp_extension.CUDA_HOME = str(headers.parent)
         if not gpu_is_here(target):

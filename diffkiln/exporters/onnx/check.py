@@ -78,17 +78,17 @@ class Onnx(Exporter):
 
 def type_problems(program: Program) -> Iterator[str]:
     """Yields the types that ONNX Runtime cannot take or compute in, each once, with their user."""
-    told: set[str] = set()
+    reported: set[str] = set()
     for name, type_ in program.types.items():
-        if PARTS.get(type_.dtype, type_.dtype) not in TYPES and type_.dtype not in told:
-            told.add(type_.dtype)
+        if PARTS.get(type_.dtype, type_.dtype) not in TYPES and type_.dtype not in reported:
+            reported.add(type_.dtype)
             yield f"found {type_.dtype} ({name.lstrip('%@#')}), required one of {', '.join(TYPES)}"
     for op in program.ops:
         used = {program.types[ref.name].dtype for ref in refs((op.args, op.kwargs)) if ref.name in program.types}
         used |= {program.types[name].dtype for name in op.outputs}
         if op.is_aten and op.name.split(".")[1] in _MOVES:
             continue
-        for dtype in sorted(used & KEPT - told):
-            told.add(dtype)
+        for dtype in sorted(used & KEPT - reported):
+            reported.add(dtype)
             yield f"found {op.name} in {dtype}, required float32, float16 or float64: {dtype} is only kept and cast"
     yield from pair_problems(program)

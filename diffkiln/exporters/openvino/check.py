@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from diffkiln.bundle.openvino import INSTALL, PACKAGE, Mode, Place, Precision
+from diffkiln.bundle.openvino import INSTALL, PACKAGE, Holder, Mode, Precision
 from diffkiln.errors import Problem
 from diffkiln.exporters._onnx.needs import EXPORTING
 from diffkiln.exporters._onnx.types import refused_of
@@ -44,7 +44,7 @@ class OpenvinoOptions(Options):
     fullgraph: Annotated[bool, UNBROKEN] = True
     flags: Annotated[Flags | None, _FLAGLESS] = None
     weight_budget_gb: Annotated[float | None, _UNLIMITED] = None
-    weights: Place | None = Field(
+    weights: Holder | None = Field(
         None,
         description="For openvino. input: the bundle passes the weights to the engine. engine: the engine holds them. "
         "Absent: engine for a whole component, input for blocks.",

@@ -167,7 +167,7 @@ def _add_profile(builder: Any, config: Any, network: Any, wanted: Wanted) -> Non
             smallest[dimension], largest[dimension] = low, high
         profile.set_shape(value.name, smallest, largest, largest)
     if config.add_optimization_profile(profile) < 0:
-        raise ExportError(f"{_told(wanted)}, required a range that an optimization profile takes{_last()}")
+        raise ExportError(f"{_required(wanted)}, required a range that an optimization profile takes{_last()}")
 
 
 def _timing(config: Any, library: Library) -> bytes:
@@ -200,27 +200,29 @@ _HINT = "Compile the component with another backend, or leave it out of `compile
 
 def _unparsed(library: Library, trt: Any, errors: Sequence[Any], origins: Mapping[str, str]) -> str:
     """Returns the operations that the parser cannot take, with the operators that they come from."""
-    told = []
+    refusals = []
     for error in errors:
         kind, node = error.node_operator(), error.node_name()
         what = f"{kind} ({node})" if kind else "the model"
         origin = f", which comes from {origins[node]}" if node in origins else ""
         reason = _short(error.desc())
-        told.append(f"cannot take {what}{origin}: {error.code().name}" + (f", {reason}" if reason != "false" else ""))
-    reasons = "; ".join(dict.fromkeys(told)) or "cannot parse the model"
+        refusals.append(
+            f"cannot take {what}{origin}: {error.code().name}" + (f", {reason}" if reason != "false" else "")
+        )
+    reasons = "; ".join(dict.fromkeys(refusals)) or "cannot parse the model"
     return f"{library.title} {trt.__version__} {reasons}. {_HINT}"
 
 
 def _refusal(library: Library, trt: Any, wanted: Wanted) -> str:
     """Returns the builder's message with the operator of the node that it named, and the free sizes."""
     said, origins = _SAID[0] if _SAID else "without a reason", wanted.origins
-    sizes = f" for {_told(wanted)}, required a range that it takes" if wanted.ranges else ""
+    sizes = f" for {_required(wanted)}, required a range that it takes" if wanted.ranges else ""
     named = sorted((node for node in origins if re.search(rf"\b{re.escape(node)}\b", said)), key=len)
     origin = f" (it names {named[-1]}, which comes from {origins[named[-1]]})" if named else ""
     return f"{library.title} {trt.__version__} builds no engine{sizes}: {_short(said)}{origin}. {_HINT}"
 
 
-def _told(wanted: Wanted) -> str:
+def _required(wanted: Wanted) -> str:
     """Returns the free sizes in words."""
     rows = (
         f"{low} to {high} in dimension {dimension} of {wanted.inputs[position]}"

@@ -45,11 +45,11 @@ def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
     fullgraph = options.pop("fullgraph", True)
     target = lowering.target
     isa = target.isa if target.device == "cpu" else ""
-    told = {"device": target.device, "isa": isa, "flags": options, "fullgraph": fullgraph}
+    settings = {"device": target.device, "isa": isa, "flags": options, "fullgraph": fullgraph}
     engine = folder / "engine"
     engine.mkdir()
     (engine / REGION).write_bytes(dumps(program_to_json(region)))
-    (engine / OPTIONS).write_text(json.dumps(told, sort_keys=True) + "\n")
+    (engine / OPTIONS).write_text(json.dumps(settings, sort_keys=True) + "\n")
     device = torch.device(target.device)
     special = {ATTENTION: _stand_in(region, device)}
     compiled(region, engine / CACHES, device=device, isa=isa, flags=options, fullgraph=fullgraph, special=special)

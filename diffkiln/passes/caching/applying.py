@@ -24,7 +24,7 @@ class CallSites:
     sites: tuple[tuple[int, ...], ...]  # the places of each step's calls
 
     @property
-    def place(self) -> Mapping[int, tuple[int, int]]:
+    def step_of(self) -> Mapping[int, tuple[int, int]]:
         """Returns the step and the branch of each call, by its place."""
         return {at: (step, branch) for step, sites in enumerate(self.sites) for branch, at in enumerate(sites)}
 
@@ -63,7 +63,7 @@ def apply_schedule(
     """
     edit = Builder(call)
     history: dict[tuple[int, str], list[_Past]] = {}
-    for at, (step, branch) in call_sites.place.items():
+    for at, (step, branch) in call_sites.step_of.items():
         op = call.ops[at]
         part = splits[op.attrs["program"]]
         past = history.setdefault((branch, op.attrs["program"]), [])

@@ -29,8 +29,8 @@ def prompt_branch(call_sites: Sequence[Sequence[Ref]], edit: Builder) -> int | N
         [arg for arg, other in zip(branch, call_sites[1 - index], strict=True) if arg != other]
         for index, branch in enumerate(call_sites)
     ]
-    told = [_reads_prompt(args, edit) for args in own]
-    return told.index(True) if told.count(True) == 1 else None
+    reads = [_reads_prompt(args, edit) for args in own]
+    return reads.index(True) if reads.count(True) == 1 else None
 
 
 def _reads_prompt(args: Sequence[Ref], edit: Builder) -> bool:

@@ -137,7 +137,7 @@ class _Caller:
     def rewritten(self, call: Program) -> Program:
         """Returns the call with the component's calls in phases."""
         edit = Builder(call)
-        places = {name: at for at, op in enumerate(call.ops) for name in op.outputs}
+        position = {name: at for at, op in enumerate(call.ops) for name in op.outputs}
         made: dict[tuple[str, tuple[Ref, ...]], tuple[Ref, ...]] = {}
         sites = _sites(call, self._module.component)
         for at, op in sites:
@@ -151,9 +151,9 @@ class _Caller:
                     made[key] = self._table(edit, part, args)
                 elif key not in made:
                     # Before the first step, if its arguments are there by then.
-                    place = max([sites[0][0], *(places[ref.name] + 1 for ref in args if ref.name in places)])
-                    made[key] = self._preamble(edit, place, part, args)
-                    places |= {ref.name: place - 1 for ref in made[key]}
+                    before = max([sites[0][0], *(position[ref.name] + 1 for ref in args if ref.name in position)])
+                    made[key] = self._preamble(edit, before, part, args)
+                    position |= {ref.name: before - 1 for ref in made[key]}
                 values |= {ref.name: result for ref, result in zip(part.outputs, made[key], strict=True)}
             edit.replace(at, replace(op, args=tuple(values[item.name] for item in phased.rest.inputs)))
         return edit.build()
@@ -169,10 +169,10 @@ class _Caller:
         table.evaluations[Evaluation(takes, gives)] = None
         return tuple(edit.constant(key, type_) for key, type_ in zip(gives, types, strict=True))
 
-    def _preamble(self, edit: Builder, place: int, part: Program, args: tuple[Ref, ...]) -> tuple[Ref, ...]:
+    def _preamble(self, edit: Builder, before: int, part: Program, args: tuple[Ref, ...]) -> tuple[Ref, ...]:
         """Puts a call of a preamble at a place; returns its results."""
         program = self._by_print.setdefault(self._prints[id(part)], part)
         attrs = {"component": self._module.component, "program": program.name}
         call = edit.op(CALL, args, program.result_types(f"%{program.name}"), attrs=attrs)
-        edit.insert(place, call)
+        edit.insert(before, call)
         return call.results

@@ -52,7 +52,7 @@ class Rules:
 class Chosen:
     """The places of operations that are evaluated ahead; and how many are not, since their results weigh more."""
 
-    places: frozenset[int] = frozenset()
+    ahead: frozenset[int] = frozenset()
     dear: int = 0
 
 
@@ -85,7 +85,7 @@ class _Costs:
 
     def __init__(self, program: Program, found: Found, rules: Rules, own: Mapping[int, Mapping[str, int]]) -> None:
         self._program, self._found, self._rules, self._own = program, found, rules, own
-        self._places = {name: at for at, op in enumerate(program.ops) for name in op.outputs}
+        self._position = {name: at for at, op in enumerate(program.ops) for name in op.outputs}
         self._known: dict[int, int] = {}
 
     def is_dear(self, at: int, given: frozenset[str]) -> bool:
@@ -111,7 +111,9 @@ class _Costs:
         """Returns the operations evaluated ahead whose results this one takes, after cheap operations or directly."""
         waiting, seen, found = [at], {at}, set[int]()
         while waiting:
-            uses = {self._places[ref.name] for ref in self._program.ops[waiting.pop()].uses if ref.name in self._places}
+            uses = {
+                self._position[ref.name] for ref in self._program.ops[waiting.pop()].uses if ref.name in self._position
+            }
             found |= uses & self._own.keys()
             waiting += uses - self._own.keys() - seen
             seen |= uses

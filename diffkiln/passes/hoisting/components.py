@@ -47,7 +47,7 @@ def divide(module: Module, given: Given, rules: Rules) -> Divided:
         whole = _calling_parts(program, given[name], module.regions, phased)
         found = spread(whole, given[name], lambda op, args: of_region(regions[op.attrs["region"]], args))
         chosen = choose(whole, found, rules, lambda op: _weights_of(op, regions))
-        programs[name] = in_phases(whole, found, chosen.places)
+        programs[name] = in_phases(whole, found, chosen.ahead)
         dear += chosen.dear
     return Divided(programs, regions, dear)
 
@@ -62,8 +62,8 @@ def _phased_regions(module: Module, given: Given, rules: Rules) -> tuple[dict[st
         kept = _kept_in(region, name, module, rules)
         chosen = choose(region, found, replace(rules, keep=kept), lambda _: {})
         dear += chosen.dear
-        if chosen.places:
-            phased[name] = in_phases(region, found, chosen.places)
+        if chosen.ahead:
+            phased[name] = in_phases(region, found, chosen.ahead)
     return phased, dear
 
 

@@ -55,8 +55,8 @@ def in_phases(program: Program, found: Found, chosen: Collection[int]) -> Phased
         wanted = [name for at in sorted(own) for name in program.ops[at].outputs if name in needed]
         if not wanted:
             continue
-        places = _cut(program, set(wanted), set(chosen) - own)
-        part = split_off(program, places, tuple(map(Ref, wanted)))
+        positions = _cut(program, set(wanted), set(chosen) - own)
+        part = split_off(program, positions, tuple(map(Ref, wanted)))
         parts[on] = replace(part, name=f"{program.name}.{SUFFIXES[on]}", ahead=Depends.REQUEST in on)
         needed |= {item.name for item in part.inputs} & makers.keys()
     ahead = {on: parts[on] for on in SUFFIXES if on in parts}
@@ -65,26 +65,26 @@ def in_phases(program: Program, found: Found, chosen: Collection[int]) -> Phased
 
 def _cut(program: Program, wanted: set[str], left_out: Collection[int]) -> list[int]:
     """Returns the places of the operations that some values need, without those that are left out, in order."""
-    live, places = set(wanted), []
+    live, positions = set(wanted), []
     for at in range(len(program.ops) - 1, -1, -1):
         op = program.ops[at]
         if at not in left_out and not live.isdisjoint(op.outputs):
-            places.append(at)
+            positions.append(at)
             live.update(ref.name for ref in op.uses)
-    return places[::-1]
+    return positions[::-1]
 
 
-def _read(program: Program, places: Sequence[int]) -> set[str]:
-    used = {ref.name for at in places for ref in program.ops[at].uses}
+def _read(program: Program, positions: Sequence[int]) -> set[str]:
+    used = {ref.name for at in positions for ref in program.ops[at].uses}
     return used | {ref.name for ref in program.outputs}
 
 
-def _rest(program: Program, places: Sequence[int], ahead: Mapping[Depends, Program]) -> Program:
+def _rest(program: Program, positions: Sequence[int], ahead: Mapping[Depends, Program]) -> Program:
     """Returns the operations at these places with the results of the phases as inputs, after its own."""
-    read = _read(program, places)
+    read = _read(program, positions)
     inputs = [item for item in program.inputs if item.name in read]
     results = (ref.name for part in ahead.values() for ref in part.outputs)
     inputs += [Input(name, program.types[name]) for name in results if name in read]
     # Python cannot call it any more: its inputs are no arguments of the module.
-    fields = {"inputs": tuple(inputs), "ops": tuple(program.ops[at] for at in places), "signature": {}}
+    fields = {"inputs": tuple(inputs), "ops": tuple(program.ops[at] for at in positions), "signature": {}}
     return Builder(program, **fields).build() if ahead else program

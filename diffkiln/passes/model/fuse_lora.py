@@ -165,34 +165,34 @@ class FuseLoRA(ModelPass):
             yield Problem(where, f"diffusers loads no adapters into a {state.class_name}", "Remove it.")
             return
         for index, found in enumerate(self._found):
-            place = f"{where}.adapters[{index}]"
+            path = f"{where}.adapters[{index}]"
             try:
-                layers, others, told = self._layers(module, found, self.adapters[index].ignore or ())
+                layers, others, warnings = self._layers(module, found, self.adapters[index].ignore or ())
             except (LimitExceeded, MemoryError):
                 raise
             except Exception as error:  # whatever diffusers' conversion raises for a file that it does not know
                 reason = f"{found.path.name} is not an adapter that diffusers reads: {type(error).__name__}: {error}"
-                yield Problem(place, reason)
+                yield Problem(path, reason)
                 continue
             if not layers:
                 has = f"it has some for {', '.join(others)}" if others else "it has none for any component"
-                yield Problem(place, f"{found.path.name} has no weights for {self.component}; {has}", "Remove it.")
+                yield Problem(path, f"{found.path.name} has no weights for {self.component}; {has}", "Remove it.")
             elif wrong := _misfits(module, layers):
                 yield Problem(
-                    place,
+                    path,
                     f"{len(wrong)} of the {len(layers)} layers that {found.path.name} changes are not those of "
                     f"{type(module).__name__}, such as {wrong[0]}: it was made for another architecture",
                     "Give an adapter that was trained on this model.",
                 )
             else:
-                yield from _unread(found, layers, told, self.adapters[index].ignore or (), place)
+                yield from _unread(found, layers, warnings, self.adapters[index].ignore or (), path)
 
     def _layers(
         self, module: torch.nn.Module, found: _Found, ignored: Sequence[str] = ()
     ) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str], Sequence[str]]:
         """Returns an adapter's changes to the component, layer → part → shape, the other components it is for, and what
         diffusers warns of."""
-        state, _, _, told = self._state(module, found, ignored)
+        state, _, _, warnings = self._state(module, found, ignored)
         own = {key.removeprefix(f"{self.component}."): t for key, t in state.items() if _of(key, self.component)}
         others = sorted({key.partition(".")[0] for key in state if not _of(key, self.component)})
         layers: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -200,7 +200,7 @@ class FuseLoRA(ModelPass):
             match = _KEY.match(key)
             layer, part = (match["layer"], match["part"]) if match else (key, "")
             layers.setdefault(layer, {})[part] = tuple(tensor.shape)
-        return layers, others, told
+        return layers, others, warnings
 
     def _state(
         self, module: torch.nn.Module, found: _Found, ignored: Sequence[str]
@@ -209,7 +209,7 @@ class FuseLoRA(ModelPass):
         warnings."""
         config = module.config if self.component == "unet" else None
         found_state = read_state(self._pipeline_class, found.path, ignored, config)
-        return dict(found_state.tensors), found_state.alphas, found_state.metadata, found_state.told
+        return dict(found_state.tensors), found_state.alphas, found_state.metadata, found_state.warnings
 
     # -- the work --
 
@@ -269,7 +269,7 @@ def _left_out(found: _Found, keys: Sequence[str], component: str) -> str:
 
 
 def _unread(
-    found: _Found, layers: Mapping[str, Mapping[str, Any]], told: Sequence[str], ignored: Sequence[str], where: str
+    found: _Found, layers: Mapping[str, Mapping[str, Any]], warnings: Sequence[str], ignored: Sequence[str], where: str
 ) -> Iterator[Problem]:
     """Yields what diffusers leaves out of an adapter's file when it reads it."""
     magnitudes = [key for key in sorted(read_header(found.path)) if "dora_scale" in key and not matches(key, ignored)]
@@ -282,7 +282,7 @@ def _unread(
             '"ignore": ["*dora_scale"].'
         )
         yield Problem(where, f"{reason} no magnitudes of DoRA in this format", hint)
-    for warning in dict.fromkeys(line for line in told if "dora_scale" not in line):
+    for warning in dict.fromkeys(line for line in warnings if "dora_scale" not in line):
         yield Problem(where, f"diffusers warns of {found.path.name}: {' '.join(warning.split())[:200]}")
     unpaired = [name for name, parts in layers.items() if ("lora_A" in parts) != ("lora_B" in parts)]
     if unpaired:

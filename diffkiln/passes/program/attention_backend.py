@@ -173,15 +173,11 @@ class AttentionBackend(ProgramPass):
 
 def no_attention(module: torch.nn.Module) -> str:
     """Returns why a module does not use `scaled_dot_product_attention`, judged by its classes; empty if it may."""
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention, MochiAttention
-
     kind = type(module).__name__
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if isinstance(chosen, str):  # transformers'
         return "" if chosen == "sdpa" else f"{kind} computes its attention itself ({chosen}), not by torch's"
-    attentions = (Attention, MochiAttention, AttentionModuleMixin)
-    return "" if any(isinstance(part, attentions) for part in module.modules()) else f"{kind} has no attention"
+    return "" if _processors(module) else f"{kind} has no attention"
 
 
 def _attentions(module: Module) -> Iterator[tuple[Program, Op]]:
@@ -229,11 +225,13 @@ def choose_attention(module: torch.nn.Module, component: str, kernel: str) -> No
 
 def _heeds_backends(module: torch.nn.Module) -> bool:
     """Returns True if all attention of a module asks diffusers which kernel to use."""
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention, MochiAttention
+    own = _processors(module)
+    return bool(own) and all(hasattr(processor, "_attention_backend") for processor in own)
 
-    parts = [part for part in module.modules() if isinstance(part, (Attention, MochiAttention, AttentionModuleMixin))]
-    return bool(parts) and all(hasattr(part.processor, "_attention_backend") for part in parts)
+
+def _processors(module: torch.nn.Module) -> list[Any]:
+    """Returns what computes each attention of a model of diffusers: every class of attention there has a processor."""
+    return [part.processor for part in module.modules() if getattr(part, "processor", None) is not None]
 
 
 PLUGIN = AttentionBackend

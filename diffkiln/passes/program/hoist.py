@@ -67,8 +67,8 @@ class Hoist(ProgramPass):
                 yield Problem(f"{where}.keep[{index}]", reason, hint)
 
     def run(self, state: State) -> Outcome:
-        told = "originals stay for as_diffusers" if self.keep_originals else "what it folds leaves the bundle"
-        return Outcome(state.with_facts(self.provides()), True, (told,))
+        note = "originals stay for as_diffusers" if self.keep_originals else "what it folds leaves the bundle"
+        return Outcome(state.with_facts(self.provides()), True, (note,))
 
     # -- the programs --
 
@@ -95,7 +95,7 @@ class Hoist(ProgramPass):
             raise ValueError(f"nothing of {self.component} is computed ahead: {why}. Remove hoist")
         modules = {**recording.modules, self.component: found.module}
         changed = replace(recording, calls=found.calls, modules=modules, folds=(*recording.folds, *found.folds))
-        return changed, list(_told(found))
+        return changed, list(_notes(found))
 
     # -- as diffusers' own pipeline --
 
@@ -115,7 +115,7 @@ class Hoist(ProgramPass):
             )
 
 
-def _told(found: Hoisted) -> Iterator[str]:
+def _notes(found: Hoisted) -> Iterator[str]:
     tables = [(len(fold.program.outputs), fold.evaluations, fold) for fold in found.folds]
     if tables:
         size = sum(_row_size(fold.program) * len(each) for _, each, fold in tables)

@@ -74,8 +74,8 @@ class Scheduler(ProgramPass):
         old = dict(before.config)
         changed = {k: v for k, v in dict(after.config).items() if not k.startswith("_") and old.get(k) != v}
         same = type(after) is type(before) and not changed
-        told = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.config)
-        note = type(after).__name__ + (f" with {told}" if told else "")
+        settings = ", ".join(f"{key} {value}" for key, value in sorted(changed.items()) if key in self.config)
+        note = type(after).__name__ + (f" with {settings}" if settings else "")
         steps = tuple(dict.fromkeys(steps_with(after, count) for count in state.wanted_steps)) if state.steps else ()
         return Outcome(replace(state, scheduler=after, steps=steps), not same, (note,))
 

@@ -233,9 +233,9 @@ def _layer_norm(
 @operator("_weight_norm")
 def _weight_norm(v: Any, g: Any, dim: Any = 0) -> TensorType:
     direction, length = tensor(v), tensor(g)
-    place = integer(dim, 0)
-    require(place < len(direction.shape), f"{direction} has no dimension {place}")
-    wanted = tuple(size if at == place else 1 for at, size in enumerate(direction.shape))
+    dimension = integer(dim, 0)
+    require(dimension < len(direction.shape), f"{direction} has no dimension {dimension}")
+    wanted = tuple(size if at == dimension else 1 for at, size in enumerate(direction.shape))
     require(length == TensorType(direction.dtype, wanted), f"{length} is not the length of {direction}")
     return direction
 

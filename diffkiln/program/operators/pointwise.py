@@ -302,8 +302,8 @@ def _type_as(self: Any, other: Any) -> TensorType:
 def _cross(self: Any, other: Any, dim: Any = None) -> TensorType:
     a, b = tensor(self), tensor(other)
     shape = broadcast(a.shape, b.shape)
-    places = range(len(shape)) if dim is None else [integer(dim, -len(shape), len(shape) - 1)]
-    require(any(shape[at] == 3 for at in places), "cross takes a dimension of size 3")
+    dimensions = range(len(shape)) if dim is None else [integer(dim, -len(shape), len(shape) - 1)]
+    require(any(shape[at] == 3 for at in dimensions), "cross takes a dimension of size 3")
     return TensorType(promote(a.dtype, b.dtype), shape)
 
 

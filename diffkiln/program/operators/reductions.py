@@ -84,7 +84,7 @@ def _extreme_and_index(self: Any, dim: Any, keepdim: Any = False) -> tuple[Tenso
 
 
 @operator("argmax", "argmin")
-def _place(self: Any, dim: Any = None, keepdim: Any = False) -> TensorType:
+def _index(self: Any, dim: Any = None, keepdim: Any = False) -> TensorType:
     given = tensor(self)
     return reduced(given, None if dim is None else (axis(dim, len(given.shape)),), keepdim, "int64")
 

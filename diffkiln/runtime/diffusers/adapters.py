@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.bundle import PassRow
+from diffkiln.bundle import AppliedPass
 from diffkiln.errors import CallError
 from diffkiln.interpreter.adapters import parse
 from diffkiln.runtime.diffusers.building import pass_of
@@ -18,7 +18,7 @@ _HINT = (
 )
 
 
-def guard_adapters(module: torch.nn.Module, name: str, passes: Iterable[PassRow]) -> None:
+def guard_adapters(module: torch.nn.Module, name: str, passes: Iterable[AppliedPass]) -> None:
     """Makes a module's `load_lora_adapter` refuse an adapter of layers that the bundle's passes removed or renamed.
 
     diffusers loads what it finds of an adapter and leaves out the rest, such as projections that were fused.

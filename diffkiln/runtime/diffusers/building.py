@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from diffkiln import plugins
-from diffkiln.bundle import GroupRow, PassRow, Verified
+from diffkiln.bundle import AppliedPass, GroupEntry, Verified
 from diffkiln.bundle.bags import BAGS, member_folder
 from diffkiln.bundle.configurations import fetches_code
 from diffkiln.bundle.layout import LAYERS
@@ -41,7 +41,7 @@ def class_of(library: Any, name: Any) -> type:
     homes = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library) or getattr(diffusers.pipelines, str(library), None)
     if library == "diffusers" and name in BAGS:
-        home = importlib.import_module(BAGS[name].place)
+        home = importlib.import_module(BAGS[name].home)
     kind = getattr(home, str(name), None) if home is not None else None
     if not isinstance(kind, type) or ".dummy_" in kind.__module__:
         raise Incompatible(f"{library}.{name}: neither the installed diffusers nor transformers has this class")
@@ -53,7 +53,9 @@ def class_of(library: Any, name: Any) -> type:
     return kind
 
 
-def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow]) -> torch.nn.Module:
+def build(
+    folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes: Sequence[AppliedPass]
+) -> torch.nn.Module:
     """Builds one module with its weights.
 
     Args:
@@ -83,7 +85,7 @@ def build(folder: Path, kind: type, weights: Mapping[str, torch.Tensor], passes:
     return module.eval().requires_grad_(False)
 
 
-def pass_of(row: PassRow) -> Any:
+def pass_of(row: AppliedPass) -> Any:
     """Returns the pass of a manifest's row, and of its methods the one that the options name.
 
     Raises:
@@ -114,7 +116,7 @@ def _read_layers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_weights(verified: Verified, rows: Sequence[GroupRow]) -> dict[str, torch.Tensor]:
+def read_weights(verified: Verified, rows: Sequence[GroupEntry]) -> dict[str, torch.Tensor]:
     """Returns every tensor of these groups, on the CPU, each in memory of its own."""
     tensors: dict[str, torch.Tensor] = {}
     for row in rows:
@@ -204,7 +206,7 @@ def _drop_missing(module: torch.nn.Module, names: set[str]) -> None:
 
 
 def _whole(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[PassRow], folder: Path
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], passes: Sequence[AppliedPass], folder: Path
 ) -> dict[str, torch.Tensor]:
     """Returns the weights put together again from the tensors that they are stored as."""
     known = module.state_dict().keys()
@@ -222,7 +224,7 @@ def _whole(
 
 
 def _joined(
-    layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], passes: Sequence[PassRow], folder: Path
+    layer: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], passes: Sequence[AppliedPass], folder: Path
 ) -> torch.Tensor:
     for row in passes:
         try:
@@ -243,12 +245,12 @@ def _joined(
 
 def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Puts weights in their places, and in those of every parameter that is tied to them."""
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():
         tables: list[dict[str, Any]] = [part._parameters, part._buffers]
         for table in tables:
             for key, value in table.items():
-                places.setdefault(id(value), []).append((table, key))
+                holders.setdefault(id(value), []).append((table, key))
     old = module.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if tuple(old[name].shape) != tuple(tensor.shape):
@@ -257,5 +259,5 @@ def _put_all(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> No
             )
         parameter = isinstance(old[name], torch.nn.Parameter)
         new = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
-        for table, key in places[id(old[name])]:
+        for table, key in holders[id(old[name])]:
             table[key] = new

@@ -32,7 +32,7 @@ from diffkiln.runtime.diffusers.checks import check_configurations, check_index,
 from diffkiln.runtime.diffusers.offloading import enable_offload, to_disk
 from diffkiln.runtime.engine_blocks import EngineBlock, plug_in
 from diffkiln.runtime.opening import open_engines, read_constants, read_modules
-from diffkiln.runtime.targets import place_for
+from diffkiln.runtime.targets import device_for
 
 
 def load_as_diffusers(
@@ -65,16 +65,16 @@ def load_as_diffusers(
         raise MissingDependency(f"as_diffusers needs {error.name}: pip install 'diffkiln[compile]'") from None
     manifest = verified.manifest
     check_manifest(manifest)
-    place = place_for(manifest, device)
+    chosen = device_for(manifest, device)
     offload: Any = manifest.runtime.get("offload")
     modules = read_modules(verified)
     eager = manifest.runtime.get("on_incompatible") == "eager"
     compiled = frozenset(row.component for row in manifest.engines)
-    restored = _Restored(modules, compiled, eager, to_disk(place, offload), place)
+    restored = _Restored(modules, compiled, eager, to_disk(chosen, offload), chosen)
     for row in manifest.passes:
         pass_of(row).check_restore(row.options, restored)
-    constants = {key: tensor.to(place) for key, tensor in read_constants(verified).items()}
-    engines = open_engines(verified, modules, constants, place, allow_native, policy, check_engines)
+    constants = {key: tensor.to(chosen) for key, tensor in read_constants(verified).items()}
+    engines = open_engines(verified, modules, constants, chosen, allow_native, policy, check_engines)
     pipe = _pipeline(verified)
     for row in manifest.passes:
         if (component := str(row.options["component"])) in pipe.components:
@@ -85,15 +85,15 @@ def load_as_diffusers(
         if name in manifest.weights:
             blocks += plug_in(pipe.components[name], recorded, own, constants, eager)
     if offload is None:
-        pipe.to(place)
+        pipe.to(chosen)
     else:
-        enable_offload(pipe, place, offload)
+        enable_offload(pipe, chosen, offload)
     for row in manifest.passes:
         pass_of(row).restore_run(pipe, row.options)  # after offloading, so that a step that reuses moves no weights
     for name in manifest.weights:
         guard_adapters(pipe.components[name], name, manifest.passes)
     for block in blocks:
-        block.watch(to_disk(place, offload))  # only now, since offloading and hooks change the blocks, too
+        block.watch(to_disk(chosen, offload))  # only now, since offloading and hooks change the blocks, too
     weakref.finalize(pipe, verified.close)  # engines live in files that the bundle holds
     return pipe
 
@@ -106,10 +106,10 @@ class _Restored:
     compiled: frozenset[str]
     eager: bool
     to_disk: bool
-    place: torch.device
+    device: torch.device
 
     def check_kernel(self, component: str, kernel: str) -> None:
-        check_kernels({component: [kernel]}, self.place)
+        check_kernels({component: [kernel]}, self.device)
 
 
 def with_modules(verified: Verified, modules: Mapping[str, torch.nn.Module]) -> Any:

@@ -16,25 +16,25 @@ log = get_logger(__name__)
 _GROUPS = "group_offloading"
 
 
-def to_disk(place: torch.device, offload: Any) -> bool:
+def to_disk(device: torch.device, offload: Any) -> bool:
     """Returns True if weights lie in files between their uses."""
-    default = "host" if place.type == "cuda" else "disk"
+    default = "host" if device.type == "cuda" else "disk"
     return offload is not None and offload.get("to", default) == "disk"
 
 
-def enable_offload(pipe: Any, place: torch.device, how: Any) -> None:
+def enable_offload(pipe: Any, device: torch.device, how: Any) -> None:
     """Enables diffusers' group offloading by component: in one folder their files would have the same names."""
     from diffusers.hooks.group_offloading import apply_group_offloading
 
     options: dict[str, Any] = {
-        "onload_device": place,
+        "onload_device": device,
         "offload_device": torch.device("cpu"),
         "offload_type": how["type"],
         "num_blocks_per_group": int(how["num_blocks_per_group"]),
-        "use_stream": bool(how.get("use_stream")) and place.type == "cuda",
+        "use_stream": bool(how.get("use_stream")) and device.type == "cuda",
     }
     root = None
-    if to_disk(place, how):
+    if to_disk(device, how):
         made = Scratch("offload")
         root = made.path
         weakref.finalize(pipe, made.remove)

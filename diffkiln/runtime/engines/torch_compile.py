@@ -44,9 +44,9 @@ class TorchCompileEngine:
         self.inputs = tuple(inputs)
         self.device = torch.device(device)
         self._name = f"the engine {directory.name}"
-        told = json.loads(_read(directory / OPTIONS))
-        if told["device"] != self.device.type:
-            raise Incompatible(f"{directory}: found {self.device.type}, required {told['device']}")
+        recorded = json.loads(_read(directory / OPTIONS))
+        if recorded["device"] != self.device.type:
+            raise Incompatible(f"{directory}: found {self.device.type}, required {recorded['device']}")
         region = program_from_json(json.loads(_read(directory / REGION)))
         with scratch("jit") as folder:
             caches = folder / CACHES
@@ -56,9 +56,9 @@ class TorchCompileEngine:
                 region,
                 caches,
                 device=self.device,
-                isa=told["isa"],
-                flags=told["flags"],
-                fullgraph=told["fullgraph"],
+                isa=recorded["isa"],
+                flags=recorded["flags"],
+                fullgraph=recorded["fullgraph"],
                 special={ATTENTION: packaged},
             )
         if not found:

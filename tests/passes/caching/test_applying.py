@@ -114,7 +114,7 @@ def test_each_lane_of_a_step_has_its_own_state():
     reusing = [op for op in woven.ops if op.attrs.get("program") == "net.reusing"]
     assert [op.args[-1] for op in reusing] == [Ref("%net.0.0.kept.0"), Ref("%net.0.1.kept.0")]
     lanes = call_sites_of(call(2, lanes=2), "net")
-    assert (len(lanes.sites), sorted(lanes.place.values())) == (2, [(0, 0), (0, 1), (1, 0), (1, 1)])
+    assert (len(lanes.sites), sorted(lanes.step_of.values())) == (2, [(0, 0), (0, 1), (1, 0), (1, 1)])
 
 
 def test_an_extrapolation_is_a_weighted_sum_of_what_was_kept():

@@ -119,7 +119,7 @@ class Fixed(CacheSchedule):
                 state.with_facts(self.provides()), True, ("the steps are chosen when the weights are there",)
             )
         masks = [self.mask(count) for count in state.steps]
-        notes = tuple(map(_told, masks)) or ("a schedule of the steps that call it",)
+        notes = tuple(map(_note, masks)) or ("a schedule of the steps that call it",)
         return Outcome(state.with_facts(self.provides()), not masks or not all(map(all, masks)), notes)
 
     # -- the programs --
@@ -143,8 +143,8 @@ class Fixed(CacheSchedule):
                 mask = self.mask(len(call_sites.sites))
                 reuses = reuses or not all(mask)
                 scheduled[name] = apply_schedule(call, self.component, call_sites, mask, splits, self.extrapolation)
-                if _told(mask) not in notes:
-                    notes.append(_told(mask))
+                if _note(mask) not in notes:
+                    notes.append(_note(mask))
             calls.append(scheduled)
         if not reuses:
             raise ValueError(f"no step that calls {self.component} would reuse one before it")
@@ -231,5 +231,5 @@ class ByInterval(Listed):
         return every(count, self.interval, self.start, self.end)
 
 
-def _told(mask: Mask) -> str:
+def _note(mask: Mask) -> str:
     return f"{sum(mask)} of {len(mask)} steps compute: {symbols(mask)}"

@@ -123,8 +123,8 @@ def check_machine(directory: Path, facts: Facts, device: torch.device) -> None:
         problems.append(Problem("gpu", f"found {here}, required {facts.sm}", "Compile for this GPU's target"))
     if problems:
         kind = MissingDependency if found is None and here == facts.sm else Incompatible
-        told = "\n".join(map(str, problems))
-        raise kind(f"{directory}: this machine does not fit the engine:\n{told}", problems=problems)
+        reasons = "\n".join(map(str, problems))
+        raise kind(f"{directory}: this machine does not fit the engine:\n{reasons}", problems=problems)
 
 
 def _gpu(device: torch.device) -> str:

@@ -7,7 +7,7 @@ import torch
 
 import diffkiln
 from diffkiln.errors import Incompatible
-from diffkiln.runtime.places import current
+from diffkiln.runtime.current_device import current
 
 
 def test_a_gpu_that_is_not_there_is_told_how_many_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from diffkiln.errors import Incompatible
 from diffkiln.runtime.accelerator import active, available, count
 
 
-def current(place: torch.device) -> AbstractContextManager[object]:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the current one inside the `with` block: engines use its stream and capabilities are asked of it.
 
     Raises:
         Incompatible: there are fewer GPUs than that.
     """
-    if place.type == "cuda" and available() and (place.index or 0) >= (found := count()):
-        raise Incompatible(f"gpu: found {found} that torch can use, numbered from 0, required {place}. Choose another")
-    return active(place)
+    if device.type == "cuda" and available() and (device.index or 0) >= (found := count()):
+        raise Incompatible(f"gpu: found {found} that torch can use, numbered from 0, required {device}. Choose another")
+    return active(device)
