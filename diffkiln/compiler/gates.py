@@ -94,7 +94,7 @@ def ready_gates(spec: Spec, base: Path, own: Collection[str] = ()) -> tuple[Read
             problems += error.problems
             prompts = []
         ready = _ready(spec, gate, where, prompts, base)
-        problems += _problems(ready, base, own)
+        problems += _problems(spec, ready, base, own)
         found.append(ready)
     if problems:
         raise SpecError(problems=problems)
@@ -113,8 +113,11 @@ def _ready(spec: Spec, gate: Gate, where: str, prompts: Sequence[str], base: Pat
     return ReadyGate(gate, where, tuple(repeated), tuple(seeds), about)
 
 
-def _problems(ready: ReadyGate, base: Path, own: Collection[str]) -> Iterator[Problem]:
+def _problems(spec: Spec, ready: ReadyGate, base: Path, own: Collection[str]) -> Iterator[Problem]:
     name, where = ready.gate.metric, f"{ready.where}.metric"
+    if spec.variants[0].fixes_the_prompt:
+        reason = "the inputs fix the prompt, so there are no others to judge by"
+        yield Problem(f"{ready.where}.prompts", reason, 'Remove the gate, or "prompt" of "fixed_prompts".')
     if name in own:
         return
     metric = _metric(name)

@@ -268,7 +268,7 @@ def _replayed(plan: Plan, chosen: Sequence[ListedPass]) -> CompiledPipeline:
         raise QualityError(f"gates of quality need a call that can be recorded: {error}") from error
     recording, _ = manager.rewrite(recording, chosen)
     weights: dict[str, dict[str, torch.Tensor]] = {}
-    for name in recording.modules:
+    for name in dict.fromkeys([*recording.modules, *(fold.component for fold in recording.folds)]):
         module = load_module(plan.source, name, plan.dtype)
         manager.apply(module, name, chosen)
         weights[name] = dict(weights_of(module))

@@ -84,7 +84,7 @@ def _policy(plan: Plan) -> dict[str, Any] | None:
 def _planner(plan: Plan, policy: Mapping[str, Any] | None) -> Planner:
     recording = plan.recording
     held = frozenset(request.component for request in plan.state.compile if request.holds_weights)
-    inside = {(name, region) for name in held for region in recording.modules[name].regions}
+    inside = {(name, region) for name in held & recording.modules.keys() for region in recording.modules[name].regions}
     sizes: dict[Key, int] = {}
     keys: dict[tuple[str, str], Key] = {}
     uses = uses_of(recording, held)

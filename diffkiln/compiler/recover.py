@@ -31,7 +31,8 @@ from diffkiln.passes.layers import linear_layers
 from diffkiln.passes.model.recover import LOSSES
 from diffkiln.passes.registry import ListedPass
 from diffkiln.record.call import Request
-from diffkiln.record.keywords import parameters_of
+from diffkiln.record.keywords import NEGATIVES, parameters_of
+from diffkiln.runtime.variants import as_texts
 
 log = get_logger(__name__)
 
@@ -148,6 +149,7 @@ def _keywords(pipe: Any, request: Request, recovery: Recovery, numbers: Sequence
         raise SpecError(f"recover draws from prompts, and the call of {type(pipe).__name__} takes none. Remove it")
     texts = [recovery.texts[number % len(recovery.texts)] for number in numbers]
     given = {key: value for key, value in request.fixed.items() if key != "batch_size"}
+    given |= {key: [as_texts(given[key])[0]] * len(texts) for key in NEGATIVES if key in given}
     given |= {"prompt": texts}
     if request.needs_negative:
         given["negative_prompt"] = [""] * len(texts)

@@ -62,6 +62,7 @@ def call_of(bundle: Bundle) -> Call:
     program = _program(bundle, variant.programs.get("call"))
     if program is None:  # it runs as diffusers, which knows what it takes
         return Call(("prompt",), _whole(fixed.get("batch_size")), kept, declared, "")
+    kept |= {name: fixed[name] for name in _NEEDED if fixed.get(name) is not None}  # prompts that the spec fixes
     rows = [row for text in program.texts for row in text["rows"]]
     batch = max((row["index"] + 1 for row in rows if "index" in row), default=1)
     texts = [keyword for keyword in text_keywords([program]) if keyword in _NEEDED or "prompt" not in keyword]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffkiln.program.ir import Program
+from diffkiln.program.ir import CALL, NOISE, Program
 
 #: Results that are pictures, and those that are sound, by the names that diffusers gives them.
 PICTURES, SOUNDS = ("images", "frames"), ("audios", "audio")
@@ -31,3 +31,14 @@ def text_keywords(programs: Sequence[Program]) -> list[str]:
     """Returns the keywords whose texts reach a tokenizer."""
     rows = (row for program in programs for text in program.texts for row in text["rows"])
     return list(dict.fromkeys(row["keyword"] for row in rows if "keyword" in row))
+
+
+def follows_noise(call: Program, component: str) -> bool:
+    """Returns True if the call gives the component something that depends on its noise, as it gives a denoiser."""
+    noisy = {item.name for item in call.inputs if item.source.get("keyword") == "latents"}
+    for op in call.ops:
+        if op.name == NOISE or any(ref.name in noisy for ref in op.uses):
+            if op.name == CALL and op.attrs["component"] == component:
+                return True
+            noisy.update(op.outputs)
+    return False

@@ -59,7 +59,7 @@ class Request:
         images: the width and height of each image, by keyword.
         tensors: the types of tensors, by keyword.
         texts: keywords of texts, besides those of prompts.
-        withheld: prompts that are not given, since tensors take their place.
+        withheld: prompts that are not given, since tensors take their place or the spec fixes them.
         needs_negative: the pipeline cannot be called without a negative prompt.
     """
 

@@ -98,6 +98,14 @@ def encoded(tensors: Mapping[str, Tensors]) -> Iterator[str]:
     yield from NEGATIVES if any(match[1] for match in found) else ()
 
 
+def withheld_by(fixed: Mapping[str, str]) -> Iterator[str]:
+    """Yields the prompts that callers do not give, since the spec fixes them: all of a kind where the first is fixed,
+    for a pipeline takes the first where another is not given."""
+    yield from fixed
+    for kind in (PROMPTS, NEGATIVES):
+        yield from kind if kind[0] in fixed else ()
+
+
 def twice_the_tensors(tensors: Mapping[str, Tensors], batch: int) -> dict[str, Tensors]:
     """Returns the types for twice as many prompts: those that have a row for each have twice as many rows."""
 

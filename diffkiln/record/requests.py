@@ -20,6 +20,7 @@ from diffkiln.record.keywords import (
     parameters_of,
     takes_images,
     tensors_of,
+    withheld_by,
 )
 from diffkiln.record.sentinels import Sizes
 from diffkiln.spec import Inputs, Spec, as_tuple, suggest
@@ -77,13 +78,14 @@ def _request(variant: Inputs, parameters: Parameters) -> Request:
         images,
         given,
         tuple(name for name, value in variant.call.items() if is_text(value)),
-        frozenset(encoded(given)),
+        frozenset(encoded(given)) | frozenset(withheld_by(variant.fixed_prompts or {})),
     )
 
 
 def _fixed(variant: Inputs, images: Mapping[str, Sizes], parameters: Parameters) -> dict[str, Any]:
     given = variant.model_dump(mode="json", exclude_none=True)
-    call = given.pop("call", {})
+    call, prompts = given.pop("call", {}), given.pop("fixed_prompts", {})
+    given |= {name: text if variant.batch_size == 1 else [text] * variant.batch_size for name, text in prompts.items()}
     if "batch_size" not in parameters:  # which pipelines without prompts have
         del given["batch_size"]
     if given["num_images_per_prompt"] == 1:
@@ -135,8 +137,9 @@ def _keyword_problems(
 ) -> Iterator[Problem]:
     """Yields keywords that the call has not, that it needs, and that are the caller's."""
     declared = [*request.images, *request.tensors, *request.texts]
+    yield from _prompt_problems(entry, request, where)
     for name in (*request.fixed, *declared):
-        path = f"{where}.call.{name}" if name in entry.call else f"{where}.{name}"
+        path = _path_of(name, entry, where)
         if name in _BY_THE_CALLER and name not in request.tensors:
             yield Problem(path, "whoever calls the bundle gives this keyword", "Remove it.")
         elif name not in parameters:
@@ -150,6 +153,23 @@ def _keyword_problems(
             yield Problem(f"{where}.{name}", f"the call of {class_name} has it, and it is not said", f'Add "{name}".')
         elif parameter.default is parameter.empty:
             yield Problem(f"{where}.call.{name}", f"the call of {class_name} needs it", _how_to_give(parameter))
+
+
+def _prompt_problems(entry: Inputs, request: Request, where: str) -> Iterator[Problem]:
+    """Yields fixed prompts that are none, or in whose place tensors are given."""
+    taken = frozenset(encoded(request.tensors))
+    for name in entry.fixed_prompts or ():
+        path = f"{where}.fixed_prompts.{name}"
+        if name not in (*PROMPTS, *NEGATIVES):
+            hint = suggest(name, (*PROMPTS, *NEGATIVES)) or f'Whatever else is fixed stands in "call": {{"{name}": …}}'
+            yield Problem(path, f"{name!r} is no prompt", hint)
+        elif name in taken:
+            yield Problem(path, f"tensors are given in the place of {name}", "Remove one of the two")
+
+
+def _path_of(name: str, entry: Inputs, where: str) -> str:
+    inside = next((field for field in ("call", "fixed_prompts") if name in (getattr(entry, field) or ())), "")
+    return f"{where}.{inside}.{name}" if inside else f"{where}.{name}"
 
 
 def _how_to_give(parameter: inspect.Parameter) -> str:

@@ -312,7 +312,8 @@ class CompiledPipeline(Adaptable):
     # -- inputs --
 
     def _inputs(self, variant: CompiledVariant, program: Program, call: _Call) -> Iterator[Any]:
-        complete = with_defaults(program, call.texts, variant.batch_size)
+        own = {keyword: texts for keyword, texts in call.texts.items() if keyword not in variant.fixed}
+        complete = with_defaults(program, own, variant.batch_size)
         tokens = [self._text.encode(text, complete) for text in program.texts]
         wanted = tensor_inputs(program.inputs)
         tensors = {keyword: tensor_list(keyword, call.tensors[keyword], items) for keyword, items in wanted.items()}

@@ -97,7 +97,10 @@ class CompiledVariant:
 
     def text_refusal(self, texts: Mapping[str, Sequence[str]]) -> str:
         """Returns why the variant does not take these texts; empty if it takes them."""
+        if reason := self._fixed_refusal(texts):
+            return reason
         required = text_keywords([self.programs["call"]])
+        texts = {keyword: each for keyword, each in texts.items() if keyword not in self.fixed}
         if "prompt" in required or any(keyword.startswith("prompt") for keyword in required):
             if "prompt" not in texts:
                 return "prompt: give one, or a list of them"
@@ -109,6 +112,14 @@ class CompiledVariant:
             return 'negative_prompt: this pipeline needs one. Give "" if there is nothing to keep out'
         missing = [keyword for keyword in required if "prompt" not in keyword and keyword not in texts]
         return f"{missing[0]}: this variant takes a text, and none is given" if missing else ""
+
+    def _fixed_refusal(self, texts: Mapping[str, Sequence[str]]) -> str:
+        """Returns why prompts that the variant fixes are not taken: they are others; empty if they are the same."""
+        for keyword in texts.keys() & self.fixed.keys():
+            known = as_texts(self.fixed[keyword])
+            if set(texts[keyword]) != set(known):
+                return f"{keyword}: this variant was compiled with {reprlib.repr(known[0])} and no other. Leave it out"
+        return ""
 
     def tensor_refusal(self, given: Mapping[str, Any]) -> str:
         """Returns why the variant does not take these tensors, by keyword; empty if it takes them."""
@@ -129,6 +140,11 @@ class CompiledVariant:
                 return f"{keyword}: this variant takes {images}, and {found or 'none'} is given"
         sources = (item.source for item in self._inputs if item.source.get("kind") == "image")
         return next(filter(None, (refusal(source, given[source["keyword"]]) for source in sources)), "")
+
+
+def as_texts(value: Any) -> list[str]:
+    """Returns the texts of a prompt that a variant fixes, which the bundle has as one or as a list."""
+    return [value] if isinstance(value, str) else [str(text) for text in value or [""]]
 
 
 def _may_be_absent(keyword: str) -> bool:

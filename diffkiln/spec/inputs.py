@@ -47,6 +47,12 @@ class Inputs(Strict):
         default=None,
         description="Guidance scale. Absent: the default of the pipeline's own call.",
     )
+    fixed_prompts: dict[str, str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Prompts that never change, by the keyword of the call. Callers leave them out, and hoist computes "
+        "once what the text encoders make of them.",
+    )
     call: dict[str, Json] = Field(
         default_factory=dict,
         description="Any other keyword of the pipeline's call. Prompts are examples, images and tensors are declared "
@@ -55,10 +61,13 @@ class Inputs(Strict):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        call = given.get("call")
+        call, prompts = given.get("call"), given.get("fixed_prompts")
         for name in cls.model_fields:
             if isinstance(call, dict) and name in call:
                 yield ("call", name), refuse("has its own field in the inputs", f'Move "{name}" out of "call"')
+        for name in prompts if isinstance(prompts, dict) and isinstance(call, dict) else ():
+            if name in call:
+                yield ("call", name), refuse("is a fixed prompt, too", "Remove one of the two")
         count = _count(given.get("height")) * _count(given.get("width"))
         if count > MAX_SIZES:
             reason = f"the ranges give {count} sizes, and each is recorded; {MAX_SIZES} are the most"
@@ -68,6 +77,11 @@ class Inputs(Strict):
         """Returns one `Inputs` for each size of the ranges; only itself if there are no ranges."""
         sizes = itertools.product(sizes_of(self.height), sizes_of(self.width))
         return tuple(self.model_copy(update={"height": height, "width": width}) for height, width in sizes)
+
+    @property
+    def fixes_the_prompt(self) -> bool:
+        """Returns True if callers give no prompt."""
+        return "prompt" in (self.fixed_prompts or {})
 
     @property
     def has_ranges(self) -> bool:

@@ -95,6 +95,7 @@ def _number(value: Any) -> str:
 
 
 Json = Annotated[Any, BeforeValidator(freeze)]
+"""Any JSON value, with tuples for its lists."""
 
 
 def in_bytes(value: Any) -> Any:
@@ -114,7 +115,6 @@ Amount = Annotated[
     BeforeValidator(in_bytes, json_schema_input_type=str | int),
 ]
 """Bytes of memory, or text such as "8GiB"."""
-"""Any JSON value, with tuples for its lists."""
 
 _T = TypeVar("_T")
 _One = Annotated[_T, Tag("one")]

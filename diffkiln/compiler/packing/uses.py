@@ -18,17 +18,20 @@ class Uses:
         read: those that some program reads.
         before: those of them that are read before the denoising loop alone.
         left_out: those that are not to be in the bundle.
+        gone: nothing calls the component any more, so that none is in the bundle.
     """
 
     read: frozenset[str] = frozenset()
     before: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
+    gone: bool = False
 
 
 def uses_of(recording: Recording, held: Collection[str] = ()) -> dict[str, Uses]:
     """Returns the uses of each component's weights. The engines of `held` components have those of their regions."""
     every = recording.weight_types()
-    found: dict[str, Uses] = {}
+    folding = {fold.component for fold in recording.folds if not fold.keeps}
+    found = {name: Uses(gone=True) for name in folding - every.keys()}
     for name, types in recording.weight_types(held).items():
         folded = {weight for fold in recording.folds if fold.component == name for weight in _left_by(fold)}
         module = recording.modules.get(name)

@@ -51,7 +51,7 @@ class WeightsPacker:
             if row is None:
                 raise PassError(f"component {self._component}: the passes left weights of {name} without data")
         rows = tuple(row for row in self._rows.values() if row)
-        return Packed(weights={self._component: rows}, features=frozenset(self._features))
+        return Packed(weights={} if self._uses.gone else {self._component: rows}, features=frozenset(self._features))
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> GroupEntry:
         path = weights_file(self._component, name)
@@ -72,7 +72,7 @@ def groups_of(module: torch.nn.Module, offload: Offload | None, uses: Uses) -> d
     blocks = [name for name, _ in repeated_blocks(module)]
     heads = {block: blocks[index - index % together] for index, block in enumerate(blocks)}
     groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights_of(module):
+    for name, tensor in () if uses.gone else weights_of(module):
         if name in uses.left_out:
             continue
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)

@@ -100,6 +100,10 @@ class Recover(ModelPass):
             yield Problem(where, "recover draws from prompts alone, and the call takes images", "Remove it.")
         elif any(isinstance(value, Mapping) and "shape" in value for value in given):
             yield Problem(where, "recover draws from prompts alone, and the call takes tensors", "Remove it.")
+        elif any(variant.fixes_the_prompt for variant in spec.variants):
+            yield Problem(
+                f"{where}.prompts", "the inputs fix the prompt, and recover draws others", "Remove one of them."
+            )
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         compressed = any(fact.component == self.component and fact.name in LOSSES for fact in state.facts if fact.by)

@@ -86,6 +86,9 @@ class Calibrate(ProgramPass):
         if any(variant.call.get(keyword) is not None for variant in spec.variants for keyword in IMAGES):
             reason = "calibrate draws from prompts alone, and the call takes images"
             yield Problem(where, reason, "Give the steps of the schedule themselves.")
+        if any(variant.fixes_the_prompt for variant in spec.variants):
+            reason = "the inputs fix the prompt, and calibrate draws others"
+            yield Problem(f"{where}.prompts", reason, "Give the steps of the schedule themselves.")
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in state.denoisers:

@@ -13,8 +13,9 @@ from pydantic import Field
 from diffkiln.errors import Incompatible, Problem
 from diffkiln.models.weights import weights_of
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
-from diffkiln.passes.hoisting import Hoisted, hoisted, matches
+from diffkiln.passes.hoisting import Hoisted, encoded_ahead, hoisted, matches
 from diffkiln.program.operators import nbytes
+from diffkiln.record.folds import Fold
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Target
 
@@ -25,6 +26,9 @@ class Hoist(ProgramPass):
     Values that depend on weights and timesteps alone become tables of the bundle, and the weights that only they need
     leave it. Values that depend on the request, such as keys and values of its prompt, are computed before the first
     step. A value whose table would be larger than its weights stays in the loop.
+
+    Of a text encoder, what it makes of prompts that are fixed becomes a table: of the empty negative prompt, and of
+    those in `fixed_prompts` of the inputs. If all its prompts are fixed, it leaves the bundle.
     """
 
     name: ClassVar[str] = "hoist"
@@ -44,6 +48,7 @@ class Hoist(ProgramPass):
     examples: ClassVar = (
         {"name": "hoist", "component": "transformer"},
         {"name": "hoist", "component": "transformer", "keep": ["time_text_embed.*"], "keep_originals": True},
+        {"name": "hoist", "component": "text_encoder"},
     )
 
     keep: tuple[str, ...] = Field((), description="Patterns of the layers that stay in the denoising loop.")
@@ -55,8 +60,9 @@ class Hoist(ProgramPass):
         yield Fact("hoisted", self.component, self.name)
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
-        if self.component not in state.denoisers:
-            yield Problem(where, f"{self.component} is not a part of the denoising run", "Choose the denoiser.")
+        if self.component not in state.denoisers and not _may_encode(module):
+            reason = f"{self.component} is not a part of the denoising run, nor a text encoder"
+            yield Problem(where, reason, "Choose the denoiser, or a text encoder.")
             return
         names = [name for name, _ in weights_of(module)]
         for index, pattern in enumerate(self.keep):
@@ -84,11 +90,13 @@ class Hoist(ProgramPass):
         """Returns the recording with tables, and with preambles before the first step.
 
         Raises:
-            ValueError: the call never calls the component, or all of it follows the latents.
+            ValueError: the call never calls the component, or all of it follows the latents or the request.
         """
         if self.component not in recording.modules:
             raise ValueError(f"the call never calls {self.component}")
         module = recording.modules[self.component]
+        if _may_encode(recording.pipe.components[self.component]):
+            return self._encoded(recording)
         found = hoisted(recording.calls, module, recording.constants, self.keep, self.keep_originals)
         if found.is_empty:
             why = "what does not follow the latents is kept, or would be larger than its weights"
@@ -96,6 +104,19 @@ class Hoist(ProgramPass):
         modules = {**recording.modules, self.component: found.module}
         changed = replace(recording, calls=found.calls, modules=modules, folds=(*recording.folds, *found.folds))
         return changed, list(_notes(found))
+
+    def _encoded(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """Returns the recording with tables for the calls of a text encoder that take constants alone."""
+        name = self.component
+        found = encoded_ahead(recording.calls, recording.modules[name], recording.constants, self.keep_originals)
+        if not found.folds:
+            hint = 'Give the prompts that never change as "fixed_prompts" in "inputs", or remove hoist'
+            raise ValueError(f"every call of {name} takes a prompt that the request brings. {hint}")
+        modules = {key: module for key, module in recording.modules.items() if key != name}
+        modules |= {name: found.module} if found.module else {}
+        changed = replace(recording, calls=found.calls, modules=modules, folds=(*recording.folds, *found.folds))
+        left = [] if found.module else [f"{name} leaves the bundle, since all its prompts are fixed"]
+        return changed, [_tables(found.folds), *left]
 
     # -- as diffusers' own pipeline --
 
@@ -116,14 +137,22 @@ class Hoist(ProgramPass):
 
 
 def _notes(found: Hoisted) -> Iterator[str]:
-    tables = [(len(fold.program.outputs), fold.evaluations, fold) for fold in found.folds]
-    if tables:
-        size = sum(_row_size(fold.program) * len(each) for _, each, fold in tables)
-        yield f"tables of {size / 1e6:.2f} MB hold what is fixed ({sum(count for count, _, _ in tables)})"
+    if found.folds:
+        yield _tables(found.folds)
     if found.preambles:
         yield f"what a request decides is computed before the first step ({sum(map(_results, found.preambles))})"
     if found.dear:
         yield f"what would be larger than its weights stays in the loop ({found.dear})"
+
+
+def _tables(folds: Sequence[Fold]) -> str:
+    size = sum(_row_size(fold.program) * len(fold.evaluations) for fold in folds)
+    return f"tables of {size / 1e6:.2f} MB hold what is fixed ({sum(len(fold.program.outputs) for fold in folds)})"
+
+
+def _may_encode(module: torch.nn.Module) -> bool:
+    """Returns True for a model of transformers: there are the encoders of prompts, and no denoiser."""
+    return type(module).__module__.startswith("transformers.")
 
 
 def _row_size(program: Any) -> int:

@@ -16,6 +16,7 @@ from diffkiln.errors import CallError
 from diffkiln.guards.printable import get_logger
 from diffkiln.guards.spelling import suggest
 from diffkiln.program import REGION, owner_of, weight_in
+from diffkiln.program.calls import follows_noise
 from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
 from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
@@ -153,7 +154,9 @@ class Shelf:
     def _check_reachable(self, adapter: Adapter) -> None:
         """Raises `CallError` if a layer has another name by now, or its weight is also elsewhere than in the store."""
         check_moved(self._verified.manifest, {change.target.component for change in adapter.changes}, adapter.file)
-        unread = {row.target.component: row.target.layer for row in adapter.changes if not row.target.used}
+        # A text encoder reads all its layers still, and what it made of a fixed prompt was computed once.
+        late = [row.target for row in adapter.changes if not row.target.used or self._encodes(row.target.component)]
+        unread = {target.component: target.layer for target in late}
         check_folded(self._verified.manifest, unread, adapter.file)
         fixed = self._fixed()
         for change in adapter.changes:
@@ -166,6 +169,10 @@ class Shelf:
         unused = sum(not change.target.used for change in adapter.changes)
         if unused:
             log.info("%d layers of %s change nothing: no program reads their weights", unused, adapter.file)
+
+    def _encodes(self, component: str) -> bool:
+        calls = [program for variant in self._variants for program in variant.programs.values()]
+        return not any(follows_noise(call, component) for call in calls)
 
     def _fixed(self) -> Collection[tuple[str, str]]:
         """Returns the weights that engines hold, and those that calls take themselves."""
