@@ -58,11 +58,12 @@ def test_where_every_prompt_comes_with_the_request_it_is_an_error(folders):
 
 @pytest.fixture(scope="module")
 def bundle(sd, tmp_path_factory):
-    """A bundle whose prompts are all fixed, and one of the same call whose prompts are given."""
+    """A bundle whose prompts are all fixed, and one of the same call, in which the empty negative prompt is a table."""
     root = tmp_path_factory.mktemp("bundles")
     inputs = sd.spec["inputs"] | {"fixed_prompts": {"prompt": PROMPT, **NEGATIVE}}
     fixed = sd.spec | {"inputs": inputs, "passes": [ENCODER]}
-    return [diffkiln.compile(spec, root / name).path for name, spec in (("fixed", fixed), ("given", sd.spec))]
+    given = sd.spec | {"passes": [ENCODER]}
+    return [diffkiln.compile(spec, root / name).path for name, spec in (("fixed", fixed), ("given", given))]
 
 
 def _drawn(pipe: Any, **given: Any) -> np.ndarray:
@@ -126,13 +127,15 @@ def test_what_draws_its_own_prompts_is_refused_beside_a_fixed_one(sd, tmp_path):
         diffkiln.check(spec | {"passes": passes})
 
 
-def test_an_adapter_of_an_encoder_with_tables_is_refused(sd, tmp_path):
+def test_an_adapter_of_an_encoder_with_tables_is_refused(bundle, sd, tmp_path):
     """Its tables would stay as they are: the encoder's layers are still read, for the prompts that requests bring."""
-    made = diffkiln.compile(sd.spec | {"passes": [ENCODER]}, tmp_path / "bundle").path
     weight = next(name for name in sd.weights["text_encoder"] if name.endswith("layers.0.self_attn.q_proj.weight"))
     shape, stem = sd.weights["text_encoder"][weight].shape, "text_encoder." + weight.removesuffix(".weight")
     file = tmp_path / "a.safetensors"
     factors = {f"{stem}.lora_A.weight": torch.ones(2, shape[1]), f"{stem}.lora_B.weight": torch.ones(shape[0], 2)}
     safetensors.torch.save_file(factors, file)
-    with diffkiln.load(made) as pipe, pytest.raises(CallError, match=r"the pass hoist comes before a\.safetensors"):
+    with (
+        diffkiln.load(bundle[1]) as pipe,
+        pytest.raises(CallError, match=r"the pass hoist comes before a\.safetensors"),
+    ):
         pipe.load_lora(file)
