@@ -108,10 +108,12 @@ def _prepared(item: ListedPass, home: Path, pipeline_class: type) -> ListedPass:
         return replace(item, step=item.step.prepare(home, pipeline_class))
     except SpecError as error:
         found = error.problems or (Problem("", str(error)),)
-        raise type(error)(problems=[replace(each, where=_placed(each.where, item.where)) for each in found]) from error
+        raise type(error)(
+            problems=[replace(each, where=_place_of(each.where, item.where)) for each in found]
+        ) from error
 
 
-def _placed(where: str, entry: str) -> str:
+def _place_of(where: str, entry: str) -> str:
     """Returns a place in the spec; one that begins with a dot is within the pass's entry."""
     return entry + where if not where or where.startswith(".") else where
 

@@ -28,7 +28,7 @@ from diffkiln.program.calls import PICTURES
 
 #: Pictures, [batch, channels, height, width], and frames, [batch, frames, channels, height, width].
 _PICTURES, _FRAMES, _COLOURS = 4, 5, 3
-_OUTPUT = "output_type"
+_OUTPUT, _ADDED = "output_type", "_diffkiln_added"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +136,14 @@ def finishing(pipe: Any, added: Mapping[str, tuple[Added, nn.Module]]) -> Any:
         return kind.to(self, *args, **keywords)
 
     components = property(lambda self: {**kind.components.fget(self), **modules})
-    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "to": to, "components": components})
+    own = {"__call__": call, "to": to, "components": components, _ADDED: frozenset(modules)}
+    pipe.__class__ = type(kind.__name__, (kind,), own)
     return pipe
+
+
+def added_to(pipe: Any) -> frozenset[str]:
+    """Returns the names of the models that the calls of a pipeline end with."""
+    return getattr(pipe, _ADDED, frozenset())
 
 
 def _default_form(kind: type) -> str:

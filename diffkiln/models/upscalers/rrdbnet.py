@@ -1,4 +1,4 @@
-"""Real-ESRGAN's network of residual dense blocks (RRDBNet), as its authors' later files have it."""
+"""ESRGAN's and Real-ESRGAN's network of residual dense blocks (RRDBNet), in the layouts of both."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from diffkiln.models.upscalers import filled
 
 _BLOCK = re.compile(r"body\.(\d+)\.rdb1\.conv1\.weight")
 _FIRST, _DENSE, _LAST = "conv_first.weight", "body.0.rdb1.conv1.weight", "conv_last.weight"
+#: What ESRGAN's own files, which enlarge four times, call the same: "model.1.sub.23" is what follows 23 blocks.
+_OLD = {
+    "model.0": "conv_first",
+    "model.3": "conv_up1",
+    "model.6": "conv_up2",
+    "model.8": "conv_hr",
+    "model.10": "conv_last",
+}
+_OLD_BLOCK = re.compile(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(weight|bias)")
+_OLD_BODY = re.compile(r"model\.1\.sub\.\d+\.(weight|bias)")
 #: How many pixels of a side one pixel of the features stands for, by the channels that the first convolution takes.
 _UNITS = {3: 1, 12: 2, 48: 4}
 _SLOPE, _RESIDUAL, _ENLARGES = 0.2, 0.2, 4
@@ -91,14 +101,26 @@ class _RRDBNets:
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Returns True for the names of RRDBNet and three colours."""
+        shapes = {_name(name): shape for name, shape in shapes.items()}
         first, last = shapes.get(_FIRST, ()), shapes.get(_LAST, ())
         return _DENSE in shapes and len(first) == 4 and first[1] in _UNITS and last[:1] == (3,)
 
     def made(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Returns the network with these weights."""
+        tensors = {_name(name): tensor for name, tensor in tensors.items()}
         blocks = 1 + max(int(match[1]) for match in map(_BLOCK.fullmatch, tensors) if match)
         unit, growth = _UNITS[tensors[_FIRST].shape[1]], tensors[_DENSE].shape[0]
         return filled(lambda: RRDBNet(tensors[_FIRST].shape[0], growth, blocks, unit), tensors)
+
+
+def _name(name: str) -> str:
+    """Returns a tensor's name, of files of either layout."""
+    if match := _OLD_BLOCK.fullmatch(name):
+        return f"body.{match[1]}.rdb{match[2]}.conv{match[3]}.{match[4]}"
+    if match := _OLD_BODY.fullmatch(name):
+        return f"conv_body.{match[1]}"
+    layer, _, leaf = name.rpartition(".")
+    return f"{_OLD.get(layer, layer)}.{leaf}"
 
 
 PLUGIN = _RRDBNets()
