@@ -151,6 +151,7 @@ def _default_form(kind: type) -> str:
     return str(parameter.default) if parameter else "pt"
 
 
+@torch.no_grad()
 def _finished(pictures: Any, added: Mapping[str, tuple[Added, nn.Module]]) -> torch.Tensor:
     for each, module in added.values():
         pictures = each.draw(module, pictures)
