@@ -29,6 +29,8 @@ from diffkiln.record.requests import places_of, requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 
+#: Names that files of a bundle's programs have already.
+_TAKEN = ("call", "operators")
 SpecLike = Spec | str | Path | Mapping[str, Any]
 
 
@@ -126,7 +128,7 @@ def with_added(source: SourceModel, listed: Sequence[ListedPass]) -> SourceModel
     """
     problems = []
     for item, each in [(place, each) for place in listed for each in place.step.added()]:
-        if each.name in source.components or hasattr(source.pipeline_class, each.name):
+        if each.name in source.components or hasattr(source.pipeline_class, each.name) or each.name in _TAKEN:
             reason = f"{source.class_name} has {each.name!r} already, and {item.step.name} adds a component"
             problems.append(Problem(f"{item.where}.component", reason, "Give the new one a name of its own."))
         else:

@@ -190,6 +190,7 @@ class TestChecks:
             ([{"name": "enhance", "file": "no.safetensors"}], SourceError, "$.passes[0].file", "there is no file"),
             ([SWIN | {"component": "vae"}], SpecError, "$.passes[0].component", "has 'vae' already"),
             ([SWIN | {"component": "to"}], SpecError, "$.passes[0].component", "has 'to' already"),
+            ([SWIN | {"component": "operators"}], SpecError, "$.passes[0].component", "has 'operators' already"),
             ([SWIN, SWIN], SpecError, "$.passes[1].component", "has 'enhancer' already"),
             ([{"name": "enhance", "model": "sd/vae"}], None, "", ""),
             (

@@ -24,6 +24,8 @@ from diffkiln.spec.model import ComponentSource
 
 #: A side of the picture that a model is tried with where the spec leaves the size to the pipeline.
 _SIDE = 64
+#: Of a larger picture a part tells as much: which sizes a model takes depends on its windows.
+_LARGE = 256
 #: Options that say where the model is, as a component of a source has them.
 _PLACES = {
     "model": "model",
@@ -32,6 +34,11 @@ _PLACES = {
     "variant": "variant",
     "file": "single_file",
 }
+
+
+def _side(side: int | None) -> int:
+    """Returns the side of a picture that a model is tried with: a large one gets less, and as odd as it is."""
+    return min(side or _SIDE, _LARGE + (side or 0) % _SIDE)
 
 
 class Enhance(ProgramPass):
@@ -123,7 +130,7 @@ class Enhance(ProgramPass):
     # -- checks --
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
-        sizes = {(int(v.get("height") or _SIDE), int(v.get("width") or _SIDE)) for v in state.variants}
+        sizes = {(_side(variant.get("height")), _side(variant.get("width"))) for variant in state.variants}
         for size in sorted(sizes):
             made = self._tried(module, size)
             if isinstance(made, str):
