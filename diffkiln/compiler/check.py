@@ -129,7 +129,9 @@ def with_added(source: SourceModel, listed: Sequence[ListedPass]) -> SourceModel
     problems = []
     for item, each in [(place, each) for place in listed for each in place.step.added()]:
         if each.name in source.components or hasattr(source.pipeline_class, each.name) or each.name in _TAKEN:
-            reason = f"{source.class_name} has {each.name!r} already, and {item.step.name} adds a component"
+            reason = (
+                f"{each.name!r} is taken in {source.class_name} and its bundles, and {item.step.name} adds a component"
+            )
             problems.append(Problem(f"{item.where}.component", reason, "Give the new one a name of its own."))
         else:
             source = source.adding([each])
