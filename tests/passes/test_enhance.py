@@ -19,6 +19,7 @@ from diffkiln.evaluate.quality import evaluate
 from diffkiln.evaluate.ways import Asked, ways_of
 from tests.end_to_end.compared import built, spec_of
 from tests.models.enhancers import autoencoder, rrdbnet, srvgg, swin2sr
+from tests.passes.plans import placed
 from tests.pipelines import FAMILIES, WARNING_FILTERS, build_folder
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNING_FILTERS]
@@ -238,6 +239,11 @@ class TestChecks:
         with pytest.raises(kind) as found:
             diffkiln.check(spec(*passes), base=folder)
         assert (where, True) in [(problem.where, reason in problem.reason) for problem in found.value.problems]
+
+    def test_a_pipeline_without_pictures_has_nothing_to_enhance(self, folder, models):
+        (item,) = placed(SWIN)
+        with pytest.raises(SpecError, match="StableAudioPipeline makes no pictures"):
+            item.step.prepare(folder, diffusers.StableAudioPipeline)
 
     def test_a_size_that_windows_do_not_divide_is_legal(self, folder, models):
         made = spec(SWIN)

@@ -19,6 +19,7 @@ from diffkiln.models.adding import open_added
 from diffkiln.models.meta import make_fake
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, Restored, State
 from diffkiln.record.components import tracing
+from diffkiln.record.keywords import parameters_of
 from diffkiln.spec import Conflict, Target, problems_from, refuse
 from diffkiln.spec.model import ComponentSource
 
@@ -92,6 +93,10 @@ class Enhance(ProgramPass):
             yield tuple("file" if part == "single_file" else part for part in place), error
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
+        form = parameters_of(pipeline_class).get("output_type")
+        if form is None or form.default == "pt":  # sound, or a tensor
+            reason = f"{pipeline_class.__name__} makes no pictures, so there is nothing to enhance"
+            raise SpecError(problems=[Problem("", reason, "Remove it.")])
         ready = self.model_copy()
         options = {theirs: value for own, theirs in _PLACES.items() if (value := getattr(self, own)) is not None}
         try:
