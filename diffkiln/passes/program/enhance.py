@@ -48,8 +48,8 @@ class Enhance(ProgramPass):
     It becomes a component of the program like any other, which later passes may name: its weights are packed, cast and
     quantized as others are, and its blocks are compiled. The call gives its pictures in the place of the decoder's, and
     `height` and `width` stay those that the pipeline draws. Models of transformers and diffusers are folders, or
-    repositories on the Hub at a commit; upscalers of known architectures are files. A model that changes nothing but
-    sizes, or one after another, is legal; latents are given as before.
+    repositories on the Hub at a commit; upscalers of known architectures are files. Several follow each other under
+    names of their own. Latents are given as before.
     """
 
     name: ClassVar[str] = "enhance"
