@@ -111,6 +111,7 @@ class TestBundle:
         assert "enhancer" in CliRunner().invoke(cli, ["inspect", str(bundle)]).output
         assert str(bundle.parent) not in (bundle / "spec.json").read_text()
 
+    @pytest.mark.more
     def test_evaluate_finds_the_models_again(self, bundle):
         found = evaluate(bundle, "eager", ["a cat"], metrics=["psnr"])
         assert found.rows[0].score.overall > 60
@@ -252,7 +253,7 @@ class TestChecks:
         assert notes == ("Swin2SRForImageSuperResolution is given the finished pictures and makes them 2 × as large",)
 
     def test_pictures_that_are_too_small_for_a_window_are_refused(self, folder, models):
-        swin2sr(folder / "wide", image_size=64, window_size=64)
+        swin2sr(folder / "wide", image_size=40, window_size=40)
         made = spec(SWIN | {"model": "wide"})
         made["inputs"] |= {"height": 16, "width": 16}
         with pytest.raises(IllegalPlan, match="takes no pictures of 1 x 3 x 16 x 16"):
