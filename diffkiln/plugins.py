@@ -1,4 +1,4 @@
-"""Finds passes, exporters, engines, families and metrics by name. A plug-in is imported when it is asked for.
+"""Finds passes, exporters, engines, families, metrics and upscalers by name. One is imported when it is asked for.
 
 A built-in is a module or a package in the room of its kind, named as the plug-in, whose `PLUGIN` is the plug-in itself.
 One of another distribution is an entry point of the group `diffkiln.<kind>`: `name = "package.module:object"`.
@@ -23,6 +23,7 @@ _ROOMS: Mapping[str, tuple[str, ...]] = {
     "engines": ("runtime/engines",),
     "families": ("families",),
     "metrics": ("evaluate/metrics",),
+    "upscalers": ("models/upscalers",),
 }
 #: Kinds whose built-ins are folders; modules that lie beside them are no plug-ins.
 _FOLDERS = frozenset({"exporters"})
@@ -70,7 +71,7 @@ def plugins(kind: str) -> Mapping[str, Plugin]:
     """Returns every installed plug-in of a kind by its name: built-ins first, then by name.
 
     Args:
-        kind: passes, exporters, engines, families or metrics.
+        kind: passes, exporters, engines, families, metrics or upscalers.
 
     Raises:
         SpecError: two of them have one name.

@@ -29,6 +29,8 @@ from diffkiln.record.requests import paths_of_inputs, requests_of
 from diffkiln.record.steps import steps_with, wanted_steps
 from diffkiln.spec import Spec, Target, as_tuple, parse_spec, resolve_targets
 
+#: Names that files of a bundle's programs have already.
+_TAKEN = ("call", "operators")
 SpecLike = Spec | str | Path | Mapping[str, Any]
 
 
@@ -61,6 +63,7 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
         lambda: ready_gates(parsed, home, metrics),
     )
     listed = tuple(gather_problems(*(partial(_prepared, item, home, source.pipeline_class) for item in listed)))
+    source = with_added(source, listed)
     pipe = meta_pipeline(source, parsed.source.dtype)
     pipe.set_progress_bar_config(disable=True)
     requests = tuple(requests_of(parsed, pipe))
@@ -107,7 +110,34 @@ def _prepared(item: ListedPass, home: Path, pipeline_class: type) -> ListedPass:
         return replace(item, step=item.step.prepare(home, pipeline_class))
     except SpecError as error:
         found = error.problems or (Problem("", str(error)),)
-        raise type(error)(problems=[replace(each, where=each.where or item.where) for each in found]) from error
+        raise type(error)(
+            problems=[replace(each, where=_place_of(each.where, item.where)) for each in found]
+        ) from error
+
+
+def _place_of(where: str, entry: str) -> str:
+    """Returns a place in the spec; one that begins with a dot is within the pass's entry."""
+    return entry + where if not where or where.startswith(".") else where
+
+
+def with_added(source: SourceModel, listed: Sequence[ListedPass]) -> SourceModel:
+    """Returns the source with the components that prepared passes add.
+
+    Raises:
+        SpecError: the pipeline, or an earlier pass, has a component of the same name.
+    """
+    problems = []
+    for item, each in [(place, each) for place in listed for each in place.step.added()]:
+        if each.name in source.components or hasattr(source.pipeline_class, each.name) or each.name in _TAKEN:
+            reason = (
+                f"{each.name!r} is taken in {source.class_name} and its bundles, and {item.step.name} adds a component"
+            )
+            problems.append(Problem(f"{item.where}.component", reason, "Give the new one a name of its own."))
+        else:
+            source = source.adding([each])
+    if problems:
+        raise SpecError(problems=problems)
+    return source
 
 
 def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Request]) -> State:
@@ -119,6 +149,7 @@ def _state(spec: Spec, source: SourceModel, pipe: Any, requests: Sequence[Reques
         variants=tuple({**request.fixed, "batch_size": request.batch_size} for request in requests),
         scheduler=getattr(pipe, "scheduler", None),
         ranged=any(entry.has_ranges for entry in as_tuple(spec.inputs)),
+        added=frozenset(each.name for each in source.added),
     )
     if len(state.denoisers) != 1:
         return state

@@ -120,7 +120,7 @@ def compile(
                 trial,
             )
     write_receipt(identity)
-    remember_source(identity, plan.spec.source, home)
+    remember_source(identity, plan.spec.source, home, plan.spec.as_json()["passes"])
     return Built(writer.output, identity, plan.notices, dict(stages.seconds))
 
 

@@ -77,13 +77,14 @@ class Ledger:
         gates: what is measured.
         cumulative: after each pass, and of the finished bundle.
         each: with each pass alone.
-        reference: the pictures of the pipeline without passes.
+        references: the pictures of the pipeline without passes, by the places of those that add components: these
+            count as the pipeline's own, since others can only be compared with them in their size.
     """
 
     gates: tuple[ReadyGate, ...]
     cumulative: tuple[LedgerEntry, ...] = ()
     each: tuple[LedgerEntry, ...] = ()
-    reference: Pictures = field(default_factory=dict, repr=False)
+    references: dict[tuple[int, ...], Pictures] = field(default_factory=dict, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Returns a table for each gate, as `build.json` has them; empty without gates."""
@@ -126,14 +127,23 @@ class _Draws:
     plan: Plan
     base: Path
     own: Mapping[str, Function]
-    reference: Pictures = field(default_factory=dict)
+    references: dict[tuple[int, ...], Pictures] = field(default_factory=dict)
 
-    def row(self, name: str, pictures: Pictures) -> LedgerEntry:
+    def row(self, name: str, pictures: Pictures, items: Sequence[ListedPass]) -> LedgerEntry:
+        reference = self.reference(items)
         values = {
-            ready.where: ready.measured(pictures[ready.where], self.reference[ready.where], self.own)
+            ready.where: ready.measured(pictures[ready.where], reference[ready.where], self.own)
             for ready in self.plan.gates
         }
         return LedgerEntry(name, values)
+
+    def reference(self, items: Sequence[ListedPass]) -> Pictures:
+        """Returns the pictures of the pipeline without passes, but for those of these that add components to it."""
+        adding = [item for item in items if item.step.adds]
+        key = tuple(item.index for item in adding)
+        if key not in self.references:
+            self.references[key] = _pictures(self, adding)
+        return self.references[key]
 
 
 def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, stages: Stages) -> Ledger:
@@ -153,8 +163,8 @@ def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, s
         return Ledger(())
     with stages("draw without passes"), quiet_libraries():
         draws = _Draws(plan, base, own)
-        draws = replace(draws, reference=_pictures(draws, ()))
-    ledger = Ledger(plan.gates, reference=draws.reference)
+        draws.reference(())
+    ledger = Ledger(plan.gates, references=draws.references)
     kept: list[ListedPass] = []
     waiting: list[str] = []
     entries = _entries(plan)
@@ -209,7 +219,7 @@ def with_bundle(ledger: Ledger, root: Path, plan: Plan, base: Path, own: Mapping
         except Incompatible as error:
             row = LedgerEntry(BUNDLE, {}, f"this machine cannot run it: {error}")
         else:
-            row = _Draws(plan, base, own, ledger.reference).row(BUNDLE, pictures)
+            row = _Draws(plan, base, own, ledger.references).row(BUNDLE, pictures, plan.listed)
     return replace(ledger, cumulative=(*ledger.cumulative, row)).judged()
 
 
@@ -226,7 +236,7 @@ def _row(draws: _Draws, name: str, items: Sequence[ListedPass]) -> LedgerEntry |
         return LedgerEntry(name, {}, f"it cannot stand alone: {error}")
     if plan.state.compile and _adds_engines(draws, plan, items):
         return None
-    return draws.row(name, _drawn(draws, plan, chosen))
+    return draws.row(name, _drawn(draws, plan, chosen), items)
 
 
 def _adds_engines(draws: _Draws, plan: Plan, items: Sequence[ListedPass]) -> bool:

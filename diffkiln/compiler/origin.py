@@ -7,20 +7,23 @@ path is kept in the user's state directory there. Elsewhere the user names the f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffkiln.bundle.notes import read_note, write_note
+from diffkiln.compiler.check import with_added
 from diffkiln.errors import SourceError
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import load_module, pipeline_with
 from diffkiln.models.opening import open_source
 from diffkiln.models.source import SourceModel
+from diffkiln.passes.registry import ListedPass, pass_classes, read_passes
+from diffkiln.spec import PassEntry
 from diffkiln.spec.model import Source
 
 _NOTES = "sources"
@@ -45,7 +48,7 @@ class Origin:
         """Returns True if one `from_pretrained` of diffusers loads all of it as the compiler does."""
         model, whole = self.model, {"revision", "model", "pipeline", "variant"}
         files = any(part.file is not None or part.members for part in model.components.values())
-        return not (model.gguf or model.elsewhere or files or model.origin.keys() - whole)
+        return not (model.gguf or model.elsewhere or model.added or files or model.origin.keys() - whole)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -53,9 +56,11 @@ class Origin:
         return {name: self.dtype or saved for name, saved in self.model.dtypes.items()}
 
 
-def remember_source(identity: str, source: Source, base: Path) -> None:
-    """Keeps on this machine where the source of a bundle lies."""
-    kept = {"source": source.model_dump(mode="json", exclude_none=True), "base": str(base.absolute())}
+def remember_source(identity: str, source: Source, base: Path, passes: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Keeps on this machine where the source of a bundle lies, and what its passes add to it."""
+    kept: dict[str, Any] = {"source": source.model_dump(mode="json", exclude_none=True), "base": str(base.absolute())}
+    if added := [entry for entry in passes if _adds(entry)]:
+        kept["added"] = added
     write_note(_NOTES, identity, json.dumps(kept).encode())
 
 
@@ -81,7 +86,48 @@ def origin_of(identity: str, spec: Mapping[str, Any], folder: Path | None = None
             f"{model.folder} is not the model that the bundle was made from: its digest is {model.digest()[:19]}…, "
             f"and the bundle names {str(wanted)[:19]}…. Give the unchanged folder with --source"
         )
-    return Origin(model, given.dtype)
+    return Origin(_with_added(model, identity, spec), given.dtype)
+
+
+def _adds(entry: Mapping[str, Any]) -> bool:
+    known = pass_classes()
+    return entry.get("name") in known and known[str(entry["name"])].adds
+
+
+def _with_added(model: SourceModel, identity: str, spec: Mapping[str, Any]) -> SourceModel:
+    """Returns the source with the components that the bundle's passes add.
+
+    Raises:
+        SourceError: one of them is not known on this machine, or is another model.
+    """
+    source: Any = spec.get("passes")
+    pinned = [entry for entry in (source if isinstance(source, list) else []) if _adds(entry)]
+    if not pinned:
+        return model
+    entries, base = pinned, Path()
+    with suppress(ValueError, KeyError, TypeError):
+        kept = json.loads(read_note(_NOTES, identity) or b"null")
+        entries, base = kept["added"], Path(kept["base"])
+    listed = read_passes([PassEntry.model_validate(entry) for entry in entries])
+    prepared = [_prepared(item, base, model) for item in listed]
+    for item, wanted in zip(prepared, pinned, strict=True):
+        found = item.step.options()
+        if any(found.get(key) != value for key, value in wanted.items() if key in found):
+            raise SourceError(
+                f"the model of {item.step.component} is not the one that the bundle was made with, whose digest is "
+                "another. Put the unchanged one in its place"
+            )
+    return with_added(model, prepared)
+
+
+def _prepared(item: ListedPass, base: Path, model: SourceModel) -> ListedPass:
+    try:
+        return replace(item, step=item.step.prepare(base, model.pipeline_class))
+    except SourceError as error:
+        raise SourceError(
+            f"{item.step.component}, which the bundle adds to its source, is not known on this machine: {error}. "
+            "Compare on the machine that built the bundle"
+        ) from error
 
 
 def _given(identity: str, pinned: Mapping[str, Any], folder: Path | None) -> tuple[Source, Path]:

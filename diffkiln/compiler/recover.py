@@ -107,8 +107,9 @@ def _trained(plan: Plan, item: ListedPass) -> tuple[Mapping[str, Pair], str]:
 
 def _calls(plan: Plan, recovery: Recovery) -> list[_Call]:
     """Returns the calls of the original denoiser in all of its pictures."""
-    modules = {name: _original(plan, name) for name in plan.source.modules}
-    pipe: Any = pipeline_with(plan.source, modules)
+    source = plan.source.original  # what follows its pictures is nothing to its denoiser
+    modules = {name: _original(plan, name) for name in source.modules}
+    pipe: Any = pipeline_with(source, modules)
     if plan.state.scheduler is not None:
         pipe.register_modules(scheduler=plan.state.scheduler)
     pipe.set_progress_bar_config(disable=True)

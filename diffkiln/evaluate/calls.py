@@ -26,6 +26,7 @@ class Call:
         fixed: the keywords that the variant fixes, by their values.
         declared: the keywords that take images and tensors, by their sizes or shapes.
         result: the name of what the call gives, such as "images" or "frames"; "" where no program tells it.
+        picture: height and width of its pictures, which an added model may have enlarged; none where nothing tells it.
     """
 
     texts: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class Call:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     declared: Mapping[str, Any] = field(default_factory=dict)
     result: str = "images"
+    picture: tuple[int, ...] = ()
 
     @property
     def makes_pictures(self) -> bool:
@@ -66,7 +68,9 @@ def call_of(bundle: Bundle) -> Call:
     rows = [row for text in program.texts for row in text["rows"]]
     batch = max((row["index"] + 1 for row in rows if "index" in row), default=1)
     texts = [keyword for keyword in text_keywords([program]) if keyword in _NEEDED or "prompt" not in keyword]
-    return Call(tuple(texts), batch, kept, declared, names_of(program)[0])
+    result = names_of(program)[0]
+    sides = program.types[program.outputs[0].name].shape[-2:] if result in PICTURES else ()
+    return Call(tuple(texts), batch, kept, declared, result, sides)
 
 
 def keywords_of(call: Call, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

@@ -219,6 +219,7 @@ def _compared(
     facts: Mapping[str, str],
 ) -> Evaluation:
     ours, theirs, again = (Album(folder / name) for name in (_OURS, _THEIRS, _AGAIN))
+    _check_alike(ours, theirs)
     rows = list(results_of(metrics, Pairs(ours, theirs, requests), _true_size(about, ours)))
     if few:
         floors = results_of(metrics, Pairs(again, theirs, few), replace(_true_size(about, ours), count=len(few)))
@@ -229,6 +230,20 @@ def _compared(
     drift, floor = drift_of(ours, theirs, len(requests)), drift_of(again, theirs, len(few)) if few else []
     identity = str(ways[0].job["identity"])
     return Evaluation(identity, ways, tuple(requests), tuple(rows), tuple(drift), tuple(floor), seconds, facts, folder)
+
+
+def _check_alike(ours: Album, theirs: Album) -> None:
+    """Checks that the pictures of two albums are of one size, which specs may leave open.
+
+    Raises:
+        SpecError: they are not.
+    """
+    sides = [" x ".join(map(str, album.get(0).picture.shape[-2:])) for album in (ours, theirs)]
+    if sides[0] != sides[1]:
+        raise SpecError(
+            f"the bundle's pictures are {sides[0]} and the reference's {sides[1]}, so they cannot be compared. Compare "
+            "with a pipeline that makes pictures of the same size"
+        )
 
 
 def _true_size(about: About, album: Album) -> About:

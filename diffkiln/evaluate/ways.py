@@ -138,6 +138,13 @@ def check_sizes(one: Way, other: Way) -> None:
                 f"{one.name} and {other.name} cannot be compared: {name} is {size} in one and {other.call.size[name]} "
                 "in the other. Compile both for the same sizes"
             )
+    made, others = one.call.picture, other.call.picture
+    if made and others and made != others:
+        sides = [" x ".join(map(str, sides)) for sides in (made, others)]
+        raise SpecError(
+            f"{one.name} and {other.name} cannot be compared: the pictures of one are {sides[0]} and the other's "
+            f"{sides[1]}. Compile both for the same sizes, and with the same model behind the decoder"
+        )
 
 
 def read_spec(bundle: Bundle) -> dict[str, Any]:
@@ -185,7 +192,15 @@ def _folder_way(own: Way, path: Path, asked: Asked) -> Way:
         "identity": model.digest(),
         "device": asked.device or own.job["device"],
     }
-    return Way(f"{path.name}, eager", job, own.call, {name: model.weight_bytes(name) for name in model.modules})
+    weights = {name: model.weight_bytes(name) for name in model.modules}
+    return Way(f"{path.name}, eager", job, _call_of_model(own, weights), weights)
+
+
+def _call_of_model(own: Way, modules: Mapping[str, Any]) -> Call:
+    """Returns the call of a model's own pipeline, whose pictures nothing enlarges."""
+    sides = tuple(own.call.fixed.get(name) for name in ("height", "width"))
+    plain = own.weights.keys() <= modules.keys() or None in sides
+    return own.call if plain else replace(own.call, picture=sides)
 
 
 def _need_diffusers(word: str) -> None:

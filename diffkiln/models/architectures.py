@@ -33,7 +33,8 @@ class ArchitectureModel(SourceModel):
     @property
     def dtypes(self) -> dict[str, str]:
         dtype = architectures()[self.origin["architecture"]].dtype
-        return dict.fromkeys(self.modules, dtype)
+        drawn = {name: dtype for name in self.modules if self.seed_of(name) is not None}
+        return {each.name: self.checkpoint(each.name).dtype for each in self.added} | drawn
 
     def weight_bytes(self, name: str) -> int:
         return self._sizes[name]

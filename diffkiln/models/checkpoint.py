@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from diffkiln.errors import SourceError
 from diffkiln.guards.limits import active
 
-Library = Literal["diffusers", "transformers"]
+#: What builds a module: a library, or one of diffkiln's own plug-ins (diffkiln.models.upscalers).
+Library = Literal["diffusers", "transformers", "upscalers"]
 
 #: Names of the weights without suffix, as the two libraries save them.
 STEMS: dict[str, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}

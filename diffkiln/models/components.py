@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +60,7 @@ class Component:
         file: a file of another layout that has the weights.
         members: the models of a bag, each named as its folder is.
         quantized: its layers that are quantized already; `checkpoint` has the other weights, and `saved` has all.
+        build: makes the module where no library has its class, with its weights or without data; all is in `file`.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Component:
     members: tuple[Component, ...] = ()
     quantized: QuantizedLayers | None = None
     saved: Checkpoint | None = None
+    build: Callable[[bool], Any] | None = None
 
     def folders(self) -> dict[str, Path]:
         """Returns the folders of its files, by the names that they have in a pipeline."""
@@ -82,6 +84,8 @@ class Component:
         if self.members:
             for member in self.members:
                 yield from member.files()
+        elif self.build:
+            return
         elif self.library:
             weights = self.checkpoint.files if self.checkpoint and not self.file else ()
             yield from (f"{self.name}/{file}" for file in ("config.json", *weights))

@@ -24,6 +24,7 @@ from diffkiln.guards.building import bounded_building
 from diffkiln.guards.limits import active
 from diffkiln.interpreter.portable import portable
 from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.models.added import finishing
 from diffkiln.models.components import Component
 from diffkiln.models.folder import CHECKER, IF_READ, LEFT_OUT
 from diffkiln.models.gguf import put_gguf
@@ -63,10 +64,13 @@ def pipeline_with(source: SourceModel, modules: Mapping[str, nn.Module]) -> Diff
         SourceError: a tokenizer cannot be loaded.
     """
     absent = _left_out_arguments(source)
+    added = {each.name: (each, modules[each.name]) for each in source.added}
+    own = {name: module for name, module in modules.items() if name not in added}
     with quiet_libraries(), _blamed("the pipeline"), portable():
         parts = {name: _part(source, name) for name in source.elsewhere if name not in source.modules}
-        given = {**modules, **parts, **absent}
-        return source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **given)
+        given = {**own, **parts, **absent}
+        pipe = source.pipeline_class.from_pretrained(source.folder, local_files_only=True, **given)
+    return finishing(pipe, added) if added else pipe
 
 
 def _part(source: SourceModel, name: str) -> Any:
@@ -120,6 +124,8 @@ def _bare(component: Component, build_type: torch.dtype) -> nn.Module:
             members = [_bare(member, build_type) for member in component.members]
             with empty:
                 return kind(members)
+        if component.build is not None:
+            return component.build(False).to(build_type)
         with bounded, no_init_weights(), no_init_of_transformers(), empty, portable():
             if component.library == "transformers":
                 config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -138,8 +144,8 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
     Raises:
         SourceError: the weights do not fit the configuration.
     """
-    if (seed := source.origin.get("seed")) is not None:
-        return _drawn(skeleton(source, name, dtype), f"{seed}/{name}")
+    if (seed := source.seed_of(name)) is not None:
+        return _drawn(skeleton(source, name, dtype), seed)
     if name in source.gguf:
         module = skeleton(source, name, dtype)
         replace_weights(module, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
@@ -163,6 +169,8 @@ def load_module(source: SourceModel, name: str, dtype: str | None = None) -> nn.
 
 def _loaded(component: Component, build_type: torch.dtype) -> nn.Module:
     """Returns a module as its library loads it."""
+    if component.build is not None:
+        return component.build(True).to(build_type)
     if component.file is not None:
         return load_single_file(component.name, component.kind, component.root, component.file, build_type)
     options: dict[str, Any] = {"dtype" if component.library == "transformers" else "torch_dtype": build_type}

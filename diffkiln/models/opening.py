@@ -39,7 +39,7 @@ def open_source(source: Source, base: Path) -> SourceModel:
         return open_architecture(source.architecture, source.seed or 0, source.pipeline)
     gguf = {name: _beside(file, base) for name, file in (source.gguf or {}).items()}
     given = _given_files(source, base)
-    file = _single_file(source.single_file, base, "$.source.single_file") if source.single_file else None
+    file = single_file(source.single_file, base, "$.source.single_file") if source.single_file else None
     wanted = Wanted(source.pipeline, source.variant, given, source.omit or (), gguf, file)
     folder, origin = _folder(source, base, file, _left_alone(wanted))
     found = SourceModel(folder, *read_folder(folder, wanted), _origin(origin, source, given), gguf, _stated(given))
@@ -174,12 +174,12 @@ def _check_gguf(found: SourceModel) -> None:
 def _given_files(source: Source, base: Path) -> dict[str, ComponentFiles | None]:
     """Returns where the components are that the spec has from elsewhere; None for one that is left out."""
     return {
-        name: None if given is None else _files_of(name, as_tuple(given), base, f"$.source.components.{name}")
+        name: None if given is None else place_of(name, as_tuple(given), base, f"$.source.components.{name}")
         for name, given in (source.components or {}).items()
     }
 
 
-def _files_of(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> ComponentFiles:
+def place_of(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> ComponentFiles:
     """Returns where a component is that comes from elsewhere: one folder, or one for each model of several."""
     first = given[0]
     if len(given) > 1 and any(item.single_file for item in given):
@@ -189,7 +189,7 @@ def _files_of(name: str, given: Sequence[ComponentSource], base: Path, where: st
         for index, item in enumerate(given)
         if item.model is not None
     ]
-    file = _single_file(first.single_file, base, f"{where}.single_file") if first.single_file else None
+    file = single_file(first.single_file, base, f"{where}.single_file") if first.single_file else None
     variants = {item.variant for item in given}
     if len(variants) > 1:
         raise source_error("the models of a list are of several variants", "Give all of them the same", where)
@@ -226,7 +226,7 @@ def _component_folder(name: str, given: ComponentSource, base: Path, where: str)
     return folder, origin
 
 
-def _single_file(file: str, base: Path, where: str) -> Path:
+def single_file(file: str, base: Path, where: str) -> Path:
     path = _beside(file, base)
     if not path.is_file():
         raise source_error(f"there is no file {path.name}", f"It was looked for at {path}", where)

@@ -56,8 +56,8 @@ class Shards:
         """
         module = copy.deepcopy(self.module)
         replace_weights(module, lambda key, meta: self._weight(key, meta, units))
-        if (seed := self.source.origin.get("seed")) is not None:
-            fill_with_noise(module, f"{seed}/{self.name}")
+        if (seed := self.source.seed_of(self.name)) is not None:
+            fill_with_noise(module, seed)
         return module
 
     def _weight(self, key: str, meta: torch.Tensor, units: Collection[str]) -> torch.Tensor:
@@ -105,7 +105,7 @@ def open_shards(source: SourceModel, name: str, dtype: str | None = None) -> Sha
         if apart := [alias for alias in aliases if units[alias] != units[first]]:
             return f"{first} and {apart[0]}, in different blocks, are one tensor"
     saved: dict[str, str] = {}
-    if "seed" not in source.origin:
+    if source.seed_of(name) is None:
         found = _saved(module, names, source.checkpoint(name))
         if isinstance(found, str):
             return found

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffkiln.models.added import Added
 from diffkiln.models.checkpoint import Checkpoint
 from diffkiln.models.components import Component, library_of
 from diffkiln.models.folder import read_index, source_error
@@ -21,7 +22,7 @@ from diffkiln.models.folder import read_index, source_error
 class SourceModel:
     """A pipeline that can be loaded. `origin` is what identifies it apart from its digest; `gguf`, the files that hold
     components' weights in the place of checkpoints; `elsewhere`, what identifies the folders of components that are not
-    the model's own."""
+    the model's own; `added`, what passes add to its components, which is no part of what identifies it."""
 
     folder: Path
     pipeline_class: type
@@ -30,6 +31,24 @@ class SourceModel:
     origin: Mapping[str, Any] = field(default_factory=dict)
     gguf: Mapping[str, Path] = field(default_factory=dict)
     elsewhere: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    added: tuple[Added, ...] = ()
+
+    @property
+    def original(self) -> SourceModel:
+        """Returns the source without what passes add."""
+        names = {each.name for each in self.added}
+        kept = {name: component for name, component in self.components.items() if name not in names}
+        return replace(self, components=kept, added=()) if names else self
+
+    def adding(self, added: Sequence[Added]) -> SourceModel:
+        """Returns the source with more components, in the order in which they are called."""
+        more = {each.name: each.component for each in added}
+        return replace(self, components={**self.components, **more}, added=(*self.added, *added))
+
+    def seed_of(self, name: str) -> str | None:
+        """Returns the seed that a module's weights are drawn from; None where there are weights."""
+        seed = self.origin.get("seed")
+        return None if seed is None or any(each.name == name for each in self.added) else f"{seed}/{name}"
 
     @property
     def class_name(self) -> str:
@@ -93,7 +112,7 @@ class SourceModel:
     @cached_property
     def _digest(self) -> str:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(self._row, self.files()))
+            rows = list(pool.map(self._row, self.original.files()))
         return "sha256:" + hashlib.sha256(json.dumps([self._identity(), rows]).encode()).hexdigest()
 
     def _identity(self) -> Any:
@@ -113,7 +132,7 @@ class SourceModel:
 
     def file_digests(self) -> dict[str, str]:
         """Returns "sha256:…" of the single file that each component's weights are in."""
-        files = {name: part.file for name, part in sorted(self.components.items()) if part.file is not None}
+        files = {name: part.file for name, part in sorted(self.original.components.items()) if part.file is not None}
         known = {path: self._file_digest(path) for path in set(files.values())}
         return {name: known[path] for name, path in files.items()}
 

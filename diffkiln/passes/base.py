@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from diffkiln import plugins
 from diffkiln.errors import Problem, SpecError
+from diffkiln.models.added import Added
 from diffkiln.program import Module
 from diffkiln.spec import Spec, Strict, Target, problems_from, suggest
 
@@ -65,7 +66,7 @@ class State:
     `modules` are meta models: modules of true structure, shapes and dtypes without weights. `variants` are the keywords
     that each variant fixes, and its `batch_size`. `wanted_steps` are their numbers of steps, and `steps` those in which
     they call the denoiser, which the `scheduler` decides; empty where two denoisers share the run. `ranged` says that
-    sizes come from a range.
+    sizes come from a range. `added` are the modules that passes add, which no step calls.
     """
 
     class_name: str
@@ -77,11 +78,12 @@ class State:
     variants: tuple[Mapping[str, Any], ...] = ({},)
     scheduler: Any = None
     ranged: bool = False
+    added: frozenset[str] = frozenset()
 
     @property
     def denoisers(self) -> list[str]:
         """Returns the components that a denoising step calls: models of diffusers without a decoder."""
-        models = {name: type(module) for name, module in self.modules.items()}
+        models = {name: type(module) for name, module in self.modules.items() if name not in self.added}
         own = [name for name, kind in models.items() if kind.__module__.startswith("diffusers.")]
         return [name for name in own if not hasattr(models[name], "decode")]
 
@@ -133,7 +135,8 @@ class Pass(Strict):
     of the same component that it must stand before or after, each with the reason, "*" for all others; `before_all`,
     those of `before` that may be of any component; `takes`, facts of earlier passes that are there for its sake;
     `moves_layers`, how layers came to have other names, so that an adapter's names would mean other layers;
-    `folds_weights`, what was computed from weights once, so that changes of them would come too late.
+    `folds_weights`, what was computed from weights once, so that changes of them would come too late; `adds`, whether
+    it adds a component to the pipeline (`added`).
     """
 
     name: ClassVar[str]
@@ -151,6 +154,7 @@ class Pass(Strict):
     takes: ClassVar[frozenset[str]] = frozenset()
     moves_layers: ClassVar[str] = ""
     folds_weights: ClassVar[str] = ""
+    adds: ClassVar[bool] = False
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 
@@ -209,6 +213,10 @@ class Pass(Strict):
     def decodes(self) -> Literal["", "one", "tiles"]:
         """Returns how images are decoded: one at a time, or in tiles; "" where the pass says nothing of it."""
         return ""
+
+    def added(self) -> Sequence[Added]:
+        """Returns the components that the pass adds to the pipeline, once it is prepared."""
+        return ()
 
     def origins(self) -> Iterable[tuple[Mapping[str, Any], Path]]:
         """Returns files of others that go into the weights: their description in the options, and their path."""

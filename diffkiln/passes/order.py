@@ -7,6 +7,7 @@ A pass of another distribution takes its place by what it says of these.
 from __future__ import annotations
 
 PHASES: dict[str, tuple[str, ...]] = {
+    "components": ("enhance",),
     "original weights": ("fuse_lora", "cast"),
     "structure": ("fuse_qkv", "prune", "merge_tokens"),
     "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover"),

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from diffkiln.errors import DiffkilnError, RecordError, SpecError
 from diffkiln.interpreter.aten import dtype_name, type_of
+from diffkiln.models.added import added_to
 from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, prune, weight_of_call
 from diffkiln.program.images import IMAGES
@@ -283,10 +284,10 @@ def _as_it_was(pipe: Any) -> Iterator[None]:
 
 
 def component_methods(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """Yields (name, module, method) for every entry point of every component."""
+    """Yields (name, module, method) for every entry point of every component; one that a pass adds has one."""
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            for method in METHODS:
+            for method in ("forward",) if name in added_to(pipe) else METHODS:
                 if callable(getattr(module, method, None)):
                     yield name, module, method
 

@@ -139,5 +139,9 @@ def test_in_chromium_it_fits_slides_and_asks_nobody(browser, page, tmp_path: Pat
     colour = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 22, 21)")
     opened.screenshot(path=str(tmp_path / f"report-{width}-{scheme}.png"), full_page=True)
+    opened.emulate_media(media="print")
+    assert not opened.locator("#toggle").is_visible()
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.pdf()[:5] == b"%PDF-"
     opened.close()
     assert wrong == []

@@ -25,5 +25,6 @@ def pack_licences(writer: BundleWriter, plan: Plan) -> None:
     for item in plan.listed:
         for stated, path in item.step.origins():
             licence = licence_of(path.parent) | licence_in(path)
-            rows.append({"of": "adapter", "component": item.step.component, **stated} | licence)
+            kind = "component" if item.step.adds else "adapter"
+            rows.append({"of": kind, "component": item.step.component, **stated} | licence)
     writer.write(LICENCES, as_json([{"license": None, **row} for row in rows]), "doc")

@@ -12,6 +12,7 @@ from pydantic import Field
 from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import decode_in_parts, parts_problem, tile_side, tile_unit
 from diffkiln.passes.base import ModelPass, State
+from diffkiln.program import CALL, Program
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
 
@@ -69,13 +70,21 @@ class VAE(ModelPass):
         """
         for fixed, programs in zip(recording.fixed, recording.calls, strict=True):
             for call in programs.values():
-                given, wanted = call.types[call.outputs[0].name].shape[-2:], (fixed.get("height"), fixed.get("width"))
-                if None not in wanted and tuple(given) != wanted:
+                wanted = (fixed.get("height"), fixed.get("width"))
+                given = next((size for size in self._decoded(call) if size != wanted), None)
+                if None not in wanted and given is not None:
                     raise ValueError(
                         f"tiles of {self.tile} pixels overlap so that diffusers gives {given[0]} × {given[1]} in the "
                         f"place of {wanted[0]} × {wanted[1]}. Choose a multiple of 32, or leave tile out"
                     )
         return recording, ()
+
+    def _decoded(self, call: Program) -> Iterator[tuple[int, ...]]:
+        """Yields the sizes of what the component decodes."""
+        decodes = (op for op in call.ops if op.name == CALL and op.attrs["component"] == self.component)
+        for op in decodes:
+            if op.attrs["program"].partition("-")[0] == f"{self.component}.decode":
+                yield call.types[op.outputs[0]].shape[-2:]
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         return decode_in_parts(module, self.slicing, self.tiling, self.tile)
