@@ -9,6 +9,7 @@ from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem,
 from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
+from diffkiln.interpreter.layers.slots import add_slots, add_slots_as_stored, can_have_slots, parts_of
 from diffkiln.interpreter.layers.storage import (
     STORAGE_FORMATS,
     Cast,
@@ -34,6 +35,9 @@ __all__ = [
     "StorageFormat",
     "Stored",
     "add_factors",
+    "add_slots",
+    "add_slots_as_stored",
+    "can_have_slots",
     "decode_in_parts",
     "described",
     "drop_blocks",
@@ -42,6 +46,7 @@ __all__ = [
     "is_channels_last",
     "matching",
     "merge_tokens",
+    "parts_of",
     "parts_problem",
     "repeated_blocks",
     "self_attentions",
