@@ -11,12 +11,24 @@ from diffkiln.bundle import Verified
 from diffkiln.bundle.layout import LAYERS, PIPELINE, UNUSED
 from diffkiln.errors import ManifestInvalid
 from diffkiln.interpreter.layers import FUSED, Cast, Int8, first_row
+from diffkiln.interpreter.layers.slots import DOWN, FACTORS
+from diffkiln.program import Module
 from diffkiln.runtime.tables import Entry, read_header
 
 #: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao;
 #: or in a form to which nothing can be added.
 PLAIN, FLOAT8, INT8, OTHER = "plain", "float8", "int8", "other"
 _STORED = {Cast.name: FLOAT8, Int8.name: INT8}
+
+
+@dataclass(frozen=True)
+class Room:
+    """The slots of a layer: in how many parts, how many, of which rank, and for how many rows of a batch."""
+
+    parts: int
+    slots: int
+    rank: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Target:
         bias: Name of the bias; empty without one.
         part: Which rows of a fused layer it is, as (index, number of parts); None for all rows.
         used: Whether a program reads it.
+        room: Its slots; None where it has none that every program reads which reads the layer.
     """
 
     component: str
@@ -44,6 +57,7 @@ class Target:
     bias: str = ""
     part: tuple[int, int] | None = None
     used: bool = True
+    room: Room | None = None
 
     @property
     def path(self) -> str:
@@ -99,8 +113,39 @@ def read_layers(verified: Verified, component: str) -> Layers:
             if target := _target(component, name, entries, forms):
                 bias = f"{target.layer}.bias"
                 targets[target.layer] = replace(target, used=is_used, bias=bias if bias in entries else "")
+    for layer, room in _rooms(used).items():
+        targets[layer] = replace(targets[layer], room=room)
     targets = _parts(targets) | targets
     return Layers(component, targets, {name.replace(".", "_"): name for name in targets})
+
+
+def without_unread(layers: Layers, module: Module | None) -> Layers:
+    """Returns the layers with the slots of those alone whose slots every program reads that reads the layer.
+
+    Elsewhere an adapter would do nothing.
+    """
+    lacking: set[str] = set()
+    for name, program in (module.programs if module is not None else {}).items():
+        alone = replace(module, programs={name: program})  # type: ignore[type-var]
+        read = {weight for weight, _ in alone.weight_types()}
+        used = {weight.rpartition(".")[0].removesuffix(".weight") for weight in read}
+        lacking |= {layer for layer in used if f"{layer}.{DOWN}" not in read}
+    found = {
+        name: replace(target, room=None) if target.layer in lacking else target
+        for name, target in layers.targets.items()
+    }
+    return replace(layers, targets=found)
+
+
+def _rooms(entries: Mapping[str, Entry]) -> dict[str, Room]:
+    """Returns the slots of each layer that has some."""
+    found: dict[str, Room] = {}
+    for name, entry in entries.items():
+        layer, _, leaf = name.rpartition(".")
+        factors = entries.get(f"{layer}.{FACTORS}")
+        if leaf == DOWN and factors is not None and len(entry.shape) == 4 and len(factors.shape) == 2:
+            found[layer] = Room(entry.shape[0], entry.shape[1], entry.shape[2], factors.shape[0])
+    return found
 
 
 def _target(component: str, name: str, entries: Mapping[str, Entry], forms: Mapping[str, str]) -> Target | None:
