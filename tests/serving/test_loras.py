@@ -153,9 +153,9 @@ def test_the_least_used_are_forgotten_and_those_of_the_call_never(folder):
 
     pipe, loras = Pipe(), Loras(folder, 2)
     for mix in ({"style": 1.0}, {"detail": 1.0}, {"style": 1.0}, {"line": 1.0}):
-        loras.ready(pipe, mix)
+        loras.ready(pipe, [mix])
     assert pipe.loaded == ["style", "line"]
-    loras.ready(pipe, dict.fromkeys(NAMES, 1.0))
+    loras.ready(pipe, [{"line": 0.5}, dict.fromkeys(NAMES, 1.0)])
     assert sorted(pipe.loaded) == sorted(NAMES)
 
 

@@ -9,7 +9,7 @@ from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem,
 from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
-from diffkiln.interpreter.layers.slots import add_slots, add_slots_as_stored, can_have_slots, parts_of
+from diffkiln.interpreter.layers.slots import Slotted, add_slots, add_slots_as_stored, can_have_slots, parts_of
 from diffkiln.interpreter.layers.storage import (
     STORAGE_FORMATS,
     Cast,
@@ -31,6 +31,7 @@ __all__ = [
     "Int4",
     "Int8",
     "LowRank",
+    "Slotted",
     "Sparse24",
     "StorageFormat",
     "Stored",

@@ -29,6 +29,11 @@ class Adaptable:
         """Returns the adapters that are loaded, each with its scale; 0 for those that are turned off."""
         return MappingProxyType(dict(self._shelf.mix))
 
+    @property
+    def adapter_slots(self) -> int:
+        """Returns how many adapters one call may use beside the weights; 0 where they are added to the weights."""
+        return self._shelf.slots
+
     @gated()
     def load_lora(
         self,

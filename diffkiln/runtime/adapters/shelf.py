@@ -56,6 +56,11 @@ class Shelf:
         """Returns all adapters by name, with the scale that calls use."""
         return {name: as_given(self._mix.get(name, 0.0)) for name in list(self._loaded)}
 
+    @property
+    def slots(self) -> int:
+        """Returns the number of slots of each layer."""
+        return self._slots.count if self._slots is not None else 0
+
     def load(self, path: Path, name: str, given: AnyScale, wanted: Wanted, timeout: float | None) -> None:
         """Reads an adapter, while calls go on, and adds it to the mix, once no call runs.
 
