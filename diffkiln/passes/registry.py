@@ -14,7 +14,6 @@ from diffkiln.passes.base import Pass, State
 from diffkiln.passes.order import ORDER
 from diffkiln.spec import PassEntry, Spec, suggest
 
-
 #: The index of a pass that stands not in the list: the spec's runtime asks for it.
 IMPLIED = -1
 

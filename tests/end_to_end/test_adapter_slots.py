@@ -46,7 +46,9 @@ def adapters(pipe: Any, folder: Path, component: str) -> dict[str, Path]:
     parts = {component: getattr(pipe, component)}
     return {
         "one": adapter_of(folder / "one.safetensors", parts, ("to_q", "to_k", "to_v", "add_k_proj"), seed=1),
-        "two": adapter_of(folder / "two.safetensors", parts, ("to_out.0", "to_q", "proj_mlp"), seed=2, rank=2, alpha=3.0),
+        "two": adapter_of(
+            folder / "two.safetensors", parts, ("to_out.0", "to_q", "proj_mlp"), seed=2, rank=2, alpha=3.0
+        ),
         "three": adapter_of(folder / "three.safetensors", parts, ("to_v", "net.2", "linear_1"), seed=3, rank=6),
     }
 
@@ -159,7 +161,9 @@ def test_what_has_no_slot_is_added_to_the_weights_where_that_is_asked_for(famili
         eager.set_adapters(["one", "two"], [1.0, 0.5])
     with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
         plain = drawn(pipe, spec)
-        with pytest.raises(CallError, match=r"conv1 of unet, which two\.safetensors changes, has no slots.*merged=True"):
+        with pytest.raises(
+            CallError, match=r"conv1 of unet, which two\.safetensors changes, has no slots.*merged=True"
+        ):
             pipe.load_lora(two)
         pipe.load_lora(one)
         pipe.load_lora(two, scale=0.5, merged=True)

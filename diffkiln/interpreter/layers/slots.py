@@ -1,4 +1,4 @@
-"""Linear layers with room for adapters: pairs of narrow matrices beside the weight, which are zeros until one is put in.
+"""Linear layers with room for adapters: pairs of narrow matrices beside the weight, zeros until an adapter is put in.
 
 Each row of a batch has a factor for each slot, so rows may use different adapters, and the weight stays as it is. A
 fused layer has a first matrix for each of its parts, and a part's rows of the second one.

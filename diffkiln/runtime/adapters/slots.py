@@ -1,11 +1,12 @@
 """Adapters in the slots of layers: their factors are copied beside the weights, and each row of a batch has a scale.
 
-A slot keeps its adapter until another one needs the room, so what is used again costs a few numbers for each row.
+A slot keeps its adapter until another one needs the room, so what is used again costs a few numbers for each row. Which
+slot an adapter has in a call follows from the names of the call's adapters alone: in another slot a sum has other bits.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Slots:
         }
         self.count = min((room.slots for room in rooms.values()), default=0)
         self._rows = max((room.rows for room in rooms.values()), default=0)
-        self._held: OrderedDict[str, int] = OrderedDict()  # the one that was used longest ago first
+        self._held: dict[int, str] = {}  # slot → the adapter that is in it
         self._inside: dict[int, frozenset[tuple[str, str]]] = {}
         self._told: Hashable = None
         self._places: dict[tuple[str, str], _Place] = {}
@@ -111,14 +112,12 @@ class Slots:
         told = tuple(tuple((name, mix[name]) for name in names if mix.get(name)) for mix in rows)
         if told == self._told:
             return
-        for name in names:
-            if name in self._held:
-                self._held.move_to_end(name)
-        for name in names:
-            if name not in self._held:
-                self._fill(name, loaded[name])
         self._told = None
-        self._tell(told, loaded)
+        slots = slots_of(names, self.count)
+        for name, slot in slots.items():
+            if self._held.get(slot) != name:
+                self._fill(slot, name, loaded[name].changes)
+        self._tell(told, slots, loaded)
         self._told = told
 
     def check(self, names: Sequence[str]) -> None:
@@ -130,19 +129,15 @@ class Slots:
             )
 
     def forget(self, name: str) -> None:
-        """Empties the slot of an adapter."""
-        slot = self._held.get(name)
-        if slot is not None:
-            self._told = None
-            self._put(slot, ())
-            del self._held[name]
-
-    def _fill(self, name: str, adapter: Adapter) -> None:
-        free = sorted(set(range(self.count)) - set(self._held.values()))
-        slot = free[0] if free else self._held.popitem(last=False)[1]
+        """Empties the slots that an adapter is in."""
         self._told = None
-        self._put(slot, adapter.changes)
-        self._held[name] = slot
+        for slot in [slot for slot, other in self._held.items() if other == name]:
+            self._fill(slot, "", ())
+
+    def _fill(self, slot: int, name: str, changes: Sequence[Change]) -> None:
+        self._held.pop(slot, None)
+        self._put(slot, changes)
+        self._held[slot] = name
 
     def _put(self, slot: int, changes: Sequence[Change]) -> None:
         """Writes an adapter's factors into a slot, and zeros over what is left there of the one before."""
@@ -160,14 +155,16 @@ class Slots:
         self._store.fill(fills)
         self._inside[slot] = frozenset(by_layer)
 
-    def _tell(self, rows: Sequence[Sequence[tuple[str, Scale]]], loaded: Mapping[str, Adapter]) -> None:
+    def _tell(
+        self, rows: Sequence[Sequence[tuple[str, Scale]]], slots: Mapping[str, int], loaded: Mapping[str, Adapter]
+    ) -> None:
         table = torch.zeros(self._parts, self._rows, self.count)
         columns: dict[tuple[str, Scale], torch.Tensor] = {}
         for index in range(self._rows):
             for name, scale in rows[index % len(rows)]:
                 if (name, scale) not in columns:
                     columns[name, scale] = self._column(loaded[name], scale)
-                table[:, index, self._held[name]] = columns[name, scale]
+                table[:, index, slots[name]] = columns[name, scale]
         for each in self._tables:
             each.write(table)
 
@@ -201,6 +198,16 @@ class _Table:
 
     def write(self, table: torch.Tensor) -> None:
         self.flat.copy_(table.reshape(-1)[self.indices].to(self.flat.dtype))
+
+
+def slots_of(names: Sequence[str], count: int) -> dict[str, int]:
+    """Returns the slots of a call's adapters: each has one of its own by its name, or the next that is free."""
+    found: dict[str, int] = {}
+    for name in sorted(names):
+        first = zlib.crc32(name.encode()) % count
+        free = ((first + step) % count for step in range(count))
+        found[name] = next(slot for slot in free if slot not in found.values())
+    return found
 
 
 def part_of(target: Target) -> int:

@@ -78,9 +78,7 @@ def test_rows_that_are_not_the_batch_s_get_nothing():
 def test_more_rows_than_there_are_factors_for_get_nothing():
     model, given = filled(Model()), torch.randn(ROWS + 1, 4).double()
     hidden = torch.nn.functional.linear(given, model.proj.weight, model.proj.bias)
-    torch.testing.assert_close(
-        model(given), torch.nn.functional.linear(hidden, model.to_qkv.weight, model.to_qkv.bias)
-    )
+    torch.testing.assert_close(model(given), torch.nn.functional.linear(hidden, model.to_qkv.weight, model.to_qkv.bias))
 
 
 def test_empty_slots_change_no_bit():
