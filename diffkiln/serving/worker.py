@@ -78,7 +78,7 @@ class Worker:
             return
         with pipe:
             self.pipe = pipe
-            self._queue.slots = pipe.adapter_slots
+            self._queue.slots = getattr(pipe, "adapter_slots", 0)
             self._loaded(None)
             while rows := self._queue.take():
                 started = time.monotonic()

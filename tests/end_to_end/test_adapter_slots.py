@@ -44,12 +44,14 @@ def component_of(name: str) -> str:
 def adapters(pipe: Any, folder: Path, component: str) -> dict[str, Path]:
     """Three adapters of linear layers of the denoiser; the second one has alphas."""
     parts = {component: getattr(pipe, component)}
+    # diffusers' scales by block know no layer of a U-Net that is outside of blocks.
+    outside = () if component == "unet" else ("linear_1",)
     return {
         "one": adapter_of(folder / "one.safetensors", parts, ("to_q", "to_k", "to_v", "add_k_proj"), seed=1),
         "two": adapter_of(
             folder / "two.safetensors", parts, ("to_out.0", "to_q", "proj_mlp"), seed=2, rank=2, alpha=3.0
         ),
-        "three": adapter_of(folder / "three.safetensors", parts, ("to_v", "net.2", "linear_1"), seed=3, rank=6),
+        "three": adapter_of(folder / "three.safetensors", parts, ("to_v", "net.2", *outside), seed=3, rank=6),
     }
 
 

@@ -127,7 +127,6 @@ def test_a_bundle_of_one_large_batch_is_filled_up(tmp_path):
 class Pipe:
     """A pipeline that fails where it is told to."""
 
-    adapter_slots = 0
     bundle = type("", (), {"manifest": type("", (), {"runtime": {}})})
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem,
 from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
-from diffkiln.interpreter.layers.slots import Slotted, add_slots, add_slots_as_stored, can_have_slots, parts_of
+from diffkiln.interpreter.layers.slots import Slotted, can_have_slots, parts_of, put_slots, put_slots_as_stored
 from diffkiln.interpreter.layers.storage import (
     STORAGE_FORMATS,
     Cast,
@@ -36,8 +36,6 @@ __all__ = [
     "StorageFormat",
     "Stored",
     "add_factors",
-    "add_slots",
-    "add_slots_as_stored",
     "can_have_slots",
     "decode_in_parts",
     "described",
@@ -49,6 +47,8 @@ __all__ = [
     "merge_tokens",
     "parts_of",
     "parts_problem",
+    "put_slots",
+    "put_slots_as_stored",
     "repeated_blocks",
     "self_attentions",
     "store",

@@ -62,7 +62,7 @@ def _factors_of(factors: torch.Tensor, given: torch.Tensor) -> torch.Tensor | No
     return own.reshape(count, *[1] * (given.dim() - 2), factors.shape[1])
 
 
-def add_slots(module: torch.nn.Module, layers: Iterable[str], rank: int, slots: int, rows: int) -> None:
+def put_slots(module: torch.nn.Module, layers: Iterable[str], rank: int, slots: int, rows: int) -> None:
     """Gives linear layers of a module empty slots, in place.
 
     Args:
@@ -86,12 +86,12 @@ def add_slots(module: torch.nn.Module, layers: Iterable[str], rank: int, slots: 
     module.__class__ = _counting(type(module))
 
 
-def add_slots_as_stored(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def put_slots_as_stored(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Gives a module the slots of which a bundle holds tensors, whose shapes are given by name."""
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == DOWN and len(shape) == 4 and f"{layer}.{FACTORS}" in shapes:
-            add_slots(module, [layer], shape[2], shape[1], shapes[f"{layer}.{FACTORS}"][0])
+            put_slots(module, [layer], shape[2], shape[1], shapes[f"{layer}.{FACTORS}"][0])
 
 
 def can_have_slots(name: str, layer: torch.nn.Module) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkiln.bundle.manifest import ADAPTER_SLOTS
 from diffkiln.errors import Problem
-from diffkiln.interpreter.layers import add_slots, can_have_slots, matching, parts_of
+from diffkiln.interpreter.layers import can_have_slots, matching, parts_of, put_slots
 from diffkiln.interpreter.layers.slots import DOWN, dtype_of
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
 from diffkiln.spec import Spec, Target
@@ -97,7 +97,7 @@ class AddSlots(ModelPass):
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         chosen = self._chosen(module)
         size = sum(self._bytes(name, module.get_submodule(name)) for name in chosen)
-        add_slots(module, chosen, self.rank, self.slots, self.rows)
+        put_slots(module, chosen, self.rank, self.slots, self.rows)
         each = f"{self.slots} slots of rank {self.rank}"
         return [f"{len(chosen)} layers with {each}: {size} bytes, zeros in the bundle's files"] if chosen else []
 

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from diffkiln.interpreter.layers import Int8, Slotted, add_slots, add_slots_as_stored, can_have_slots, store
+from diffkiln.interpreter.layers import Int8, Slotted, can_have_slots, put_slots, put_slots_as_stored, store
 from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 
 RANK, SLOTS, ROWS = 2, 3, 4
@@ -27,7 +27,7 @@ class Model(torch.nn.Module):
 
 
 def filled(model: torch.nn.Module) -> torch.nn.Module:
-    add_slots(model, ["proj", "to_qkv"], RANK, SLOTS, ROWS)
+    put_slots(model, ["proj", "to_qkv"], RANK, SLOTS, ROWS)
     for layer in (model.proj, model.to_qkv):
         for name in (DOWN, UP, FACTORS):
             layer._buffers[name].copy_(torch.randn_like(layer._buffers[name]))
@@ -84,7 +84,7 @@ def test_more_rows_than_there_are_factors_for_get_nothing():
 def test_empty_slots_change_no_bit():
     model, given = Model(), torch.randn(2, 4).double()
     before = model(given)
-    add_slots(model, ["proj", "to_qkv"], RANK, SLOTS, ROWS)
+    put_slots(model, ["proj", "to_qkv"], RANK, SLOTS, ROWS)
     assert torch.equal(model(given), before)
 
 
@@ -97,7 +97,7 @@ def test_classes_keep_their_names_and_the_model_its_signature():
     assert list(inspect.signature(model.forward).parameters) == ["sample", "shared"]
     other = type(filled(Model()))
     assert other is type(model)
-    add_slots(model, [], RANK, SLOTS, ROWS)
+    put_slots(model, [], RANK, SLOTS, ROWS)
     assert type(model) is other
 
 
@@ -120,7 +120,7 @@ def test_quantized_layers_may_have_slots_and_others_may_not():
 def test_a_bundle_s_tensors_say_which_slots_there_are():
     model = filled(Model())
     again = Model()
-    add_slots_as_stored(again, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    put_slots_as_stored(again, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     again.load_state_dict(model.state_dict())
     given = torch.randn(2, 4).double()
     assert torch.equal(again(given), model(given))
