@@ -117,6 +117,17 @@ def test_slots_beside_quantized_weights_give_what_peft_gives_beside_them(quantiz
     files = adapters(eager, tmp_path, "transformer")
     with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
         compare(pipe, eager, spec, files, MIXES)
+        plain = drawn(pipe, spec)
+        with pytest.raises(CallError, match=r"requantize=True adds .*half a step.*or these layers unquantized"):
+            pipe.load_lora(files["one"], merged=True)
+        pipe.load_lora(files["one"], merged=True, requantize=True)
+        rounded = drawn(pipe, spec)
+        eager.enable_lora()
+        eager.set_adapters(["one"], [1.0])
+        exact = drawn(eager, spec)
+        assert float((rounded - exact).norm()) < 0.7 * float((plain - exact).norm()), "nearer than without"
+        pipe.unload_lora("one")
+        assert torch.equal(drawn(pipe, spec), plain)
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl", "wan"])

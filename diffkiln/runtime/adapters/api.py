@@ -56,7 +56,7 @@ class Adaptable:
                 {"unet.down_blocks": 0.5}, by the beginnings of layers' names; 1 where none fits.
             ignore: patterns of names of tensors in the file that are left out on purpose, such as `text_encoder*`.
             component: the component of layers whose names say none; by default the transformer or the U-Net.
-            requantize: allows sums to be rounded to int8 and float8 weights; without it such layers are refused.
+            requantize: allows sums to be rounded to quantized weights; without it such layers are refused.
             merged: adds the adapter to the weights also where the bundle has slots for adapters; then it is in all
                 rows of a batch or in none.
             timeout: seconds to wait for calls of other threads; None waits for ever.

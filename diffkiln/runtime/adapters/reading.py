@@ -15,7 +15,7 @@ from diffkiln.guards.limits import active
 from diffkiln.interpreter.adapters import Kind, Named, other_method, parse
 from diffkiln.runtime.adapters.adding import Change, rounds
 from diffkiln.runtime.adapters.file import DORA, AdapterFile, Alphas, open_file
-from diffkiln.runtime.adapters.targets import OTHER, Layers, Target
+from diffkiln.runtime.adapters.targets import INT8, OTHER, Layers, Target
 from diffkiln.runtime.tables import Entry
 
 _CONVERT = "diffkiln lora convert FILE --for BUNDLE -o FILE reads more formats"
@@ -176,6 +176,7 @@ def _checked(file: AdapterFile, row: _Layer, target: Target, wanted: Wanted) -> 
             f"load_lora: {file.name} has one of the two factors of {row.named.layer}, as {key}. The file is not whole: "
             "get it again"
         )
+    target = target.within(math.prod(_trimmed(down.shape[1:])))
     rank = up.shape[1] if len(up.shape) >= 2 else 0
     active().check("adapter_rank", max(rank, down.shape[0] if down.shape else 0), f"{file.name}, {row.named.layer}")
     if wanted.slots and target.used:
@@ -232,15 +233,23 @@ def _check_form(file: AdapterFile, row: _Layer, target: Target, wanted: Wanted) 
     if target.form == OTHER:
         raise CallError(
             f"load_lora: {row.named.layer} is quantized, or stored in another way, to which {file.name} cannot be "
-            "added. Compile the bundle without that for these layers (exclude), or add the adapter by the pass "
-            "fuse_lora before it"
+            'added. Compile the bundle with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}; without that for '
+            "these layers (exclude); or add the adapter by the pass fuse_lora before it"
         )
     if rounds(target) and not wanted.requantize:
         raise CallError(
             f"load_lora: {row.named.layer} is stored as {target.form}. requantize=True adds {file.name} in float32 and "
-            "rounds the rows again: a row's numbers move by up to half a step, 1/254 of its largest for int8 and 1/16 "
-            "of each number for float8, and what is finer is lost. Or compile these layers unquantized"
+            f"rounds the sum again: its numbers move by up to half a step, {_step(target)}, and what is finer is lost. "
+            'Or compile it with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}, which round nothing; or these '
+            "layers unquantized"
         )
+
+
+def _step(target: Target) -> str:
+    """Returns how far a number moves when a sum is rounded to a quantized type."""
+    if target.storage is not None:
+        return target.storage.step
+    return "1/254 of the largest of its row" if target.form == INT8 else "1/16 of each number"
 
 
 def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
