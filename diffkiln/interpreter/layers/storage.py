@@ -22,8 +22,8 @@ Parts = dict[str, tuple[Shape, torch.dtype]]
 class StorageFormat(ABC):
     """The format in which a weight is stored. Its fields are its options.
 
-    Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer; `step`, how far a number moves
-    at most when it is rounded to the format, as a part of the largest number near it, where `rounded` can do that.
+    Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer; `step`, how far a number
+    moves at most when it is rounded to the format, as a part of the largest near it, where `rounded` can do that.
     """
 
     name: ClassVar[str]
@@ -109,8 +109,8 @@ class Int4(StorageFormat):
         grouped = weight.reshape(weight.shape[0], -1, self.group_size)
         scale = (grouped.abs().amax(-1) / 7).clamp_min(_TINY).to(parts["scale"].dtype)
         numbers = (grouped / scale.unsqueeze(-1)).round().clamp(-8, 7).reshape(weight.shape).to(torch.int8) + 8
-        halves = numbers.to(torch.uint8)
-        return {"data": halves[:, 0::2] | (halves[:, 1::2] << 4), "scale": scale}
+        nibbles = numbers.to(torch.uint8)
+        return {"data": nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), "scale": scale}
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ class FourBit(StorageFormat):
         new = self._rounded_absmax(blocks.abs().amax(-1), parts)
         absmax = self._absmax({**parts, **new})
         indices = nearest(blocks / absmax.clamp_min(_TINY).unsqueeze(-1), parts["table"]).reshape(-1)
-        halves = indices[: 2 * parts["data"].numel()].to(torch.uint8)
-        halves = torch.nn.functional.pad(halves, (0, 2 * parts["data"].numel() - halves.numel()))
-        return new | {"data": (halves[0::2] << 4) | halves[1::2]}
+        nibbles = indices[: 2 * parts["data"].numel()].to(torch.uint8)
+        nibbles = torch.nn.functional.pad(nibbles, (0, 2 * parts["data"].numel() - nibbles.numel()))
+        return new | {"data": (nibbles[0::2] << 4) | nibbles[1::2]}
 
     def _rounded_absmax(self, absmax: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self.nested:

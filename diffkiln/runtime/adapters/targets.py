@@ -15,8 +15,8 @@ from diffkiln.interpreter.layers.slots import DOWN, FACTORS
 from diffkiln.program import Module
 from diffkiln.runtime.tables import Entry, read_header
 
-#: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao; in
-#: four bits, in a form of diffkiln; or in a form to which nothing can be added.
+#: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao;
+#: in four bits, in a form of diffkiln; or in a form to which nothing can be added.
 PLAIN, FLOAT8, INT8, FOUR_BITS, OTHER = "plain", "float8", "int8", "4 bits", "other"
 _STORED = {Cast.name: FLOAT8, Int8.name: INT8}
 
