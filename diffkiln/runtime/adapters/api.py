@@ -94,7 +94,7 @@ class Adaptable:
             CallError: an adapter is not loaded, a scale is no number, or a block has none of the adapter's layers.
             Busy: calls of other threads took longer than `timeout`.
         """
-        self._shelf.set(self._shelf.checked(adapters), timeout)
+        self._shelf.set(self._shelf.checked_mix(adapters), timeout)
 
     @gated()
     def unload_lora(self, name: str, *, timeout: float | None = PATIENCE) -> None:

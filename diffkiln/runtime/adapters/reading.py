@@ -240,7 +240,7 @@ def _check_form(file: AdapterFile, row: _Layer, target: Target, wanted: Wanted) 
         raise CallError(
             f"load_lora: {row.named.layer} is stored as {target.form}. requantize=True adds {file.name} in float32 and "
             f"rounds the sum again: numbers move by up to half a step, {_step(target)}, and what is finer is lost. "
-            'Or compile it with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}, which round nothing; or these '
+            'Or compile with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}, which round nothing; or these '
             "layers unquantized"
         )
 

@@ -86,7 +86,7 @@ class Shelf:
     def set(self, mix: Mix, timeout: float | None) -> None:
         """Makes this the mix of all calls that name no other."""
         with self._executor.turns.taken(timeout):
-            self._change_to(self._checked_mix(mix))
+            self._change_to(self.checked_mix(mix))
 
     def unload(self, name: str, timeout: float | None) -> None:
         """Takes an adapter out of the mix, and forgets it."""
@@ -109,8 +109,8 @@ class Shelf:
                 does not change; or there are several, and the bundle has no slots.
         """
         if not isinstance(given, (list, tuple)) or not all(isinstance(mix, Mapping) for mix in given):
-            return self._checked_mix(given)
-        mixes = [self._checked_mix(mix) for mix in given]
+            return self.checked_mix(given)
+        mixes = [self.checked_mix(mix) for mix in given]
         if self._slots is None:
             raise CallError(
                 "adapters: a mix for each prompt needs slots, and this bundle adds adapters to its weights. Give one "
@@ -125,7 +125,7 @@ class Shelf:
             )
         return mixes
 
-    def _checked_mix(self, mix: Any) -> dict[str, Scale]:
+    def checked_mix(self, mix: Any) -> dict[str, Scale]:
         """Returns a caller's mix for all rows."""
         if not isinstance(mix, Mapping):
             raise CallError('adapters: give names and scales, such as {"style": 0.8}, or {} for none')
@@ -151,9 +151,9 @@ class Shelf:
         if mixes is None:
             self._apply(self._mix)
         elif isinstance(mixes, Mapping):
-            self._apply(self._checked_mix(mixes))
+            self._apply(self.checked_mix(mixes))
         else:
-            self._apply(*[self._checked_mix(mix) for mix in mixes], images=images)
+            self._apply(*[self.checked_mix(mix) for mix in mixes], images=images)
 
     # -- changes, within a turn --
 
