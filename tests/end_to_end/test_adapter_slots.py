@@ -183,3 +183,33 @@ def test_what_has_no_slot_is_added_to_the_weights_where_that_is_asked_for(famili
         assert float((drawn(eager, spec) - drawn(pipe, spec)).abs().max()) < ROUNDING
         pipe.set_adapters({})
         assert torch.equal(drawn(pipe, spec), plain)
+
+
+def test_engines_take_slots_among_their_weights(families, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    fused = {"name": "fuse_qkv", "component": "transformer"}
+    spec = slotted("flux", families, GROUP, passes=[fused, {"name": "compile", "component": "transformer"}])
+    with quiet_libraries():
+        eager = DiffusionPipeline.from_pretrained(spec["source"]["model"])
+        eager.set_progress_bar_config(disable=True)
+    files = adapters(eager, tmp_path, "transformer")
+    with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
+        assert pipe.executor.engines
+        compare(pipe, eager, spec, files, MIXES)
+
+
+def test_layers_that_were_computed_ahead_are_refused(families, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    spec = slotted("flux", families, passes=[{"name": "hoist", "component": "transformer"}])
+    with quiet_libraries():
+        eager = DiffusionPipeline.from_pretrained(spec["source"]["model"])
+    parts = {"transformer": eager.transformer}
+    with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
+        lacking = adapter_of(tmp_path / "timestep.safetensors", parts, ("timestep_embedder.linear_1", "to_q"))
+        with pytest.raises(CallError, match=r"timestep_embedder\.linear_1"):
+            pipe.load_lora(lacking)
+        plain = drawn(pipe, spec)
+        pipe.load_lora(adapter_of(tmp_path / "style.safetensors", parts, ("to_q",)))
+        assert not torch.equal(drawn(pipe, spec), plain)
