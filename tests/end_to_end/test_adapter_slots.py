@@ -185,7 +185,7 @@ def test_what_has_no_slot_is_added_to_the_weights_where_that_is_asked_for(famili
         assert torch.equal(drawn(pipe, spec), plain)
 
 
-def test_engines_take_slots_among_their_weights(families, tmp_path):
+def test_engines_take_slots_among_their_weights_and_nothing_is_compiled(families, tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline
 
     fused = {"name": "fuse_qkv", "component": "transformer"}
@@ -194,9 +194,16 @@ def test_engines_take_slots_among_their_weights(families, tmp_path):
         eager = DiffusionPipeline.from_pretrained(spec["source"]["model"])
         eager.set_progress_bar_config(disable=True)
     files = adapters(eager, tmp_path, "transformer")
-    with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
+    bundle = diffkiln.compile(spec, tmp_path / "bundle").path
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("PATH", str(cache))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "DIFFKILN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(cache))
+    with diffkiln.load(bundle) as pipe:
         assert pipe.executor.engines
         compare(pipe, eager, spec, files, MIXES)
+    assert not [path for path in cache.rglob("*") if path.suffix in (".cpp", ".so", ".py")]
 
 
 def test_layers_that_were_computed_ahead_are_refused(families, tmp_path):

@@ -54,7 +54,9 @@ class Slots:
             if target.room is not None and target.used
         }
         self.count = min((room.slots for room in rooms.values()), default=0)
+        self._told_apart = min((room.rows for room in rooms.values()), default=0)
         self._rows = max((room.rows for room in rooms.values()), default=0)
+        self._width = max((room.slots for room in rooms.values()), default=0)
         self._held: dict[int, str] = {}  # slot → the adapter that is in it
         self._inside: dict[int, frozenset[tuple[str, str]]] = {}
         self._told: Hashable = None
@@ -92,7 +94,7 @@ class Slots:
         parts = torch.arange(part, part + room.parts).view(1, -1, 1, 1)
         rows = torch.arange(room.rows).view(-1, 1, 1, 1)
         slots = torch.arange(room.slots).view(1, 1, -1, 1)
-        found = (parts * self._rows + rows) * self.count + slots
+        found = (parts * self._rows + rows) * self._width + slots
         return found.expand(room.rows, room.parts, room.slots, room.rank).reshape(-1)
 
     # -- what a call uses --
@@ -158,7 +160,7 @@ class Slots:
     def _tell(
         self, rows: Sequence[Sequence[tuple[str, Scale]]], slots: Mapping[str, int], loaded: Mapping[str, Adapter]
     ) -> None:
-        table = torch.zeros(self._parts, self._rows, self.count)
+        table = torch.zeros(self._parts, self._rows, self._width)
         columns: dict[tuple[str, Scale], torch.Tensor] = {}
         for index in range(self._rows):
             for name, scale in rows[index % len(rows)]:
@@ -182,9 +184,9 @@ class Slots:
     def expanded(self, mixes: Sequence[Mix], images: int) -> list[Mix]:
         """Returns the mix of each row of a batch, which has so many images for each prompt."""
         rows = [mix for mix in mixes for _ in range(images)]
-        if len(rows) > self._rows:
+        if len(rows) > self._told_apart:
             raise CallError(
-                f"adapters: {len(rows)} rows, and the bundle's slots tell {self._rows} apart. Give one mix for all"
+                f"adapters: {len(rows)} rows, and the bundle's slots tell {self._told_apart} apart. Give one mix"
             )
         return rows
 

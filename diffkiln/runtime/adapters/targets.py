@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from diffkiln.bundle import Verified
 from diffkiln.bundle.layout import LAYERS, PIPELINE, UNUSED
 from diffkiln.errors import ManifestInvalid
 from diffkiln.interpreter.layers import FUSED, Cast, FourBit, Int4, Int8, StorageFormat, first_row
-from diffkiln.interpreter.layers.slots import DOWN, FACTORS
+from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 from diffkiln.program import Module
 from diffkiln.runtime.tables import Entry, read_header
 
@@ -124,7 +125,7 @@ def read_layers(verified: Verified, component: str) -> Layers:
             if target := _target(component, name, entries, forms):
                 bias = f"{target.layer}.bias"
                 targets[target.layer] = replace(target, used=is_used, bias=bias if bias in entries else "")
-    for layer, room in _rooms(used).items():
+    for layer, room in rooms(used).items():
         targets[layer] = replace(targets[layer], room=room)
     targets = _parts(targets) | targets
     return Layers(component, targets, {name.replace(".", "_"): name for name in targets})
@@ -148,15 +149,21 @@ def without_unread(layers: Layers, module: Module | None) -> Layers:
     return replace(layers, targets=found)
 
 
-def _rooms(entries: Mapping[str, Entry]) -> dict[str, Room]:
+def rooms(entries: Mapping[str, Entry]) -> dict[str, Room]:
     """Returns the slots of each layer that has some."""
     found: dict[str, Room] = {}
     for name, entry in entries.items():
         layer, _, leaf = name.rpartition(".")
-        factors = entries.get(f"{layer}.{FACTORS}")
-        if leaf == DOWN and factors is not None and len(entry.shape) == 4 and len(factors.shape) == 2:
-            found[layer] = Room(entry.shape[0], entry.shape[1], entry.shape[2], factors.shape[0])
+        if leaf == DOWN and len(entry.shape) == 4 and math.prod(entry.shape):
+            up, factors = (entries[key].shape if key in entries else () for key in _beside(layer))
+            room = Room(*entry.shape[:3], rows=factors[0] if factors else 0)
+            if up[1:] == (room.slots, room.rank) and factors == (room.rows, math.prod(entry.shape[:3])) and room.rows:
+                found[layer] = room
     return found
+
+
+def _beside(layer: str) -> tuple[str, str]:
+    return f"{layer}.{UP}", f"{layer}.{FACTORS}"
 
 
 def _four_bits(form: str, options: Mapping[str, Any]) -> StorageFormat | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import diffkiln
 from diffkiln.errors import CallError
 from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.runtime.adapters.slots import slots_of
+from diffkiln.runtime.adapters.targets import Room, rooms
+from diffkiln.runtime.tables import Entry
 from tests.pipelines import WARNING_FILTERS
 from tests.runtime.adapters.conftest import CALL, changed, weights
 from tests.runtime.adapters.files import adapter_of
@@ -229,3 +233,34 @@ def test_the_bundle_as_diffusers_has_empty_slots(roomy, slots):
         eager = diffkiln.load(roomy, as_diffusers=True)
         eager.set_progress_bar_config(disable=True)
     torch.testing.assert_close(drawn(eager), drawn(slots), rtol=1e-5, atol=1e-5)
+
+
+def entry(*shape: int) -> Entry:
+    return Entry(torch.float32, shape, 0, 4 * torch.Size(shape).numel())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("down", (2, 3, 4)),
+        ("down", (1, 2, 0, 5)),
+        ("up", (7, 2, 4)),
+        ("up", (7,)),
+        ("factors", (8, 5)),
+        ("factors", (6,)),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_no_slots(name, shape):
+    shapes = {"down": (1, 2, 3, 5), "up": (7, 2, 3), "factors": (8, 6)}
+    assert rooms({f"a.slot_{key}": entry(*each) for key, each in shapes.items()}) == {"a": Room(1, 2, 3, 8)}
+    assert not rooms({f"a.slot_{key}": entry(*each) for key, each in (shapes | {name: shape}).items()})
+    assert not rooms({f"a.slot_{key}": entry(*each) for key, each in shapes.items() if key != name})
+
+
+def test_a_call_s_names_decide_its_slots():
+    names = [f"a{index}" for index in range(9)]
+    for count in range(1, 5):
+        for some in combinations(names, count):
+            found = slots_of(some, count)
+            assert sorted(found.values()) == list(range(count))
+            assert found == slots_of(sorted(some, reverse=True), count)
