@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import diffkiln
 from diffkiln.errors import CallError
@@ -108,12 +109,19 @@ def test_slots_give_what_diffusers_gives(name, offload, families, tmp_path):
     ids=lambda options: options["type"],
 )
 def test_slots_beside_quantized_weights_give_what_peft_gives_beside_them(quantize, families, tmp_path):
+    from diffusers import DiffusionPipeline
+
     quantized = {"name": "quantize", "component": "transformer"} | quantize
     spec = slotted("flux", families, passes=[quantized])
     without = spec | {"runtime": {}}
     with quiet_libraries():
-        eager = diffkiln.load(diffkiln.compile(without, tmp_path / "without").path, as_diffusers=True)
+        stored = diffkiln.load(diffkiln.compile(without, tmp_path / "without").path, as_diffusers=True)
+        eager = DiffusionPipeline.from_pretrained(spec["source"]["model"])
         eager.set_progress_bar_config(disable=True)
+    for name, layer in stored.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            weight = layer.weight.dequantize() if is_traceable_wrapper_subclass(layer.weight) else layer.weight
+            eager.transformer.get_submodule(name).weight.data.copy_(weight)
     files = adapters(eager, tmp_path, "transformer")
     with diffkiln.load(diffkiln.compile(spec, tmp_path / "bundle").path) as pipe:
         compare(pipe, eager, spec, files, MIXES)
@@ -198,12 +206,11 @@ def test_engines_take_slots_among_their_weights_and_nothing_is_compiled(families
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("PATH", str(cache))
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "DIFFKILN_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(cache))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     with diffkiln.load(bundle) as pipe:
         assert pipe.executor.engines
         compare(pipe, eager, spec, files, MIXES)
-    assert not [path for path in cache.rglob("*") if path.suffix in (".cpp", ".so", ".py")]
+    assert not list(cache.iterdir())
 
 
 def test_layers_that_were_computed_ahead_are_refused(families, tmp_path):
