@@ -163,7 +163,8 @@ def test_rows_with_adapters_of_their_own_are_as_if_alone(name, families, tmp_pat
         rows = [{"one": 1.0}, {"two": 0.5, "three": -1.0}]
         mixed, plain = pictures(pipe, rows), pictures(pipe, {})
         for index, mix in enumerate(rows):
-            assert torch.equal(mixed[index], pictures(pipe, mix)[index])
+            alone = pictures(pipe, mix)[index]  # where adapters may be in other slots
+            assert float((mixed[index] - alone).abs().max()) < ROUNDING
             assert float((mixed[index] - plain[index]).abs().max()) > 100 * ROUNDING
         assert torch.equal(pictures(pipe, [{}, {"two": 1}])[0], plain[0])
 
