@@ -45,9 +45,6 @@ class AddSlots(ModelPass):
         "sparsify": "slots stand beside sparse weights",
         "recover": "slots stand beside what was recovered",
     }
-    requires_not: ClassVar = {
-        "uncompilable": "layers of bitsandbytes' own have no room beside their weights",
-    }
     features: ClassVar = frozenset({ADAPTER_SLOTS})
     examples: ClassVar = ({"name": "add_slots", "component": "transformer", "rank": 16, "slots": 2},)
 
