@@ -246,7 +246,8 @@ class WeightStore:
             self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
         if self._transfers is not None:
-            self._transfers.leaves(future.result().values())
+            stays = self._places.get(key, {})
+            self._transfers.leaves(tensor for name, tensor in future.result().items() if name not in stays)
             del future
             self._transfers.left()
 

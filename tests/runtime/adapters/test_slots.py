@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffkiln
+from diffkiln.bundle import open_bundle
 from diffkiln.errors import CallError
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.runtime.adapters.slots import slots_of
 from diffkiln.runtime.adapters.targets import Room, rooms
 from diffkiln.runtime.tables import Entry
+from diffkiln.runtime.weights import Patch, WeightStore
 from tests.pipelines import WARNING_FILTERS
 from tests.runtime.adapters.conftest import CALL, changed, weights
 from tests.runtime.adapters.files import adapter_of
+from tests.simulated import Simulated
 
 pytestmark = [
     *(pytest.mark.filterwarnings(text) for text in WARNING_FILTERS),
@@ -264,3 +267,41 @@ def test_a_call_s_names_decide_its_slots():
             found = slots_of(some, count)
             assert sorted(found.values()) == list(range(count))
             assert found == slots_of(sorted(some, reverse=True), count)
+
+
+@pytest.mark.parametrize("to", ["host", None], ids=["pinned", "resident"])
+def test_slots_on_a_gpu_are_filled_wherever_its_weights_come_from(roomy, to):
+    with open_bundle(roomy) as opened, opened.verify() as verified:
+        device = Simulated()
+        offload = None if to is None else {"use_stream": True, "to": to}
+        store = WeightStore(verified, verified.manifest.weights, device.device, offload, on=device)
+        layer = "transformer_blocks.0.attn.to_qkv"
+        key = store.key_of("transformer", f"{layer}.slot_up")
+        own = torch.ones(store.type_of("transformer", f"{layer}.slot_factors").shape)
+        store.put(key, {f"{layer}.slot_factors": own})
+
+        def now() -> tuple[torch.Tensor, torch.Tensor]:
+            cursor = store.follow([key])
+            tensors = cursor.enter(key)
+            assert tensors[f"{layer}.slot_factors"] is own
+            device.finish()
+            found = tensors[f"{layer}.slot_up"].clone(), tensors[f"{layer}.weight"].clone()
+            cursor.close()
+            return found
+
+        empty, other = now()
+        assert not empty.any()
+
+        def with_all(number: float) -> Patch:
+            return Patch((f"{layer}.slot_up",), lambda held: held[f"{layer}.slot_up"][:, 0].fill_(number))
+
+        store.fill({(key, "a"): with_all(2)})
+        filled, still = now()
+        assert (filled[:, 0] == 2).all()
+        assert not filled[:, 1].any()
+        assert torch.equal(still, other)
+        store.patch({})
+        assert torch.equal(now()[0], filled), "other changes of weights leave it"
+        store.fill({(key, "a"): with_all(0)})
+        assert not now()[0].any()
+        store.close()
