@@ -9,7 +9,7 @@ from __future__ import annotations
 PHASES: dict[str, tuple[str, ...]] = {
     "original weights": ("fuse_lora", "cast"),
     "structure": ("fuse_qkv", "prune", "merge_tokens"),
-    "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover"),
+    "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover", "add_slots"),
     "how a component computes": ("attention_backend", "channels_last", "vae"),
     "the run": ("scheduler", "guidance", "calibrate", "cache_schedule"),
     "what is computed ahead": ("hoist",),
