@@ -27,8 +27,8 @@ ONE, BOTH = "reading and adding the bytes, by hand", "reading and adding the byt
 LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
-def build(folder: Path, layers: int, width: int) -> tuple[Path, int]:
-    """Compiles the bundle; returns it and its transformer's number of weights."""
+def saved(model: Path, layers: int, width: int) -> int:
+    """Saves the pipeline; returns its transformer's number of weights."""
     from diffusers import FluxPipeline
 
     with quiet_libraries():
@@ -36,7 +36,13 @@ def build(folder: Path, layers: int, width: int) -> tuple[Path, int]:
         config = dict(pipe.transformer.config) | {"num_layers": layers, "num_single_layers": 0}
         config |= {"num_attention_heads": width // 64, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
         pipe.transformer = type(pipe.transformer).from_config(config)
-        pipe.save_pretrained(folder / "model")
+        pipe.save_pretrained(model)
+    return sum(weight.numel() for weight in pipe.transformer.parameters())
+
+
+def build(folder: Path, layers: int, width: int) -> tuple[Path, int]:
+    """Compiles the bundle; returns it and its transformer's number of weights."""
+    count = saved(folder / "model", layers, width)
     spec = {
         "spec_version": 1,
         "source": {"model": str(folder / "model"), "dtype": "float32"},
@@ -44,7 +50,6 @@ def build(folder: Path, layers: int, width: int) -> tuple[Path, int]:
         "inputs": {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0, **CALL},
         "passes": [{"name": "fuse_qkv", "component": "transformer"}],
     }
-    count = sum(weight.numel() for weight in pipe.transformer.parameters())
     return diffkiln.compile(spec, folder / "bundle").path, count
 
 

@@ -44,9 +44,12 @@ FORMAT_MINOR = 0
 # tensor_inputs: inputs of calls that are tensors, besides latents. results: several results, or none that are pictures.
 # two_step_resize: images that are made smaller in two steps, as Pillow does with a `reducing_gap`.
 # low_rank: layers whose weights are stored in fewer bits, and two narrow matrices beside them.
+# adapter_slots: layers with narrow matrices beside their weights, which adapters are put into.
 # mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
+ADAPTER_SLOTS = "adapter_slots"
 KNOWN_FEATURES: frozenset[str] = frozenset(
     {
+        ADAPTER_SLOTS,
         "attention_kernels",
         "channels_last",
         "image_inputs",

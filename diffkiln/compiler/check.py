@@ -22,7 +22,7 @@ from diffkiln.models.quantized import UNCOMPILED
 from diffkiln.models.source import SourceModel
 from diffkiln.passes import manager
 from diffkiln.passes.base import Fact, State
-from diffkiln.passes.registry import ListedPass, read_passes
+from diffkiln.passes.registry import ListedPass, read_passes, with_implied
 from diffkiln.record.call import Request
 from diffkiln.record.rehearsal import rehearse
 from diffkiln.record.requests import paths_of_inputs, requests_of
@@ -69,6 +69,7 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
     requests = tuple(requests_of(parsed, pipe))
     rehearse(pipe, requests, paths_of_inputs(parsed))
     state = _state(parsed, source, pipe, requests)
+    listed = with_implied(listed, parsed, state)
     before = {name: manager.nbytes(module) for name, module in state.modules.items()}
     steps = [item.step for item in listed]
     found = [

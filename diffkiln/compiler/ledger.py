@@ -28,7 +28,7 @@ from diffkiln.models.folder import IF_READ
 from diffkiln.models.meta import load_module
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
-from diffkiln.passes.registry import ListedPass
+from diffkiln.passes.registry import IMPLIED, ListedPass
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording, record
 from diffkiln.runtime.executor import Executor
@@ -189,7 +189,7 @@ def ledger_of(plan: Plan, base: Path, own: Mapping[str, Function], mode: Mode, s
 def _entries(plan: Plan) -> list[tuple[str, list[ListedPass]]]:
     """Returns the passes of each entry of the spec, with the entry's name."""
     found: dict[int, list[ListedPass]] = {}
-    for item in plan.listed:
+    for item in (item for item in plan.listed if item.index != IMPLIED):
         found.setdefault(item.index, []).append(item)
     return [(_name(items), items) for items in found.values()]
 
@@ -263,7 +263,9 @@ def _planned(draws: _Draws, items: Sequence[ListedPass]) -> tuple[Plan, Sequence
     """
     spec, wanted = draws.plan.spec, {item.index for item in items}
     entries = tuple(entry for index, entry in enumerate(spec.passes) if index in wanted)
-    return check_with(spec.model_copy(update={"passes": entries, "quality": None}), draws.base), items
+    runtime = spec.runtime.model_copy(update={"adapters": None})  # which are zeros until one is put in
+    fewer = spec.model_copy(update={"passes": entries, "quality": None, "runtime": runtime})
+    return check_with(fewer, draws.base), items
 
 
 def _replayed(plan: Plan, chosen: Sequence[ListedPass]) -> CompiledPipeline:

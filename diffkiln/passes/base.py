@@ -189,6 +189,11 @@ class Pass(Strict):
         except ValidationError as error:
             raise SpecError(problems=problems_from(error, model, where)) from None
 
+    @classmethod
+    def implied(cls, spec: Spec, state: State) -> Iterable[Pass]:
+        """Returns passes that the spec asks for elsewhere than in its list; most are asked for there alone."""
+        return ()
+
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         """Returns the pass with its files found and read; relative paths start from `base`.
 

@@ -10,7 +10,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "components": ("enhance",),
     "original weights": ("fuse_lora", "cast"),
     "structure": ("fuse_qkv", "prune", "merge_tokens"),
-    "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover"),
+    "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover", "add_slots"),
     "how a component computes": ("attention_backend", "channels_last", "vae"),
     "the run": ("scheduler", "guidance", "calibrate", "cache_schedule"),
     "what is computed ahead": ("hoist",),

@@ -10,9 +10,12 @@ from typing import Any
 
 from diffkiln import plugins
 from diffkiln.errors import Problem, SpecError
-from diffkiln.passes.base import Pass
+from diffkiln.passes.base import Pass, State
 from diffkiln.passes.order import ORDER
-from diffkiln.spec import PassEntry, suggest
+from diffkiln.spec import PassEntry, Spec, suggest
+
+#: The index of a pass that stands not in the list: the spec's runtime asks for it.
+IMPLIED = -1
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ListedPass:
 
     @property
     def where(self) -> str:
+        if self.index == IMPLIED:
+            return "$.runtime.adapters"
         return f"$.passes[{self.index}]" + (f".mapping.{self.key}" if self.key else "")
 
 
@@ -55,6 +60,18 @@ def _index(cls: type[Pass], order: Sequence[str]) -> int:
     if first > last:
         raise SpecError(f"the pass {cls.name} wants to stand after {order[first - 1]} and before {order[last]}")
     return last
+
+
+def with_implied(listed: Sequence[ListedPass], spec: Spec, state: State) -> tuple[ListedPass, ...]:
+    """Returns the passes with those that the spec asks for elsewhere, each where it may stand."""
+    order, found = list(pass_classes()), list(listed)
+    for cls in pass_classes().values():
+        for step in cls.implied(spec, state):
+            own = [(at, item.step) for at, item in enumerate(found) if item.step.component == step.component]
+            if not any(other.name == step.name for _, other in own):
+                after = [at for at, other in own if order.index(other.name) > order.index(step.name)]
+                found.insert(after[0] if after else len(found), ListedPass(IMPLIED, step))
+    return tuple(found)
 
 
 def pass_class(name: str) -> type[Pass]:

@@ -20,7 +20,7 @@ from diffkiln.program import Program
 from diffkiln.program.calls import Given
 from diffkiln.runtime.adapters.api import Adaptable
 from diffkiln.runtime.adapters.scales import AnyScale
-from diffkiln.runtime.adapters.shelf import Mix, Shelf
+from diffkiln.runtime.adapters.shelf import Mixes, Shelf
 from diffkiln.runtime.attributes import Interrupt, check_device, refused
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.given import LATENTS, described, is_negative, tensor_inputs, tensor_list, untaken
@@ -102,7 +102,7 @@ class CompiledPipeline(Adaptable):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], Mapping[str, Any] | None]
         | None = None,
-        adapters: Mapping[str, AnyScale] | None = None,
+        adapters: Mapping[str, AnyScale] | Sequence[Mapping[str, AnyScale]] | None = None,
         timeout: float | None = PATIENCE,
         allow_nan: bool = False,
         **keywords: Any,
@@ -120,7 +120,8 @@ class CompiledPipeline(Adaptable):
             return_dict: False returns a tuple.
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": …})` after each step. If it returns
                 latents in a dict, these replace the step's latents.
-            adapters: loaded adapters with their scales, for this call alone; by default those of `set_adapters`.
+            adapters: loaded adapters with their scales, for this call alone; by default those of `set_adapters`. A
+                bundle with slots also takes a list, with those of each prompt.
             timeout: seconds to wait for calls of other threads; None waits for ever.
             allow_nan: returns the result even if numbers overflowed, as diffusers does: mostly black pictures.
             **keywords: negative_prompt, prompt_2, guidance_scale, height, … as in the original call. A keyword that was
@@ -137,10 +138,10 @@ class CompiledPipeline(Adaptable):
             NotFinite: the result is not finite; names the component that gave such numbers first.
         """
         given = {PROMPT: prompt, LATENTS: latents} | keywords
-        mix = None if adapters is None else self._shelf.checked(adapters)
+        mixes = None if adapters is None else self._shelf.checked(adapters)
         with applied(self.limits):
             step_end = callback_on_step_end
-            return self._called(given, generator, output_type, return_dict, step_end, timeout, allow_nan, mix)
+            return self._called(given, generator, output_type, return_dict, step_end, timeout, allow_nan, mixes)
 
     def _called(
         self,
@@ -151,7 +152,7 @@ class CompiledPipeline(Adaptable):
         callback_on_step_end: Callable[..., Any] | None,
         timeout: float | None,
         allow_nan: bool,
-        mix: Mix | None,
+        mixes: Mixes | None,
     ) -> Any:
         check_output_type(output_type)
         check_generators(generator)
@@ -163,7 +164,9 @@ class CompiledPipeline(Adaptable):
         inputs = list(self._inputs(variant, program, call))
         step_end = self._step_end(callback_on_step_end)
         latents = form == "latent"
-        ready = partial(self._shelf.ready, mix)
+        if mixes is not None:
+            self._shelf.check_count(mixes, variant.batch_size)
+        ready = partial(self._shelf.ready, mixes, variant.images_per_prompt)
         made = self.executor(program, inputs, generator, step_end, latents, timeout, allow_nan, ready)
         output = output_of(program, made, form)
         return output if return_dict else tuple(output.values())

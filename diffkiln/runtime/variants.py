@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _SHOWN = {"height", "width", "num_frames", "num_inference_steps", "num_images_pe
 #: Fields of a spec's `inputs`; other keywords stand in `call`.
 _OF_INPUTS = {*_SHOWN, "batch_size", "guidance_scale"}
 _BATCH = "batch of prompts"
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 #: Longer JSON is not shown.
 _LONG = 80
 
@@ -40,6 +42,12 @@ class CompiledVariant:
     def batch_size(self) -> int:
         texts = (text for program in self.programs.values() for text in program.texts)
         return max((row["index"] + 1 for text in texts for row in text["rows"] if "index" in row), default=1)
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Returns how many images or videos a call gives for each prompt."""
+        counts = (self.fixed.get(name) for name in _PER_PROMPT)
+        return math.prod(count for count in counts if isinstance(count, int) and count > 0)
 
     @property
     def texts(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -86,6 +86,8 @@ class WeightStore:
         self._here: dict[Key, Future[dict[str, torch.Tensor]]] = {}
         self._patches: Mapping[Key, Sequence[Patch]] = {}
         self._written: set[tuple[Key, str]] = set()
+        self._fills: dict[Key, dict[Hashable, Patch]] = {}
+        self._places: dict[Key, dict[str, torch.Tensor]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
@@ -142,7 +144,7 @@ class WeightStore:
         self._patches = patches
         if self.offload is not None:
             self.drop_but(frozenset())  # what stayed from the last call has the patches before
-        if self.offload is not None and not any(group.pinned is not None for group in self.groups.values()):
+        if self._comes_from_files:
             return
         wanted = {(key, name) for key, rows in patches.items() for row in rows for name in row.weights}
         self._written |= wanted
@@ -155,6 +157,35 @@ class WeightStore:
                 row.apply(tensors)
         self._synchronize()
         self._written = wanted
+
+    def fill(self, fills: Mapping[tuple[Key, Hashable], Patch]) -> None:
+        """Fills parts of weights, each under a name, in the place of what that name filled before. No run may go on.
+
+        They are weights that no `patch` changes: nothing of them is read from the bundle's files again but where they
+        are read before each use.
+        """
+        for (key, name), row in fills.items():
+            self._fills.setdefault(key, {})[name] = row
+        if self._comes_from_files:
+            self.drop_but(frozenset())
+            return
+        self._synchronize()
+        for (key, _), row in fills.items():
+            row.apply(self._kept(self.groups[key]))
+        self._synchronize()
+        if self.offload is not None:
+            self.drop_but(frozenset())
+
+    def put(self, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts tensors on the device in the place of weights of a group, wherever the group comes from."""
+        self._places.setdefault(key, {}).update(tensors)
+        if key in self._here:
+            self._here[key].result().update(tensors)
+
+    @property
+    def _comes_from_files(self) -> bool:
+        """Returns True if weights are read from files before each use."""
+        return self.offload is not None and not any(group.pinned is not None for group in self.groups.values())
 
     def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor:
         """Starts a run that will use groups in this order.
@@ -215,7 +246,8 @@ class WeightStore:
             self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
         if self._transfers is not None:
-            self._transfers.leaves(future.result().values())
+            stays = self._places.get(key, {})
+            self._transfers.leaves(tensor for name, tensor in future.result().items() if name not in stays)
             del future
             self._transfers.left()
 
@@ -268,7 +300,7 @@ class WeightStore:
             self.groups_now += 1
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
-        return dict(self._tensors(group, flat))
+        return dict(self._tensors(group, flat)) | self._places.get(group.key, {})
 
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in group.entries.items():
@@ -307,7 +339,7 @@ class WeightStore:
 
     def _patched(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
         """Patches a group that has just been read from its file, in the current stream."""
-        if rows := self._patches.get(group.key):
+        if rows := [*self._patches.get(group.key, ()), *self._fills.get(group.key, {}).values()]:
             tensors = dict(self._tensors(group, flat))
             for row in rows:
                 row.apply(tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ class Loras:
         self._folder, self._kept = folder, kept
         self._loaded: OrderedDict[str, _Stamp] = OrderedDict()
 
-    def ready(self, pipe: Any, mix: Mapping[str, float]) -> Mapping[str, float]:
-        """Loads the adapters of a call, where they are not loaded yet; returns the mix.
+    def ready(
+        self, pipe: Any, mixes: Sequence[Mapping[str, float]]
+    ) -> Mapping[str, float] | Sequence[Mapping[str, float]]:
+        """Loads the adapters of a call, where they are not loaded yet; returns the mix of all rows, or those of each.
 
         Raises:
             CallError: A file is gone, or is no adapter of the bundle.
         """
-        for name in mix:
+        names = dict.fromkeys(name for mix in mixes for name in mix)
+        for name in names:
             stamp = _stamp(self._folder / f"{name}{_ENDING}")
             if stamp is None:
                 raise CallError(f"lora: {name} is no longer offered. Ask for another one")
@@ -48,9 +51,9 @@ class Loras:
                 pipe.load_lora(self._folder / f"{name}{_ENDING}", name=name, scale=0)
                 self._loaded[name] = stamp
             self._loaded.move_to_end(name)
-        for name in [name for name in self._loaded if name not in mix][: max(0, len(self._loaded) - self._kept)]:
+        for name in [name for name in self._loaded if name not in names][: max(0, len(self._loaded) - self._kept)]:
             self._forget(pipe, name)
-        return mix
+        return mixes if len(mixes) > 1 else mixes[0]
 
     def _forget(self, pipe: Any, name: str) -> None:
         if self._loaded.pop(name, None) is not None:

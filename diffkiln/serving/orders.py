@@ -146,8 +146,7 @@ class Job:
     def kind(self) -> tuple[Any, ...]:
         """Returns what jobs that may share a call have in common."""
         order = self.order
-        names = tuple(sorted(order.prompts)), tuple(sorted(order.images))
-        return id(self.choice), *names, tuple(sorted(order.lora.items()))
+        return id(self.choice), tuple(sorted(order.prompts)), tuple(sorted(order.images))
 
     @cached_property
     def shown(self) -> Mapping[int, int]:

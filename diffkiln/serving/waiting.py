@@ -20,7 +20,12 @@ class Queue:
     Args:
         capacity: Rows that wait at most.
         window: Seconds that a row waits for others of its kind.
+
+    Attributes:
+        slots: Adapters that rows of one call may use between them; without slots all have the same.
     """
+
+    slots = 0
 
     def __init__(self, capacity: int, window: float) -> None:
         self._capacity, self._window = capacity, window
@@ -107,8 +112,16 @@ class Queue:
         return max(1, math.ceil(self._seconds * (len(self._rows) + self._running)))
 
     def _alike(self) -> list[Row]:
-        kind = self._rows[0].job.kind
-        return [row for row in self._rows if row.job.kind == kind]
+        """Returns the rows that may share a call with the first one: of its kind, and whose adapters are its own, or
+        fit into the slots together."""
+        first = self._rows[0].job
+        names = set(first.order.lora)
+        found: list[Row] = []
+        for row in (row for row in self._rows if row.job.kind == first.kind):
+            if row.job.order.lora == first.order.lora or len(names | row.job.order.lora.keys()) <= self.slots:
+                names |= row.job.order.lora.keys()
+                found.append(row)
+        return found
 
     def _patience(self) -> float:
         """Seconds for which the first row may still wait for others; none where enough are there."""

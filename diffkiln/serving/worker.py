@@ -78,6 +78,7 @@ class Worker:
             return
         with pipe:
             self.pipe = pipe
+            self._queue.slots = getattr(pipe, "adapter_slots", 0)
             self._loaded(None)
             while rows := self._queue.take():
                 started = time.monotonic()
@@ -112,7 +113,7 @@ class Worker:
         if not self._silent:
             given["callback_on_step_end"] = watch
         if self._loras is not None:
-            given["adapters"] = self._loras.ready(self.pipe, rows[0].job.order.lora)
+            given["adapters"] = self._loras.ready(self.pipe, _mixes(rows, choice.fits(len(rows))))
         result = self.pipe(**choice.keywords, **given)
         self._metrics.called(len(rows))
         self._metrics.phase("denoise", watch.stepped - watch.started - watch.showing)
@@ -171,9 +172,20 @@ def _pictures(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[tuple[
             yield row, image, pictures[number * row.job.choice.images + image]
 
 
+def _mixes(rows: Sequence[Row], batch: int) -> list[Mapping[str, float]]:
+    """Returns the adapters of each row of a batch; one mix alone where all have the same."""
+    found = [row.job.order.lora for row in _filled(rows, batch)]
+    return found[:1] if all(mix == found[0] for mix in found) else found
+
+
+def _filled(rows: Sequence[Row], batch: int) -> list[Row]:
+    """Returns the rows of a batch, which is padded with its last row where it is not filled."""
+    return [*rows, *[rows[-1]] * (batch - len(rows))]
+
+
 def _given(rows: Sequence[Row], batch: int) -> dict[str, Any]:
-    """Returns the keywords that differ from row to row. A batch that is not filled is padded with its last row."""
-    filled = [*rows, *[rows[-1]] * (batch - len(rows))]
+    """Returns the keywords that differ from row to row."""
+    filled = _filled(rows, batch)
     first = rows[0].job.order
     given: dict[str, Any] = {name: [row.job.order.prompts[name] for row in filled] for name in first.prompts}
     for name in first.images:

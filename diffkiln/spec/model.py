@@ -288,6 +288,23 @@ class Offload(Strict):
         return value
 
 
+class Adapters(Strict):
+    """Room for adapters beside the weights of a denoiser: low-rank inputs of its linear layers."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=16, description="Highest rank of an adapter; those of a lower one fit too."
+    )
+    slots: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=2, description="Number of adapters that one call may use."
+    )
+    include: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        default=("*",), description="Patterns of the layers that have room."
+    )
+    exclude: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        default=(), description="Patterns of the layers that have none."
+    )
+
+
 class Runtime(Strict):
     """The runtime's handling of the bundle. The bundle is resident on its device unless `offload` is given."""
 
@@ -302,6 +319,11 @@ class Runtime(Strict):
     cuda_graphs: Literal["step", "program"] | None = Field(
         default=None,
         description="Launch each denoising step, or the whole program except its noise, as a CUDA graph. Absent: none.",
+    )
+    adapters: Adapters | None = Field(
+        default=None,
+        description="Room for adapters beside the weights, so that rows of a batch may use different ones. Absent: "
+        "adapters are added to the weights.",
     )
     on_incompatible: Literal["error", "eager"] = Field(
         default="error",

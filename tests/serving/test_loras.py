@@ -20,7 +20,7 @@ from diffkiln.serving.offer import Choice
 from diffkiln.serving.orders import Job, Order
 from diffkiln.serving.waiting import Queue
 from tests.runtime.adapters.files import drawn
-from tests.serving.conftest import Running, running
+from tests.serving.conftest import Running, digits, once, running
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 NAMES = ("style", "detail", "line")
@@ -86,16 +86,53 @@ def test_requests_at_once_do_not_mix(served):
     assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_rows_with_other_adapters_do_not_share_a_call():
-    def job(**lora: float) -> Job:
-        return Job(Order("id", {"prompt": "a"}, {}, {}, 1, 0, lora=lora), choice, lambda _: None)
+CHOICE = Choice({}, (1, 2, 4), 1, 4)
 
-    choice = Choice({}, (1, 2, 4), 1, 4)
+
+def job(**lora: float) -> Job:
+    return Job(Order("id", {"prompt": "a"}, {}, {}, 1, 0, lora=lora), CHOICE, lambda _: None)
+
+
+def test_rows_with_other_adapters_do_not_share_a_call():
     queue = Queue(64, 0.0)
     first, other, second = job(a=1.0), job(a=0.5), job(a=1.0)
     for each in (first, other, second):
         queue.put(each)
     assert [[row.job for row in queue.take()] for _ in range(2)] == [[first, second], [other]]
+
+
+def test_rows_whose_adapters_fit_into_the_slots_share_a_call():
+    queue = Queue(64, 0.0)
+    queue.slots = 2
+    jobs = [job(a=1.0), job(), job(c=1.0, d=1.0), job(b=0.5), job(e=1.0), job(a=0.5, b=1.0)]
+    for each in jobs:
+        queue.put(each)
+    wanted = [[0, 1, 3, 5], [2], [4]]
+    assert [[jobs.index(row.job) for row in queue.take()] for _ in wanted] == wanted
+
+
+def test_a_request_may_mix_more_adapters_than_there_are_slots_and_then_is_alone():
+    queue = Queue(64, 0.0)
+    queue.slots = 1
+    jobs = [job(a=1.0, b=1.0), job(), job(a=1.0, b=1.0)]
+    for each in jobs:
+        queue.put(each)
+    assert [[jobs.index(row.job) for row in queue.take()] for _ in range(2)] == [[0, 2], [1]]
+
+
+@pytest.mark.more
+def test_requests_with_other_adapters_share_a_call_in_slots(tmp_path_factory, folder):
+    bundle = once("slots", tmp_path_factory, lambda: digits((1, 2), runtime={"adapters": {"rank": 4, "slots": 2}}))
+    with running(bundle, loras=folder, kept_loras=2, images=2, window=2.0) as server:
+        mixes = [{"style": 1}, {"detail": -1}]
+        alone = [draw(server, lora=mix) for mix in mixes]
+        before = server.numbers()["diffkiln_batch_images_count"]
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda mix: draw(server, lora=mix), mixes))
+        assert server.numbers()["diffkiln_batch_images_count"] == before + 1
+    assert not np.array_equal(*alone)
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1, "a batch of two rounds in another way"
 
 
 @pytest.mark.parametrize("name", ["stile", "../style", ".hidden", "notes", "/etc/passwd", "", "a" * 200])
@@ -153,9 +190,9 @@ def test_the_least_used_are_forgotten_and_those_of_the_call_never(folder):
 
     pipe, loras = Pipe(), Loras(folder, 2)
     for mix in ({"style": 1.0}, {"detail": 1.0}, {"style": 1.0}, {"line": 1.0}):
-        loras.ready(pipe, mix)
+        loras.ready(pipe, [mix])
     assert pipe.loaded == ["style", "line"]
-    loras.ready(pipe, dict.fromkeys(NAMES, 1.0))
+    loras.ready(pipe, [{"line": 0.5}, dict.fromkeys(NAMES, 1.0)])
     assert sorted(pipe.loaded) == sorted(NAMES)
 
 

@@ -9,6 +9,7 @@ from diffkiln.interpreter.layers.decoding import decode_in_parts, parts_problem,
 from diffkiln.interpreter.layers.fused import FUSED, first_row
 from diffkiln.interpreter.layers.layout import is_channels_last, to_channels_last
 from diffkiln.interpreter.layers.merging import MOST, merge_tokens, self_attentions
+from diffkiln.interpreter.layers.slots import Slotted, can_have_slots, parts_of, put_slots, put_slots_as_stored
 from diffkiln.interpreter.layers.storage import (
     STORAGE_FORMATS,
     Cast,
@@ -30,10 +31,12 @@ __all__ = [
     "Int4",
     "Int8",
     "LowRank",
+    "Slotted",
     "Sparse24",
     "StorageFormat",
     "Stored",
     "add_factors",
+    "can_have_slots",
     "decode_in_parts",
     "described",
     "drop_blocks",
@@ -42,7 +45,10 @@ __all__ = [
     "is_channels_last",
     "matching",
     "merge_tokens",
+    "parts_of",
     "parts_problem",
+    "put_slots",
+    "put_slots_as_stored",
     "repeated_blocks",
     "self_attentions",
     "store",

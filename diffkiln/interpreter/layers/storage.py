@@ -12,6 +12,8 @@ import torch
 
 from diffkiln.interpreter.dtypes import DTYPES
 
+_TINY = torch.finfo(torch.float32).tiny
+
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[Shape, torch.dtype]]
 
@@ -20,11 +22,13 @@ Parts = dict[str, tuple[Shape, torch.dtype]]
 class StorageFormat(ABC):
     """The format in which a weight is stored. Its fields are its options.
 
-    Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer.
+    Class attributes: `name`, the word in a bundle; `stores`, which parameters of a layer; `step`, how far a number
+    moves at most when it is rounded to the format, as a part of the largest near it, where `rounded` can do that.
     """
 
     name: ClassVar[str]
     stores: ClassVar[tuple[str, ...]] = ("weight",)
+    step: ClassVar[str] = ""
 
     def options(self) -> dict[str, Any]:
         """Returns the options as JSON."""
@@ -37,6 +41,14 @@ class StorageFormat(ABC):
     @abstractmethod
     def restore(self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """Returns the parameter, built from its parts."""
+
+    def rounded(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the parts that are nearest to another weight, in the place of these; tables stay.
+
+        Raises:
+            NotImplementedError: the format has no `step`.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Int4(StorageFormat):
     """
 
     name: ClassVar[str] = "int4"
+    step: ClassVar[str] = "1/14 of the largest of its group"
 
     group_size: int = 64
 
@@ -92,6 +105,13 @@ class Int4(StorageFormat):
         grouped = numbers.reshape(shape[0], -1, self.group_size) * parts["scale"].unsqueeze(-1)
         return grouped.reshape(shape)
 
+    def rounded(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        grouped = weight.reshape(weight.shape[0], -1, self.group_size)
+        scale = (grouped.abs().amax(-1) / 7).clamp_min(_TINY).to(parts["scale"].dtype)
+        numbers = (grouped / scale.unsqueeze(-1)).round().clamp(-8, 7).reshape(weight.shape).to(torch.int8) + 8
+        nibbles = numbers.to(torch.uint8)
+        return {"data": nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), "scale": scale}
+
 
 @dataclass(frozen=True)
 class FourBit(StorageFormat):
@@ -102,6 +122,7 @@ class FourBit(StorageFormat):
     """
 
     name: ClassVar[str] = "four_bit"
+    step: ClassVar[str] = "1/6 of the largest of its block"
     nested_block: ClassVar[int] = 256
 
     block_size: int = 64
@@ -127,11 +148,40 @@ class FourBit(StorageFormat):
         scaled = _blockwise(values, self._absmax(parts), self.block_size)
         return scaled[:count].reshape(shape).to(dtype)
 
+    def rounded(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        blocks = _in_blocks(weight.reshape(-1), self.block_size)
+        new = self._rounded_absmax(blocks.abs().amax(-1), parts)
+        absmax = self._absmax({**parts, **new})
+        indices = nearest(blocks / absmax.clamp_min(_TINY).unsqueeze(-1), parts["table"]).reshape(-1)
+        nibbles = indices[: 2 * parts["data"].numel()].to(torch.uint8)
+        nibbles = torch.nn.functional.pad(nibbles, (0, 2 * parts["data"].numel() - nibbles.numel()))
+        return new | {"data": (nibbles[0::2] << 4) | nibbles[1::2]}
+
+    def _rounded_absmax(self, absmax: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self.nested:
+            return {"absmax": absmax}
+        blocks = _in_blocks(absmax - parts["absmax_offset"], self.nested_block)
+        scale = blocks.abs().amax(-1).clamp_min(_TINY)
+        indices = nearest(blocks / scale.unsqueeze(-1), parts["absmax_table"]).reshape(-1)
+        return {"absmax": indices[: absmax.numel()].to(torch.uint8), "absmax_scale": scale}
+
     def _absmax(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not self.nested:
             return parts["absmax"]
         values = parts["absmax_table"].index_select(0, parts["absmax"].to(torch.int32))
         return _blockwise(values, parts["absmax_scale"], self.nested_block) + parts["absmax_offset"]
+
+
+def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Returns the index of the number in a table that is nearest to each value."""
+    ordered, places = table.sort()
+    borders = (ordered[1:] + ordered[:-1]) / 2
+    return places[torch.bucketize(values, borders)]
+
+
+def _in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns values [n] as blocks [⌈n/size⌉, size], filled with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.shape[0] % size)).reshape(-1, size)
 
 
 def _blockwise(values: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:

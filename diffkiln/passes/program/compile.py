@@ -105,6 +105,10 @@ class Compile(ProgramPass):
                 f"{where}.backend", reason, "Install the torch that does: engines are tried when they are built."
             )
         facts = {fact.name for fact in state.facts if fact.component == self.component}
+        lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
+        if "slotted" in facts and self.exporter.holds_weights(lowered):
+            reason = f"the engines of {self.backend} hold their weights, so no adapter can be put into their slots"
+            yield Problem(where, reason, 'Choose another backend, or remove "adapters" from "runtime".')
         yield from self.exporter.problems(self.component, module, facts, target, where, self)
 
     def check_recording(self, recording: Recording, target: Target, where: str) -> Iterable[Problem]:

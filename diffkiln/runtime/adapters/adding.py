@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffkiln.runtime.adapters.targets import FLOAT8, INT8, Target
+from diffkiln.runtime.adapters.targets import FLOAT8, FOUR_BITS, INT8, Target
 from diffkiln.runtime.weights import Patch
 
 #: The largest number of a symmetric int8.
@@ -64,6 +64,9 @@ def patches_of(mix: Sequence[Scaled]) -> list[tuple[Target, Patch]]:
 
 def _weight_patch(mix: Sequence[Scaled]) -> Patch:
     target = mix[0][1].target
+    if target.storage is not None:
+        names = tuple(f"{target.layer}.weight_{part}" for part in target.storage.parts(target.shape, torch.float32))
+        return Patch(names, lambda tensors: _round_again(tensors, target, mix))
     if target.form != INT8:
         return Patch((target.weight,), lambda tensors: _add(tensors[target.weight], mix))
     return Patch((target.weight, target.scale), lambda tensors: _requantize(tensors, target, mix))
@@ -105,6 +108,28 @@ def _requantize(tensors: Mapping[str, torch.Tensor], target: Target, mix: Sequen
         numbers[rows].copy_((whole / new.float()).round_().clamp_(-_INT8_MOST, _INT8_MOST))
 
 
+def _round_again(tensors: Mapping[str, torch.Tensor], target: Target, mix: Sequence[Scaled]) -> None:
+    """Adds a mix to a weight in four bits, and rounds it again: the changed rows, or all where blocks go over rows."""
+    storage, shape = target.storage, target.shape
+    if storage is None:
+        return
+    parts = {part: tensors[f"{target.layer}.weight_{part}"] for part in storage.parts(shape, torch.float32)}
+    whole = storage.restore(parts, shape, torch.float32)
+    for rows, changes in _by_rows(mix):
+        down, up = _factors(changes, whole)
+        whole[rows].addmm_(up, down)
+        if parts["data"].dim() > 1:
+            own = {part: tensor[rows] for part, tensor in parts.items()}
+            _write(storage.rounded(whole[rows], own), own)
+    if parts["data"].dim() == 1:
+        _write(storage.rounded(whole, parts), parts)
+
+
+def _write(new: Mapping[str, torch.Tensor], parts: Mapping[str, torch.Tensor]) -> None:
+    for part, tensor in new.items():
+        parts[part].copy_(tensor)
+
+
 def _by_rows(mix: Sequence[Scaled]) -> list[tuple[slice, list[Scaled]]]:
     found: dict[tuple[int, int], list[Scaled]] = {}
     for scale, change in mix:
@@ -124,4 +149,4 @@ def _factors(mix: Sequence[Scaled], weight: torch.Tensor) -> tuple[torch.Tensor,
 
 def rounds(target: Target) -> bool:
     """Returns True if a sum is rounded to a quantized type."""
-    return target.form in (FLOAT8, INT8)
+    return target.form in (FLOAT8, FOUR_BITS, INT8)

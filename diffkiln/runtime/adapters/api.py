@@ -29,6 +29,11 @@ class Adaptable:
         """Returns the adapters that are loaded, each with its scale; 0 for those that are turned off."""
         return MappingProxyType(dict(self._shelf.mix))
 
+    @property
+    def adapter_slots(self) -> int:
+        """Returns how many adapters one call may use beside the weights; 0 where they are added to the weights."""
+        return self._shelf.slots
+
     @gated()
     def load_lora(
         self,
@@ -39,6 +44,7 @@ class Adaptable:
         ignore: Sequence[str] = (),
         component: str | None = None,
         requantize: bool = False,
+        merged: bool = False,
         timeout: float | None = PATIENCE,
     ) -> str:
         """Reads a LoRA and adds it to the weights. Compiles nothing; the bundle's files stay as they are.
@@ -50,7 +56,9 @@ class Adaptable:
                 {"unet.down_blocks": 0.5}, by the beginnings of layers' names; 1 where none fits.
             ignore: patterns of names of tensors in the file that are left out on purpose, such as `text_encoder*`.
             component: the component of layers whose names say none; by default the transformer or the U-Net.
-            requantize: allows sums to be rounded to int8 and float8 weights; without it such layers are refused.
+            requantize: allows sums to be rounded to quantized weights; without it such layers are refused.
+            merged: adds the adapter to the weights also where the bundle has slots for adapters; then it is in all
+                rows of a batch or in none.
             timeout: seconds to wait for calls of other threads; None waits for ever.
 
         Returns:
@@ -58,7 +66,8 @@ class Adaptable:
 
         Raises:
             CallError: the file is no safetensors file, is for another architecture, changes layers that the bundle
-                lacks, or holds numbers that are not finite; the name is taken; or engines hold the weights.
+                lacks, or holds numbers that are not finite; the name is taken; engines hold the weights; or the bundle
+                has slots, and the rank is higher than theirs, or a layer has none.
             LimitExceeded: the file is larger, or a rank higher, than the limits allow.
             Busy: calls of other threads took longer than `timeout`.
             HubError: the Hub does not have the file, or refuses it.
@@ -67,7 +76,7 @@ class Adaptable:
             file = _file(path)
             named = file.stem if name is None else name
             _check_name(named)
-            wanted = self._shelf.wanted(component, _patterns(ignore), bool(requantize))
+            wanted = self._shelf.wanted(component, _patterns(ignore), bool(requantize), bool(merged))
             self._shelf.load(file, named, scale, wanted, timeout)
         return named
 
@@ -85,7 +94,7 @@ class Adaptable:
             CallError: an adapter is not loaded, a scale is no number, or a block has none of the adapter's layers.
             Busy: calls of other threads took longer than `timeout`.
         """
-        self._shelf.set(self._shelf.checked(adapters), timeout)
+        self._shelf.set(self._shelf.checked_mix(adapters), timeout)
 
     @gated()
     def unload_lora(self, name: str, *, timeout: float | None = PATIENCE) -> None:

@@ -15,7 +15,7 @@ from diffkiln.guards.limits import active
 from diffkiln.interpreter.adapters import Kind, Named, other_method, parse
 from diffkiln.runtime.adapters.adding import Change, rounds
 from diffkiln.runtime.adapters.file import DORA, AdapterFile, Alphas, open_file
-from diffkiln.runtime.adapters.targets import OTHER, Layers, Target
+from diffkiln.runtime.adapters.targets import INT8, OTHER, Layers, Target
 from diffkiln.runtime.tables import Entry
 
 _CONVERT = "diffkiln lora convert FILE --for BUNDLE -o FILE reads more formats"
@@ -28,10 +28,12 @@ class Adapter:
     Attributes:
         file: Its name, for messages.
         changes: One for each layer.
+        slots: Whether they are for slots.
     """
 
     file: str
     changes: tuple[Change, ...]
+    slots: bool = False
 
     @property
     def layers(self) -> set[str]:
@@ -53,12 +55,14 @@ class Wanted:
         denoiser: The component of layers whose names say none.
         ignored: Patterns of names of tensors that are left out on purpose.
         requantize: Whether sums may be rounded to quantized types.
+        slots: Whether it is for layers' slots, and not to be added to their weights.
     """
 
     components: Collection[str]
     denoiser: str
     ignored: Sequence[str] = ()
     requantize: bool = False
+    slots: bool = False
 
     def ignores(self, key: str) -> bool:
         return any(fnmatchcase(key, pattern) for pattern in self.ignored)
@@ -98,7 +102,8 @@ def read_adapter(path: Path, wanted: Wanted, layers_of: Callable[[str], Layers],
     finally:
         file.close()
     alphas = Alphas(file.metadata, file.name)
-    return Adapter(file.name, tuple(_change(row, target, tensors, alphas, device) for row, target in plans))
+    changes = tuple(_change(row, target, tensors, alphas, device) for row, target in plans)
+    return Adapter(file.name, changes, wanted.slots)
 
 
 def _layers(file: AdapterFile, wanted: Wanted) -> list[_Layer]:
@@ -171,9 +176,13 @@ def _checked(file: AdapterFile, row: _Layer, target: Target, wanted: Wanted) -> 
             f"load_lora: {file.name} has one of the two factors of {row.named.layer}, as {key}. The file is not whole: "
             "get it again"
         )
+    target = target.within(math.prod(_trimmed(down.shape[1:])))
     rank = up.shape[1] if len(up.shape) >= 2 else 0
     active().check("adapter_rank", max(rank, down.shape[0] if down.shape else 0), f"{file.name}, {row.named.layer}")
-    _check_form(file, row, target, wanted)
+    if wanted.slots and target.used:
+        _check_room(file, row, target, up)
+    elif not wanted.slots:
+        _check_form(file, row, target, wanted)
     if reason := _misfit(file, row, target, down, up):
         raise CallError(
             f"load_lora: {file.name}: {row.named.layer} {reason}. It was made for another architecture. Give an "
@@ -199,19 +208,48 @@ def _misfit(file: AdapterFile, row: _Layer, target: Target, down: Entry, up: Ent
     return ""
 
 
+def _check_room(file: AdapterFile, row: _Layer, target: Target, up: Entry) -> None:
+    """Checks that a layer has slots, and that the adapter fits into one."""
+    room, outputs, rank = target.room, up.shape[0], up.shape[1] if len(up.shape) > 1 else 0
+    if room is None or (target.part is not None and outputs * room.parts != target.shape[0]):
+        raise CallError(
+            f"load_lora: {row.named.layer} of {target.component}, which {file.name} changes, has no slots. "
+            "merged=True adds the whole adapter to the weights; or leave such layers out: ignore=[…]"
+        )
+    if rank > room.rank:
+        raise CallError(
+            f"load_lora: {file.name} has the rank {rank}, of {row.named.layer}, and the bundle's slots have "
+            f'{room.rank}. Compile it with "runtime": {{"adapters": {{"rank": {rank}}}}}, or add the adapter to the '
+            "weights: merged=True"
+        )
+    if "bias" in row.keys:
+        raise CallError(
+            f"load_lora: {file.name} adds to the bias of {row.named.layer}, for which slots have no room. merged=True "
+            "adds the whole adapter to the weights"
+        )
+
+
 def _check_form(file: AdapterFile, row: _Layer, target: Target, wanted: Wanted) -> None:
     if target.form == OTHER:
         raise CallError(
             f"load_lora: {row.named.layer} is quantized, or stored in another way, to which {file.name} cannot be "
-            "added. Compile the bundle without that for these layers (exclude), or add the adapter by the pass "
-            "fuse_lora before it"
+            'added. Compile the bundle with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}; without that for '
+            "these layers (exclude); or add the adapter by the pass fuse_lora before it"
         )
     if rounds(target) and not wanted.requantize:
         raise CallError(
             f"load_lora: {row.named.layer} is stored as {target.form}. requantize=True adds {file.name} in float32 and "
-            "rounds the rows again: a row's numbers move by up to half a step, 1/254 of its largest for int8 and 1/16 "
-            "of each number for float8, and what is finer is lost. Or compile these layers unquantized"
+            f"rounds the sum again: numbers move by up to half a step, {_step(target)}, and what is finer is lost. "
+            'Or compile with slots, "runtime": {"adapters": {"rank": 16, "slots": 2}}, which round nothing; or these '
+            "layers unquantized"
         )
+
+
+def _step(target: Target) -> str:
+    """Returns how far a number moves when a sum is rounded to a quantized type."""
+    if target.storage is not None:
+        return target.storage.step
+    return "1/254 of the largest of its row" if target.form == INT8 else "1/16 of each number"
 
 
 def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:

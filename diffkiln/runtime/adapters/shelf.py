@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.bundle import Verified
+from diffkiln.bundle.manifest import ADAPTER_SLOTS
 from diffkiln.errors import CallError
 from diffkiln.guards.printable import get_logger
 from diffkiln.guards.spelling import suggest
@@ -21,7 +22,8 @@ from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
 from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
 from diffkiln.runtime.adapters.scales import AnyScale, Scale, as_given, check_blocks, checked_scale, scale_of
-from diffkiln.runtime.adapters.targets import Layers, denoiser, read_layers
+from diffkiln.runtime.adapters.slots import Mix, Slots
+from diffkiln.runtime.adapters.targets import Layers, denoiser, read_layers, without_unread
 from diffkiln.runtime.engines import holds_weights
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.variants import CompiledVariant
@@ -29,8 +31,8 @@ from diffkiln.runtime.weights import Key, Patch
 
 log = get_logger(__name__)
 
-#: Name of an adapter → its scale.
-Mix = Mapping[str, Scale]
+#: The mixes of a call: one for all rows, or one for each prompt.
+Mixes = Mix | Sequence[Mix]
 
 
 class Shelf:
@@ -48,11 +50,17 @@ class Shelf:
         self._mix: dict[str, Scale] = {}
         self._applied: tuple[tuple[str, Scale], ...] | None = ()  # None: nobody knows, after an error
         self._layers_of = cache(self._read_layers)
+        self._slots = self._made_slots()
 
     @property
     def mix(self) -> Mapping[str, AnyScale]:
         """Returns all adapters by name, with the scale that calls use."""
         return {name: as_given(self._mix.get(name, 0.0)) for name in list(self._loaded)}
+
+    @property
+    def slots(self) -> int:
+        """Returns the number of slots of each layer."""
+        return self._slots.count if self._slots is not None else 0
 
     def load(self, path: Path, name: str, given: AnyScale, wanted: Wanted, timeout: float | None) -> None:
         """Reads an adapter, while calls go on, and adds it to the mix, once no call runs.
@@ -79,7 +87,7 @@ class Shelf:
     def set(self, mix: Mix, timeout: float | None) -> None:
         """Makes this the mix of all calls that name no other."""
         with self._executor.turns.taken(timeout):
-            self._change_to(self.checked(mix))
+            self._change_to(self.checked_mix(mix))
 
     def unload(self, name: str, timeout: float | None) -> None:
         """Takes an adapter out of the mix, and forgets it."""
@@ -87,18 +95,39 @@ class Shelf:
         with self._executor.turns.taken(timeout):
             self._check_known(name)
             rest = {other: scale for other, scale in self._mix.items() if other != name}
-            if self._applied is None or name in dict(self._applied):
+            if self._slots is not None and self._loaded[name].slots:
+                self._slots.forget(name)
+            elif self._applied is None or name in dict(self._applied):
                 self._apply(rest)
             self._mix = rest
             del self._loaded[name]
 
-    def checked(self, mix: Any) -> dict[str, Scale]:
-        """Returns a caller's mix.
+    def checked(self, given: Any) -> Mixes:
+        """Returns a caller's mix, or those of each prompt.
 
         Raises:
             CallError: It is no mapping of names to scales, or names an adapter that is not loaded, or a block that it
-                does not change.
+                does not change; or there are several, and the bundle has no slots.
         """
+        if not isinstance(given, (list, tuple)) or not all(isinstance(mix, Mapping) for mix in given):
+            return self.checked_mix(given)
+        mixes = [self.checked_mix(mix) for mix in given]
+        if self._slots is None:
+            raise CallError(
+                "adapters: a mix for each prompt needs slots, and this bundle adds adapters to its weights. Give one "
+                'mix, or compile it with "runtime": {"adapters": {"rank": 16, "slots": 2}}'
+            )
+        self._slots.check(sorted({name for mix in mixes for name, scale in mix.items() if scale}))
+        names = {name for mix in mixes for name in mix if not self._loaded[name].slots}
+        if uneven := next((name for name in sorted(names) if len({mix.get(name, 0.0) for mix in mixes}) > 1), None):
+            raise CallError(
+                f"adapters: {uneven[:60]!r} was added to the weights, so all rows have it. Give it the same scale in "
+                "each mix, or load it without merged=True"
+            )
+        return mixes
+
+    def checked_mix(self, mix: Any) -> dict[str, Scale]:
+        """Returns a caller's mix for all rows."""
         if not isinstance(mix, Mapping):
             raise CallError('adapters: give names and scales, such as {"style": 0.8}, or {} for none')
         for name in mix:
@@ -108,9 +137,24 @@ class Shelf:
             check_blocks(name, scale, self._loaded[name].layers)
         return scales
 
-    def ready(self, mix: Mix | None) -> None:
-        """Brings a mix into the weights, or the mix of all calls for None. Called within a call's own turn."""
-        self._apply(self._mix if mix is None else self.checked(mix))
+    def check_count(self, mixes: Mixes, prompts: int) -> None:
+        """Raises `CallError` if there are several mixes, and not one for each prompt."""
+        if not isinstance(mixes, Mapping) and len(mixes) != prompts:
+            raise CallError(f"adapters: {len(mixes)} mixes for {prompts} prompts. Give one for each, or one for all")
+
+    def ready(self, mixes: Mixes | None, images: int = 1) -> None:
+        """Brings a mix into the weights, or the mix of all calls for None. Called within a call's own turn.
+
+        Args:
+            mixes: One for all rows, or one for each prompt.
+            images: How many a call gives for each prompt.
+        """
+        if mixes is None:
+            self._apply(self._mix)
+        elif isinstance(mixes, Mapping):
+            self._apply(self.checked_mix(mixes))
+        else:
+            self._apply(*[self.checked_mix(mix) for mix in mixes], images=images)
 
     # -- changes, within a turn --
 
@@ -118,7 +162,16 @@ class Shelf:
         self._apply(mix)
         self._mix = dict(mix)
 
-    def _apply(self, mix: Mix) -> None:
+    def _apply(self, *mixes: Mix, images: int = 1) -> None:
+        """Brings adapters where they belong: those that have slots into these, the others into the weights."""
+        mix = mixes[0]
+        if self._slots is not None:
+            own = [{name: scale for name, scale in mix.items() if self._loaded[name].slots} for mix in mixes]
+            self._slots.use(self._slots.expanded(own, images) if len(own) > 1 else own, self._loaded)
+            mix = {name: scale for name, scale in mix.items() if not self._loaded[name].slots}
+        self._merge(mix)
+
+    def _merge(self, mix: Mix) -> None:
         """Adds adapters to the originals in the order of their names, so that a mix always gives the same bits."""
         wanted = tuple((name, mix[name]) for name in sorted(self._loaded) if mix.get(name))
         if wanted == self._applied:
@@ -189,9 +242,16 @@ class Shelf:
         return found
 
     def _read_layers(self, component: str) -> Layers:
-        return read_layers(self._verified, component)
+        module = self._executor.modules.get(component)
+        return without_unread(read_layers(self._verified, component), module)
 
-    def wanted(self, component: str | None, ignored: Sequence[str], requantize: bool) -> Wanted:
+    def _made_slots(self) -> Slots | None:
+        """Returns the slots of the bundle's layers; None for a bundle that has none."""
+        if self._verified is None or ADAPTER_SLOTS not in self._verified.manifest.features_required:
+            return None
+        return Slots(self._executor.store, [self._layers_of(name) for name in self._executor.modules])
+
+    def wanted(self, component: str | None, ignored: Sequence[str], requantize: bool, merged: bool) -> Wanted:
         """Returns how a file is to be read.
 
         Raises:
@@ -200,4 +260,5 @@ class Shelf:
         components = self._verified.manifest.weights
         if component is not None and component not in components:
             raise CallError(f"load_lora: component {component[:60]!r} is none of {', '.join(components)}")
-        return Wanted(frozenset(components), component or denoiser(components), ignored, requantize)
+        slots = self._slots is not None and not merged
+        return Wanted(frozenset(components), component or denoiser(components), ignored, requantize, slots)

@@ -24,7 +24,7 @@ from diffkiln.bundle.layout import LAYERS
 from diffkiln.errors import Incompatible, IntegrityError, MissingDependency, SpecError
 from diffkiln.guards.building import bounded_building
 from diffkiln.interpreter.dtypes import dtype_of
-from diffkiln.interpreter.layers import FUSED, store_as_described
+from diffkiln.interpreter.layers import FUSED, put_slots_as_stored, store_as_described
 from diffkiln.interpreter.layers.torchao import joined, type_in
 from diffkiln.runtime.tables import read_header
 
@@ -76,6 +76,7 @@ def build(
         module.fuse_qkv_projections()  # type: ignore[operator]
     try:
         store_as_described(module, layers)
+        put_slots_as_stored(module, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise IntegrityError(f"{folder.name}/{LAYERS} does not fit {type(module).__name__}: {error}") from None
     _drop_missing(module, {_plain(name, module) for name in weights})

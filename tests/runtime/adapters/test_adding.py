@@ -7,8 +7,9 @@ import torch
 
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import CallError
+from diffkiln.interpreter.layers import FourBit, Int4
 from diffkiln.runtime.adapters.adding import Change, patches_of
-from diffkiln.runtime.adapters.targets import FLOAT8, INT8, PLAIN, Target
+from diffkiln.runtime.adapters.targets import FLOAT8, FOUR_BITS, INT8, PLAIN, Target
 from diffkiln.runtime.weights import WeightStore
 from tests.pipelines import WARNING_FILTERS
 from tests.runtime.adapters.files import drawn
@@ -139,3 +140,67 @@ def test_quantized_layers_are_refused_unless_asked_for(families, tmp_path):
         assert {name.rpartition(".weight.")[2] for name in touched} == {"qdata", "scale"}
         pipe.unload_lora("style")
         assert not changed(before, weights(pipe))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_int4_is_rounded_again_within_half_a_step_in_its_rows_alone(fused):
+    storage = Int4(8)
+    rows = slice(4, 8) if fused else slice(0, 12)
+    target = Target("t", "a", FOUR_BITS, "a.weight_data", (12, 16), part=(1, 3) if fused else None, storage=storage)
+    tensors = {
+        "a.weight_data": torch.randint(0, 256, (12, 8), dtype=torch.uint8),
+        "a.weight_scale": torch.rand(12, 2) * 0.01 + 0.01,
+    }
+    added = change(target, rows=rows)
+    found = applied(tensors, (1.0, added))
+    before, after = (
+        storage.restore({"data": each["a.weight_data"], "scale": each["a.weight_scale"]}, (12, 16), torch.float32)
+        for each in (tensors, found)
+    )
+    wanted = before.clone()
+    wanted[rows] += 0.5 * added.up @ added.down
+    largest = wanted.reshape(12, 2, 8).abs().amax(-1, keepdim=True)
+    moved = (after - wanted).reshape(12, 2, 8).abs()
+    assert (moved[rows] <= largest[rows] / 14 * 1.001).all()
+    others = [row for row in range(12) if row not in range(*rows.indices(12))]
+    assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bits_of_bitsandbytes_are_rounded_again(kind, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    storage, shape = FourBit(nested=nested), (24, 20)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
+    tensors = {"a.weight_data": packed.reshape(-1), "a.weight_table": state.code, "a.weight_absmax": state.absmax}
+    if nested:
+        tensors |= {
+            "a.weight_absmax_table": state.state2.code,
+            "a.weight_absmax_scale": state.state2.absmax,
+            "a.weight_absmax_offset": state.offset,
+        }
+
+    def whole(held: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = {name.removeprefix("a.weight_"): tensor for name, tensor in held.items()}
+        return storage.restore(parts, shape, torch.float32)
+
+    target = Target("t", "a", FOUR_BITS, "a.weight_data", (480,), storage=storage).within(20)
+    assert target.shape == shape
+    added = change(target, rank=2, rows=slice(0, 24))
+    still = applied(tensors, (1e-30, added))
+    torch.testing.assert_close(whole(still), whole(tensors), rtol=1e-5, atol=1e-6)
+    found, wanted = applied(tensors, (1.0, added)), whole(tensors) + 0.5 * added.up @ added.down
+    largest = torch.nn.functional.pad(wanted.reshape(-1), (0, 32)).reshape(8, 64).abs().amax(-1)
+    moved = torch.nn.functional.pad((whole(found) - wanted).reshape(-1), (0, 32)).reshape(8, 64).abs().amax(-1)
+    assert (moved <= largest * (1 / 6 + (0.02 if nested else 0.001))).all()
+    again = functional.quantize_4bit(wanted, blocksize=64, compress_statistics=nested, quant_type=kind)
+    theirs = functional.dequantize_4bit(*again)
+    assert float((theirs - wanted).norm() / (whole(found) - wanted).norm()) == pytest.approx(1, abs=0.02)
+
+
+def test_numbers_in_one_row_have_a_shape_once_the_inputs_are_known():
+    flat = Target("t", "a", FOUR_BITS, "a.weight_data", (480,), storage=FourBit())
+    assert flat.within(20).rows(24) == slice(0, 24)
+    assert flat.within(20).rows(12) is None
+    assert flat.within(7) is flat
