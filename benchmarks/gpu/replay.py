@@ -101,7 +101,7 @@ def main() -> None:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, seconds, peak in measured(spec, Path(folder), call, options.segments):
+        for name, seconds, peak in measured(spec, Path(folder), call, options.runs):
             told = f"{median(seconds):.3f} s, {peak / 1e9:.2f} GB" if isinstance(seconds, list) else seconds
             print(f"{name}: {told}", file=sys.stderr, flush=True)
             rows.append((name, seconds, peak))
