@@ -77,7 +77,7 @@ def test_the_same_engine_is_built_twice(tmp_path: Path) -> None:
 
 
 def test_torchs_library_has_what_its_headers_declare() -> None:
-    """A torch for CPUs has the headers alone, and links engines by them (tests/exporters/aot_inductor/test_linked.py)."""
+    """A torch for CPUs has the headers alone, and links engines by them (test_linked.py)."""
     real = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     listing = subprocess.run(["nm", "-D", "--defined-only", real], capture_output=True, text=True, check=True).stdout
     exported = {name for name in (line.split()[-1] for line in listing.splitlines()) if name.startswith("aoti_torch")}
@@ -88,7 +88,7 @@ def test_torchs_library_has_what_its_headers_declare() -> None:
 def test_an_engine_calls_the_same_whether_its_library_for_cuda_is_the_real_one_or_an_empty_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Torch's own functions and those of CUDA. Of the C++ library's, torch has copies, and the linker takes them first."""
+    """Functions of torch and of CUDA. Of the C++ library's, torch has copies, which the linker takes first."""
 
     def called(artefact: Artefact) -> set[str]:
         listing = subprocess.run(["nm", "-D", "-u", library(artefact)], capture_output=True, text=True, check=True)

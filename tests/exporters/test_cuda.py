@@ -119,6 +119,7 @@ def test_a_package_in_another_folder_of_pythons_path_is_found(
     (headers / "nv" / "target").touch()
     monkeypatch.setattr(cuda, "_wheels", WHEELS)
     monkeypatch.setattr(cuda, "find_spec", find_spec)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "elsewhere" / "torch" / "__init__.py"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     assert find_library_headers() == headers

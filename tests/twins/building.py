@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import tests  # noqa: F401  (says how torch is to compute, before torch is imported)
-
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.aot_inductor import absent_gpu, build
 from diffkiln.exporters.aot_inductor.attention import gpu_kernel

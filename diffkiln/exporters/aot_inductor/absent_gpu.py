@@ -103,18 +103,8 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
     gpu = numbers_of(capability)
     with ExitStack() as stack:
         stack.callback(_forget)
-        for stand_in in (
-            _build,
-            _guard,
-            _fake_tensors,
-            _device,
-            _interface,
-            _random_state,
-            _convolutions,
-            _folding,
-            _driver,
-            _untuned,
-        ):
+        torchs = (_build, _guard, _fake_tensors, _device, _interface, _random_state, _convolutions, _folding)
+        for stand_in in (*torchs, _driver, _untuned):
             stack.enter_context(stand_in(gpu))
         _forget()
         yield

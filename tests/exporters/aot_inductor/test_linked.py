@@ -59,7 +59,7 @@ def test_asks_for_the_real_libraries_by_their_own_names() -> None:
 
 
 def test_every_function_that_it_calls_is_one_that_the_real_libraries_have() -> None:
-    """Torch's for CUDA by the list of its exports, the driver's by its header, the others by the libraries themselves."""
+    """Torch's for CUDA by the list of its exports, the driver's by its header, the others by the libraries."""
     called = symbols("--undefined-only", library())
     headers, runtime = find_headers(), find_cudart()
     assert headers is not None
@@ -80,7 +80,7 @@ def test_every_function_that_it_calls_is_one_that_the_real_libraries_have() -> N
 def test_nothing_is_left_of_the_gpu_that_was_not_there() -> None:
     built()
     assert torch.version.cuda is None
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|cuda"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|cuda"):
         torch.empty(1, device="cuda")
 
 

@@ -1,4 +1,4 @@
-"""What engines for a GPU are linked against where the real libraries are missing: the same names, and no more of them."""
+"""What engines for a GPU are linked against where the real libraries are missing: the same names and no others."""
 
 from __future__ import annotations
 
