@@ -1,8 +1,9 @@
 """On one NVIDIA GPU: a program's replay against eager diffusers, with weights resident and streamed.
 
-    python benchmarks/gpu/replay.py [--architecture sd-1.5] [--dtype bfloat16] [--steps 20] [--runs 10]
+    python benchmarks/gpu/replay.py [--architecture sd-1.5] [--dtype bfloat16] [--steps 20] [--runs 10] [--rehearse]
 
 Random weights of the true shapes: times and memory mean something, images do not. Prints a Markdown table.
+`--rehearse` takes the tests' tiny pipeline of that kind on whatever device there is; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import machine, median, spread, table
 
+GPU = torch.cuda.is_available()
+#: The tests' tiny pipelines.
+TINY = {"sd-1.5": "sd", "sdxl-base-1.0": "sdxl", "flux.1-dev": "flux"}
 SIZES = {"sd-1.5": 512, "sdxl-base-1.0": 1024, "flux.1-dev": 1024, "sd3.5-medium": 1024, "pixart-sigma-1024": 1024}
 
 
@@ -29,16 +33,21 @@ def timed(pipe: Any, call: dict[str, Any], runs: int) -> tuple[list[float], int]
     """Seconds of each run after three that do not count, and the peak of allocated memory in bytes."""
     seconds = []
     for index in range(runs + 3):
-        if index == 3:
+        if index == 3 and GPU:
             torch.cuda.reset_peak_memory_stats()
         generator = torch.Generator("cpu").manual_seed(index)
-        torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         pipe(prompt="a red fox in the snow", generator=generator, output_type="pt", **call)
-        torch.cuda.synchronize()
+        synchronize()
         if index >= 3:
             seconds.append(time.perf_counter() - started)
-    return seconds, torch.cuda.max_memory_allocated()
+    return seconds, torch.cuda.max_memory_allocated() if GPU else 0
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
 
 
 def measured(
@@ -73,7 +82,8 @@ def measured(
         except Exception as error:
             yield name, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", 0
         gc.collect()  # diffusers' pipelines refer to themselves, and would count in the next one's peak
-        torch.cuda.empty_cache()
+        if GPU:
+            torch.cuda.empty_cache()
 
 
 def shown_row(way: str, seconds: list[float] | str, peak: int, eager: float | None) -> tuple[str, ...]:
@@ -83,12 +93,22 @@ def shown_row(way: str, seconds: list[float] | str, peak: int, eager: float | No
     return way, f"{median(seconds):.3f} s", spread(seconds), ratio, f"{peak / 1e9:.2f} GB"
 
 
+def rehearsed(architecture: str, folder: Path) -> dict[str, Any]:
+    """What a rehearsal changes in the spec."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.pipelines import build_folder
+
+    source = {"model": str(build_folder(TINY[architecture], folder / "models")), "dtype": "float32"}
+    return {"source": source} if GPU else {"source": source, "target": {"device": "cpu"}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=SIZES, default="sd-1.5")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
 
     side = SIZES[options.architecture]
@@ -101,6 +121,9 @@ def main() -> None:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        if options.rehearse:
+            call |= {"height": 64, "width": 64, "num_inference_steps": 2}
+            spec |= rehearsed(options.architecture, Path(folder))
         for name, seconds, peak in measured(spec, Path(folder), call, options.runs):
             told = f"{median(seconds):.3f} s, {peak / 1e9:.2f} GB" if isinstance(seconds, list) else seconds
             print(f"{name}: {told}", file=sys.stderr, flush=True)
@@ -108,7 +131,7 @@ def main() -> None:
     if not any(isinstance(seconds, list) for _, seconds, _ in rows):
         sys.exit("nothing could be measured")
     what = f"{options.architecture}, {options.dtype}, {side}², {options.steps} steps"
-    print(f"# Replay on {torch.cuda.get_device_name()}: {what}\n")
+    print(f"# Replay on {torch.cuda.get_device_name() if GPU else 'a CPU'}: {what}\n")
     print(f"{machine()}; CUDA {torch.version.cuda}\n")
     eager = rows[0][1]
     shown = [shown_row(*row, median(eager) if isinstance(eager, list) else None) for row in rows]
