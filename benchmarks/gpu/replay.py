@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+#: What a bundle's weights lie on inside a `with` block, given where they wait.
+Place = Callable[[str | None], AbstractContextManager[object]]
+
+
+def policy(offload: str) -> dict[str, Any]:
+    return {"strategy": "group", "type": "block_level", "num_blocks_per_group": 1, "use_stream": True, "to": offload}
+
+
 def measured(
-    spec: dict[str, Any], folder: Path, call: dict[str, Any], runs: int
+    spec: dict[str, Any], folder: Path, call: dict[str, Any], runs: int, place: Place
 ) -> Iterator[tuple[str, list[float] | str, int]]:
     """Each way with its seconds, or with what went wrong, and its peak of memory. One that fails costs its own row."""
     import diffkiln
 
     def built(offload: str | None) -> Path:
         path = folder / str(offload)
-        runtime = {"offload": {"num_blocks_per_group": 1, "to": offload}} if offload else {}
+        runtime = {"offload": policy(offload)} if offload else {}
+        if offload and spec["target"]["device"] == "cpu":
+            runtime["offload"]["to"] = "disk"  # a CPU has no other place; the simulated device is told `offload`
         return path if path.exists() else diffkiln.compile(spec | {"runtime": runtime}, path).path
 
     def eager() -> tuple[list[float], int]:
@@ -67,7 +78,7 @@ def measured(
         return timed(pipe, call, runs)
 
     def bundle(offload: str | None) -> tuple[list[float], int]:
-        with diffkiln.load(built(offload)) as pipe:
+        with place(offload), diffkiln.load(built(offload)) as pipe:
             return timed(pipe, call, runs)
 
     ways: dict[str, Callable[[], tuple[list[float], int]]] = {
@@ -102,6 +113,14 @@ def rehearsed(architecture: str, folder: Path) -> dict[str, Any]:
     return {"source": source} if GPU else {"source": source, "target": {"device": "cpu"}}
 
 
+def on_simulated(offload: str | None) -> AbstractContextManager[object]:
+    """A simulated device, for a rehearsal without a GPU."""
+    from tests.simulated import Simulated
+    from tests.simulated.whole import weights_on
+
+    return weights_on(Simulated(), policy(offload) if offload else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=SIZES, default="sd-1.5")
@@ -120,11 +139,13 @@ def main() -> None:
         "inputs": call,
     }
     rows = []
+    place: Place = lambda _: nullcontext()  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         if options.rehearse:
             call |= {"height": 64, "width": 64, "num_inference_steps": 2}
             spec |= rehearsed(options.architecture, Path(folder))
-        for name, seconds, peak in measured(spec, Path(folder), call, options.runs):
+            place = place if GPU else on_simulated
+        for name, seconds, peak in measured(spec, Path(folder), call, options.runs, place):
             told = f"{median(seconds):.3f} s, {peak / 1e9:.2f} GB" if isinstance(seconds, list) else seconds
             print(f"{name}: {told}", file=sys.stderr, flush=True)
             rows.append((name, seconds, peak))
