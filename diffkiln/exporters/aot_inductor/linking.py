@@ -23,7 +23,7 @@ _ALWAYS = ("cuGetErrorString", "cuModuleUnload")
 #: Headers of torch's functions for engines, which its builds for CPUs bring as well: those of operators for CUDA, and
 #: those of every device, of which the library for CUDA has what stands under a condition.
 _INCLUDE = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "inductor" / "aoti_torch"
-_OPERATORS, _SHIM = _INCLUDE / "generated" / "c_shim_cuda.h", _INCLUDE / "c" / "shim.h"
+_OPERATORS, _COMMON = _INCLUDE / "generated" / "c_shim_cuda.h", _INCLUDE / "c" / "shim.h"
 _FOR_CUDA = re.compile(r"^#ifdef USE_CUDA$.*?^#endif // USE_CUDA$", re.MULTILINE | re.DOTALL)
 _DECLARED = re.compile(r"\bAOTI_TORCH_EXPORT\s+AOTITorchError\s+(aoti_torch_\w+)\(")
 
@@ -45,7 +45,7 @@ def torch_library(compiler: toolchain.Compiler, folder: Path) -> None:
 
 def declared() -> frozenset[str]:
     """Returns the functions for engines that torch's library for CUDA has, by torch's own headers."""
-    guarded = "".join(_FOR_CUDA.findall(_SHIM.read_text()))
+    guarded = "".join(_FOR_CUDA.findall(_COMMON.read_text()))
     return frozenset(_DECLARED.findall(guarded + _OPERATORS.read_text()))
 
 
