@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import subprocess
 from functools import cache
@@ -69,9 +70,15 @@ class TestEngines:
             assert place not in data
 
 
+def without_engines(folder: Path) -> EngineCache:
+    """A cache that has what builds share, and no engine yet."""
+    cache = EngineCache(folder)
+    shutil.copytree(engine_cache().toolchain, cache.toolchain, dirs_exist_ok=True)
+    return cache
+
+
 def test_the_same_engine_is_built_twice(tmp_path: Path) -> None:
-    cache = EngineCache(tmp_path)
-    (tmp_path / "toolchain").symlink_to(engine_cache().toolchain)
+    cache = without_engines(tmp_path)
     again = AotInductor().export(Lowering(blocks.small("SDXL"), TARGETS["nvidia-l4"]), cache)
     assert library(again).read_bytes() == library(built("SDXL", "sm_89")).read_bytes()
 
@@ -95,8 +102,7 @@ def test_an_engine_calls_the_same_whether_its_library_for_cuda_is_the_real_one_o
         names = {line.split()[-1] for line in listing.stdout.splitlines()}
         return {name for name in names if not name.startswith("_Z")}
 
-    cache = EngineCache(tmp_path)
-    (tmp_path / "toolchain").symlink_to(engine_cache().toolchain)
+    cache = without_engines(tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)  # as a torch for CPUs of the same release
     empty = AotInductor().export(Lowering(blocks.small("SDXL"), TARGETS["nvidia-l4"]), cache)
     monkeypatch.undo()
