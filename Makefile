@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait must sleep: spinning makes a busy machine many times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross test-twin
+.PHONY: demo demo-gpu docs serve-demo test test-more test-portable test-portable-sample test-heavy test-long test-cross test-twin
 .PHONY: coverage fuzz lint bench install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,6 +23,13 @@ demo: install
 	mkdir -p build
 	$(BIN)/diffkiln compile examples/digits/spec.json -o build/digits --force
 	PATH=/no-programs $(abspath $(BIN))/python examples/digits/draw.py build/digits build/digits.png
+
+# Compile the example for an RTX 4090, which need not be here; neither must CUDA. Shows what the bundle needs of a machine.
+demo-gpu: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda]'
+	mkdir -p build
+	$(BIN)/diffkiln compile examples/digits/spec-gpu.json -o build/digits-gpu --force
+	$(BIN)/diffkiln inspect build/digits-gpu
 
 # The documentation as a site, in build/site. A broken link or a missing reference fails.
 docs: install

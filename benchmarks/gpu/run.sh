@@ -18,6 +18,7 @@ self="$(realpath "$0")"
 cd "$(dirname "$self")/../.."
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 rows="${ROWS:-benchmarks/results/gpu-rows}" work="${WORK:-/tmp/diffkiln-gpu}" out="${TABLE:-benchmarks/results/gpu.md}"
+[[ ${REHEARSE:-} ]] && export MKL_CBWR=COMPATIBLE  # the tiny FLUX is that of the tests, which ask for it
 runs="${RUNS:-10}" warm="${WARM:-3}" python="${PYTHON:-python3}"
 end=$((SECONDS + ${SECONDS_IN_ALL:-540}))
 all=(tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-fp8 fp8 build-mask mask
@@ -46,9 +47,10 @@ tests() {
 # Both architectures, whatever becomes of the first.
 replays() {
     local code=0
-    timeout "$(left)" "$python" benchmarks/gpu/replay.py --architecture sd-1.5 >"$rows/replay-sd.txt" || code=1
+    local how=(${REHEARSE:+--rehearse --runs "$runs"})
+    timeout "$(left)" "$python" benchmarks/gpu/replay.py --architecture sd-1.5 "${how[@]}" >"$rows/replay-sd.txt" || code=1
     (($(left) >= 30)) && timeout "$(left)" "$python" benchmarks/gpu/replay.py --architecture sdxl-base-1.0 --steps 30 \
-        >"$rows/replay-sdxl.txt" || code=1
+        "${how[@]}" >"$rows/replay-sdxl.txt" || code=1
     return $code
 }
 
@@ -63,7 +65,7 @@ built() {
 part() {
     case $1 in
     tests) tests ;;
-    ceilings) timeout "$(left)" "$python" benchmarks/gpu/ceilings.py --rows "$rows" ;;
+    ceilings) timeout "$(left)" "$python" benchmarks/gpu/ceilings.py --rows "$rows" ${REHEARSE:+--rehearse} ;;
     eager) rounds eager eager-cudnn --runs "$runs" --warm "$warm" ;;
     compile) rounds eager compile-blocks compile-full --runs "$runs" --warm "$warm"; rounds pruna-like --runs "$runs" --warm "$warm" ;;
     build-bf16) only bf16 && built bf16 ;;

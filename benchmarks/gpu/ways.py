@@ -5,7 +5,8 @@
 It answers each line with a line of JSON: `run SEED` with the seconds of one image, `latents SEED FILE` when they are
 there, `memory` with bytes. Weights are random, of the true shapes, and the same for every way: matrices have the
 variance 1 / fan-in, so activations stay near unit scale and no gate is shut. `--rehearse` draws with the tiny FLUX of
-the tests on whatever device there is, to try the machinery; its numbers mean nothing.
+the tests on whatever device there is, to try the machinery; its numbers mean nothing. Without a GPU the weights of
+bundles then lie on the tests' simulated device, and a picture that is not the CPU's ends the process.
 """
 
 from __future__ import annotations
@@ -232,12 +233,31 @@ def bundle(name: str, graphs: str | None = None, hidden: bool = False) -> Callab
         import diffkiln
         from diffkiln.runtime.graphs import Graphs
 
-        pipe = diffkiln.load(build(name, setting, hidden))
+        path = build(name, setting, hidden)
+        if setting.rehearse and setting.device == "cpu":
+            return simulated(path, setting)
+        pipe = diffkiln.load(path)
         if graphs and setting.device == "cuda":  # by hand, as a second bundle of 33 GB would have to lie on the disk
             pipe.executor.graphs = Graphs(graphs, torch.device("cuda"))
         return drawing(pipe, setting)
 
     return way
+
+
+def simulated(path: Path, setting: Setting) -> Draw:
+    """Draws with a bundle whose weights are on the tests' simulated device, and compares with the CPU's picture."""
+    import diffkiln
+    from tests.simulated import Simulated
+    from tests.simulated.whole import weights_on
+
+    with diffkiln.load(path) as pipe:
+        plain = torch.as_tensor(drawing(pipe, setting)(0, "latent"))
+    device = Simulated()
+    weights_on(device).__enter__()  # for as long as the process lives
+    draw = drawing(diffkiln.load(path), setting)
+    if not torch.equal(torch.as_tensor(draw(0, "latent")), plain) or device.races:
+        raise SystemExit(f"the simulated device draws another picture; races: {device.races[:3]}")
+    return draw
 
 
 WAYS: dict[str, Callable[[Setting], Draw]] = {

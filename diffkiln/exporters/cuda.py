@@ -1,6 +1,7 @@
-"""What building for an NVIDIA GPU needs of this machine: a torch with CUDA, an assembler and headers; not the GPU.
+"""What building for an NVIDIA GPU needs of this machine: an assembler, headers and CUDA's runtime; not the GPU.
 
-All of it comes with pip: torch's build with CUDA brings CUDA's runtime, and Triton brings ptxas and the headers.
+All of it comes with pip. Torch's build with CUDA brings CUDA's runtime, and Triton brings ptxas and the headers. Where
+torch is built for CPUs, engines are for the build with CUDA of the same release, if that build is known here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +25,19 @@ from diffkiln.spec.targets import Target
 #: Version Compatibility".
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}
 
+
+@dataclass(frozen=True)
+class Build:
+    """A release of torch as it is built with CUDA: the CUDA, and the version of Triton that it asks for."""
+
+    cuda: str
+    triton: str
+
+
+#: Release of torch: its build with CUDA that package registries have. Source: METADATA of the release's wheel. What its
+#: libraries export has been compared with what engines call (tests/exporters/aot_inductor/exports.txt, tests/cross).
+BUILDS: Mapping[str, Build] = {"2.13": Build("13.0", "3.7.1")}
+
 #: What an engine's C++ includes, and what that includes in turn; the last is of another part of CUDA, its C++ library.
 _HEADERS = ("cuda.h", "cuda_runtime_api.h", "cuda_fp16.h", "crt/host_defines.h")
 _LIBRARY_HEADER = "nv/target"
@@ -33,23 +49,51 @@ def gpu_is_here(target: Target) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == target.capability
 
 
+def cuda_version() -> str | None:
+    """Returns the CUDA that engines are built for, such as "13.0": that of this torch, or of its release's build with
+    CUDA. None if that is not known.
+    """
+    return torch.version.cuda or (build.cuda if (build := _other_build()) else None)
+
+
 def cuda_problems() -> Iterator[Problem]:
     """Yields what this machine lacks to build for an NVIDIA GPU, each with the package that brings it."""
-    if torch.version.cuda is None:
+    if cuda_version() is None:
+        known = ", ".join(BUILDS)
         yield Problem(
             "torch",
             f"found {torch.__version__}, which is built without CUDA, and engines for a GPU need one built with it",
-            f"No GPU is needed, but several GB of disk: pip install --force-reinstall 'torch==={_release()}'",
+            f"No GPU is needed. Install a torch of release {known}, whose builds for CPUs suffice, or several GB: "
+            f"pip install --force-reinstall 'torch==={_release()}'",
         )
         return
+    yield from _triton_problems()
+    yield from _missing_headers()
+    if find_cudart() is None:
+        yield Problem(
+            f"libcudart.so.{_major()}",
+            "not found, and engines are linked with it",
+            f"pip install 'nvidia-cuda-runtime=={_major()}.*', or set CUDA_HOME to a CUDA toolkit of that version",
+        )
+
+
+def _triton_problems() -> Iterator[Problem]:
+    build = _other_build()
+    wanted = f"triton=={build.triton}" if build else "triton"
     if find_spec("triton") is None:
-        yield Problem("triton", "not installed, and it compiles the engines' GPU code", "pip install triton")
+        yield Problem("triton", "not installed, and it compiles the engines' GPU code", f"pip install {wanted}")
+    elif build and (found := _installed("triton")) != build.triton:
+        reason = f"found {found}, required {build.triton}: torch {_release()} generates code for that version"
+        yield Problem("triton", reason, f"pip install {wanted}")
     elif find_ptxas() is None:
         yield Problem(
             "ptxas",
             "not found: neither in the package triton nor where TRITON_PTXAS_PATH says, and it assembles GPU code",
             "pip install --force-reinstall triton",
         )
+
+
+def _missing_headers() -> Iterator[Problem]:
     if find_headers() is None:
         yield Problem(
             "cuda.h",
@@ -64,12 +108,6 @@ def cuda_problems() -> Iterator[Problem]:
             "not found: neither in that package nor in CUDA_HOME, and CUDA's headers include it",
             f"pip install '{package}'",
         )
-    if find_cudart() is None:
-        yield Problem(
-            f"libcudart.so.{_major()}",
-            "not found, and engines are linked with it",
-            f"pip install 'nvidia-cuda-runtime=={_major()}.*', or set CUDA_HOME to a CUDA toolkit of that version",
-        )
 
 
 def broken_promises(target: Target, where: str = "$.target") -> Iterator[Problem]:
@@ -78,13 +116,13 @@ def broken_promises(target: Target, where: str = "$.target") -> Iterator[Problem
     Args:
         where: the target's JSON path.
     """
-    if target.device != "cuda" or torch.version.cuda is None:
+    if target.device != "cuda" or cuda_version() is None:
         return
     needs = {"driver": DRIVERS.get(_major()), "cuda": f"{_major()}.0"}
     for name, required in needs.items():
         promised = getattr(target, name)
         if promised and required and numbers(promised) < numbers(required):
-            reason = f"found {promised}, required {required} or later: engines hold code of CUDA {torch.version.cuda}"
+            reason = f"found {promised}, required {required} or later: engines hold code of CUDA {cuda_version()}"
             yield Problem(f"{where}.{name}", reason, "Raise it, or build with a torch for an earlier CUDA.")
 
 
@@ -148,7 +186,19 @@ def _homes() -> list[Path]:
 
 
 def _major() -> int:
-    return int((torch.version.cuda or "0").partition(".")[0])
+    return int((cuda_version() or "0").partition(".")[0])
+
+
+def _other_build() -> Build | None:
+    """Returns the build with CUDA of this torch's release, where this torch is none itself and that one is known."""
+    return BUILDS.get(_release().rpartition(".")[0]) if torch.version.cuda is None else None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _release() -> str:

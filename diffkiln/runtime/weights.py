@@ -206,6 +206,8 @@ class WeightStore:
             self._worker = None
         if self._transfers is not None:
             self._transfers.close()
+        else:
+            self._synchronize()  # pinned memory may still be copied from
         self._close_readers()
         self._here.clear()
         for group in self.groups.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ from diffkiln.errors import ExportError
 from diffkiln.exporters.aot_inductor.absent_gpu import absent_gpu
 from diffkiln.exporters.aot_inductor.check import AotInductor
 from diffkiln.exporters.aot_inductor.cubins import cubins_of
+from diffkiln.exporters.aot_inductor.linking import declared
 from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.spec import TARGETS
@@ -67,11 +70,57 @@ class TestEngines:
             assert place not in data
 
 
+def without_engines(folder: Path) -> EngineCache:
+    """A cache that has what builds share, and no engine yet."""
+    cache = EngineCache(folder)
+    shutil.copytree(engine_cache().toolchain, cache.toolchain, dirs_exist_ok=True)
+    return cache
+
+
 def test_the_same_engine_is_built_twice(tmp_path: Path) -> None:
-    cache = EngineCache(tmp_path)
-    (tmp_path / "toolchain").symlink_to(engine_cache().toolchain)
+    cache = without_engines(tmp_path)
     again = AotInductor().export(Lowering(blocks.small("SDXL"), TARGETS["nvidia-l4"]), cache)
     assert library(again).read_bytes() == library(built("SDXL", "sm_89")).read_bytes()
+
+
+def test_torchs_library_has_what_its_headers_declare() -> None:
+    """A torch for CPUs has the headers alone, and links engines by them (test_linked.py)."""
+    real = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    listing = subprocess.run(["nm", "-D", "--defined-only", real], capture_output=True, text=True, check=True).stdout
+    exported = {name for name in (line.split()[-1] for line in listing.splitlines()) if name.startswith("aoti_torch")}
+    assert declared() == exported
+    assert "libtorch_cuda.so" in readelf("-dW", str(real))
+
+
+def test_an_engine_calls_the_same_whether_its_library_for_cuda_is_the_real_one_or_an_empty_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Functions of torch and of CUDA. Of the C++ library's, torch has copies, which the linker takes first."""
+
+    def called(artefact: Artefact) -> set[str]:
+        listing = subprocess.run(["nm", "-D", "-u", library(artefact)], capture_output=True, text=True, check=True)
+        names = {line.split()[-1] for line in listing.stdout.splitlines()}
+        return {name for name in names if not name.startswith("_Z")}
+
+    cache = without_engines(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)  # as a torch for CPUs of the same release
+    empty = AotInductor().export(Lowering(blocks.small("SDXL"), TARGETS["nvidia-l4"]), cache)
+    monkeypatch.undo()
+    real = built("SDXL", "sm_89")
+    assert called(empty) == called(real)
+    assert empty.requires == real.requires
+    assert kernels(empty) == kernels(real)
+
+
+def kernels(artefact: Artefact) -> list[bytes]:
+    """The GPU code of an engine: each cubin, which ends with its tables of segments and of sections."""
+    data, found = library(artefact).read_bytes(), []
+    for cubin in cubins_of(library(artefact)):
+        segments, sections = struct.unpack_from("<QQ", data, cubin.offset + 32)
+        sizes = struct.unpack_from("<HHHH", data, cubin.offset + 54)
+        size = max(segments + sizes[0] * sizes[1], sections + sizes[2] * sizes[3])
+        found.append(data[cubin.offset : cubin.offset + size])
+    return found
 
 
 def test_attention_is_by_the_kernel_of_the_type() -> None:

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from diffkiln.exporters import cuda
-from diffkiln.exporters.cuda import cuda_problems, find_headers, find_library_headers, find_ptxas, gpu_is_here
+from diffkiln.exporters.cuda import (
+    cuda_problems,
+    cuda_version,
+    find_headers,
+    find_library_headers,
+    find_ptxas,
+    gpu_is_here,
+)
 from diffkiln.spec import TARGETS
 
 #: As they are, beside what `toolkit` puts in their place.
@@ -47,12 +54,37 @@ def test_nothing_is_missing(toolkit: Path) -> None:
     assert find_library_headers() == toolkit / "include" / "cccl"
 
 
-def test_a_torch_without_cuda_is_told_what_to_install_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def for_cpus(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A torch built for CPUs, of a release whose build with CUDA is known, and all that building needs."""
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr(cuda, "_installed", lambda _: "3.7.1")
+    return monkeypatch
+
+
+def test_a_torch_for_cpus_builds_for_the_cuda_of_its_release(for_cpus: pytest.MonkeyPatch) -> None:
+    assert told() == ""
+    assert cuda_version() == "13.0"
+
+
+def test_a_torch_whose_other_build_is_not_known_is_told_what_to_install_and_nothing_else(
+    for_cpus: pytest.MonkeyPatch,
+) -> None:
+    for_cpus.setattr(torch, "__version__", "2.12.0+cpu")
     (problem,) = cuda_problems()
-    assert "found 2.13.0+cpu, which is built without CUDA" in problem.reason
-    assert "pip install --force-reinstall 'torch===2.13.0'" in problem.hint
+    assert "found 2.12.0+cpu, which is built without CUDA" in problem.reason
+    assert "release 2.13" in problem.hint
+    assert "pip install --force-reinstall 'torch===2.12.0'" in problem.hint
+    assert cuda_version() is None
+
+
+def test_a_torch_for_cpus_asks_for_the_triton_of_its_release(for_cpus: pytest.MonkeyPatch) -> None:
+    for_cpus.setattr(cuda, "_installed", lambda _: "3.8.0")
+    (problem,) = cuda_problems()
+    assert str(problem) == (
+        "triton: found 3.8.0, required 3.7.1: torch 2.13.0 generates code for that version. pip install triton==3.7.1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,6 +119,7 @@ def test_a_package_in_another_folder_of_pythons_path_is_found(
     (headers / "nv" / "target").touch()
     monkeypatch.setattr(cuda, "_wheels", WHEELS)
     monkeypatch.setattr(cuda, "find_spec", find_spec)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "elsewhere" / "torch" / "__init__.py"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     assert find_library_headers() == headers

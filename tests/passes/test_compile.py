@@ -37,6 +37,7 @@ def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
     plan = ghost("flux")
     target = resolve_target(TargetSpec(device="cuda", gpu="nvidia-l4"))
     monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.12.0+cpu")
     with pytest.raises(
         IllegalPlan, match=r"\$\.passes\[0\]\.backend: .*nvidia-l4, torch: .*built without CUDA.*pip install"
     ):

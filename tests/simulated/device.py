@@ -74,6 +74,8 @@ class Stream:
         self.wait_event(event)
 
     def synchronize(self) -> None:
+        if self._waits:  # which are in the queue, too
+            self.launch("wait", lambda: None)
         event = Event(self._device)
         event.record(self)
         event.synchronize()
@@ -230,6 +232,23 @@ class Simulated:
             for block, start, size in spans:
                 self._accesses.add(block.number, (start, start + size), False, at, what)
 
+    def reach(self, what: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Launches an operation that reads tensors, and lets its stream run so far, with all that this waits for.
+
+        What reads the tensors next sees what the operation would see when it runs. Tensors of others are left out.
+        """
+        own = [tensor for tensor in tensors if self.holds(tensor)]
+        if not own:
+            return
+        with self.lock:
+            self.compute(what, own, lambda _: None)
+            stream = self.current_stream()
+            stream.run_to(stream.launched)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Returns True if a tensor lies in the device's memory, or in what is pinned for it."""
+        return self._found(tensor.data_ptr()) is not None
+
     def on_host(self, what: str, view: memoryview) -> None:
         """Notes that the host writes to memory now."""
         with self.lock:
@@ -308,11 +327,15 @@ class Simulated:
         return self.clock.copy()
 
     def _place(self, tensor: torch.Tensor) -> tuple[Block, int]:
-        address = tensor.data_ptr()
+        found = self._found(tensor.data_ptr())
+        assert found is not None, "the tensor's memory is not the device's"
+        return found
+
+    def _found(self, address: int) -> tuple[Block, int] | None:
         for base, block in self._blocks.items():
             if base <= address < base + max(block.bytes.nbytes, 1):
                 return block, address - base
-        raise AssertionError("the tensor's memory is not the device's")
+        return None
 
 
 def _poison(nbytes: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -24,11 +23,8 @@ from typing import Any
 from unittest import mock
 
 import tests  # noqa: F401  (says how torch is to compute, before torch is imported)
-
-import torch  # isort: skip
-
 from diffkiln.exporters import toolchain
-from diffkiln.exporters.aot_inductor import absent_gpu, build, check
+from diffkiln.exporters.aot_inductor import absent_gpu, build
 from diffkiln.exporters.aot_inductor.attention import gpu_kernel
 from diffkiln.exporters.aot_inductor.cubins import cubins_of
 from diffkiln.exporters.artefact import Lowering
@@ -40,25 +36,6 @@ from tests.exporters.regions import engine_cache
 from tests.twins.cases import CASES, Case
 from tests.twins.translating import flags, translated
 from tests.twins.written import Attention, Kernel, Written
-
-#: The CUDA that torch is taken to be built for, in the place of none.
-CUDA = "13.0"
-
-
-@contextmanager
-def without_cuda(scratch: Path) -> Iterator[None]:
-    """Lets torch without CUDA generate engines for a GPU, up to the C++. Nothing is linked with CUDA's libraries."""
-    guard = scratch / "guard.so"
-    root = Path(torch.__file__).parent
-    what = ["-std=c++20", "-w", "-fPIC", "-shared", f"-I{root}/include", str(Path(__file__).parent / "guard.cpp")]
-    where = [f"-L{root}/lib", "-lc10", "-o", str(guard)]
-    subprocess.run([toolchain.find_compiler().path, *what, *where], check=True)
-    torch.ops.load_library(str(guard))
-    with (
-        mock.patch.object(torch.version, "cuda", CUDA),
-        mock.patch.object(check, "cuda_problems", return_value=()),
-    ):
-        yield
 
 
 def without_cudnns_layout() -> AbstractContextManager[object]:
@@ -146,7 +123,7 @@ def library(
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
-    with without_cuda(folder), quiet_libraries():
+    with quiet_libraries():
         for name in names:
             began = time.perf_counter()
             try:

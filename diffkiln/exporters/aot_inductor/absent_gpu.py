@@ -11,17 +11,23 @@ process's, so whoever enters waits for nobody else to be compiling. They were wr
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from diffkiln.errors import ExportError
+from diffkiln.exporters import toolchain
+from diffkiln.exporters.cuda import cuda_version
+from diffkiln.exporters.processes import call
 
 OLDEST, NEWEST = (2, 11), (2, 15)
 
@@ -97,10 +103,44 @@ def absent_gpu(capability: tuple[int, int]) -> Iterator[None]:
     gpu = numbers_of(capability)
     with ExitStack() as stack:
         stack.callback(_forget)
-        for stand_in in (_fake_tensors, _device, _interface, _random_state, _convolutions, _folding, _driver, _untuned):
+        torchs = (_build, _guard, _fake_tensors, _device, _interface, _random_state, _convolutions, _folding)
+        for stand_in in (*torchs, _driver, _untuned):
             stack.enter_context(stand_in(gpu))
         _forget()
         yield
+
+
+@contextmanager
+def _build(_: Gpu) -> Iterator[None]:
+    """Lets a torch that is built for CPUs name the CUDA of its release's other build, by which Inductor decides."""
+    with _replaced(torch.version, cuda=cuda_version()):
+        yield
+
+
+@contextmanager
+def _guard(_: Gpu) -> Iterator[None]:
+    """Gives a torch that is built for CPUs a device guard for CUDA, without which it makes no fake tensors there."""
+    if torch.backends.cuda.is_built():
+        yield
+        return
+    switch = _guard_switch()
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
+
+
+@functools.cache
+def _guard_switch() -> Callable[[bool], None]:
+    """Compiles the guard, and returns what turns it on and off. It stays loaded for the process."""
+    torch_home, source = Path(torch.__file__).parent, Path(__file__).with_name("guard.cpp")
+    compiler = toolchain.find_compiler()
+    what = ["-std=c++20", "-w", "-fPIC", "-shared", f"-I{torch_home / 'include'}", str(source)]
+    with tempfile.TemporaryDirectory(prefix="diffkiln-guard-") as folder:
+        how = [f"-L{torch_home / 'lib'}", "-lc10", "-o", "guard.so"]
+        call([compiler.path, *what, *how], Path(folder), toolchain.plain_environment(), 300)
+        return ctypes.CDLL(str(Path(folder) / "guard.so")).diffkiln_guard
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffkiln.exporters.cuda import cuda_version
 from diffkiln.interpreter.aten import Special
 from diffkiln.program import SDPA, Op, Program, TensorType, kernel_of
 from diffkiln.program.attention import call_problems, device_problem, read_attention
@@ -72,7 +73,7 @@ def _cudnn_is_sound(op: Op, types: Mapping[str, TensorType]) -> bool:
     (check_prefer_cudnn_attention). A mask that leaves a query nothing, one key, and fewer heads of keys than of queries
     have not been tried with it.
     """
-    if torch.version.cuda is None or int(torch.version.cuda.partition(".")[0]) < 13:
+    if int((cuda_version() or "0").partition(".")[0]) < 13:
         return False
     call = read_attention(op)
     query, key = types[call.query.name].shape, types[call.key.name].shape

@@ -5,13 +5,13 @@
 
 The cubins are linked into the engine, so an engine is one file wherever it lies. Kernels are tuned by running them
 where the target's GPU is here; where it is not, `absent_gpu` stands for it and their first forms are taken. The engine
-asks for the driver's library, which is there where it runs: it is linked against an empty one of the same name.
+asks for the driver's library, which is there where it runs: it is linked against an empty one of the same name. So is
+it with torch's library for CUDA, where torch is built for CPUs.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,8 +24,16 @@ from diffkiln.errors import ExportError
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.aot_inductor.absent_gpu import absent_gpu
 from diffkiln.exporters.aot_inductor.cubins import cubins_of
-from diffkiln.exporters.cuda import DRIVERS, find_cudart, find_headers, find_library_headers, find_ptxas, gpu_is_here
-from diffkiln.exporters.processes import call
+from diffkiln.exporters.aot_inductor.linking import driver_library, torch_library
+from diffkiln.exporters.cuda import (
+    DRIVERS,
+    cuda_version,
+    find_cudart,
+    find_headers,
+    find_library_headers,
+    find_ptxas,
+    gpu_is_here,
+)
 from diffkiln.interpreter.inductor import environment
 from diffkiln.spec.targets import Target
 
@@ -38,10 +46,6 @@ TUNING = ("max_autotune", "coordinate_descent_tuning", "coordinate_descent_check
 #: From this compute capability on Triton assembles for an architecture's own features, the `a` of `sm_90a`.
 _OWN_FEATURES = (9, 0)
 
-_DRIVER_CALL = re.compile(r"\bcu[A-Z]\w+(?=\()")
-#: Those in the headers that every engine includes.
-_ALWAYS = ("cuGetErrorString", "cuModuleUnload")
-
 
 def gpu_tools(target: Target) -> dict[str, str]:
     """Returns what decides an engine's code beyond the compiler: Triton, CUDA, and the GPU that it was tuned on, if
@@ -50,7 +54,7 @@ def gpu_tools(target: Target) -> dict[str, str]:
     import triton  # pyright: ignore[reportMissingImports]
 
     here = gpu_is_here(target)
-    found = {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    found = {"triton": triton.__version__, "cuda": str(cuda_version())}
     found["tuned on"] = torch.cuda.get_device_name() if here else "nothing"
     # Engines that were built without the GPU before this was so read convolutions from wrong places.
     return found if here else found | {"convolutions": "cuDNN's layout"}
@@ -94,20 +98,18 @@ def gpu_settings(target: Target, folder: Path) -> Iterator[None]:
 
 
 def gpu_flags(flags: toolchain.Flags, source: str, scratch: Path) -> toolchain.Flags:
-    """Returns the flags with CUDA's C++ library and its runtime, and with an empty library instead of the driver.
+    """Returns the flags with CUDA's C++ library and its runtime, and with empty libraries for those that are missing.
 
     Args:
         source: the engine's C++, which shows what it calls of the driver.
-        scratch: where the empty library comes to lie.
+        scratch: where the empty libraries come to lie.
     """
-    stub = scratch / "driver"
-    stub.mkdir()
-    names = sorted({*_ALWAYS, *_DRIVER_CALL.findall(source)})
-    (stub / "cuda.c").write_text("".join(f"void {name}(void) {{}}\n" for name in names))
-    how = ["-shared", "-fPIC", "-x", "c", "cuda.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
-    call([flags.compiler.path, *how], stub, toolchain.plain_environment(), 60)
+    empty = scratch / "empty"
+    driver_library(flags.compiler, source, empty)
+    if torch.version.cuda is None:
+        torch_library(flags.compiler, empty)
     headers = ("-isystem", str(find_library_headers()))
-    return replace(flags, compile=(*flags.compile, *headers), link=(f"-L{stub}", *flags.link, str(find_cudart())))
+    return replace(flags, compile=(*flags.compile, *headers), link=(f"-L{empty}", *flags.link, str(find_cudart())))
 
 
 def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
@@ -121,7 +123,7 @@ def gpu_requirements(library: Path, target: Target) -> dict[str, str]:
     found = sorted({cubin.sm for cubin in cubins_of(library)} - {wanted, target.sm})
     if found:
         raise ExportError(f"its kernels were assembled for {', '.join(found)}, not for {wanted}: this is a fault here")
-    cuda = str(torch.version.cuda)
+    cuda = str(cuda_version())
     major = int(cuda.partition(".")[0])
     return {"sm": wanted, "cuda": cuda} | ({"driver": DRIVERS[major]} if major in DRIVERS else {})
 

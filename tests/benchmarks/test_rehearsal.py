@@ -1,0 +1,72 @@
+"""`benchmarks/gpu/run.sh` from beginning to end without a GPU: the tiny pipelines, weights on the simulated device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
+
+pytestmark = pytest.mark.more
+
+
+def ran(folder: Path, *parts: str, **environment: str) -> tuple[int, str, str]:
+    """What a rehearsal of these parts ends with: its status, its table, and what it says of the parts."""
+    told = {"REHEARSE": "1", "RUNS": "1", "WARM": "1", "PYTHON": sys.executable} | environment
+    places = {"ROWS": str(folder / "rows"), "WORK": str(folder / "work"), "TABLE": str(folder / "table.md")}
+    done = subprocess.run([SCRIPT, *parts], env=os.environ | places | told, capture_output=True, text=True, timeout=800)
+    table = folder / "table.md"
+    return done.returncode, table.read_text() if table.exists() else "", done.stderr
+
+
+def test_each_part_writes_its_rows(tmp_path: Path) -> None:
+    """With the streamed bundle, and replays resident, from the host and from the disk, on the simulated device."""
+    parts = ("ceilings", "build-streamed", "streamed", "replay")
+    status, table, told = ran(tmp_path, *parts, SECONDS_IN_ALL="780")
+    assert status == 0, told
+    rows = tmp_path / "rows"
+    assert len(json.loads((rows / "ceilings.json").read_text())) == 6
+    assert (tmp_path / "work" / "bundle-fp8-streamed" / "manifest.json").is_file()
+    row = json.loads((rows / "bundle-fp8-streamed.json").read_text())
+    assert "failed" not in row
+    assert "unfinished" not in row
+    assert len(row["seconds"]) == 1
+    for name in ("sd", "sdxl"):
+        replayed = (rows / f"replay-{name}.txt").read_text()
+        assert "failed" not in replayed
+        assert all(
+            f"| bundle, {how} | " in replayed for how in ("resident", "streamed from host", "streamed from disk")
+        )
+        assert replayed in table
+    assert "| bundle, fp8, weights streamed from the host | " in table
+    assert "| diffusers, eager | not measured |" in table
+
+
+STAND_IN = """#!/usr/bin/env bash
+# In the place of Python: one part fails, one writes its row, one never ends.
+case "$*" in
+    *ceilings.py*) echo "out of memory" >&2; exit 3 ;;
+    *rounds.py*) echo '{"way": "eager", "seconds": [2.0]}' >"$ROWS/eager.json" ;;
+    *ways.py*) exec sleep 300 ;;
+    *tables.py*) exec "$REAL" "$@" ;;
+esac
+"""
+
+
+def test_a_part_that_fails_or_does_not_end_leaves_the_others_rows(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    environment = {"PYTHON": str(python), "REAL": sys.executable, "SECONDS_IN_ALL": "40"}
+    status, table, told = ran(tmp_path, "ceilings", "eager", "build-bf16", "offload", **environment)
+    assert status == 1
+    assert "ceilings: failed" in told
+    assert "eager: failed" not in told
+    assert "build-bf16: failed" in told
+    assert "offload: no time left" in told
+    assert "| diffusers, eager | 2.000 |" in table
