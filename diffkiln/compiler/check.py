@@ -111,12 +111,10 @@ def _prepared(item: ListedPass, home: Path, pipeline_class: type) -> ListedPass:
         return replace(item, step=item.step.prepare(home, pipeline_class))
     except SpecError as error:
         found = error.problems or (Problem("", str(error)),)
-        raise type(error)(
-            problems=[replace(each, where=_place_of(each.where, item.where)) for each in found]
-        ) from error
+        raise type(error)(problems=[replace(each, where=_path_of(each.where, item.where)) for each in found]) from error
 
 
-def _place_of(where: str, entry: str) -> str:
+def _path_of(where: str, entry: str) -> str:
     """Returns a place in the spec; one that begins with a dot is within the pass's entry."""
     return entry + where if not where or where.startswith(".") else where
 
@@ -128,7 +126,7 @@ def with_added(source: SourceModel, listed: Sequence[ListedPass]) -> SourceModel
         SpecError: the pipeline, or an earlier pass, has a component of the same name.
     """
     problems = []
-    for item, each in [(place, each) for place in listed for each in place.step.added()]:
+    for item, each in [(one, each) for one in listed for each in one.step.added()]:
         if each.name in source.components or hasattr(source.pipeline_class, each.name) or each.name in _TAKEN:
             reason = (
                 f"{each.name!r} is taken in {source.class_name} and its bundles, and {item.step.name} adds a component"

@@ -15,7 +15,7 @@ from diffkiln.models.added import Added
 from diffkiln.models.checkpoint import Checkpoint, read_header
 from diffkiln.models.components import Component, read_component
 from diffkiln.models.folder import source_error
-from diffkiln.models.opening import place_of, single_file
+from diffkiln.models.opening import files_of, single_file
 from diffkiln.models.upscalers import Upscaler, plain_names
 from diffkiln.spec.model import ComponentSource
 
@@ -36,17 +36,17 @@ def open_added(name: str, given: ComponentSource, base: Path, signed: bool | Non
     """
     if given.single_file is not None:
         return Added(_from_file(name, single_file(given.single_file, base, ".file")), bool(signed))
-    place = place_of(name, [given], base, "")
-    if not (place.folders[0] / "config.json").is_file():
+    files = files_of(name, [given], base, "")
+    if not (files.folders[0] / "config.json").is_file():
         reason = (
-            f"the folder {place.folders[0].name} has no config.json, so it is no model of diffusers or transformers"
+            f"the folder {files.folders[0].name} has no config.json, so it is no model of diffusers or transformers"
         )
         raise source_error(reason, "Name the folder of one model", ".model")
-    component = read_component(name, place, None, weights=True)
+    component = read_component(name, files, None, weights=True)
     if component.library is None or component.members:
         raise source_error(f"{component.kind.__name__} is no model", "Name the folder of one model", ".model")
     signed = component.library == "diffusers" if signed is None else signed
-    return Added(component, signed, dict(next(iter(place.origin), {})))
+    return Added(component, signed, dict(next(iter(files.origin), {})))
 
 
 def _from_file(name: str, file: Path) -> Component:

@@ -174,12 +174,12 @@ def _check_gguf(found: SourceModel) -> None:
 def _given_files(source: Source, base: Path) -> dict[str, ComponentFiles | None]:
     """Returns where the components are that the spec has from elsewhere; None for one that is left out."""
     return {
-        name: None if given is None else place_of(name, as_tuple(given), base, f"$.source.components.{name}")
+        name: None if given is None else files_of(name, as_tuple(given), base, f"$.source.components.{name}")
         for name, given in (source.components or {}).items()
     }
 
 
-def place_of(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> ComponentFiles:
+def files_of(name: str, given: Sequence[ComponentSource], base: Path, where: str) -> ComponentFiles:
     """Returns where a component is that comes from elsewhere: one folder, or one for each model of several."""
     first = given[0]
     if len(given) > 1 and any(item.single_file for item in given):

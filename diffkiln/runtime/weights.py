@@ -87,7 +87,7 @@ class WeightStore:
         self._patches: Mapping[Key, Sequence[Patch]] = {}
         self._written: set[tuple[Key, str]] = set()
         self._fills: dict[Key, dict[Hashable, Patch]] = {}
-        self._places: dict[Key, dict[str, torch.Tensor]] = {}
+        self._beside: dict[Key, dict[str, torch.Tensor]] = {}
         ahead = offload is not None and offload.get("use_stream", True)
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
@@ -178,7 +178,7 @@ class WeightStore:
 
     def put(self, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts tensors on the device in the place of weights of a group, wherever the group comes from."""
-        self._places.setdefault(key, {}).update(tensors)
+        self._beside.setdefault(key, {}).update(tensors)
         if key in self._here:
             self._here[key].result().update(tensors)
 
@@ -248,7 +248,7 @@ class WeightStore:
             self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
         if self._transfers is not None:
-            stays = self._places.get(key, {})
+            stays = self._beside.get(key, {})
             self._transfers.leaves(tensor for name, tensor in future.result().items() if name not in stays)
             del future
             self._transfers.left()
@@ -302,7 +302,7 @@ class WeightStore:
             self.groups_now += 1
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
-        return dict(self._tensors(group, flat)) | self._places.get(group.key, {})
+        return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in group.entries.items():

@@ -144,8 +144,8 @@ def _counting(base: Any) -> type:
         with counted(given.shape[0] if isinstance(given, torch.Tensor) else len(given or ()) or None):
             return base.forward(self, *args, **kwargs)
 
-    told: Callable[..., Any] = forward
-    told.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    shown: Callable[..., Any] = forward
+    shown.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     # In a class between them: what looks for methods that changed looks at classes of the original's name.
-    between = type("CountsRows", (base,), {"forward": told, "__module__": base.__module__, "counts_rows": True})
+    between = type("CountsRows", (base,), {"forward": shown, "__module__": base.__module__, "counts_rows": True})
     return type(base.__name__, (between,), {"__module__": base.__module__})

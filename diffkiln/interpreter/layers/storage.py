@@ -174,9 +174,9 @@ class FourBit(StorageFormat):
 
 def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Returns the index of the number in a table that is nearest to each value."""
-    ordered, places = table.sort()
+    ordered, positions = table.sort()
     borders = (ordered[1:] + ordered[:-1]) / 2
-    return places[torch.bucketize(values, borders)]
+    return positions[torch.bucketize(values, borders)]
 
 
 def _in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:

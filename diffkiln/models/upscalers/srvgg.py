@@ -53,8 +53,8 @@ class _Compact:
 
 def _last(names: Mapping[str, object]) -> str:
     """Returns the name of the last convolution's weight; "" if there is none."""
-    places = [int(name.split(".")[1]) for name in names if name.startswith("body.") and name.split(".")[1].isdigit()]
-    return f"body.{max(places)}.weight" if places else ""
+    indices = [int(name.split(".")[1]) for name in names if name.startswith("body.") and name.split(".")[1].isdigit()]
+    return f"body.{max(indices)}.weight" if indices else ""
 
 
 def _scale(channels: int) -> int:

@@ -28,7 +28,7 @@ _SIDE = 64
 #: Of a larger picture a part tells as much: which sizes a model takes depends on its windows.
 _LARGE = 256
 #: Options that say where the model is, as a component of a source has them.
-_HOMES = {
+_FIELDS = {
     "model": "model",
     "revision": "revision",
     "subfolder": "subfolder",
@@ -88,9 +88,9 @@ class Enhance(ProgramPass):
             how_many = "both are given" if "model" in given else "neither is given"
             yield (), refuse(f'needs exactly one of "model" and "file", and {how_many}')
             return
-        options = {theirs: given[own] for own, theirs in _HOMES.items() if own in given}
-        for place, error in ComponentSource.conflicts(options):
-            yield tuple("file" if part == "single_file" else part for part in place), error
+        options = {theirs: given[own] for own, theirs in _FIELDS.items() if own in given}
+        for path, error in ComponentSource.conflicts(options):
+            yield tuple("file" if part == "single_file" else part for part in path), error
 
     def prepare(self, base: Path, pipeline_class: type) -> Pass:
         form = parameters_of(pipeline_class).get("output_type")
@@ -98,7 +98,7 @@ class Enhance(ProgramPass):
             reason = f"{pipeline_class.__name__} makes no pictures, so there is nothing to enhance"
             raise SpecError(problems=[Problem("", reason, "Remove it.")])
         ready = self.model_copy()
-        options = {theirs: value for own, theirs in _HOMES.items() if (value := getattr(self, own)) is not None}
+        options = {theirs: value for own, theirs in _FIELDS.items() if (value := getattr(self, own)) is not None}
         try:
             given = ComponentSource.model_validate(options)
         except ValidationError as error:
@@ -122,10 +122,10 @@ class Enhance(ProgramPass):
         written = {key: value for key, value in super().options().items() if value is not None}
         if self._added is None:
             return written
-        told = {"digest": self._added.digest, "class": self._added.component.kind.__name__}
+        facts = {"digest": self._added.digest, "class": self._added.component.kind.__name__}
         kept = {key: value for key, value in written.items() if key not in ("model", "file")}
-        place = "file" if self.file is not None else "model"
-        return {**kept, place: self.model if self.revision else self._added.digest, **told}
+        field = "file" if self.file is not None else "model"
+        return {**kept, field: self.model if self.revision else self._added.digest, **facts}
 
     def origins(self) -> Iterator[tuple[dict[str, Any], Path]]:
         """Yields the model as `options` states it, with a file of its folder."""
@@ -146,10 +146,10 @@ class Enhance(ProgramPass):
         module = state.modules[self.component]
         height, width = _SIDE, _SIDE
         made = self._tried(module, (height, width))
-        told = f"{type(module).__name__} is given the finished pictures"
+        note = f"{type(module).__name__} is given the finished pictures"
         if not isinstance(made, str):
-            told += f" and makes them {made[0] / height:g} × as large" if made != (height, width) else ""
-        return Outcome(state.with_facts(self.provides()), True, (told,))
+            note += f" and makes them {made[0] / height:g} × as large" if made != (height, width) else ""
+        return Outcome(state.with_facts(self.provides()), True, (note,))
 
     def _tried(self, module: torch.nn.Module, size: tuple[int, int]) -> tuple[int, int] | str:
         """Returns the size of what the model makes of a picture of a size; or why it makes none."""

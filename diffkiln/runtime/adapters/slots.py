@@ -29,7 +29,7 @@ _ALIGNED = 64
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Columns:
     """The factors of a layer among those of all: where they begin, and which row of the table its first part is."""
 
     room: Room
@@ -54,13 +54,13 @@ class Slots:
             if target.room is not None and target.used
         }
         self.count = min((room.slots for room in rooms.values()), default=0)
-        self._told_apart = min((room.rows for room in rooms.values()), default=0)
+        self._most_rows = min((room.rows for room in rooms.values()), default=0)
         self._rows = max((room.rows for room in rooms.values()), default=0)
         self._width = max((room.slots for room in rooms.values()), default=0)
         self._held: dict[int, str] = {}  # slot → the adapter that is in it
         self._inside: dict[int, frozenset[tuple[str, str]]] = {}
-        self._told: Hashable = None
-        self._places: dict[tuple[str, str], _Place] = {}
+        self._current: Hashable = None
+        self._columns: dict[tuple[str, str], _Columns] = {}
         self._tables: list[_Table] = []
         self._parts = 0
         by_dtype: dict[str, list[tuple[str, str]]] = {}
@@ -77,13 +77,13 @@ class Slots:
         """Puts one tensor into the place of the factors of all layers of one type."""
         begin, indices = 0, []
         for owner, room in rooms.items():
-            self._places[owner] = _Place(room, begin, self._parts)
+            self._columns[owner] = _Columns(room, begin, self._parts)
             indices.append(_padded(self._indices(room, self._parts)))
             begin += len(indices[-1])
             self._parts += room.parts
         flat = torch.zeros(begin, dtype=dtype_of(dtype), device=self._store.device)
         for (component, layer), room in rooms.items():
-            start, columns = self._places[component, layer].begin, room.parts * room.slots * room.rank
+            start, columns = self._columns[component, layer].begin, room.parts * room.slots * room.rank
             own = flat[start : start + room.rows * columns].view(room.rows, columns)
             name = f"{layer}.{FACTORS}"
             self._store.put(self._store.key_of(component, name), {name: own})
@@ -111,16 +111,16 @@ class Slots:
         """
         names = sorted({name for mix in rows for name in mix if mix[name]})
         self.check(names)
-        told = tuple(tuple((name, mix[name]) for name in names if mix.get(name)) for mix in rows)
-        if told == self._told:
+        mixes = tuple(tuple((name, mix[name]) for name in names if mix.get(name)) for mix in rows)
+        if mixes == self._current:
             return
-        self._told = None
+        self._current = None
         slots = slots_of(names, self.count)
         for name, slot in slots.items():
             if self._held.get(slot) != name:
                 self._fill(slot, name, loaded[name].changes)
-        self._tell(told, slots, loaded)
-        self._told = told
+        self._tell(mixes, slots, loaded)
+        self._current = mixes
 
     def check(self, names: Sequence[str]) -> None:
         """Raises `CallError` if a call uses more adapters than there are slots."""
@@ -132,7 +132,7 @@ class Slots:
 
     def forget(self, name: str) -> None:
         """Empties the slots that an adapter is in."""
-        self._told = None
+        self._current = None
         for slot in [slot for slot, other in self._held.items() if other == name]:
             self._fill(slot, "", ())
 
@@ -176,7 +176,7 @@ class Slots:
         at, values = [], []
         for change in (change for change in adapter.changes if change.target.used):
             target = change.target
-            at.append(self._places[target.component, target.layer].part + part_of(target))
+            at.append(self._columns[target.component, target.layer].part + part_of(target))
             values.append(scale_of(scale, target.path) * change.factor)
         column[torch.tensor(at, dtype=torch.long)] = torch.tensor(values)
         return column
@@ -184,9 +184,9 @@ class Slots:
     def expanded(self, mixes: Sequence[Mix], images: int) -> list[Mix]:
         """Returns the mix of each row of a batch, which has so many images for each prompt."""
         rows = [mix for mix in mixes for _ in range(images)]
-        if len(rows) > self._told_apart:
+        if len(rows) > self._most_rows:
             raise CallError(
-                f"adapters: {len(rows)} rows, and the bundle's slots tell {self._told_apart} apart. Give one mix"
+                f"adapters: {len(rows)} rows, and the bundle's slots tell {self._most_rows} apart. Give one mix"
             )
         return rows
 
@@ -227,14 +227,14 @@ def _patch(name: str, slot: int, changes: Sequence[Change]) -> Patch:
 
     def apply(tensors: Mapping[str, torch.Tensor]) -> None:
         tensor = tensors[name]
-        for place, factor in _factors(name, tensor, slot, changes):
+        for part, factor in _factors(name, tensor, slot, changes):
             rank = factor.shape[0] if name.endswith(DOWN) else factor.shape[1]
             if name.endswith(DOWN):
-                place[:rank].copy_(factor)
-                place[rank:].zero_()
+                part[:rank].copy_(factor)
+                part[rank:].zero_()
             else:
-                place[:, :rank].copy_(factor)
-                place[:, rank:].zero_()
+                part[:, :rank].copy_(factor)
+                part[:, rank:].zero_()
 
     return Patch((name,), apply)
 
