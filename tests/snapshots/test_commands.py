@@ -58,7 +58,7 @@ def for_gpus(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(DIGITS.glob("*.json")), ids=lambda path: path.stem)
-def test_check_of_an_example(path, said):
+def test_check_of_an_example(path, said, for_gpus):
     same(f"commands/check/digits-{path.stem}.json", json.loads(said("check", path, "--json")))
 
 
