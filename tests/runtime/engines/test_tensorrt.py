@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tensorrt_rtx
+import torch
 
 from diffkiln.bundle.digest import sha256_file
 from diffkiln.bundle.state import state_dir
 from diffkiln.bundle.tensorrt import ENGINE, FACTS, KERNELS
 from diffkiln.errors import DiffkilnError, Incompatible, Incomplete, ManifestInvalid, MissingDependency
 from diffkiln.runtime.engines import engine
+from diffkiln.runtime.engines.tensorrt import engine as tensorrt_engine
 from diffkiln.runtime.engines.tensorrt import files
 from diffkiln.runtime.engines.tensorrt.engine import TensorrtEngine
 from diffkiln.runtime.engines.tensorrt.kernels import Kernels
@@ -206,3 +210,62 @@ class TestKernels:
         engine.cache.data = b"compiled"
         kernels.keep()
         assert "will be compiled again" in caplog.text
+
+
+class Context:
+    """As TensorRT's: it notes which memory it is told to work in."""
+
+    def __init__(self) -> None:
+        self.memory: list[int] = []
+        self.set_device_memory = lambda address, size: self.memory.append(address)
+        self.set_input_shape = self.set_tensor_address = lambda *_: True
+        self.get_tensor_shape = lambda _: (1,)
+        self.execute_async_v3 = lambda _: True
+
+
+class Lender(SimpleNamespace):
+    """An accelerator that lends memory, and counts what is lent at once."""
+
+    def __init__(self) -> None:
+        stream = SimpleNamespace(wait_stream=lambda _: None, cuda_stream=0)
+        super().__init__(active=nullcontext, stream=lambda: stream, lent=0, most=0, sizes=[])
+        self.current_stream = self.default_stream = lambda: stream
+
+    def empty(self, size: int) -> torch.Tensor:
+        """Memory that is given back when nobody holds it any more."""
+        self.lent += 1
+        self.most = max(self.most, self.lent)
+        self.sizes.append(size)
+        made = torch.empty(size, dtype=torch.uint8)
+        weakref.finalize(made, self._back)
+        return made
+
+    def _back(self) -> None:
+        self.lent -= 1
+
+
+def test_engines_share_the_memory_that_they_work_in(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """None keeps memory of its own: two engines that run in turn hold that of one, and none between their calls."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(files, "capability", lambda _=None: (8, 9))
+    lender, strategies = Lender(), []
+
+    def made(_: Kernels, __: Any, strategy: Any) -> Context:
+        strategies.append(strategy)
+        return Context()
+
+    deserialized = SimpleNamespace(
+        device_memory_size_v2=4096, num_io_tensors=0, get_tensor_dtype=lambda _: tensorrt_rtx.DataType.FLOAT
+    )
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: deserialized)
+    monkeypatch.setattr(tensorrt_rtx, "Runtime", lambda _: runtime)
+    monkeypatch.setattr(tensorrt_engine, "accelerator", lambda _: lender)
+    monkeypatch.setattr(Kernels, "context", made)
+    engines = [opened(copy) for _ in range(2)]
+    assert strategies == [tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED] * 2
+    for each in (*engines, engines[0]):
+        each.device = torch.device("cpu")
+        each([torch.zeros(1) for _ in each.inputs])
+    assert (lender.sizes, lender.most, lender.lent) == ([4096] * 3, 1, 0)
