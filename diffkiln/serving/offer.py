@@ -15,9 +15,10 @@ from diffkiln.guards.limits import active
 from diffkiln.program import STEP, program_from_json, why_unseen
 from diffkiln.program.calls import Given
 from diffkiln.program.images import IMAGES
+from diffkiln.runtime.given import is_prompt
 from diffkiln.runtime.graphs import WHOLE
 from diffkiln.runtime.opening import read_json
-from diffkiln.runtime.variants import CompiledVariant
+from diffkiln.runtime.variants import CompiledVariant, as_texts
 from diffkiln.serving.refusals import Refusal
 
 _PROMPTS = ("prompt", "negative_prompt")
@@ -210,13 +211,19 @@ def _takes_negative(variant: CompiledVariant) -> bool:
 
 def _alike(variant: CompiledVariant, first: CompiledVariant) -> bool:
     """Returns True if a call of this variant gives what calls of the first, which has a smaller batch, would give."""
-    if variant.fixed != first.fixed or _takes_negative(variant) != _takes_negative(first):
+    if _fixed(variant) != _fixed(first) or _takes_negative(variant) != _takes_negative(first):
         return False
     if variant.batch_size == first.batch_size:
         return True
     # One image a prompt is the only division of images among prompts that is certain.
     counts: Sequence[int] = [*first.images.values(), first.batch_size]
     return set(counts) <= {1} and set(variant.images.values()) <= {variant.batch_size}
+
+
+def _fixed(variant: CompiledVariant) -> dict[str, Any]:
+    """Returns what a variant fixes, with the texts of its prompts once: a larger batch has them as often as it is
+    large."""
+    return {name: set(as_texts(value)) if is_prompt(name) else value for name, value in variant.fixed.items()}
 
 
 def _is_prompt(keyword: str) -> bool:

@@ -13,6 +13,8 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, PassError, SpecError
 from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.runtime.variants import CompiledVariant
+from diffkiln.serving.offer import _alike
 from tests.passes.hoisting.replays import PROMPT, Recorded, recorded
 from tests.pipelines import WARNING_FILTERS
 
@@ -139,3 +141,14 @@ def test_an_adapter_of_an_encoder_with_tables_is_refused(bundle, sd, tmp_path):
         pytest.raises(CallError, match=r"the pass hoist comes before a\.safetensors"),
     ):
         pipe.load_lora(file)
+
+
+def test_requests_share_a_call_beside_a_fixed_prompt(sd):
+    """A variant for two prompts has the fixed one twice, and that alone is no difference."""
+    programs = sd.recording.calls[0]
+    first, larger, other = (
+        CompiledVariant("v", {**sd.recording.fixed[0], "negative_prompt": texts}, programs)
+        for texts in ("grey", ["grey", "grey"], ["grey", "blue"])
+    )
+    assert _alike(larger, first)
+    assert not _alike(other, first)
