@@ -74,7 +74,7 @@ def chosen(kernel: str, causal: bool = False, scale: float | None = None) -> Op:
 
 
 def test_every_kernel_of_a_package_has_a_stand_in():
-    assert set(STAND_INS) == set(PACKAGED) == set(attention._HOMES)
+    assert set(STAND_INS) == set(PACKAGED) == set(attention._MODULES)
 
 
 @pytest.mark.parametrize("scale", [None, 0.125])
@@ -108,7 +108,7 @@ def test_channels_lie_side_by_side(kernel, monkeypatch):
 
 @pytest.mark.parametrize("kernel", PACKAGED)
 def test_a_package_that_is_not_there_is_named_with_its_install_line(kernel, monkeypatch):
-    monkeypatch.setitem(sys.modules, attention._HOMES[kernel][0], None)
+    monkeypatch.setitem(sys.modules, attention._MODULES[kernel][0], None)
     with pytest.raises(MissingDependency) as caught:
         packaged(chosen(kernel))
     assert KERNELS[kernel].package in str(caught.value)
