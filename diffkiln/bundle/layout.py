@@ -68,14 +68,14 @@ _ONE, _ANY = "[^/]+", "(?:[^/]+/)*"
 _CONFIGURATION = "json|txt|model|jinja|tiktoken|spm|vocab|bpe"
 
 #: By role, where a file may lie. A later minor of the format may add places.
-_HOMES = {
+_NAMES = {
     "config": rf"spec\.json|text/{_ONE}\.json|pipeline/{_ANY}{_ONE}\.(?:{_CONFIGURATION})",
     "program": rf"programs/{_ONE}\.(?:json|safetensors)",
     "weights": rf"weights/{_ONE}/{_ONE}\.safetensors",
     "native": rf"engines/{_ONE}/{_ANY}{_ONE}",
     "doc": rf"licences\.json|calibration/{_ONE}\.json",
 }
-_PATTERNS = {role: re.compile(pattern) for role, pattern in _HOMES.items()}
+_PATTERNS = {role: re.compile(pattern) for role, pattern in _NAMES.items()}
 
 # Python runs a module that is imported from a folder, and a .pth file at its start.
 _PYTHON = (".py", ".pyc", ".pyd", ".pyi", ".pyo", ".pyw", ".pyz", ".pth")

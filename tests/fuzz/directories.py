@@ -14,7 +14,7 @@ from diffkiln.errors import DiffkilnError
 from tests.bundle.making import CONTENT, ENGINE, NATIVE, make
 
 #: Where entries are put: the engine's own files and directories, their neighbours, the root.
-_HOMES = (NATIVE, f"{ENGINE}/inner", f"{ENGINE}/inner/kernel.cubin", f"{ENGINE}/data", ENGINE, "engines/cpu", "")
+_FOLDERS = (NATIVE, f"{ENGINE}/inner", f"{ENGINE}/inner/kernel.cubin", f"{ENGINE}/data", ENGINE, "engines/cpu", "")
 _NAMES = ("", "x.so", "model.so", "MODEL.SO", ".git", "a\nb", "\udcff", "n" * 255, "manifest.json", "inner")
 
 
@@ -56,7 +56,7 @@ def _load(path: Path) -> None:
 
 def _put(root: Path, outside: Path, kind: int, place: int, name: int) -> None:
     """One change. One that the file system does not allow is none."""
-    parent = root / _HOMES[place % len(_HOMES)]
+    parent = root / _FOLDERS[place % len(_FOLDERS)]
     target = parent / _NAMES[name % len(_NAMES)]
     if target == root:
         return

@@ -35,7 +35,7 @@ class AddSlots(ModelPass):
     """
 
     name: ClassVar[str] = "add_slots"
-    summary: ClassVar[str] = "give linear layers room for adapters that are put in at run time, row by row"
+    summary: ClassVar[str] = "give linear layers room for adapters, row by row"
     after: ClassVar = {
         "fuse_lora": "what is fused is a part of the weights",
         "fuse_qkv": "fused projections have slots together",
