@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from diffkiln.passes.hoisting.choosing import Rules
 from diffkiln.passes.hoisting.components import Divided, Given, divide
 from diffkiln.passes.hoisting.dependence import NOTHING, Depends, of_call
+from diffkiln.passes.hoisting.tables import Tables
 from diffkiln.program import CALL, Builder, Module, Op, Program, Ref, fingerprint
 from diffkiln.record.constants import Constants
-from diffkiln.record.folds import Evaluation, Fold
+from diffkiln.record.folds import Fold
 
 _TABLES = (NOTHING, Depends.SCHEDULE)
 
@@ -98,12 +99,6 @@ def _rules(calls: Sequence[Program], module: Module, given: Given) -> Rules:
     return Rules(len(rows), timesteps)
 
 
-@dataclass
-class _Table:
-    program: Program
-    evaluations: dict[Evaluation, None] = field(default_factory=dict)
-
-
 class _Caller:
     """The rewriting of calls, which collects the tables and preambles that they need.
 
@@ -117,8 +112,8 @@ class _Caller:
     """
 
     def __init__(self, module: Module, divided: Divided, constants: Constants) -> None:
-        self._module, self._divided, self._constants = module, divided, constants
-        self._tables: dict[str, _Table] = {}
+        self._module, self._divided = module, divided
+        self._tables = Tables(module.component, constants)
         self._by_print: dict[str, Program] = {}
         parts = [part for phased in divided.programs.values() for part in phased.phases.values()]
         self._prints = {id(part): fingerprint(part) for part in parts}
@@ -129,10 +124,7 @@ class _Caller:
 
     def folds(self, keeps: bool) -> tuple[Fold, ...]:
         """Returns what is evaluated when the bundle is made."""
-        component, regions = self._module.component, self._divided.regions
-        return tuple(
-            Fold(component, each.program, regions, tuple(each.evaluations), keeps) for each in self._tables.values()
-        )
+        return self._tables.folds(self._divided.regions, keeps)
 
     def rewritten(self, call: Program) -> Program:
         """Returns the call with the component's calls in phases."""
@@ -148,7 +140,7 @@ class _Caller:
                 args = tuple(values[item.name] for item in part.inputs)
                 key = self._prints[id(part)], args
                 if key not in made and on in _TABLES:
-                    made[key] = self._table(edit, part, args)
+                    made[key] = self._tables.values(edit, part, key[0], args)
                 elif key not in made:
                     # Before the first step, if its arguments are there by then.
                     before = max([sites[0][0], *(position[ref.name] + 1 for ref in args if ref.name in position)])
@@ -157,17 +149,6 @@ class _Caller:
                 values |= {ref.name: result for ref, result in zip(part.outputs, made[key], strict=True)}
             edit.replace(at, replace(op, args=tuple(values[item.name] for item in phased.rest.inputs)))
         return edit.build()
-
-    def _table(self, edit: Builder, part: Program, args: tuple[Ref, ...]) -> tuple[Ref, ...]:
-        """Returns the values of a table for these constants."""
-        mark = self._prints[id(part)]
-        table = self._tables.setdefault(mark, _Table(part))
-        takes = tuple(ref.bare for ref in args)
-        types = [part.types[ref.name] for ref in part.outputs]
-        stem = "/".join((self._module.component, mark, *takes))
-        gives = tuple(self._constants.add_later(f"{stem}/{index}", type_) for index, type_ in enumerate(types))
-        table.evaluations[Evaluation(takes, gives)] = None
-        return tuple(edit.constant(key, type_) for key, type_ in zip(gives, types, strict=True))
 
     def _preamble(self, edit: Builder, before: int, part: Program, args: tuple[Ref, ...]) -> tuple[Ref, ...]:
         """Puts a call of a preamble at a place; returns its results."""

@@ -4,11 +4,12 @@ give becomes tables of the bundle, and a component that nothing else calls leave
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from diffkiln.program import CALL, REGION, Builder, Module, Op, Program, Ref, fingerprint, prune
+from diffkiln.passes.hoisting.tables import Tables
+from diffkiln.program import CALL, REGION, Builder, Module, Op, Program, fingerprint, prune
 from diffkiln.record.constants import Constants
-from diffkiln.record.folds import Evaluation, Fold
+from diffkiln.record.folds import Fold
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ def encoded_ahead(
         constants: get a key for each value that is evaluated when the bundle is made.
         keep_originals: have weights stay in the bundle that nothing reads any more.
     """
-    caller = _Caller(module, constants)
-    changed = [{name: caller.rewritten(call) for name, call in programs.items()} for programs in calls]
+    tables = Tables(module.component, constants)
+    changed = [{name: _rewritten(call, module, tables) for name, call in programs.items()} for programs in calls]
     every = [op for programs in changed for call in programs.values() for op in call.ops if op.name == CALL]
     called = {op.attrs["program"] for op in every if op.attrs["component"] == module.component}
-    return Encoded(changed, _left(module, called), caller.folds(keep_originals))
+    return Encoded(changed, _left(module, called), tables.folds(module.regions, keep_originals))
 
 
 def _left(module: Module, called: set[str]) -> Module | None:
@@ -52,59 +53,28 @@ def _left(module: Module, called: set[str]) -> Module | None:
     return replace(module, programs=programs, regions=regions) if programs else None
 
 
-@dataclass
-class _Table:
-    program: Program
-    evaluations: dict[Evaluation, None] = field(default_factory=dict)
+def _rewritten(call: Program, module: Module, tables: Tables) -> Program:
+    """Returns the call with constants in the place of what the component makes of constants."""
+    edit = Builder(call)
+    for at, op in enumerate(call.ops):
+        if op.name == CALL and op.attrs["component"] == module.component and _takes_constants(op):
+            _fold(edit, at, module, tables)
+    return edit.build()
 
 
-class _Caller:
-    """The rewriting of calls, which collects what is to be evaluated.
-
-    Args:
-        module: the component.
-        constants: get a key for each value.
-    """
-
-    def __init__(self, module: Module, constants: Constants) -> None:
-        self._module, self._constants = module, constants
-        self._tables: dict[str, _Table] = {}
-
-    def folds(self, keeps: bool) -> tuple[Fold, ...]:
-        """Returns what is evaluated when the bundle is made."""
-        component, regions = self._module.component, self._module.regions
-        return tuple(
-            Fold(component, each.program, regions, tuple(each.evaluations), keeps) for each in self._tables.values()
-        )
-
-    def rewritten(self, call: Program) -> Program:
-        """Returns the call with constants in the place of what the component makes of constants."""
-        edit = Builder(call)
-        for at, op in enumerate(call.ops):
-            if op.name == CALL and op.attrs["component"] == self._module.component and _takes_constants(op):
-                self._fold(edit, at, op)
-        return edit.build()
-
-    def _fold(self, edit: Builder, at: int, op: Op) -> None:
-        used = set(edit.program.uses())
-        results = [(name, index) for index, name in enumerate(op.outputs) if name in used]
-        program = self._module.programs[op.attrs["program"]]
-        part = prune(replace(program, outputs=tuple(program.outputs[index] for _, index in results), signature={}))
-        if not all(ref.name in part.makers() for ref in part.outputs):
-            return
-        edit.replace(at)
-        for (name, _), ref in zip(results, self._evaluated(edit, part, op.uses), strict=True):
-            edit.replace_uses(name, ref)
-
-    def _evaluated(self, edit: Builder, part: Program, args: Sequence[Ref]) -> list[Ref]:
-        """Returns the constants that the program gives for these."""
-        mark, takes = fingerprint(part), tuple(ref.bare for ref in args)
-        stem = "/".join((self._module.component, mark, *takes))
-        names = [ref.name for ref in part.outputs]
-        keys = {name: self._constants.add_later(f"{stem}/{name}", part.types[name]) for name in names}
-        table = self._tables.setdefault(mark, _Table(part))
-        table.evaluations[Evaluation(takes, tuple(keys[name] for name in names))] = None
-        return [edit.constant(keys[name], part.types[name]) for name in names]
+def _fold(edit: Builder, at: int, module: Module, tables: Tables) -> None:
+    """Puts constants in the place of what one call gives."""
+    op, used = edit.program.ops[at], set(edit.program.uses())
+    program = module.programs[op.attrs["program"]]
+    results = {name: ref for name, ref in zip(op.outputs, program.outputs, strict=True) if name in used}
+    outputs = tuple(dict.fromkeys(results.values()))
+    part = prune(replace(program, outputs=outputs, signature={}))
+    if not all(ref.name in part.makers() for ref in outputs):
+        return
+    edit.replace(at)
+    values = dict(zip(outputs, tables.values(edit, part, fingerprint(part), op.uses), strict=True))
+    for name, ref in results.items():
+        edit.replace_uses(name, values[ref])
 
 
 def _takes_constants(op: Op) -> bool:
