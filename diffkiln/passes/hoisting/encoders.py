@@ -72,7 +72,7 @@ def _fold(edit: Builder, at: int, module: Module, tables: Tables) -> None:
     if not all(ref.name in part.makers() for ref in outputs):
         return
     edit.replace(at)
-    values = dict(zip(outputs, tables.values(edit, part, fingerprint(part), op.uses), strict=True))
+    values = dict(zip(outputs, tables.values(edit, part, fingerprint(part), tuple(op.uses)), strict=True))
     for name, ref in results.items():
         edit.replace_uses(name, values[ref])
 
