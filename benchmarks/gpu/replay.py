@@ -105,7 +105,7 @@ def shown_row(way: str, seconds: list[float] | str, peak: int, eager: float | No
 
 
 def rehearsed(architecture: str, folder: Path) -> dict[str, Any]:
-    """What a rehearsal changes in the spec."""
+    """Returns what a rehearsal changes in the spec."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.pipelines import build_folder
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.more
 
 
 def ran(folder: Path, *parts: str, **environment: str) -> tuple[int, str, str]:
-    """What a rehearsal of these parts ends with: its status, its table, and what it says of the parts."""
+    """Rehearses these parts; returns the status, the table, and what is said of the parts."""
     told = {"REHEARSE": "1", "RUNS": "1", "WARM": "1", "PYTHON": sys.executable} | environment
     places = {"ROWS": str(folder / "rows"), "WORK": str(folder / "work"), "TABLE": str(folder / "table.md")}
     done = subprocess.run([SCRIPT, *parts], env=os.environ | places | told, capture_output=True, text=True, timeout=800)

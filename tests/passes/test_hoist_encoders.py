@@ -11,7 +11,9 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
+from diffkiln.compiler.ledger import _replayed
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, PassError, SpecError
+from diffkiln.evaluate.calls import call_of, keywords_of
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.runtime.variants import CompiledVariant
 from diffkiln.serving.offer import _alike
@@ -152,3 +154,24 @@ def test_requests_share_a_call_beside_a_fixed_prompt(sd):
     )
     assert _alike(larger, first)
     assert not _alike(other, first)
+
+
+def test_the_ledger_replays_without_an_encoder_that_has_left(folders):
+    """The tables of a component that nothing calls any more are computed all the same."""
+    encoder = {"name": "hoist", "component": "text_encoder_2"}
+    prompts = {"prompt_2": "a red fox", "negative_prompt": "grey"}
+    made = recorded("sdxl", folders, encoder, fixed_prompts=prompts)
+    with quiet_libraries():
+        hoisted, plain = (_replayed(made.plan, chosen) for chosen in (made.plan.listed, ()))
+        assert np.array_equal(*(_drawn(pipe, prompt=PROMPT) for pipe in (hoisted, plain)))
+    calls = [op.attrs["component"] for op in hoisted.variants[0].programs["call"].ops if op.name == "call"]
+    assert "text_encoder_2" not in calls
+    assert "text_encoder" in calls
+
+
+def test_what_a_bundle_is_compared_with_is_given_its_fixed_prompts(bundle):
+    with open_bundle(bundle[0]) as opened:
+        call = call_of(opened)
+    assert call.texts == ()
+    given = keywords_of(call, ["another prompt"], [0])
+    assert (given["prompt"], given["negative_prompt"]) == (PROMPT, NEGATIVE["negative_prompt"])

@@ -67,7 +67,7 @@ def read(base: Tensor, box: Box, size: Sizes) -> Tensor:
 def written(base: Tensor, source: Tensor, box: Box) -> Tensor:
     """Returns the storage with other content in the place of the view."""
     dense = source.reshape([n for n in source.shape if n != 1])
-    rank = {dimension: rank_ for rank_, dimension in enumerate(sorted(box.order))}
+    rank = {dimension: at for at, dimension in enumerate(sorted(box.order))}
     part = dense.permute([rank[i] for i in box.order]).unsqueeze(-1)
     return _put(base.reshape(box.shape), part, box, 0).reshape(base.shape)
 

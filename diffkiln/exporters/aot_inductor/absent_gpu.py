@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from diffkiln.bundle.scratch import folder_to_run
 from diffkiln.errors import ExportError
 from diffkiln.exporters import toolchain
 from diffkiln.exporters.cuda import cuda_version
@@ -137,7 +138,7 @@ def _guard_switch() -> Callable[[bool], None]:
     torch_home, source = Path(torch.__file__).parent, Path(__file__).with_name("guard.cpp")
     compiler = toolchain.find_compiler()
     what = ["-std=c++20", "-w", "-fPIC", "-shared", f"-I{torch_home / 'include'}", str(source)]
-    with tempfile.TemporaryDirectory(prefix="diffkiln-guard-") as folder:
+    with tempfile.TemporaryDirectory(prefix="diffkiln-guard-", dir=folder_to_run()) as folder:
         how = [f"-L{torch_home / 'lib'}", "-lc10", "-o", "guard.so"]
         call([compiler.path, *what, *how], Path(folder), toolchain.plain_environment(), 300)
         return ctypes.CDLL(str(Path(folder) / "guard.so")).diffkiln_guard
