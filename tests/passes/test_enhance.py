@@ -267,3 +267,16 @@ class TestChecks:
         made = spec(SWIN, runtime={"on_unrecordable": "diffusers"})
         with pytest.raises(diffkiln.errors.PassError, match="enhance rewrites the program, but there is none"):
             diffkiln.compile(made, folder / "none", base=folder)
+
+
+@pytest.mark.more
+@pytest.mark.slow
+def test_it_is_quantized(folder, models):
+    """To int8 weights, which cost what int8 costs: the picture stays near that of the plain model."""
+    int8 = {"name": "quantize", "component": "enhancer", "type": "int8_weight_only"}
+    plain, quantized = (built(spec(SWIN, *more), folder, folder / f"q{len(more)}") for more in ((), (int8,)))
+    with diffkiln.load(plain) as one, diffkiln.load(quantized) as other:
+        assert 0 < difference(drawn(one).images, drawn(other).images) <= 0.05
+    with open_bundle(plain) as one, open_bundle(quantized) as other:
+        sizes = [sum(row.bytes for row in each.manifest.weights["enhancer"]) for each in (one, other)]
+    assert sizes[1] < sizes[0]
