@@ -137,7 +137,7 @@ def _keyword_problems(
 ) -> Iterator[Problem]:
     """Yields keywords that the call has not, that it needs, and that are the caller's."""
     declared = [*request.images, *request.tensors, *request.texts]
-    yield from _prompt_problems(entry, request, where)
+    yield from _prompt_problems(entry, request, where, parameters)
     for name in (*request.fixed, *declared):
         path = _path_of(name, entry, where)
         if name in _BY_THE_CALLER and name not in request.tensors:
@@ -155,16 +155,15 @@ def _keyword_problems(
             yield Problem(f"{where}.call.{name}", f"the call of {class_name} needs it", _how_to_give(parameter))
 
 
-def _prompt_problems(entry: Inputs, request: Request, where: str) -> Iterator[Problem]:
-    """Yields fixed prompts that are none, or in whose place tensors are given."""
+def _prompt_problems(entry: Inputs, request: Request, where: str, parameters: Parameters) -> Iterator[Problem]:
+    """Yields keywords of fixed prompts that are no prompts, or in whose place tensors are given."""
     taken = frozenset(encoded(request.tensors))
     for name in entry.fixed_prompts or ():
         path = f"{where}.fixed_prompts.{name}"
-        if name not in (*PROMPTS, *NEGATIVES):
-            hint = suggest(name, (*PROMPTS, *NEGATIVES)) or f'Whatever else is fixed stands in "call": {{"{name}": …}}'
-            yield Problem(path, f"{name!r} is no prompt", hint)
+        if name in parameters and name not in (*PROMPTS, *NEGATIVES):
+            yield Problem(path, f"{name!r} is no prompt", f'Whatever else is fixed stands in "call": {{"{name}": …}}.')
         elif name in taken:
-            yield Problem(path, f"tensors are given in the place of {name}", "Remove one of the two")
+            yield Problem(path, f"tensors are given in the place of {name}", "Remove one of the two.")
 
 
 def _path_of(name: str, entry: Inputs, where: str) -> str:

@@ -100,7 +100,8 @@ def test_diffusers_has_no_encoder_then(bundle):
 
 
 WRONG = {
-    "is no prompt": {"fixed_prompts": {"negativ_prompt": "x"}},
+    "'eta' is no prompt": {"fixed_prompts": {"eta": "0"}},
+    'Did you mean "negative_prompt"': {"fixed_prompts": {"negativ_prompt": "x"}},
     "is a fixed prompt, too": {"fixed_prompts": {"prompt": "x"}, "call": {"prompt": "y"}},
     "has no keyword 'prompt_3'": {"fixed_prompts": {"prompt_3": "x"}},
     "tensors are given in the place of prompt": {
