@@ -2,8 +2,8 @@
 # Everything that needs a GPU, in calls of at most ten minutes. Needs diffkiln[dev] and a torch with CUDA.
 #
 #   benchmarks/gpu/run.sh [PART...]
-#   parts: tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-fp8 fp8 build-mask mask
-#          build-streamed streamed offload replay
+#   parts: tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-hoisted hoisted build-fp8 fp8
+#          build-mask mask build-streamed streamed offload replay
 #
 # Without a part it runs as many as fit, in this order. Rows are kept in $ROWS as they are measured, so that parts may be
 # run one by one, on several days; the table is made of all that are there. One that fails costs its own row. A bundle is
@@ -21,8 +21,8 @@ rows="${ROWS:-benchmarks/results/gpu-rows}" work="${WORK:-/tmp/diffkiln-gpu}" ou
 [[ ${REHEARSE:-} ]] && export MKL_CBWR=COMPATIBLE  # the tiny FLUX is that of the tests, which ask for it
 runs="${RUNS:-10}" warm="${WARM:-3}" python="${PYTHON:-python3}"
 end=$((SECONDS + ${SECONDS_IN_ALL:-540}))
-all=(tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-fp8 fp8 build-mask mask
-    build-streamed streamed offload replay)
+all=(tests ceilings eager compile build-bf16 bf16 graphs build-untuned untuned build-hoisted hoisted build-fp8 fp8
+    build-mask mask build-streamed streamed offload replay)
 usage() { sed -n '2,17s/^# \{0,1\}//p' "$self"; }
 
 left() { echo $((end - SECONDS)); }
@@ -73,6 +73,8 @@ part() {
     graphs) only bf16 && rounds bundle-bf16-step-graphs bundle-bf16-program-graphs --runs "$runs" --warm "$warm" ;;
     build-untuned) only bf16-hidden && built bf16-untuned ;;
     untuned) only bf16-hidden && rounds eager bundle-bf16-untuned --runs "$runs" --warm "$warm" ;;
+    build-hoisted) only bf16-hoisted && built bf16-hoisted ;;
+    hoisted) only bf16-hoisted && rounds eager bundle-bf16-hoisted --runs "$runs" --warm "$warm" ;;
     build-fp8) only fp8 && built fp8 ;;
     fp8) only fp8 && rounds eager bundle-fp8 --runs "$runs" --warm "$warm" ;;
     build-mask) only fp8-mask && built fp8-mask ;;

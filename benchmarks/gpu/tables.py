@@ -26,20 +26,18 @@ WAYS = {
     "pruna-like": "QKV fusion + FORA every 2nd + torch.compile",
     "bundle-bf16": "bundle, bf16",
     "bundle-bf16-untuned": "bundle, bf16, engines built with the GPU hidden",
+    "bundle-bf16-hoisted": "bundle, bf16, conditioning hoisted",
     "bundle-bf16-step-graphs": "bundle, bf16, CUDA graphs over steps",
     "bundle-bf16-program-graphs": "bundle, bf16, CUDA graphs over the program",
     "bundle-fp8": "bundle, fp8",
     "bundle-fp8-mask": "bundle, fp8, 14 of 28 steps computed",
-    "bundle-fp8-streamed": "bundle, fp8, weights streamed from the host",
+    "bundle-fp8-streamed": "bundle, fp8, conditioning hoisted, weights streamed from the host",
     "offload-group": "diffusers, group offload",
     "offload-model": "diffusers, model offload",
     "offload-sequential": "diffusers, sequential offload",
 }
-#: Goals for which there is nothing to run yet.
-MISSING = {
-    "hoisting the conditioning, bf16": "no pass hoists it yet",
-    "predicted against measured peak memory": "nothing predicts it yet",
-}
+#: What a row knows of memory, in the table's order.
+MEMORY = ("predicted", "allocated", "reserved", "driver")
 _QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,power.limit"
 
 
@@ -63,7 +61,7 @@ def gpu() -> str:
 def shown(way: str, row: Mapping[str, Any] | None, eager: float | None) -> list[str]:
     """One line of the table."""
     if row is None:
-        return [WAYS[way], "not measured", *[""] * 8]
+        return [WAYS[way], "not measured", *[""] * 9]
     seconds = row["seconds"]
     told = f"failed: {row['failed']}" if "failed" in row else "not measured"
     memory = row.get("memory", {})
@@ -74,7 +72,7 @@ def shown(way: str, row: Mapping[str, Any] | None, eager: float | None) -> list[
         f"{median(seconds) / eager:.2f}" if seconds and eager else "",
         f"{row['loaded']:.0f}" if "loaded" in row else "",
         f"{row['first_image']:.0f}" if "first_image" in row else "",
-        *(f"{memory[name] / 1e9:.2f}" if name in memory else "" for name in ("allocated", "reserved", "driver")),
+        *(f"{memory[name] / 1e9:.2f}" if name in memory else "" for name in MEMORY),
         f"{row['cosine']:.6f}, {row['relative_l2']:.1e}" if "cosine" in row else "",
     ]
 
@@ -93,7 +91,7 @@ def lines(rows: Path, note: str) -> Sequence[str]:
     eager = median(counted) if counted else None
     columns = (
         "way", "median, s", "spread (runs)", "× eager", "start → loaded, s", "start → first image, s",
-        "allocated, GB", "reserved, GB", "GPU in use, GB", "latents: cosine, relative L2 to eager",
+        "predicted, GB", "allocated, GB", "reserved, GB", "GPU in use, GB", "latents: cosine, relative L2 to eager",
     )  # fmt: skip
     ceilings = read(rows / "ceilings.json")
     return [
@@ -105,13 +103,12 @@ def lines(rows: Path, note: str) -> Sequence[str]:
         "shapes: times and memory mean something, images do not, and neither do differences beyond a check for faults.",
         "Ways that were measured together took turns, A B B A. The start is that of the process, with empty caches of",
         "compilers; diffusers' rows draw their weights before they are loaded, and a bundle's row compiles the bundle",
-        "where it was not there. GPU in use is the driver's number for all processes together.",
+        "where it was not there. Predicted is the planner's peak of weights, constants and results; GPU in use is the",
+        "driver's number for all processes together.",
         "",
         table(columns, [shown(way, found[way], eager) for way in WAYS]),
         "",
         table(("ceiling", "measured"), list((ceilings or {"all": "not measured"}).items())),
-        "",
-        table(("goal", "result"), [(goal, f"not measured: {why}") for goal, why in MISSING.items()]),
     ]
 
 
