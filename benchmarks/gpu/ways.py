@@ -92,7 +92,7 @@ def eager(setting: Setting) -> Draw:
 
 def eager_cudnn(setting: Setting) -> Draw:
     pipe = pipeline(setting)
-    pipe.transformer.set_attention_backend("_native_cudnn")
+    pipe.transformer.set_attention_backend("_native_cudnn" if setting.device == "cuda" else "_native_math")
     return drawing(pipe, setting)
 
 
