@@ -56,13 +56,15 @@ test-portable-sample: install
 
 # What is heavier than `make test` allows, and each change needs all the same: the sample, Ray Serve, a browser (Debian's
 # chromium), schemathesis against the server, a sample of engines for absent GPUs that are run on the CPU, and what many
-# pipelines are made for, each beside diffusers' own.
+# pipelines are made for, each beside diffusers' own. What measures time, or starts Ray and browsers, runs one by one.
 test-more: test-portable-sample test-heavy
 
 test-heavy: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[more]'
 	command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q chromium)
-	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m "more or twin"
+	$(BIN)/python -m pytest -q -m "more or twin" --ignore tests/serving --ignore tests/evaluate \
+		--numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile --durations 25
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -q -m more tests/serving tests/evaluate --durations 10
 
 # The rest of the engines for absent GPUs that are run on the CPU; `test-more` has a sample of them.
 test-twin: install

@@ -76,6 +76,7 @@ NO_CPU = ("offload-model", "offload-sequential")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1900)
 def test_every_other_part_writes_its_rows(tmp_path: Path) -> None:
     """Bundles draw what diffusers draws, but for the one with a mask, which leaves out every second step."""
     _, table, told = ran(tmp_path, *REST, SECONDS_IN_ALL="1700")
