@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffkiln.compiler.choosing import choices_of, open_to_measurement, settled
 from diffkiln.compiler.decoding import too_large
 from diffkiln.compiler.gates import ready_gates
 from diffkiln.compiler.plan import Plan
@@ -53,9 +54,17 @@ def check(spec: SpecLike, *, base: str | Path | None = None, limits: Limits | No
 
 
 def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str] = ()) -> Plan:
-    """Checks as `check` does, where a gate may name metrics that the caller brings."""
-    parsed = parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
-    home = base_of(spec, base)
+    """Checks as `check` does, where a gate may name metrics that the caller brings.
+
+    What the spec leaves to measurement is the first way that is legal.
+    """
+    parsed, home = parsed_of(spec), base_of(spec, base)
+    choices = choices_of(parsed, lambda one: checked(one, home, metrics))
+    return checked(settled(parsed, choices), home, metrics).noting(open_to_measurement(choices))
+
+
+def checked(parsed: Spec, home: Path, metrics: Collection[str]) -> Plan:
+    """Checks a spec that leaves nothing to measurement; its relative paths start from `home`."""
     listed, targets, source, gates = gather_problems(
         lambda: read_passes(parsed.passes),
         lambda: resolve_targets(parsed),
@@ -182,6 +191,11 @@ def collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def parsed_of(spec: SpecLike) -> Spec:
+    """Returns the spec, read from wherever it is."""
+    return parse_spec(spec if isinstance(spec, Spec) else _spec_source(spec))
 
 
 def _spec_source(spec: Any) -> Any:

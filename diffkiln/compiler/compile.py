@@ -10,14 +10,23 @@ Each stage takes a plan and returns a new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from diffkiln.bundle import BundleWriter, write_receipt
 from diffkiln.compiler.built import Built
 from diffkiln.compiler.calibrate import Metric, calibrate
-from diffkiln.compiler.check import SpecLike, base_of, check, check_with, collection_paused
+from diffkiln.compiler.check import (
+    SpecLike,
+    base_of,
+    check,
+    check_with,
+    checked,
+    collection_paused,
+    parsed_of,
+)
+from diffkiln.compiler.choosing import choices_of, measure
 from diffkiln.compiler.dry_run import dry_run
 from diffkiln.compiler.ledger import Ledger, Mode, ledger_of, with_bundle
 from diffkiln.compiler.memory import keep_large_tensors_apart
@@ -52,6 +61,7 @@ from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
 from diffkiln.record.refusals import Refused
+from diffkiln.spec import Spec
 
 
 @gated("progress")
@@ -88,10 +98,27 @@ def compile(
     """
     stages, home, own = Stages(progress), base_of(spec, base), metrics or {}
     keep_large_tensors_apart()
-    with applied(limits), BundleWriter(output, force) as writer:
+    with applied(limits):
+        parsed, engines = parsed_of(spec), cache or EngineCache()
+
+        def measured(one: Spec, folder: Path, timed: Callable[[Plan, Path], None]) -> Built:
+            return _compiled(one, folder, False, home, Stages(), engines, own, ledger, timed)
+
+        choices = choices_of(parsed, lambda one: checked(one, home, own))
+        parsed, notices = measure(parsed, choices, measured, Path(output).absolute().parent, stages)
+        built = _compiled(parsed, output, force, home, stages, engines, own, ledger)
+    return replace(built, notices=(*built.notices, *notices))
+
+
+def _compiled(
+    spec: Spec, output: str | Path, force: bool, home: Path, stages: Stages, cache: EngineCache,
+    own: Mapping[str, Metric], ledger: Mode, timed: Callable[[Plan, Path], None] | None = None,
+) -> Built:  # fmt: skip
+    """Compiles a spec that leaves nothing to measurement. `timed` is given the complete bundle in the trial's stead."""
+    with BundleWriter(output, force) as writer:
         with stages("check"):
             with collection_paused():
-                plan = check_with(spec, base, own)
+                plan = checked(spec, home, own)
             writer.require_space(sum(plan.bytes_after.values()))
         with stages("record"), quiet_libraries(), collection_paused():
             plan = _recorded(plan)
@@ -111,16 +138,17 @@ def compile(
             pack_configuration(writer, plan)
             pack_licences(writer, plan)
             plan = plan.packing(pack_programs(writer, plan))
-        plan = _with_engines_and_weights(plan, writer, verification, cache or EngineCache(), stages)
+        plan = _with_engines_and_weights(plan, writer, verification, cache, stages)
         with stages("publish"):
-            trial = _Trial(plan, rows, home, own)
+            trial = _Trial(plan, rows, home, own, timed)
             identity = writer.publish(
                 lambda files: manifest_of(files, plan),
                 lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
                 trial,
             )
-    write_receipt(identity)
-    remember_source(identity, plan.spec.source, home, plan.spec.as_json()["passes"])
+    if timed is None:
+        write_receipt(identity)
+        remember_source(identity, plan.spec.source, home, plan.spec.as_json()["passes"])
     return Built(writer.output, identity, plan.notices, dict(stages.seconds))
 
 
@@ -156,10 +184,20 @@ def plan_memory_of(
 class _Trial:
     """The trial of a bundle that is complete, which adds the bundle's own row to the ledger."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, base: Path, own: Mapping[str, Metric]) -> None:
-        self.ledger, self._plan, self._base, self._own = ledger, plan, base, own
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        base: Path,
+        own: Mapping[str, Metric],
+        timed: Callable[[Plan, Path], None] | None,
+    ) -> None:
+        self.ledger, self._plan, self._base, self._own, self._timed = ledger, plan, base, own, timed
 
     def __call__(self, root: Path) -> None:
+        if self._timed is not None:
+            self._timed(self._plan, root)
+            return
         try_bundle(root, self._plan)
         self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
 

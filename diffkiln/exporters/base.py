@@ -44,6 +44,7 @@ class Exporter:
         whole: whether a region is the whole component where the spec does not say.
         computes: a type that it takes, for whoever must cast.
         packages: what the bundle needs where it runs, with version specifiers.
+        complete: whether its engines are compiled when the bundle is made, and not when it is loaded.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class Exporter:
     whole: ClassVar[bool] = False
     computes: ClassVar[str] = "float32"
     packages: ClassVar[Mapping[str, str]] = {}
+    complete: ClassVar[bool] = True
 
     def target_problems(self, target: Target) -> Iterator[Problem]:
         """Yields why there can be no engine for a target, wherever it is built."""

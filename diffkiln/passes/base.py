@@ -190,6 +190,11 @@ class Pass(Strict):
             raise SpecError(problems=problems_from(error, model, where)) from None
 
     @classmethod
+    def ways(cls, options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Returns, by name, the options among which a build chooses by measuring; none where nothing is left open."""
+        return {}
+
+    @classmethod
     def implied(cls, spec: Spec, state: State) -> Iterable[Pass]:
         """Returns passes that the spec asks for elsewhere than in its list; most are asked for there alone."""
         return ()

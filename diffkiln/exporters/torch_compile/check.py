@@ -32,6 +32,7 @@ class TorchCompile(Exporter):
 
     name: ClassVar[str] = "torch_compile"
     builder = "diffkiln.exporters.torch_compile.build"
+    complete = False
     summary = "compiles when the bundle is loaded, out of the caches of a compilation when it was made."
     options = TorchCompileOptions
     examples: ClassVar = ({"name": "compile", "component": "transformer", "backend": name, "fullgraph": False},)

@@ -21,7 +21,9 @@ from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, 
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import DEFAULT_BACKEND, Conflict, Spec, Target, refuse, resolve_targets
 
-_BACKEND = "Backend that compiles the regions."
+_BACKEND = "Backend that compiles the regions; auto: the fastest of those whose engines compile nothing at load."
+#: The choice of the backend by measurement.
+AUTO = "auto"
 _SCOPE = "Region to compile at once: each repeated block, or the whole component. Absent: {}"
 
 
@@ -63,8 +65,17 @@ class Compile(ProgramPass):
         return _of_one(name) if name in known else _of_all(known)
 
     @classmethod
+    def ways(cls, options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        if options.get("backend") != AUTO:
+            return {}
+        backends = [plugins.load("exporters", name) for name in plugins.plugins("exporters")]
+        return {each.name: {**options, "backend": each.name} for each in backends if each.complete}
+
+    @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
         yield from super().conflicts(given)
+        if given.get("backend") == AUTO:
+            yield ("backend",), refuse("is chosen while a spec is compiled, which this is not", "Name a backend")
         if given.get("between") and given.get("scope") != "blocks" and (given.get("scope") or cls.exporter.whole):
             yield ("between",), refuse("the whole component is one region already", "Remove it")
         if given.get("component") == SCHEDULER:
@@ -169,7 +180,7 @@ def _of_all(names: tuple[str, ...]) -> Any:
                 own.setdefault(name, []).append(field)
     wholes = ", ".join(f"whole for {backend.name}" for backend in backends if backend.whole)
     described = {
-        "backend": (Literal[names], Field(DEFAULT_BACKEND, description=_BACKEND)),
+        "backend": (Literal[(*names, AUTO)], Field(DEFAULT_BACKEND, description=_BACKEND)),
         "scope": (
             Compile.model_fields["scope"].annotation,
             Field(None, description=_SCOPE.format(f"{wholes}, blocks for the others.")),
