@@ -6,7 +6,7 @@ context, and what operators take for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,10 @@ from diffkiln.program.ir import REGION, Program, weight_in
 from diffkiln.program.moments import PHASES, Groups, Key, Moment, moments
 from diffkiln.program.operators import nbytes
 from diffkiln.program.residency import Residencies, Residency
+from diffkiln.program.streaming import Arena
 
 #: The policy's fields: how weights move, and the bytes that a call may take.
-STRATEGY, MAX_MEMORY, AUTO = "strategy", "max_memory", "auto"
+STRATEGY, MAX_MEMORY, AUTO, STREAM = "strategy", "max_memory", "auto", "stream"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Planner:
         policy: how weights are offloaded, as the spec's JSON; None keeps all of them in memory.
         constants: bytes of folded tensors.
         inside: (component, region) of engines that hold their weights themselves.
+        calls: all calls of the bundle, which share the slots of weights that stream.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class Planner:
         policy: Mapping[str, Any] | None,
         constants: int = 0,
         inside: Collection[tuple[str, str]] = (),
+        calls: Sequence[Program] = (),
     ) -> None:
-        self._groups, self._policy = groups, policy
+        self._groups, self._policy, self._calls = groups, policy, calls
         held = sum(_held(groups, component, region) for component, region in inside)
         self._residencies = Residencies(sizes, constants + held)
         self._known: dict[int, tuple[Program, PlannedCall]] = {}
+        self._moments: dict[int, list[Moment]] = {}
 
     def __call__(self, call: Program) -> PlannedCall:
         """Returns the plan of a call.
@@ -95,7 +99,7 @@ class Planner:
             TooSmall: no plan keeps within the policy's limit.
         """
         if id(call) not in self._known:
-            listed = moments(call, self._groups)
+            listed = self._listed(call)
             self._known[id(call)] = call, PlannedCall(listed, self._planned(listed))
         return self._known[id(call)][1]
 
@@ -103,10 +107,29 @@ class Planner:
         """Returns which weights a call keeps in memory. Raises `TooSmall` as `__call__` does."""
         return self(call).residency
 
+    @cached_property
+    def arena(self) -> Arena | None:
+        """The slots of weights that stream, which all calls share; None where they do not stream.
+
+        Raises:
+            TooSmall: no slots keep within the policy's limit.
+        """
+        policy = self._policy
+        if policy is None or policy.get(STRATEGY) != STREAM:
+            return None
+        return self._residencies.arena([self._listed(call) for call in self._calls], policy.get(MAX_MEMORY))
+
+    def _listed(self, call: Program) -> list[Moment]:
+        if id(call) not in self._moments:
+            self._moments[id(call)] = moments(call, self._groups)
+        return self._moments[id(call)]
+
     def _planned(self, listed: list[Moment]) -> Residency:
         policy = self._policy
         if policy is None:
             return self._residencies.resident(listed)
+        if (arena := self.arena) is not None:
+            return self._residencies.stream(listed, arena)
         ahead = bool(policy.get("use_stream", True))
         limit = policy.get(MAX_MEMORY)
         if policy.get(STRATEGY) != AUTO or limit is None:

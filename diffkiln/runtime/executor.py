@@ -41,6 +41,7 @@ from diffkiln.runtime.graphs import WHOLE, Graphs
 from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
+from diffkiln.runtime.streaming import SlotCursor
 from diffkiln.runtime.turns import PATIENCE, Turn, Turns
 from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
 
@@ -359,7 +360,9 @@ class _Call(NamedTuple):
 class _Run:
     """The state of one call."""
 
-    def __init__(self, turn: Turn, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
+    def __init__(
+        self, turn: Turn, cursor: Cursor | SlotCursor, generator: Generators, step_end: StepEnd | None
+    ) -> None:
         self.turn, self.cursor, self.generator, self.step_end = turn, cursor, generator, step_end
         self.call: Program | None = None
         self.watched = False
@@ -369,7 +372,7 @@ class _Run:
         self.shown = False
 
     @contextlib.contextmanager
-    def aside(self, cursor: Cursor) -> Iterator[None]:
+    def aside(self, cursor: Cursor | SlotCursor) -> Iterator[None]:
         """Leaves this run's place in its schedule, and what is known of its outputs, as they are for a while."""
         kept = self.cursor, self.watched
         self.cursor, self.watched = cursor, False

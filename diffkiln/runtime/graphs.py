@@ -22,6 +22,7 @@ from diffkiln.errors import CallError, Incompatible
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import Interpreter, Special
 from diffkiln.program import CALL, NOISE, STEP, Op, Program, split_off
+from diffkiln.program.planner import STRATEGY, STREAM
 from diffkiln.runtime.accelerator import CudaCapture
 from diffkiln.runtime.finite import all_finite
 
@@ -285,8 +286,9 @@ def graphs_for(manifest: Manifest, device: torch.device) -> Graphs | None:
 
 
 def check_addresses(graphs: Graphs | None, offload: Mapping[str, Any] | None) -> None:
-    """Raises `Incompatible` for graphs of weights that are offloaded."""
-    if graphs is not None and offload is not None:
+    """Raises `Incompatible` for graphs of weights that are offloaded, but for those that stream from the host."""
+    streams = offload is not None and offload.get(STRATEGY) == STREAM and offload.get("to") != "disk"
+    if graphs is not None and offload is not None and not streams:
         raise Incompatible(
             "cuda_graphs: found weights that are offloaded, required weights that stay where they are, since a graph "
             "holds their addresses. Compile with one of the two, or give more memory"

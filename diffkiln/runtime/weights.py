@@ -24,10 +24,12 @@ from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import TensorType
 from diffkiln.program.moments import Key
 from diffkiln.program.residency import Residency
-from diffkiln.runtime.accelerator import Accelerator, accelerator
+from diffkiln.program.streaming import Arena
+from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
 from diffkiln.runtime.groups import Group, keys_by_weight, read_groups
 from diffkiln.runtime.staging import Reader, Staging
-from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue, copied
+from diffkiln.runtime.streaming import SlotCursor, Slots
+from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue
 
 #: What one reader takes at a time of a file that has been hashed.
 _PIECE = 1 << 26
@@ -57,6 +59,7 @@ class WeightStore:
         on: stands for the device; None finds it.
         readers: read resident weights, several files at a time.
         share: whether resident weights in the host's memory are shared with other processes of this user.
+        arena: the slots of weights that stream; None where they do not.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
@@ -73,6 +76,7 @@ class WeightStore:
         on: Accelerator | None = None,
         readers: Readers | None = None,
         share: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         self.device, self.offload, self._share = device, offload, share
         self._verified = verified
@@ -88,9 +92,12 @@ class WeightStore:
         self._written: set[tuple[Key, str]] = set()
         self._fills: dict[Key, dict[Hashable, Patch]] = {}
         self._beside: dict[Key, dict[str, torch.Tensor]] = {}
-        ahead = offload is not None and offload.get("use_stream", True)
+        ahead = offload is not None and (arena is not None or offload.get("use_stream", True))
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
+        self._slots = Slots(arena, self._accelerator) if arena is not None else None
+        if self._slots is not None:
+            self._open(self._slots)
         forks.renewed(self)
         if offload is None and device.type == "cpu":
             self._bring_all(readers or Readers())
@@ -101,6 +108,12 @@ class WeightStore:
         elif self._accelerator and offload.get("to") != "disk":
             self._fill_host(self._accelerator)
             self._close_readers()
+
+    def _open(self, slots: Slots) -> None:
+        """Counts the memory of slots, which nothing is copied into that somebody else may still be using."""
+        self.bytes_now = self.bytes_peak = slots.arena.nbytes
+        if self._transfers is not None:
+            self._transfers.follow()
 
     def key_of(self, component: str, weight: str) -> Key:
         """Returns the key of the group that holds a weight."""
@@ -187,7 +200,7 @@ class WeightStore:
         """Returns True if weights are read from files before each use."""
         return self.offload is not None and not any(group.pinned is not None for group in self.groups.values())
 
-    def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor:
+    def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor | SlotCursor:
         """Starts a run that will use groups in this order.
 
         Args:
@@ -195,6 +208,8 @@ class WeightStore:
             residency: says which of them stay between their uses, and what else is here leaves; by default none of
                 them stays that is offloaded, and what else is here is left alone.
         """
+        if self._slots is not None:
+            return SlotCursor(self, schedule, self._slots.arena)
         if residency is not None:
             self.drop_but(residency.stays)
         return Cursor(self, schedule, residency or COMES_AND_GOES)
@@ -204,12 +219,13 @@ class WeightStore:
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
-        if self._transfers is not None:
+        if self._transfers is not None and self._slots is None:
             self._transfers.close()
         else:
-            self._synchronize()  # pinned memory may still be copied from
+            self._synchronize()  # pinned memory may still be copied from, and slots may be in use
         self._close_readers()
         self._here.clear()
+        self._slots = None
         for group in self.groups.values():
             group.pinned = None
 
@@ -220,13 +236,16 @@ class WeightStore:
             self._worker = _worker()
         if self.offload is not None:
             self._here = {}
-            self.bytes_now = self.groups_now = 0
+            self.bytes_now = self._slots.arena.nbytes if self._slots is not None else 0
+            self.groups_now = 0
 
     # -- for Cursor --
 
     def get(self, key: Key) -> dict[str, torch.Tensor]:
         """Returns the group's tensors on the device, by name; brings the group in if necessary."""
-        if key not in self._here:
+        if self._slots is not None:
+            self._come(key)
+        elif key not in self._here:
             self._here[key] = _done(self._bring(key))
         tensors = self._here[key].result()
         if self._transfers is not None and (arrived := self.groups[key].arrived) is not None:
@@ -234,8 +253,21 @@ class WeightStore:
         return tensors
 
     def prefetch(self, key: Key) -> None:
-        if self._worker and key not in self._here:
+        if self._slots is not None:
+            self._come(key)
+        elif self._worker and key not in self._here:
             self._here[key] = self._worker.submit(self._bring, key)
+
+    def _come(self, key: Key) -> None:
+        """Has a group come into its slot, unless it is there or on its way."""
+        if key in self._here and not _has_failed(self._here[key]):
+            return
+        free = self._vacated(key)
+        if self.groups[key].pinned is not None:
+            self._here[key] = _done(self._bring(key, free))  # launches a copy, and waits for nothing
+        else:
+            assert self._worker is not None, "a thread of its own reads what streams from files, one group at a time"
+            self._here[key] = self._worker.submit(self._bring, key, free)
 
     def drop(self, key: Key) -> None:
         if self.offload is None or key not in self._here:
@@ -245,8 +277,10 @@ class WeightStore:
         if future.cancel() or future.exception() is not None:
             return
         with self._counting:
-            self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
+            if self._slots is not None:
+                return
+            self.bytes_now -= self.groups[key].nbytes
         if self._transfers is not None:
             stays = self._beside.get(key, {})
             self._transfers.leaves(tensor for name, tensor in future.result().items() if name not in stays)
@@ -261,11 +295,26 @@ class WeightStore:
     def held(self) -> set[Key]:
         return set(self._here)
 
+    def used(self, key: Key) -> None:
+        """Notes the last use of a group that streams: another one may take its slot."""
+        if self._slots is not None:
+            self._slots.used(key)
+
+    def _vacated(self, key: Key) -> list[Event]:
+        """Has those leave that lie over a group's slot; gives the events of the last uses of what lay there."""
+        if self._slots is None:
+            return []
+        for other in self._slots.arena.over[key] & self._here.keys():
+            self.drop(other)
+        return self._slots.last_uses(key)
+
     # -- reading --
 
-    def _bring(self, key: Key) -> dict[str, torch.Tensor]:
+    def _bring(self, key: Key, free: Sequence[Event] = ()) -> dict[str, torch.Tensor]:
         group = self.groups[key]
-        return self._arrived(group, self._flat(group))
+        return self._arrived(
+            group, self._flat(group) if self._slots is None else self._filled(group, self._slots, free)
+        )
 
     def _bring_all(self, readers: Readers) -> None:
         """Reads every group into memory, the largest first, since one thread hashes a file."""
@@ -297,29 +346,37 @@ class WeightStore:
     def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         with self._counting:
             self.brought += 1
-            self.bytes_brought += group.nbytes
-            self.bytes_now += group.nbytes
             self.groups_now += 1
+            if self._slots is not None:
+                self.bytes_brought += self._slots.arena.slots[group.key].nbytes
+            else:
+                self.bytes_brought += group.nbytes
+                self.bytes_now += group.nbytes
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
         return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        clean = self._accelerator is not None or self._slots is not None
         for name, entry in group.entries.items():
             start = entry.start if self._accelerator is None else group.layout.starts[name]
-            yield name, entry.of(flat[start : start + entry.end - entry.start])
+            raw = flat[start : start + entry.nbytes]
+            yield name, entry.view_of(raw) if clean else entry.of(raw)
+
+    def _clean(self, group: Group, flat: torch.Tensor) -> None:
+        """Makes the bytes of booleans 0 or 1, of a group that has just been read, in the current stream."""
+        for name, entry in group.entries.items():
+            start = entry.start if self._accelerator is None else group.layout.starts[name]
+            entry.clean(flat[start : start + entry.nbytes])
 
     def _flat(self, group: Group) -> torch.Tensor:
         """Returns the group's data as one buffer on the device."""
         there = self._accelerator
-        if there is None or self._staging is None:
+        if there is None:
             return self._patched(group, self._read(group, _pages(group.nbytes)))
-        pinned, staging = group.pinned, self._staging
 
         def copy() -> torch.Tensor:
-            if pinned is not None:
-                return copied(pinned, group.layout, there)
-            return self._patched(group, staging.bring(group.file, group.offset, group.nbytes, group.layout))
+            return self._copied(group, there.empty(group.layout.nbytes), there)
 
         if self._transfers is not None:
             flat, group.arrived = self._transfers.bring(copy)
@@ -327,15 +384,41 @@ class WeightStore:
         with there.active():
             return copy()
 
+    def _filled(self, group: Group, slots: Slots, free: Sequence[Event]) -> torch.Tensor:
+        """Brings a group into its slot, once what lay there was used for the last time; returns the slot's bytes."""
+        there = self._accelerator
+        if there is None:
+            flat = self._read(group, slots.bytes_of(group.key, group.nbytes))
+            self._clean(group, flat)
+            return self._patched(group, flat)
+        flat = slots.bytes_of(group.key, group.layout.nbytes)
+        assert self._transfers is not None, "what streams has a stream of its own"
+        group.arrived = self._transfers.fill(lambda: self._copied(group, flat, there), free)
+        return flat
+
+    def _copied(self, group: Group, flat: torch.Tensor, there: Accelerator) -> torch.Tensor:
+        """Copies a group to the device in the current stream: at once from host memory, or in pieces from its file."""
+        if group.pinned is not None:
+            if flat.numel():
+                there.copy(flat, group.pinned)
+            return flat
+        assert self._staging is not None, "a device has buffers to stage files in"
+        self._staging.bring(group.file, group.offset, group.nbytes, group.layout, flat)
+        self._clean(group, flat)
+        return self._patched(group, flat)
+
     def _fill_host(self, there: Accelerator) -> None:
-        """Puts every group into host memory, in one piece of exactly their size, to be brought in from there."""
+        """Puts every group into host memory, laid out as on the device, so that one copy brings it there."""
         starts, size = {}, 0
         for key, group in self.groups.items():
             starts[key] = size
-            size += -(-group.nbytes // ALIGNMENT) * ALIGNMENT
-        arena = there.pinned(size)
+            size += -(-group.layout.nbytes // ALIGNMENT) * ALIGNMENT
+        whole = there.pinned(size)
         for key, group in self.groups.items():
-            group.pinned = self._read(group, arena[starts[key] : starts[key] + group.nbytes])
+            group.pinned = whole[starts[key] : starts[key] + group.layout.nbytes]
+            for source, to, length in group.layout.copies:
+                self._reader.fill(group.file, group.pinned[to : to + length], group.offset + source)
+            self._clean(group, group.pinned)
 
     # -- patches --
 
@@ -351,7 +434,7 @@ class WeightStore:
         """Returns a group's tensors where they stay: on the device, or in the host's memory."""
         if group.pinned is None:
             return self._here[group.key].result()
-        return {name: entry.of(group.pinned[entry.start : entry.end]) for name, entry in group.entries.items()}
+        return dict(self._tensors(group, group.pinned))
 
     def _restore(self, group: Group, name: str, tensor: torch.Tensor) -> None:
         """Writes a weight's original from the bundle's file over what is there."""
@@ -364,6 +447,8 @@ class WeightStore:
 
     def _synchronize(self) -> None:
         """Waits until the device has done what other threads launched, and this one."""
+        if self._transfers is not None:
+            self._transfers.close()
         if self._accelerator is not None:
             with self._accelerator.active():
                 self._accelerator.default_stream().synchronize()
@@ -424,6 +509,10 @@ def _pages(nbytes: int) -> torch.Tensor:
 
 def _worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "diffkiln-weights")
+
+
+def _has_failed(future: Future[dict[str, torch.Tensor]]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _done(tensors: dict[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:
