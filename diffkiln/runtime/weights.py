@@ -25,7 +25,7 @@ from diffkiln.program import TensorType
 from diffkiln.program.moments import Key
 from diffkiln.program.residency import Residency
 from diffkiln.program.streaming import Arena
-from diffkiln.runtime.accelerator import Accelerator, Event, accelerator
+from diffkiln.runtime.accelerator import Accelerator, accelerator
 from diffkiln.runtime.groups import Group, keys_by_weight, read_groups
 from diffkiln.runtime.staging import Reader, Staging
 from diffkiln.runtime.streaming import SlotCursor, Slots
@@ -262,12 +262,14 @@ class WeightStore:
         """Has a group come into its slot, unless it is there or on its way."""
         if key in self._here and not _has_failed(self._here[key]):
             return
-        free = self._vacated(key)
+        assert self._slots is not None, "what has no slots comes otherwise"
+        for other in self._slots.arena.over[key] & self._here.keys():
+            self.drop(other)
         if self.groups[key].pinned is not None:
-            self._here[key] = _done(self._bring(key, free))  # launches a copy, and waits for nothing
+            self._here[key] = _done(self._bring(key))  # launches a copy, and waits for nothing
         else:
             assert self._worker is not None, "a thread of its own reads what streams from files, one group at a time"
-            self._here[key] = self._worker.submit(self._bring, key, free)
+            self._here[key] = self._worker.submit(self._bring, key)
 
     def drop(self, key: Key) -> None:
         if self.offload is None or key not in self._here:
@@ -300,21 +302,11 @@ class WeightStore:
         if self._slots is not None:
             self._slots.used(key)
 
-    def _vacated(self, key: Key) -> list[Event]:
-        """Has those leave that lie over a group's slot; gives the events of the last uses of what lay there."""
-        if self._slots is None:
-            return []
-        for other in self._slots.arena.over[key] & self._here.keys():
-            self.drop(other)
-        return self._slots.last_uses(key)
-
     # -- reading --
 
-    def _bring(self, key: Key, free: Sequence[Event] = ()) -> dict[str, torch.Tensor]:
-        group = self.groups[key]
-        return self._arrived(
-            group, self._flat(group) if self._slots is None else self._filled(group, self._slots, free)
-        )
+    def _bring(self, key: Key) -> dict[str, torch.Tensor]:
+        group, slots = self.groups[key], self._slots
+        return self._arrived(group, self._flat(group) if slots is None else self._filled(group, slots))
 
     def _bring_all(self, readers: Readers) -> None:
         """Reads every group into memory, the largest first, since one thread hashes a file."""
@@ -384,7 +376,7 @@ class WeightStore:
         with there.active():
             return copy()
 
-    def _filled(self, group: Group, slots: Slots, free: Sequence[Event]) -> torch.Tensor:
+    def _filled(self, group: Group, slots: Slots) -> torch.Tensor:
         """Brings a group into its slot, once what lay there was used for the last time; returns the slot's bytes."""
         there = self._accelerator
         if there is None:
@@ -393,6 +385,7 @@ class WeightStore:
             return self._patched(group, flat)
         flat = slots.bytes_of(group.key, group.layout.nbytes)
         assert self._transfers is not None, "what streams has a stream of its own"
+        free = slots.last_uses(group.key)  # by now: a copy that was called off before has not waited for them
         group.arrived = self._transfers.fill(lambda: self._copied(group, flat, there), free)
         return flat
 
