@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _STRATEGIES = {
     "resident": "all weights stay in memory",
     "group": "each group of weights comes and goes",
+    "stream": "weights come through slots of a fixed size",
     "auto": "some weights stay in memory, and the others come and go",
 }
 
