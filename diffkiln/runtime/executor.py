@@ -41,7 +41,7 @@ from diffkiln.runtime.graphs import WHOLE, Graphs
 from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
-from diffkiln.runtime.streaming import SlotCursor
+from diffkiln.runtime.streaming import Recorder, SlotCursor
 from diffkiln.runtime.turns import PATIENCE, Turn, Turns
 from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
 
@@ -145,7 +145,8 @@ class Executor:
             if self.graphs is not None:
                 special = self._special()
                 own, stopped = partial(self._weights, program), lambda: run.turn.interrupted
-                found = self.graphs(call.listed, values, own, self.constants, special, stopped)
+                streams = Recorder(self.store, self._slot_cursor, self._uses) if self.store.streams else None
+                found = self.graphs(call.listed, values, own, self.constants, special, stopped, streams)
             else:
                 found = call.run(values, self._weights(program), self.constants)
             given = run.latents if latents else found
@@ -294,6 +295,13 @@ class Executor:
         """Returns the groups of weights that operations of a call use, in the order of their use."""
         calls = [op.attrs for op in ops if op.name == CALL]
         return [key for attrs in calls for key in self.component(attrs["component"], attrs["program"]).schedule]
+
+    def _uses(self, ops: Sequence[Op]) -> int:
+        return len(self._order(ops))
+
+    def _slot_cursor(self) -> SlotCursor:
+        assert isinstance(self.run.cursor, SlotCursor), "weights that stream have a cursor of their own"
+        return self.run.cursor
 
     def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         name = op.attrs["component"]

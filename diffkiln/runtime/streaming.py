@@ -6,16 +6,24 @@ a copy runs while the groups before it are computed with. See `diffkiln.program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from diffkiln.errors import InternalFault
+from diffkiln.program import Op
 from diffkiln.program.moments import Key
 from diffkiln.program.streaming import Arena
 from diffkiln.runtime.accelerator import Accelerator, Event
+
+Tensors = Sequence[torch.Tensor]
+Launch = Callable[[], object]
+#: Records what a function launches, which it calls twice: gives what launches it again, and the tensors in which its
+#: results then are. Before each of the two calls the other function is called, whose launches are not recorded.
+Capture = Callable[[Callable[[], Tensors], Callable[[], None]], tuple[Launch, Tensors]]
 
 
 class Slots:
@@ -72,6 +80,71 @@ class Moves:
             left = (left - arena.over[key]) | {key}
             displaced |= arena.over[key]
         return left, displaced - left
+
+
+class GraphStore(Protocol):
+    """The weight store, as far as graphs of weights that stream ask it."""
+
+    def held(self) -> set[Key]: ...
+
+    def settle(self, keys: Iterable[Key]) -> None: ...
+
+    def moving(self) -> AbstractContextManager[Moves]: ...
+
+    def launched(self, moves: Moves) -> None: ...
+
+    def lie(self, keys: Iterable[Key]) -> None: ...
+
+    def alone(self) -> frozenset[Key]: ...
+
+
+class Recorder:
+    """A recorder of pieces of calls as graphs, whose copies of weights are a part of them.
+
+    A graph copies what the piece brought in as it was recorded. So what the piece found in its slots is brought there
+    before each launch, unless it is there.
+
+    Args:
+        store: the weights.
+        cursor: gives that of the call that runs.
+        uses: gives how many groups operations of a call use.
+    """
+
+    def __init__(
+        self, store: GraphStore, cursor: Callable[[], SlotCursor], uses: Callable[[Sequence[Op]], int]
+    ) -> None:
+        self._store, self._cursor, self.uses = store, cursor, uses
+
+    def __call__(self, position: int, run: Callable[[], Tensors], capture: Capture) -> tuple[Launch, Tensors]:
+        """Records a piece of a call that begins with a use of the call's schedule; what it computes is not looked at.
+
+        Returns:
+            What launches it, and the tensors in which its results then are.
+        """
+        start, moves = self._store.held() | self._store.alone(), Moves()
+
+        def ready() -> None:
+            self._store.settle(start)
+            self._cursor().seek(position)
+
+        def inside() -> Tensors:
+            nonlocal moves
+            with self._store.moving() as moves:
+                return run()
+
+        try:
+            launch, results = capture(inside, ready)
+        except BaseException:
+            self._store.lie(())  # nobody knows how far it got
+            raise
+        self._store.lie(start)
+
+        def launched() -> None:
+            self._store.settle(moves.found)
+            launch()
+            self._store.launched(moves)
+
+        return launched, results
 
 
 class Store(Protocol):

@@ -7,9 +7,10 @@ after it: the program says exactly when, so the store follows a schedule instead
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from diffkiln.program.streaming import Arena
 from diffkiln.runtime.accelerator import Accelerator, accelerator
 from diffkiln.runtime.groups import Group, keys_by_weight, read_groups
 from diffkiln.runtime.staging import Reader, Staging
-from diffkiln.runtime.streaming import SlotCursor, Slots
+from diffkiln.runtime.streaming import Moves, SlotCursor, Slots
 from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue
 
 #: What one reader takes at a time of a file that has been hashed.
@@ -96,6 +97,7 @@ class WeightStore:
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
         self._slots = Slots(arena, self._accelerator) if arena is not None else None
+        self._moves: Moves | None = None
         if self._slots is not None:
             self._open(self._slots)
         forks.renewed(self)
@@ -239,6 +241,65 @@ class WeightStore:
             self.bytes_now = self._slots.arena.nbytes if self._slots is not None else 0
             self.groups_now = 0
 
+    @property
+    def streams(self) -> bool:
+        """Returns True if weights come through slots."""
+        return self._slots is not None
+
+    # -- for Recorder --
+
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Brings groups into their slots, and makes work launched next wait for all that is on its way there."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        for key in keys:
+            self._come(key)
+        self._transfers.arrive()
+        self._forget_events()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[Moves]:
+        """Makes copies that start meanwhile a part of what the current stream does: all after, and all before."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        self._forget_events()
+        self._moves = moves = Moves()
+        try:
+            yield moves
+        finally:
+            self._moves = None
+            self._transfers.arrive()
+            self._forget_events()
+
+    def launched(self, moves: Moves) -> None:
+        """Notes that a graph was launched in the current stream, which moves groups."""
+        assert self._transfers is not None and self._slots is not None, "graphs move what streams"  # noqa: PT018
+        arena = self._slots.arena
+        left, displaced = moves.after(arena)
+        self.lie((self.held() - displaced) | left)
+        self.brought += len(moves.brought)
+        self.bytes_brought += sum(arena.slots[key].nbytes for key in moves.brought)
+
+    def lie(self, keys: Iterable[Key]) -> None:
+        """Notes which groups are in their slots, once all is done that was launched in the current stream."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        self._forget_events()
+        found = {key: self._here.get(key) or _done(self._in_slot(self.groups[key])) for key in keys}
+        self._here, self.groups_now = found, len(found)
+
+    def alone(self) -> frozenset[Key]:
+        """Returns the groups whose slots no other group ever takes."""
+        assert self._slots is not None, "what has no slots lies elsewhere"
+        return frozenset(key for key, others in self._slots.arena.over.items() if not others)
+
+    def _forget_events(self) -> None:
+        """Forgets arrivals and uses, which what is launched next comes after anyway."""
+        assert self._slots is not None, "what has no slots keeps its events"
+        self._slots.forget_uses()
+        for group in self.groups.values():
+            group.arrived = None
+
     # -- for Cursor --
 
     def get(self, key: Key) -> dict[str, torch.Tensor]:
@@ -247,6 +308,8 @@ class WeightStore:
             self._come(key)
         elif key not in self._here:
             self._here[key] = _done(self._bring(key))
+        if self._moves is not None and key not in self._moves.brought:
+            self._moves.found.add(key)
         tensors = self._here[key].result()
         if self._transfers is not None and (arrived := self.groups[key].arrived) is not None:
             self._transfers.wait(arrived)
@@ -306,7 +369,21 @@ class WeightStore:
 
     def _bring(self, key: Key) -> dict[str, torch.Tensor]:
         group, slots = self.groups[key], self._slots
-        return self._arrived(group, self._flat(group) if slots is None else self._filled(group, slots))
+        if slots is None:
+            return self._arrived(group, self._flat(group))
+        self._fill(group, slots)
+        if self._moves is None:
+            self._count(slots.arena.slots[key].nbytes, 0)
+        else:
+            self._moves.brought.append(key)
+        return self._in_slot(group)
+
+    def _in_slot(self, group: Group) -> dict[str, torch.Tensor]:
+        """Returns a group's tensors in its slot."""
+        assert self._slots is not None, "what has no slots lies elsewhere"
+        nbytes = group.nbytes if self._accelerator is None else group.layout.nbytes
+        flat = self._slots.bytes_of(group.key, nbytes)
+        return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
     def _bring_all(self, readers: Readers) -> None:
         """Reads every group into memory, the largest first, since one thread hashes a file."""
@@ -336,17 +413,18 @@ class WeightStore:
             yield partial(self._verified.read_into, group.file, piece, offset)
 
     def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._count(group.nbytes, group.nbytes)
+        return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
+
+    def _count(self, brought: int, taken: int) -> None:
+        """Counts a group that comes in, and the memory that it takes besides what it found."""
         with self._counting:
             self.brought += 1
+            self.bytes_brought += brought
             self.groups_now += 1
-            if self._slots is not None:
-                self.bytes_brought += self._slots.arena.slots[group.key].nbytes
-            else:
-                self.bytes_brought += group.nbytes
-                self.bytes_now += group.nbytes
+            self.bytes_now += taken
             self.bytes_peak = max(self.bytes_peak, self.bytes_now)
             self.groups_peak = max(self.groups_peak, self.groups_now)
-        return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         clean = self._accelerator is not None or self._slots is not None
@@ -376,18 +454,18 @@ class WeightStore:
         with there.active():
             return copy()
 
-    def _filled(self, group: Group, slots: Slots) -> torch.Tensor:
-        """Brings a group into its slot, once what lay there was used for the last time; returns the slot's bytes."""
+    def _fill(self, group: Group, slots: Slots) -> None:
+        """Brings a group into its slot, once what lay there was used for the last time."""
         there = self._accelerator
         if there is None:
             flat = self._read(group, slots.bytes_of(group.key, group.nbytes))
             self._clean(group, flat)
-            return self._patched(group, flat)
+            self._patched(group, flat)
+            return
         flat = slots.bytes_of(group.key, group.layout.nbytes)
         assert self._transfers is not None, "what streams has a stream of its own"
         free = slots.last_uses(group.key)  # by now: a copy that was called off before has not waited for them
         group.arrived = self._transfers.fill(lambda: self._copied(group, flat, there), free)
-        return flat
 
     def _copied(self, group: Group, flat: torch.Tensor, there: Accelerator) -> torch.Tensor:
         """Copies a group to the device in the current stream: at once from host memory, or in pieces from its file."""

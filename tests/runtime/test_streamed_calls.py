@@ -14,10 +14,14 @@ import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import Incompatible
 from diffkiln.runtime import loading
+from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs
 from diffkiln.runtime.memory import plan_memory
+from diffkiln.runtime.transfers import TransferQueue
+from diffkiln.runtime.weights import WeightStore
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
 from tests.simulated import Simulated
+from tests.simulated.graphs import Capture
 from tests.simulated.whole import weights_on
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -115,6 +119,70 @@ def test_streaming_draws_the_same_on_a_simulated_gpu(bundle: Path, wanted: dict[
         assert device.allocations == before
     assert device.races == []
     assert device.pinned_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("unit", "limit"),
+    [
+        (STEPWISE, None),
+        pytest.param(WHOLE, None, marks=pytest.mark.more),
+        pytest.param(WHOLE, LIMIT, marks=pytest.mark.more),
+    ],
+)
+def test_graphs_copy_the_weights_of_their_steps(
+    bundle: Path, wanted: dict[int, torch.Tensor], unit: str, limit: int | None
+) -> None:
+    device = Simulated()
+    policy = {"strategy": "stream"} | ({"max_memory": limit} if limit else {})
+    with weights_on(device, policy), diffkiln.load(bundle) as pipe:
+        capture = Capture(device)
+        pipe.executor.graphs = Graphs(unit, torch.device("cpu"), capture)
+        for steps in (*STEPS, *STEPS, STEPS[0], STEPS[0]):
+            assert torch.equal(drawn(pipe, steps), wanted[steps])
+        recorded, before = capture.recorded, device.allocations
+        for steps in STEPS:
+            forgotten(pipe)  # as what streams is after an error, or a call of another pipeline's
+            assert torch.equal(drawn(pipe, steps), wanted[steps])
+        assert (capture.recorded, device.allocations) == (recorded, before)
+    assert capture.launched > recorded
+    assert device.races == []
+
+
+def forgotten(pipe: Any) -> None:
+    """Lets all groups leave their slots."""
+    pipe.executor.store.drop_but(frozenset())
+
+
+#: What is left out, and what comes of it.
+MISTAKES: dict[str, tuple[type, str, str]] = {
+    "copies that do not follow what is recorded": (TransferQueue, "follow", "a stream that is not captured"),
+    "an end that does not wait for copies": (TransferQueue, "arrive", "unjoined work|uncaptured work"),
+    "a launch without what it finds in the slots": (WeightStore, "settle", "uncaptured work"),
+}
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_of_graphs_is_found(bundle: Path, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, told = MISTAKES[mistake]
+    monkeypatch.setattr(owner, name, lambda *_: None)
+    device = Simulated()
+    with weights_on(device, {"strategy": "stream"}), diffkiln.load(bundle) as pipe:
+        pipe.executor.graphs = Graphs(STEPWISE, torch.device("cpu"), Capture(device))
+        with pytest.raises(Incompatible, match=told):
+            drawn(pipe, STEPS[1])
+
+
+@pytest.mark.more
+def test_graphs_and_calls_without_them_take_turns(bundle: Path, wanted: dict[int, torch.Tensor]) -> None:
+    device, (first, second) = Simulated(), STEPS
+    with weights_on(device, {"strategy": "stream"}), diffkiln.load(bundle) as pipe:
+        graphs = pipe.executor.graphs = Graphs(STEPWISE, torch.device("cpu"), Capture(device))
+        assert torch.equal(drawn(pipe, first), wanted[first])
+        for kept, steps in ((None, second), (graphs, first), (None, first), (graphs, first)):
+            pipe.executor.graphs = kept
+            assert torch.equal(drawn(pipe, steps), wanted[steps])
+    assert device.races == []
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class _Launching(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not _is_view(func, args):
+        if not is_view(func, args):
             self._device.reach(str(func), _tensors((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
@@ -90,7 +90,7 @@ class _Launched:
         return getattr(self._engine, name)
 
 
-def _is_view(func: Any, args: Sequence[Any]) -> bool:
+def is_view(func: Any, args: Sequence[Any]) -> bool:
     """Returns True if an operator reads nothing: the store takes views of a group as soon as it is on its way."""
     if func in (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default):
         return args[0].is_contiguous()
