@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from diffkiln.program.ir import REGION, Program, weight_in
-from diffkiln.program.moments import PHASES, Groups, Key, Moment, moments
+from diffkiln.program.moments import DENOISE, PHASES, Groups, Key, Moment, moments
 from diffkiln.program.operators import nbytes
 from diffkiln.program.residency import Residencies, Residency
 from diffkiln.program.streaming import Arena
+from diffkiln.program.work import Ceilings, Phase, phases_of_work
 
 #: The policy's fields: how weights move, and the bytes that a call may take.
 STRATEGY, MAX_MEMORY, AUTO, STREAM = "strategy", "max_memory", "auto", "stream"
@@ -40,10 +41,37 @@ class Peak:
 
 
 class PlannedCall:
-    """One call with its moments and its plan."""
+    """One call with its moments and its plan.
 
-    def __init__(self, listed: list[Moment], residency: Residency) -> None:
-        self.moments, self.residency = listed, residency
+    Attributes:
+        moments: of the call.
+        residency: which weights stay in memory.
+        coming: bytes of weights that come in for each moment.
+    """
+
+    def __init__(
+        self, call: Program, groups: Groups, listed: list[Moment], residency: Residency, coming: list[int]
+    ) -> None:
+        self.moments, self.residency, self.coming = listed, residency, coming
+        self._call, self._groups = call, groups
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """Returns the work of each phase."""
+        return phases_of_work(self._call, self._groups, self.moments, self.coming, self.residency.ahead)
+
+    def seconds(self, ceilings: Ceilings) -> dict[str, float] | None:
+        """Returns the least time of a device, by "call", "step" and the phases' names; None where nothing is known.
+
+        Args:
+            ceilings: what the device can do.
+        """
+        if not ceilings.known:
+            return None
+        found = {phase.name: phase.seconds(ceilings) for phase in self.phases}
+        steps = sum(phase.steps for phase in self.phases)
+        step = {"step": found[DENOISE] / steps} if steps and DENOISE in found else {}
+        return {"call": sum(found.values()), **found, **step}
 
     @cached_property
     def rows(self) -> tuple[Peak, ...]:
@@ -62,6 +90,16 @@ class PlannedCall:
             "peak_bytes": self.residency.peak,
             "weights_brought_bytes": self.residency.brought,
             "phases": [row.as_json() for row in self.rows],
+            "work": [
+                {
+                    "phase": phase.name,
+                    "steps": phase.steps,
+                    "flops": phase.work.total,
+                    "bytes": phase.work.nbytes,
+                    "weights_brought_bytes": phase.brought,
+                }
+                for phase in self.phases
+            ],
         }
 
 
@@ -100,7 +138,9 @@ class Planner:
         """
         if id(call) not in self._known:
             listed = self._listed(call)
-            self._known[id(call)] = call, PlannedCall(listed, self._planned(listed))
+            plan = self._planned(listed)
+            coming = self._residencies.coming(listed, plan, self.arena)
+            self._known[id(call)] = call, PlannedCall(call, self._groups, listed, plan, coming)
         return self._known[id(call)][1]
 
     def residency(self, call: Program) -> Residency:

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from diffkiln.program.moments import Key, Moment
-from diffkiln.program.streaming import Ahead, Arena, arranged, brought
+from diffkiln.program.streaming import Ahead, Arena, arranged, brought, coming_through
 
 #: All weights stay; or some, and the others come and go; or each comes and goes; or they come through fixed slots.
 Strategy = Literal["resident", "auto", "group", "stream"]
@@ -140,6 +140,37 @@ class Residencies:
         base = self._fixed + arena.nbytes
         memory = tuple(base + moment.results for moment in moments)
         return Residency("stream", arena.ahead != "never", memory=memory, brought=brought(arena, moments))
+
+    def coming(self, moments: Sequence[Moment], plan: Residency, arena: Arena | None = None) -> list[int]:
+        """Returns the bytes of weights that come in for each moment of a call that follows the same call."""
+        if plan.strategy == "resident":
+            return [0] * len(moments)
+        if arena is not None:
+            return coming_through(arena, moments)
+        here: set[Key] = set()
+        for _ in range(2):
+            here &= plan.stays
+            found = self._played(moments, plan, here)
+        return found
+
+    def _played(self, moments: Sequence[Moment], plan: Residency, here: set[Key]) -> list[int]:
+        """Returns what comes in for each moment of a call, in which the groups `here` are in memory."""
+        order = [moment.enters for moment in moments if moment.enters is not None]
+        found, use, last = [0] * len(moments), -1, dict[Key, int]()
+        needs: tuple[Key, ...] = ()
+        for index, moment in enumerate(moments):
+            following = order[use + 1] if plan.ahead and use + 1 < len(order) else None
+            for key in set(needs) - set(moment.needs):
+                if not plan.keeps[last[key]] and key != following:
+                    here.discard(key)
+            needs = moment.needs
+            if moment.enters is not None:
+                use += 1
+                last[moment.enters] = use
+                wanted = {moment.enters, *(order[use + 1 : use + 2] if plan.ahead else ())} - here
+                found[index] = sum(self._nbytes[key] for key in wanted)
+                here |= wanted
+        return found
 
     def _granted(self, moments: Sequence[Moment], limit: int, ahead: bool) -> list[_Stay]:
         """Returns the stays for which there is room, the shortest first."""

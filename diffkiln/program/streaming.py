@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -106,16 +106,21 @@ def arranged(
         sorted(keys, key=lambda key: -slots[key] - sum(slots[other] for other in apart[key])),
     ]
     least = min((_arena(order, slots, apart, ahead) for order in orders), key=lambda arena: arena.nbytes)
-    if room is not None and least.nbytes > room:
-        return None
     room = least.nbytes if room is None else room
     costs = Counter[tuple[Key, Key]]()
     for schedule in schedules:
         costs.update(_displaced(schedule, slots))
 
     wide = (_fitted(order, slots, apart, room, costs) for order in orders)
-    found = [least, *(Arena(fitted, ahead) for fitted in wide if fitted is not None)]
-    return min(found, key=lambda arena: (sum(brought(arena, listed) for listed in calls), arena.nbytes))
+    found = [least] if least.nbytes <= room else []
+    found += [Arena(fitted, ahead) for fitted in wide if fitted is not None]
+    best = partial(_expense, calls=calls)
+    return min(found, key=best, default=None)
+
+
+def _expense(arena: Arena, calls: Sequence[Sequence[Moment]]) -> tuple[int, int]:
+    """Returns what calls bring in through slots, and the bytes of these."""
+    return sum(brought(arena, listed) for listed in calls), arena.nbytes
 
 
 def _arena(order: Sequence[Key], sizes: Mapping[Key, int], apart: Mapping[Key, set[Key]], ahead: Ahead) -> Arena:
@@ -127,9 +132,14 @@ def _arena(order: Sequence[Key], sizes: Mapping[Key, int], apart: Mapping[Key, s
 
 def brought(arena: Arena, moments: Sequence[Moment]) -> int:
     """Returns the bytes that a call brings in that follows the same call, as the runtime does it."""
+    return sum(coming_through(arena, moments))
+
+
+def coming_through(arena: Arena, moments: Sequence[Moment]) -> list[int]:
+    """Returns the bytes that come in for each moment of a call that follows the same call."""
     schedule = list(_entering(moments))
     here: set[Key] = set()
-    total = 0
+    found = [0] * len(moments)
 
     def bring(key: Key) -> int:
         here.difference_update(arena.over[key])
@@ -137,15 +147,15 @@ def brought(arena: Arena, moments: Sequence[Moment]) -> int:
         return arena.slots[key].nbytes
 
     for _ in range(2):
-        total = at = 0
-        for moment in moments:
+        at = 0
+        for index, moment in enumerate(moments):
             if moment.enters is None:
                 continue
             at += 1
-            total += bring(moment.enters) if moment.enters not in here else 0
+            found[index] = bring(moment.enters) if moment.enters not in here else 0
             if (key := arena.coming(schedule, at, moment.needs, here)) is not None:
-                total += bring(key)
-    return total
+                found[index] += bring(key)
+    return found
 
 
 def _entering(moments: Sequence[Moment]) -> Iterator[Key]:
