@@ -113,9 +113,8 @@ def arranged(
 
     wide = (_fitted(order, slots, apart, room, costs) for order in orders)
     found = [least] if least.nbytes <= room else []
-    found += [Arena(fitted, ahead) for fitted in wide if fitted is not None]
-    best = partial(_expense, calls=calls)
-    return min(found, key=best, default=None)
+    found += [Arena(fitted, ahead) for fitted in wide if fitted]
+    return min(found, key=partial(_expense, calls=calls), default=None)
 
 
 def _expense(arena: Arena, calls: Sequence[Sequence[Moment]]) -> tuple[int, int]:
