@@ -148,10 +148,9 @@ class Residencies:
         if arena is not None:
             return coming_through(arena, moments)
         here: set[Key] = set()
-        for _ in range(2):
-            here &= plan.stays
-            found = self._played(moments, plan, here)
-        return found
+        self._played(moments, plan, here)
+        here &= plan.stays
+        return self._played(moments, plan, here)
 
     def _played(self, moments: Sequence[Moment], plan: Residency, here: set[Key]) -> list[int]:
         """Returns what comes in for each moment of a call, in which the groups `here` are in memory."""

@@ -177,10 +177,10 @@ def _present(moments: Sequence[Moment], ahead: Ahead) -> Iterator[frozenset[Key]
         if moment.enters is None:
             continue
         following = next((key for key in reversed(coming) if key not in moment.needs), None)
-        early = following is not None and (
-            ahead == "always" or (ahead == "within" and following[0] == moment.component)
-        )
-        yield frozenset({*moment.needs, following} if early else moment.needs)
+        present = set(moment.needs)
+        if following is not None and (ahead == "always" or (ahead == "within" and following[0] == moment.component)):
+            present.add(following)
+        yield frozenset(present)
         coming = [key for key in coming if key != moment.enters] + [moment.enters]
 
 

@@ -156,7 +156,13 @@ class TestCommand:
         assert main(["memory", str(digits_bundle), "--max-memory", "4MB"]) == 0
         told = capsys.readouterr().out
         assert "some weights stay in memory, and the others come and go" in told
-        assert [line.split()[0] for line in told.splitlines()[1:]] == ["phase", "encode", "denoise", "decode", *["each"] * 2]
+        assert [line.split()[0] for line in told.splitlines()[1:]] == [
+            "phase",
+            "encode",
+            "denoise",
+            "decode",
+            *["each"] * 2,
+        ]
 
     def test_a_bundle_as_json(self, digits_bundle, capsys) -> None:
         assert main(["memory", str(digits_bundle), "--json"]) == 0
