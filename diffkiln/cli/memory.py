@@ -13,11 +13,13 @@ from diffkiln.guards.amounts import bytes_of
 
 if TYPE_CHECKING:
     from diffkiln.program.planner import PlannedCall
+    from diffkiln.spec import Target
 
 #: What a call's plan is called.
 _STRATEGIES = {
     "resident": "all weights stay in memory",
     "group": "each group of weights comes and goes",
+    "stream": "weights come through slots of a fixed size",
     "auto": "some weights stay in memory, and the others come and go",
 }
 
@@ -49,7 +51,8 @@ def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
 
     Lists the largest moment of each phase of a call: weights with constants, results, and both together. Nothing runs.
     Of a spec the call is recorded, and no weight is read. Not counted are libraries, a GPU's context, and what
-    operators take for themselves.
+    operators take for themselves. For GPUs whose numbers are known it prints the least time that their arithmetic,
+    memory and link allow.
 
     \b
     diffkiln memory bundle --max-memory 8GiB
@@ -61,8 +64,11 @@ def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
     if as_json:
         print_json({name: {key: plan.as_json() for key, plan in calls.items()} for name, calls in plans.items()})
         return
+    targets = _targets(bundle)
     for name, calls in plans.items():
-        _print_largest(name, max(calls.values(), key=lambda plan: plan.residency.peak))
+        plan = max(calls.values(), key=lambda plan: plan.residency.peak)
+        _print_largest(name, plan)
+        _print_least(plan, targets)
     if bundle.is_dir() and max_memory is not None:
         say(f"next: diffkiln run {bundle} --max-memory {max_memory} --prompt TEXT -o image.png")
 
@@ -78,6 +84,32 @@ def _of_spec(spec: Path, max_memory: int | None) -> dict[str, dict[str, PlannedC
     from diffkiln.compiler.compile import plan_memory_of
 
     return plan_memory_of(spec, max_memory=max_memory)
+
+
+def _targets(bundle: Path) -> list[Target]:
+    """Returns the targets of a bundle or a spec that have a name here."""
+    from diffkiln.bundle import open_bundle
+    from diffkiln.spec import TARGETS, parse_spec, resolve_targets
+
+    if bundle.is_file():
+        return list(resolve_targets(parse_spec(bundle)))
+    with open_bundle(bundle) as opened:
+        names: Any = opened.manifest.runtime.get("targets") or {}
+    return [TARGETS[name] for name in names if name in TARGETS]
+
+
+def _print_least(plan: PlannedCall, targets: list[Target]) -> None:
+    """Prints the arithmetic of a step, the weights that it brings in, and the least time that GPUs take for it."""
+    from diffkiln.evaluate.ceilings import ceilings_of
+
+    for phase in plan.phases:
+        if phase.steps:
+            brought = f", {size_of(phase.brought // phase.steps)} of weights" if phase.brought else ""
+            show(f"each of {phase.steps} steps: {phase.work.total / phase.steps / 1e9:,.3g} GFLOP{brought}")
+    for target in targets:
+        if found := plan.seconds(ceilings_of(target)):
+            step = f", {found['step'] * 1e3:,.3g} ms for each step" if "step" in found else ""
+            show(f"{target.name}: at least {found['call']:.3g} s{step}")
 
 
 def _print_largest(variant: str, plan: PlannedCall) -> None:

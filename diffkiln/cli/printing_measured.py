@@ -37,6 +37,7 @@ def print_bench(measured: Bench) -> None:
     for first in range(0, len(measured.ways), _BESIDE):
         ways = measured.ways[first : first + _BESIDE]
         rows = [[words, *(seconds_of(way.seconds[name]) for way in ways)] for name, words in _ROWS.items()]
+        rows += _predicted(ways)
         rows += _memory(ways)
         print_table(("", *(_short(way.name) for way in ways)), rows)
         show()
@@ -115,6 +116,19 @@ def seconds_of(found: Spread | None) -> str:
     unit, factor = ("s", 1.0) if found.median >= 1 else ("ms", 1e3)
     median, lowest, highest = (value * factor for value in (found.median, found.lowest, found.highest))
     return f"{median:.3g} ({lowest:.3g}–{highest:.3g}) {unit}"
+
+
+def _predicted(ways: Sequence[Measured]) -> Iterator[list[str]]:
+    """Yields the least times that this machine's arithmetic, memory and link allow, beside those that were measured."""
+    for name, words in {"call": "predicted call", "step": "  predicted step"}.items():
+        if any(name in way.predicted for way in ways):
+            found = [way.predicted.get(name) for way in ways]
+            yield [words, *("" if seconds is None else f"≥ {in_unit(seconds)}" for seconds in found)]
+
+
+def in_unit(seconds: float) -> str:
+    """Returns a time in seconds, or in milliseconds if it is shorter than one."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _memory(ways: Sequence[Measured]) -> list[list[str]]:

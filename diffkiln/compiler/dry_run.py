@@ -93,7 +93,7 @@ class _DryExecutor(Executor):
     ) -> None:
         modules, types = recording.modules, recording.weight_types()
         store = InMemory({name: {key: _tensor(kind) for key, kind in own.items()} for name, own in types.items()})
-        recorded = Graphs(graphs, GPU, lambda run: ((lambda: None), run())) if graphs else None
+        recorded = Graphs(graphs, GPU, lambda run, _ready: ((lambda: None), run())) if graphs else None
         super().__init__(modules, store, constants, {}, GPU, graphs=recorded)  # type: ignore[arg-type]
         self.special = {**self.special, ATTENTION: _attention, SDPA: _attention}
         self._where = where

@@ -13,6 +13,8 @@ from diffkiln.program.moments import Key
 class InMemory:
     """A weight store, and its cursor, for components that are in memory already."""
 
+    streams = False
+
     def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self._weights = weights
 

@@ -95,7 +95,8 @@ def _planner(plan: Plan, policy: Mapping[str, Any] | None) -> Planner:
                 keys |= {(name, weight): (name, group) for weight in tensors}
     constants = sum(tensor.numel() * tensor.itemsize for tensor in recording.constants.tensors.values())
     groups = Groups(recording.modules, lambda component, weight: keys[component, weight], inside)
-    return Planner(groups, sizes, policy, constants, inside)
+    calls = [call for listed in recording.calls for call in listed.values()]
+    return Planner(groups, sizes, policy, constants, inside, calls)
 
 
 def _too_small(error: TooSmall) -> Problem:

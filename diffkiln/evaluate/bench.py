@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffkiln.bundle import open_bundle
+from diffkiln.evaluate.ceilings import ceilings_here
 from diffkiln.evaluate.energy import SOURCES
 from diffkiln.evaluate.machine import machine
 from diffkiln.evaluate.numbers import Spread, spread_of
@@ -21,6 +23,7 @@ from diffkiln.evaluate.processes import Started, started
 from diffkiln.evaluate.ways import Asked, Way, ways_of
 from diffkiln.guards.gate import gated
 from diffkiln.program.moments import PHASES
+from diffkiln.runtime.targets import device_for
 
 #: Called with what is being measured when that begins.
 Progress = Callable[[str], None]
@@ -56,6 +59,8 @@ class Measured:
         weights: bytes of the weights, by component.
         moved: bytes of weights that a call brings to the device.
         planned: the most bytes of a call for weights, constants and results, as `plan_memory` has it.
+        predicted: the least seconds of a "call", a "step" and the phases, from the arithmetic, the memory and the link
+            of this machine; empty where no plan is made, or nothing is known of the machine.
         joules: energy for an image by source, "cpu" and "gpu": all that the processors and the GPU took during the
             calls, as their drivers count it; without those that tell nothing.
     """
@@ -69,6 +74,7 @@ class Measured:
     weights: Mapping[str, int] = field(default_factory=dict)
     moved: int | None = None
     planned: int | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
     joules: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -81,6 +87,7 @@ class Measured:
             "peak_bytes": {"host": self.host, "device": self.device, "device_reserved": self.reserved},
             "weights_bytes": dict(self.weights) or None,
             "planned_bytes": self.planned,
+            "predicted_seconds": dict(self.predicted) or None,
             "bytes_moved": self.moved,
             "joules_per_image": dict(self.joules) or None,
         }
@@ -163,6 +170,7 @@ def bench(
                 loads[way.name].append(begun.load)
     calls = _calls(ways, prompts, seed, rounds, say)
     measured = [_measured(way, starts[way.name], loads[way.name], calls[way.name]) for way in ways]
+    measured = [replace(row, predicted=_predicted(way)) for row, way in zip(measured, ways, strict=True)]
     return Bench(str(ways[0].job["identity"]), tuple(measured), facts, rounds, ways[0].call.fixed)
 
 
@@ -210,7 +218,23 @@ def _measured(
     joules = {
         source: sum(row["joules"][source] for row in calls) / images / len(calls) for source in _energy_sources(calls)
     }
-    return Measured(way.name, seconds, throughput, *peaks, way.weights, most("moved"), way.planned, joules)
+    planned = way.planned.residency.peak if way.planned is not None else None
+    moved = most("moved")
+    return Measured(way.name, seconds, throughput, *peaks, way.weights, moved, planned, joules=joules)
+
+
+def _predicted(way: Way) -> Mapping[str, float]:
+    """Returns the least seconds of a way's call on this machine."""
+    if way.planned is None:
+        return {}
+    with open_bundle(way.job["path"]) as bundle:
+        device = device_for(bundle.manifest, way.job["device"])
+        rows = [row for rows in bundle.manifest.weights.values() for row in rows]
+    largest = max(rows, key=lambda row: row.bytes, default=None)
+    file = None
+    if largest is not None and way.planned.residency.brought:
+        file = str(Path(way.job["path"]) / largest.file)
+    return way.planned.seconds(ceilings_here(device, file)) or {}
 
 
 def _energy_sources(calls: Sequence[Mapping[str, Any]]) -> Sequence[str]:

@@ -12,6 +12,7 @@ from diffkiln.bundle import Bundle, open_bundle
 from diffkiln.bundle.layout import MANIFEST, SPEC
 from diffkiln.errors import CallError, Incompatible, IntegrityError, MissingDependency, SpecError
 from diffkiln.evaluate.calls import Call, call_of
+from diffkiln.program.planner import PlannedCall
 from diffkiln.runtime.memory import plan_memory
 
 #: The ways with diffusers, by the words of `--against`: of the source, and of the bundle itself.
@@ -29,14 +30,14 @@ class Way:
         job: what `diffkiln.evaluate.child` is given, without the call.
         call: what it is called with.
         weights: bytes of its weights, by component; empty where nobody counts them.
-        planned: the most memory of a call in bytes, where that is planned.
+        planned: the plan of the call that takes the most memory; None where none is made.
     """
 
     name: str
     job: Mapping[str, Any]
     call: Call
     weights: Mapping[str, int] = field(default_factory=dict)
-    planned: int | None = None
+    planned: PlannedCall | None = None
 
     @property
     def is_bundle(self) -> bool:
@@ -95,8 +96,8 @@ def bundle_way(path: Path, asked: Asked) -> Way:
     return Way(path.name or str(path), job, call, weights, planned)
 
 
-def _planned(path: Path) -> int | None:
-    """Returns the most bytes that a call of a bundle's first variant takes, as planned.
+def _planned(path: Path) -> PlannedCall | None:
+    """Returns the plan of the call of a bundle's first variant that takes the most memory.
 
     None for a bundle that cannot be read; its process says why.
     """
@@ -104,7 +105,7 @@ def _planned(path: Path) -> int | None:
         calls = next(iter(plan_memory(path).values()))
     except (IntegrityError, Incompatible):
         return None
-    return max(call.residency.peak for call in calls.values())
+    return max(calls.values(), key=lambda call: call.residency.peak)
 
 
 def other_way(bundle: Path, own: Way, word: str, asked: Asked) -> Way:

@@ -91,7 +91,7 @@ def moments(call: Program, groups: Groups) -> list[Moment]:
     """Returns the moments of a call in their order."""
     inner = _Inner(groups)
     listed: list[Moment] = []
-    for op, phase, results in zip(call.ops, _phases(call, groups.modules), memory_of(call, inner.peak), strict=True):
+    for op, phase, results in zip(call.ops, phases_of(call, groups.modules), memory_of(call, inner.peak), strict=True):
         if op.name != CALL:
             listed.append(Moment(phase, "", None, (), results))
             continue
@@ -151,7 +151,7 @@ def _merged(listed: Sequence[Moment]) -> list[Moment]:
     return merged
 
 
-def _phases(call: Program, modules: Mapping[str, Module]) -> Iterator[str]:
+def phases_of(call: Program, modules: Mapping[str, Module]) -> Iterator[str]:
     """Yields the phase of each operation of a call. A call that shows no steps encodes alone.
 
     Denoising begins where the denoiser is first called, which is the component that runs last before the first step's

@@ -6,18 +6,20 @@ context, and what operators take for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from diffkiln.program.ir import REGION, Program, weight_in
-from diffkiln.program.moments import PHASES, Groups, Key, Moment, moments
+from diffkiln.program.moments import DENOISE, PHASES, Groups, Key, Moment, moments
 from diffkiln.program.operators import nbytes
 from diffkiln.program.residency import Residencies, Residency
+from diffkiln.program.streaming import Arena
+from diffkiln.program.work import Ceilings, Phase, phases_of_work
 
 #: The policy's fields: how weights move, and the bytes that a call may take.
-STRATEGY, MAX_MEMORY, AUTO = "strategy", "max_memory", "auto"
+STRATEGY, MAX_MEMORY, AUTO, STREAM = "strategy", "max_memory", "auto", "stream"
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,37 @@ class Peak:
 
 
 class PlannedCall:
-    """One call with its moments and its plan."""
+    """One call with its moments and its plan.
 
-    def __init__(self, listed: list[Moment], residency: Residency) -> None:
-        self.moments, self.residency = listed, residency
+    Attributes:
+        moments: of the call.
+        residency: which weights stay in memory.
+        coming: bytes of weights that come in for each moment.
+    """
+
+    def __init__(
+        self, call: Program, groups: Groups, listed: list[Moment], residency: Residency, coming: list[int]
+    ) -> None:
+        self.moments, self.residency, self.coming = listed, residency, coming
+        self._call, self._groups = call, groups
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """Returns the work of each phase."""
+        return phases_of_work(self._call, self._groups, self.moments, self.coming, self.residency.ahead)
+
+    def seconds(self, ceilings: Ceilings) -> dict[str, float] | None:
+        """Returns the least time of a device, by "call", "step" and the phases' names; None where nothing is known.
+
+        Args:
+            ceilings: what the device can do.
+        """
+        if not ceilings.known:
+            return None
+        found = {phase.name: phase.seconds(ceilings) for phase in self.phases}
+        steps = sum(phase.steps for phase in self.phases)
+        step = {"step": found[DENOISE] / steps} if steps and DENOISE in found else {}
+        return {"call": sum(found.values()), **found, **step}
 
     @cached_property
     def rows(self) -> tuple[Peak, ...]:
@@ -61,6 +90,16 @@ class PlannedCall:
             "peak_bytes": self.residency.peak,
             "weights_brought_bytes": self.residency.brought,
             "phases": [row.as_json() for row in self.rows],
+            "work": [
+                {
+                    "phase": phase.name,
+                    "steps": phase.steps,
+                    "flops": phase.work.total,
+                    "bytes": phase.work.nbytes,
+                    "weights_brought_bytes": phase.brought,
+                }
+                for phase in self.phases
+            ],
         }
 
 
@@ -73,6 +112,7 @@ class Planner:
         policy: how weights are offloaded, as the spec's JSON; None keeps all of them in memory.
         constants: bytes of folded tensors.
         inside: (component, region) of engines that hold their weights themselves.
+        calls: all calls of the bundle, which share the slots of weights that stream.
     """
 
     def __init__(
@@ -82,11 +122,13 @@ class Planner:
         policy: Mapping[str, Any] | None,
         constants: int = 0,
         inside: Collection[tuple[str, str]] = (),
+        calls: Sequence[Program] = (),
     ) -> None:
-        self._groups, self._policy = groups, policy
+        self._groups, self._policy, self._calls = groups, policy, calls
         held = sum(_held(groups, component, region) for component, region in inside)
         self._residencies = Residencies(sizes, constants + held)
         self._known: dict[int, tuple[Program, PlannedCall]] = {}
+        self._moments: dict[int, list[Moment]] = {}
 
     def __call__(self, call: Program) -> PlannedCall:
         """Returns the plan of a call.
@@ -95,18 +137,39 @@ class Planner:
             TooSmall: no plan keeps within the policy's limit.
         """
         if id(call) not in self._known:
-            listed = moments(call, self._groups)
-            self._known[id(call)] = call, PlannedCall(listed, self._planned(listed))
+            listed = self._listed(call)
+            plan = self._planned(listed)
+            coming = self._residencies.coming(listed, plan, self.arena)
+            self._known[id(call)] = call, PlannedCall(call, self._groups, listed, plan, coming)
         return self._known[id(call)][1]
 
     def residency(self, call: Program) -> Residency:
         """Returns which weights a call keeps in memory. Raises `TooSmall` as `__call__` does."""
         return self(call).residency
 
+    @cached_property
+    def arena(self) -> Arena | None:
+        """The slots of weights that stream, which all calls share; None where they do not stream.
+
+        Raises:
+            TooSmall: no slots keep within the policy's limit.
+        """
+        policy = self._policy
+        if policy is None or policy.get(STRATEGY) != STREAM:
+            return None
+        return self._residencies.arena([self._listed(call) for call in self._calls], policy.get(MAX_MEMORY))
+
+    def _listed(self, call: Program) -> list[Moment]:
+        if id(call) not in self._moments:
+            self._moments[id(call)] = moments(call, self._groups)
+        return self._moments[id(call)]
+
     def _planned(self, listed: list[Moment]) -> Residency:
         policy = self._policy
         if policy is None:
             return self._residencies.resident(listed)
+        if (arena := self.arena) is not None:
+            return self._residencies.stream(listed, arena)
         ahead = bool(policy.get("use_stream", True))
         limit = policy.get(MAX_MEMORY)
         if policy.get(STRATEGY) != AUTO or limit is None:

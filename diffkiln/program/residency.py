@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from diffkiln.program.moments import Key, Moment
+from diffkiln.program.streaming import Ahead, Arena, arranged, brought, coming_through
 
-#: All weights stay; or some, and the others come and go; or each comes and goes.
-Strategy = Literal["resident", "auto", "group"]
+#: All weights stay; or some, and the others come and go; or each comes and goes; or they come through fixed slots.
+Strategy = Literal["resident", "auto", "group", "stream"]
 
 
 class TooSmall(Exception):
@@ -114,6 +115,62 @@ class Residencies:
         moment = moments[least.memory.index(least.peak)]
         raise TooSmall(limit, least.peak, f"while {moment.component or 'the pipeline'} runs ({moment.phase})")
 
+    def arena(self, calls: Sequence[Sequence[Moment]], limit: int | None = None) -> Arena:
+        """Returns the slots through which the groups of all calls stream, ahead of their use as the limit has room.
+
+        Args:
+            calls: the moments of each.
+            limit: the most that a call may take, in bytes; by default as little as there can be.
+
+        Raises:
+            TooSmall: no slots keep within the limit.
+        """
+        largest = max((moment for moments in calls for moment in moments), key=lambda moment: moment.results)
+        around = self._fixed + largest.results
+        room = None if limit is None else limit - around
+        for ahead in get_args(Ahead):
+            if (found := arranged(calls, self._nbytes, room, ahead)) is not None:
+                return found
+        least = arranged(calls, self._nbytes, None, "never")
+        assert least is not None
+        raise TooSmall(limit or 0, around + least.nbytes, f"for {_described(least)}, in which weights stream")
+
+    def stream(self, moments: Sequence[Moment], arena: Arena) -> Residency:
+        """Returns the plan of a call whose weights come through slots, which are in memory throughout."""
+        base = self._fixed + arena.nbytes
+        memory = tuple(base + moment.results for moment in moments)
+        return Residency("stream", arena.ahead != "never", memory=memory, brought=brought(arena, moments))
+
+    def coming(self, moments: Sequence[Moment], plan: Residency, arena: Arena | None = None) -> list[int]:
+        """Returns the bytes of weights that come in for each moment of a call that follows the same call."""
+        if plan.strategy == "resident":
+            return [0] * len(moments)
+        if arena is not None:
+            return coming_through(arena, moments)
+        here: set[Key] = set()
+        self._played(moments, plan, here)
+        here &= plan.stays
+        return self._played(moments, plan, here)
+
+    def _played(self, moments: Sequence[Moment], plan: Residency, here: set[Key]) -> list[int]:
+        """Returns what comes in for each moment of a call, in which the groups `here` are in memory."""
+        order = [moment.enters for moment in moments if moment.enters is not None]
+        found, use, last = [0] * len(moments), -1, dict[Key, int]()
+        needs: tuple[Key, ...] = ()
+        for index, moment in enumerate(moments):
+            following = order[use + 1] if plan.ahead and use + 1 < len(order) else None
+            for key in set(needs) - set(moment.needs):
+                if not plan.keeps[last[key]] and key != following:
+                    here.discard(key)
+            needs = moment.needs
+            if moment.enters is not None:
+                use += 1
+                last[moment.enters] = use
+                wanted = {moment.enters, *(order[use + 1 : use + 2] if plan.ahead else ())} - here
+                found[index] = sum(self._nbytes[key] for key in wanted)
+                here |= wanted
+        return found
+
     def _granted(self, moments: Sequence[Moment], limit: int, ahead: bool) -> list[_Stay]:
         """Returns the stays for which there is room, the shortest first."""
         room = [limit - taken for taken in self._taken(moments, ahead)]
@@ -144,6 +201,14 @@ class Residencies:
             self._fixed + moment.results + sum(self._nbytes[key] for key in present)
             for moment, present in zip(moments, _present(moments, ahead), strict=True)
         ]
+
+
+def _described(arena: Arena) -> str:
+    """Returns the size of slots as words, with the group that needs the most."""
+    if arena.largest is None:
+        return "no slots"
+    largest = arena.slots[arena.largest].nbytes
+    return f"slots of {arena.nbytes:,} bytes (the largest, of {' '.join(arena.largest)}: {largest:,})"
 
 
 def _take(room: list[int], stay: _Stay, size: int) -> None:

@@ -246,13 +246,17 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(
-        self, run: Callable[[], Sequence[torch.Tensor]]
+        self, run: Callable[[], Sequence[torch.Tensor]], ready: Callable[[], None]
     ) -> tuple[Callable[[], object], Sequence[torch.Tensor]]:
+        """Records what `run` launches; `ready` is called before each of its two runs, and is not recorded."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
+            ready()
             run()  # libraries make their handles and load their kernels at first use, which cannot be recorded
         here.wait_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            ready()
         graph = torch.cuda.CUDAGraph()
         # Other threads may do as they like: a graph is of this one's launches. A recording that fails leaves its stream
         # the current one, and the context around it does not.

@@ -11,6 +11,7 @@ import torch
 
 from diffkiln.bundle import Progress, Readers, Verified
 from diffkiln.errors import DiffkilnError
+from diffkiln.program.streaming import Arena
 from diffkiln.runtime.weights import WeightStore
 
 
@@ -43,15 +44,16 @@ class Arrival:
         context = contextvars.copy_context()
         self._resident: Future[WeightStore | None] = self._pool.submit(context.run, self._bring)
 
-    def store(self, offload: Mapping[str, Any] | None) -> WeightStore:
+    def store(self, offload: Mapping[str, Any] | None, arena: Arena | None = None) -> WeightStore:
         """Returns the weight store; call it after the context manager has ended.
 
         Args:
             offload: the policy that was decided on meanwhile.
+            arena: the slots of weights that stream.
         """
         resident = self._resident.result()
         groups = self._verified.manifest.weights
-        return resident or WeightStore(self._verified, groups, self._device, offload, share=self._share)
+        return resident or WeightStore(self._verified, groups, self._device, offload, share=self._share, arena=arena)
 
     def __enter__(self) -> Arrival:
         return self

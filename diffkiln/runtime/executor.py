@@ -41,6 +41,7 @@ from diffkiln.runtime.graphs import WHOLE, Graphs
 from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
+from diffkiln.runtime.streaming import Recorder, SlotCursor
 from diffkiln.runtime.turns import PATIENCE, Turn, Turns
 from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
 
@@ -144,7 +145,8 @@ class Executor:
             if self.graphs is not None:
                 special = self._special()
                 own, stopped = partial(self._weights, program), lambda: run.turn.interrupted
-                found = self.graphs(call.listed, values, own, self.constants, special, stopped)
+                streams = Recorder(self.store, self._slot_cursor, self._uses) if self.store.streams else None
+                found = self.graphs(call.listed, values, own, self.constants, special, stopped, streams)
             else:
                 found = call.run(values, self._weights(program), self.constants)
             given = run.latents if latents else found
@@ -294,6 +296,13 @@ class Executor:
         calls = [op.attrs for op in ops if op.name == CALL]
         return [key for attrs in calls for key in self.component(attrs["component"], attrs["program"]).schedule]
 
+    def _uses(self, ops: Sequence[Op]) -> int:
+        return len(self._order(ops))
+
+    def _slot_cursor(self) -> SlotCursor:
+        assert isinstance(self.run.cursor, SlotCursor), "weights that stream have a cursor of their own"
+        return self.run.cursor
+
     def _call_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         name = op.attrs["component"]
         component = self.component(name, op.attrs["program"])
@@ -359,7 +368,9 @@ class _Call(NamedTuple):
 class _Run:
     """The state of one call."""
 
-    def __init__(self, turn: Turn, cursor: Cursor, generator: Generators, step_end: StepEnd | None) -> None:
+    def __init__(
+        self, turn: Turn, cursor: Cursor | SlotCursor, generator: Generators, step_end: StepEnd | None
+    ) -> None:
         self.turn, self.cursor, self.generator, self.step_end = turn, cursor, generator, step_end
         self.call: Program | None = None
         self.watched = False
@@ -369,7 +380,7 @@ class _Run:
         self.shown = False
 
     @contextlib.contextmanager
-    def aside(self, cursor: Cursor) -> Iterator[None]:
+    def aside(self, cursor: Cursor | SlotCursor) -> Iterator[None]:
         """Leaves this run's place in its schedule, and what is known of its outputs, as they are for a while."""
         kept = self.cursor, self.watched
         self.cursor, self.watched = cursor, False

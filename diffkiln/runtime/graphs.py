@@ -7,7 +7,7 @@ step, where a callback may take the latents' place. Tokenizing comes before the 
 
 A graph holds addresses, not tensors. So each value of a call has a place of its own: what the caller and the host give
 is copied there, and what a piece leaves there the next one reads. What leaves the call, or is shown to the host, is a
-copy. Weights must stay where they are: with offloading they do not, so a spec cannot ask for both.
+copy. Weights must stay where they are, resident or in slots through which they stream; other offloading is refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from diffkiln.errors import CallError, Incompatible
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import Interpreter, Special
 from diffkiln.program import CALL, NOISE, STEP, Op, Program, split_off
+from diffkiln.program.planner import STRATEGY, STREAM
 from diffkiln.runtime.accelerator import CudaCapture
 from diffkiln.runtime.finite import all_finite
+from diffkiln.runtime.streaming import Capture, Launch, Recorder, Tensors
 
 log = get_logger(__name__)
 
@@ -31,10 +33,6 @@ log = get_logger(__name__)
 KEPT = 4
 #: What one graph spans at most: a denoising step, or all from one draw of noise to the next.
 STEPWISE, WHOLE = "step", "program"
-
-Tensors = Sequence[torch.Tensor]
-#: Records what a function launches: gives what launches it again, and the tensors in which its results then are.
-Capture = Callable[[Callable[[], Tensors]], tuple[Callable[[], object], Tensors]]
 
 
 class Piece(NamedTuple):
@@ -105,6 +103,7 @@ class Graphs:
         constants: Mapping[str, torch.Tensor],
         special: Mapping[str, Special],
         stopped: Callable[[], bool] = lambda: False,
+        streams: Recorder | None = None,
     ) -> list[torch.Tensor]:
         """Runs a call program; numbers among its inputs are part of the recorded graphs.
 
@@ -115,6 +114,7 @@ class Graphs:
             constants: by key.
             special: runs the operations that are not ATen's.
             stopped: asked at the end of each step: whether no further one is wanted.
+            streams: records pieces with the copies of their weights, where they stream.
 
         Raises:
             Incompatible: an operation cannot be recorded.
@@ -132,7 +132,8 @@ class Graphs:
                 run = Interpreter(piece.program, self._device, inside)
                 return lambda given: run(given, held, constants)
 
-            self._calls[key] = _Call(program, [(piece, runner(piece)) for piece in cut(program, self.unit)], capture)
+            pieces = [(piece, runner(piece)) for piece in cut(program, self.unit)]
+            self._calls[key] = _Call(program, pieces, capture, streams)
         self._running = self._calls[key]
         try:
             return self._running(inputs, stopped)
@@ -167,8 +168,9 @@ class _Call:
         program: Program,
         pieces: Sequence[tuple[Piece, Callable[[Sequence[Any]], Tensors]]],
         capture: Capture,
+        streams: Recorder | None,
     ) -> None:
-        self._program, self._pieces, self._capture = program, pieces, capture
+        self._program, self._pieces, self._capture, self._streams = program, pieces, capture, streams
         self._buffers: dict[str, Any] = {}
         self._launches: dict[int, Callable[[], object]] = {}
 
@@ -240,10 +242,16 @@ class _Call:
         else:
             self._buffers[name] = _copy(value)
 
+    def _captured(self, index: int, run: Callable[[], Tensors]) -> tuple[Launch, Tensors]:
+        if self._streams is None:
+            return self._capture(run, _nothing)
+        position = sum(self._streams.uses(piece.program.ops) for piece, _ in self._pieces[:index])
+        return self._streams(position, run, self._capture)
+
     def _record(self, index: int, given: Sequence[Any]) -> None:
         piece, run = self._pieces[index]
         try:
-            launch, results = self._capture(lambda: run(given))
+            launch, results = self._captured(index, lambda: run(given))
         except RuntimeError as error:
             cause = _cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
@@ -255,6 +263,10 @@ class _Call:
             ) from error
         self._buffers.update(zip((ref.name for ref in piece.program.outputs), results, strict=True))
         self._launches[index] = launch
+
+
+def _nothing() -> None:
+    """Stands for what need not be done."""
 
 
 def _goes_on(op: Op) -> Callable[..., Tensors]:
@@ -285,9 +297,10 @@ def graphs_for(manifest: Manifest, device: torch.device) -> Graphs | None:
 
 
 def check_addresses(graphs: Graphs | None, offload: Mapping[str, Any] | None) -> None:
-    """Raises `Incompatible` for graphs of weights that are offloaded."""
-    if graphs is not None and offload is not None:
+    """Raises `Incompatible` for graphs of weights that are offloaded, but for those that stream from the host."""
+    streams = offload is not None and offload.get(STRATEGY) == STREAM and offload.get("to") != "disk"
+    if graphs is not None and offload is not None and not streams:
         raise Incompatible(
             "cuda_graphs: found weights that are offloaded, required weights that stay where they are, since a graph "
-            "holds their addresses. Compile with one of the two, or give more memory"
+            "holds their addresses. Compile with one of the two, with the strategy stream, or give more memory"
         )

@@ -181,13 +181,13 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
     # By now every file has been hashed, so native code may be loaded.
     engines = open_engines(verified, modules, constants, chosen, options.allow_native, policy, options.check_engines)
     tf32: Any = manifest.runtime.get("tf32")
-    offload, planned = decided(verified, modules, offload, variants)
-    check_addresses(graphs, offload)
-    store = arrival.store(offload)
+    kept = decided(verified, modules, offload, variants)
+    check_addresses(graphs, kept.policy)
+    store = arrival.store(kept.policy, kept.arena)
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
     check_stored(modules, calls, store.type_of, constants, inside)
     executor = Executor(
-        modules, store, constants, engines, chosen, tf32, graphs, limits.seconds, options.paranoid, planned
+        modules, store, constants, engines, chosen, tf32, graphs, limits.seconds, options.paranoid, kept.residency
     )
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)

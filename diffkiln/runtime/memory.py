@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +15,9 @@ from diffkiln.guards.amounts import bytes_of
 from diffkiln.guards.gate import gated
 from diffkiln.program import REGION, Module, Program, weight_in
 from diffkiln.program.moments import Groups, Key
-from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
+from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, STREAM, PlannedCall, Planner
 from diffkiln.program.residency import Residency, TooSmall
+from diffkiln.program.streaming import Arena
 from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.checking import total_memory
 from diffkiln.runtime.groups import keys_by_weight, read_groups
@@ -48,7 +49,7 @@ def plan_memory(
         modules = read_modules(verified)
         count = len(verified.manifest.pipeline.variants)
         variants = [read_variant(verified, index, modules) for index in range(count)]
-        planner = planner_of(verified, modules, _policy(verified.manifest, most))
+        planner = planner_of(verified, modules, _policy(verified.manifest, most), variants)
         return {
             variant.name: {name: _planned(planner, variant, program) for name, program in variant.programs.items()}
             for variant in variants
@@ -76,10 +77,16 @@ def _policy(manifest: Manifest, max_memory: int | None) -> dict[str, Any] | None
     offload: Any = manifest.runtime.get("offload")
     if max_memory is None:
         return offload
-    return {**(offload or {}), STRATEGY: AUTO, MAX_MEMORY: max_memory}
+    streams = offload is not None and offload.get(STRATEGY) == STREAM
+    return {**(offload or {}), STRATEGY: STREAM if streams else AUTO, MAX_MEMORY: max_memory}
 
 
-def planner_of(verified: Verified, modules: Mapping[str, Module], policy: Mapping[str, Any] | None) -> Planner:
+def planner_of(
+    verified: Verified,
+    modules: Mapping[str, Module],
+    policy: Mapping[str, Any] | None,
+    variants: Sequence[CompiledVariant],
+) -> Planner:
     """Returns the planner of a bundle's calls."""
     stored = read_groups(verified, verified.manifest.weights)
     keys = keys_by_weight(stored)
@@ -91,9 +98,14 @@ def planner_of(verified: Verified, modules: Mapping[str, Module], policy: Mappin
             raise IntegrityError(f"the bundle holds no weight {weight!r} of component {component!r}") from None
 
     inside = {(name, region) for name, module in modules.items() for region in _inside(name, module, keys)}
-    sizes = {key: group.nbytes for key, group in stored.items()}
+    streams = policy is not None and policy.get(STRATEGY) == STREAM
+    sizes = {key: group.layout.nbytes if streams else group.nbytes for key, group in stored.items()}
     constants = sum(row.size for row in verified.manifest.files if row.path == CONSTANTS)
-    return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside)
+    return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside, _calls(variants))
+
+
+def _calls(variants: Sequence[CompiledVariant]) -> list[Program]:
+    return [program for variant in variants for program in variant.programs.values()]
 
 
 def _inside(component: str, module: Module, keys: Mapping[tuple[str, str], Key]) -> set[str]:
@@ -107,26 +119,41 @@ def _inside(component: str, module: Module, keys: Mapping[tuple[str, str], Key])
     }
 
 
+class Decision(NamedTuple):
+    """How a bundle's weights are kept.
+
+    Attributes:
+        policy: by which they are offloaded; None keeps all of them in memory.
+        residency: the plan of each call, where there is a limit.
+        arena: the slots of weights that stream.
+    """
+
+    policy: dict[str, Any] | None
+    residency: Callable[[Program], Residency] | None = None
+    arena: Arena | None = None
+
+
 def decided(
     verified: Verified,
     modules: Mapping[str, Module],
     policy: dict[str, Any] | None,
     variants: Sequence[CompiledVariant],
-) -> tuple[dict[str, Any] | None, Callable[[Program], Residency] | None]:
-    """Returns the policy by which weights are offloaded, and the plan of each call where there is a limit.
-
-    Where all calls fit with all weights in memory, there is neither.
+) -> Decision:
+    """Returns how weights are kept. Where all calls fit into `auto`'s limit, they are not offloaded.
 
     Raises:
         Incompatible: a call needs more than the policy's limit.
     """
-    if policy is None or policy.get(STRATEGY) != AUTO:
-        return policy, None
-    planner = planner_of(verified, modules, policy)
+    strategy = policy.get(STRATEGY) if policy is not None else None
+    if strategy not in (AUTO, STREAM):
+        return Decision(policy)
+    planner = planner_of(verified, modules, policy, variants)
     plans = [_planned(planner, variant, program) for variant in variants for program in variant.programs.values()]
+    if strategy == STREAM:
+        return Decision(policy, arena=planner.arena)
     if all(plan.residency.strategy == "resident" for plan in plans):
-        return None, None
-    return policy, planner.residency
+        return Decision(None)
+    return Decision(policy, planner.residency)
 
 
 def _planned(planner: Planner, variant: CompiledVariant, program: Program) -> PlannedCall:

@@ -65,7 +65,7 @@ class Staging:
         self._copied: list[Event | None] = [None, None]
         self._next = 0
 
-    def bring(self, file: str, offset: int, nbytes: int, layout: Layout) -> torch.Tensor:
+    def bring(self, file: str, offset: int, nbytes: int, layout: Layout, flat: torch.Tensor) -> None:
         """Copies a file's data to the device in the current stream.
 
         Args:
@@ -73,11 +73,8 @@ class Staging:
             offset: where its data begins.
             nbytes: of the data.
             layout: how the data lies on the device.
-
-        Returns:
-            The data on the device, which is there once the current stream has got so far.
+            flat: where it lies there once the current stream has got so far.
         """
-        flat = self._accelerator.empty(layout.nbytes)
         for start in range(0, nbytes, self._size):
             end = min(start + self._size, nbytes)
             buffer, turn = self._free()
@@ -89,7 +86,6 @@ class Staging:
                     self._accelerator.copy(flat[into : into + last - first], buffer[first - start : last - start])
             event = self._copied[turn] = self._accelerator.event()
             event.record(self._accelerator.current_stream())
-        return flat
 
     def close(self) -> None:
         """Lets go of the buffers, once nothing is copied from them any more."""

@@ -52,6 +52,16 @@ class Entry:
         tensor = (raw != 0 if self.dtype == torch.bool else raw.view(self.dtype)).reshape(self.shape)
         return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
 
+    def view_of(self, raw: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor as a view of its bytes as they are, which `clean` has made booleans where it is one."""
+        tensor = raw.view(self.dtype).reshape(self.shape)
+        return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
+
+    def clean(self, raw: torch.Tensor) -> None:
+        """Makes the bytes of booleans 0 or 1, in place."""
+        if self.dtype == torch.bool:
+            raw.copy_(raw != 0)
+
     def bytes_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the bytes of a tensor that `of` gave, as a view; not those of booleans, which `of` copies."""
         stored = tensor.permute(0, 2, 3, 1) if self.channels_last else tensor

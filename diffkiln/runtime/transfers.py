@@ -63,14 +63,6 @@ def aligned(entries: Mapping[str, Stretch]) -> Layout:
     return Layout(starts, tuple(copies), target + end - source)
 
 
-def copied(host: torch.Tensor, layout: Layout, accelerator: Accelerator) -> torch.Tensor:
-    """Returns a file's data, laid out on the device; copied in the current stream."""
-    flat = accelerator.empty(layout.nbytes)
-    for start, to, size in layout.copies:
-        accelerator.copy(flat[to : to + size], host[start : start + size])
-    return flat
-
-
 class TransferQueue:
     """A stream of its own, on which groups are copied while the GPU computes with others."""
 
@@ -95,6 +87,32 @@ class TransferQueue:
             flat = copy()
             arrived.record(self._stream)
         return flat, arrived
+
+    def fill(self, copy: Callable[[], object], free: Iterable[Event]) -> Event:
+        """Starts to copy weights to where others lay, once these were used for the last time; the host does not wait.
+
+        Args:
+            copy: as for `bring`.
+            free: the events of their last uses.
+
+        Returns:
+            The event of the arrival.
+        """
+        arrived = self._accelerator.event()
+        for event in free:
+            self._stream.wait_event(event)
+        with self._accelerator.active(), self._accelerator.on(self._stream):
+            copy()
+            arrived.record(self._stream)
+        return arrived
+
+    def follow(self) -> None:
+        """Makes copies that start next wait for all that was launched in the current stream."""
+        self._stream.wait_stream(self._accelerator.current_stream())
+
+    def arrive(self) -> None:
+        """Makes work launched next wait for all copies that were started."""
+        self._accelerator.current_stream().wait_stream(self._stream)
 
     def wait(self, arrived: Event) -> None:
         """Makes work launched next wait for this arrival, and for no later one."""

@@ -7,9 +7,10 @@ after it: the program says exactly when, so the store follows a schedule instead
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,12 @@ from diffkiln.interpreter.aten import dtype_name
 from diffkiln.program import TensorType
 from diffkiln.program.moments import Key
 from diffkiln.program.residency import Residency
+from diffkiln.program.streaming import Arena
 from diffkiln.runtime.accelerator import Accelerator, accelerator
 from diffkiln.runtime.groups import Group, keys_by_weight, read_groups
 from diffkiln.runtime.staging import Reader, Staging
-from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue, copied
+from diffkiln.runtime.streaming import Moves, SlotCursor, Slots
+from diffkiln.runtime.transfers import ALIGNMENT, TransferQueue
 
 #: What one reader takes at a time of a file that has been hashed.
 _PIECE = 1 << 26
@@ -57,6 +60,7 @@ class WeightStore:
         on: stands for the device; None finds it.
         readers: read resident weights, several files at a time.
         share: whether resident weights in the host's memory are shared with other processes of this user.
+        arena: the slots of weights that stream; None where they do not.
 
     Attributes:
         bytes_now, bytes_peak: weights on the device, in bytes.
@@ -73,6 +77,7 @@ class WeightStore:
         on: Accelerator | None = None,
         readers: Readers | None = None,
         share: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         self.device, self.offload, self._share = device, offload, share
         self._verified = verified
@@ -88,9 +93,13 @@ class WeightStore:
         self._written: set[tuple[Key, str]] = set()
         self._fills: dict[Key, dict[Hashable, Patch]] = {}
         self._beside: dict[Key, dict[str, torch.Tensor]] = {}
-        ahead = offload is not None and offload.get("use_stream", True)
+        ahead = offload is not None and (arena is not None or offload.get("use_stream", True))
         self._worker = _worker() if ahead else None
         self._transfers = TransferQueue(self._accelerator) if ahead and self._accelerator else None
+        self._slots = Slots(arena, self._accelerator) if arena is not None else None
+        self._moves: Moves | None = None
+        if self._slots is not None:
+            self._open(self._slots)
         forks.renewed(self)
         if offload is None and device.type == "cpu":
             self._bring_all(readers or Readers())
@@ -101,6 +110,12 @@ class WeightStore:
         elif self._accelerator and offload.get("to") != "disk":
             self._fill_host(self._accelerator)
             self._close_readers()
+
+    def _open(self, slots: Slots) -> None:
+        """Counts the memory of slots, which nothing is copied into that somebody else may still be using."""
+        self.bytes_now = self.bytes_peak = slots.arena.nbytes
+        if self._transfers is not None:
+            self._transfers.follow()
 
     def key_of(self, component: str, weight: str) -> Key:
         """Returns the key of the group that holds a weight."""
@@ -187,7 +202,7 @@ class WeightStore:
         """Returns True if weights are read from files before each use."""
         return self.offload is not None and not any(group.pinned is not None for group in self.groups.values())
 
-    def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor:
+    def follow(self, schedule: Sequence[Key], residency: Residency | None = None) -> Cursor | SlotCursor:
         """Starts a run that will use groups in this order.
 
         Args:
@@ -195,6 +210,8 @@ class WeightStore:
             residency: says which of them stay between their uses, and what else is here leaves; by default none of
                 them stays that is offloaded, and what else is here is left alone.
         """
+        if self._slots is not None:
+            return SlotCursor(self, schedule, self._slots.arena)
         if residency is not None:
             self.drop_but(residency.stays)
         return Cursor(self, schedule, residency or COMES_AND_GOES)
@@ -204,12 +221,13 @@ class WeightStore:
         if self._worker:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
-        if self._transfers is not None:
+        if self._transfers is not None and self._slots is None:
             self._transfers.close()
         else:
-            self._synchronize()  # pinned memory may still be copied from
+            self._synchronize()  # pinned memory may still be copied from, and slots may be in use
         self._close_readers()
         self._here.clear()
+        self._slots = None
         for group in self.groups.values():
             group.pinned = None
 
@@ -220,21 +238,100 @@ class WeightStore:
             self._worker = _worker()
         if self.offload is not None:
             self._here = {}
-            self.bytes_now = self.groups_now = 0
+            self.bytes_now = self._slots.arena.nbytes if self._slots is not None else 0
+            self.groups_now = 0
+
+    @property
+    def streams(self) -> bool:
+        """Returns True if weights come through slots."""
+        return self._slots is not None
+
+    # -- for Recorder --
+
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Brings groups into their slots, and makes work launched next wait for all that is on its way there."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        for key in keys:
+            self._come(key)
+        self._transfers.arrive()
+        self._forget_events()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[Moves]:
+        """Makes copies that start meanwhile a part of what the current stream does: all after, and all before."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        self._forget_events()
+        self._moves = moves = Moves()
+        try:
+            yield moves
+        finally:
+            self._moves = None
+            self._transfers.arrive()
+            self._forget_events()
+
+    def launched(self, moves: Moves) -> None:
+        """Notes that a graph was launched in the current stream, which moves groups."""
+        assert self._transfers is not None and self._slots is not None, "graphs move what streams"  # noqa: PT018
+        arena = self._slots.arena
+        left, displaced = moves.after(arena)
+        self.lie((self.held() - displaced) | left)
+        self.brought += len(moves.brought)
+        self.bytes_brought += sum(arena.slots[key].nbytes for key in moves.brought)
+
+    def lie(self, keys: Iterable[Key]) -> None:
+        """Notes which groups are in their slots, once all is done that was launched in the current stream."""
+        assert self._transfers is not None, "what streams on a GPU has a stream of its own"
+        self._transfers.follow()
+        self._forget_events()
+        found = {key: self._here.get(key) or _done(self._in_slot(self.groups[key])) for key in keys}
+        self._here, self.groups_now = found, len(found)
+
+    def alone(self) -> frozenset[Key]:
+        """Returns the groups whose slots no other group ever takes."""
+        assert self._slots is not None, "what has no slots lies elsewhere"
+        return frozenset(key for key, others in self._slots.arena.over.items() if not others)
+
+    def _forget_events(self) -> None:
+        """Forgets arrivals and uses, which what is launched next comes after anyway."""
+        assert self._slots is not None, "what has no slots keeps its events"
+        self._slots.forget_uses()
+        for group in self.groups.values():
+            group.arrived = None
 
     # -- for Cursor --
 
     def get(self, key: Key) -> dict[str, torch.Tensor]:
         """Returns the group's tensors on the device, by name; brings the group in if necessary."""
-        if key not in self._here:
+        if self._slots is not None:
+            self._come(key)
+        elif key not in self._here:
             self._here[key] = _done(self._bring(key))
+        if self._moves is not None and key not in self._moves.brought:
+            self._moves.found.add(key)
         tensors = self._here[key].result()
         if self._transfers is not None and (arrived := self.groups[key].arrived) is not None:
             self._transfers.wait(arrived)
         return tensors
 
     def prefetch(self, key: Key) -> None:
-        if self._worker and key not in self._here:
+        if self._slots is not None:
+            self._come(key)
+        elif self._worker and key not in self._here:
+            self._here[key] = self._worker.submit(self._bring, key)
+
+    def _come(self, key: Key) -> None:
+        """Has a group come into its slot, unless it is there or on its way."""
+        if key in self._here and not _has_failed(self._here[key]):
+            return
+        assert self._slots is not None, "what has no slots comes otherwise"
+        for other in self._slots.arena.over[key] & self._here.keys():
+            self.drop(other)
+        if self.groups[key].pinned is not None:
+            self._here[key] = _done(self._bring(key))  # launches a copy, and waits for nothing
+        else:
+            assert self._worker is not None, "a thread of its own reads what streams from files, one group at a time"
             self._here[key] = self._worker.submit(self._bring, key)
 
     def drop(self, key: Key) -> None:
@@ -245,8 +342,10 @@ class WeightStore:
         if future.cancel() or future.exception() is not None:
             return
         with self._counting:
-            self.bytes_now -= self.groups[key].nbytes
             self.groups_now -= 1
+            if self._slots is not None:
+                return
+            self.bytes_now -= self.groups[key].nbytes
         if self._transfers is not None:
             stays = self._beside.get(key, {})
             self._transfers.leaves(tensor for name, tensor in future.result().items() if name not in stays)
@@ -261,11 +360,30 @@ class WeightStore:
     def held(self) -> set[Key]:
         return set(self._here)
 
+    def used(self, key: Key) -> None:
+        """Notes the last use of a group that streams: another one may take its slot."""
+        if self._slots is not None:
+            self._slots.used(key)
+
     # -- reading --
 
     def _bring(self, key: Key) -> dict[str, torch.Tensor]:
-        group = self.groups[key]
-        return self._arrived(group, self._flat(group))
+        group, slots = self.groups[key], self._slots
+        if slots is None:
+            return self._arrived(group, self._flat(group))
+        self._fill(group, slots)
+        if self._moves is None:
+            self._count(slots.arena.slots[key].nbytes, 0)
+        else:
+            self._moves.brought.append(key)
+        return self._in_slot(group)
+
+    def _in_slot(self, group: Group) -> dict[str, torch.Tensor]:
+        """Returns a group's tensors in its slot."""
+        assert self._slots is not None, "what has no slots lies elsewhere"
+        nbytes = group.nbytes if self._accelerator is None else group.layout.nbytes
+        flat = self._slots.bytes_of(group.key, nbytes)
+        return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
     def _bring_all(self, readers: Readers) -> None:
         """Reads every group into memory, the largest first, since one thread hashes a file."""
@@ -295,31 +413,40 @@ class WeightStore:
             yield partial(self._verified.read_into, group.file, piece, offset)
 
     def _arrived(self, group: Group, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        with self._counting:
-            self.brought += 1
-            self.bytes_brought += group.nbytes
-            self.bytes_now += group.nbytes
-            self.groups_now += 1
-            self.bytes_peak = max(self.bytes_peak, self.bytes_now)
-            self.groups_peak = max(self.groups_peak, self.groups_now)
+        self._count(group.nbytes, group.nbytes)
         return dict(self._tensors(group, flat)) | self._beside.get(group.key, {})
 
+    def _count(self, brought: int, taken: int) -> None:
+        """Counts a group that comes in, and the memory that it takes besides what it found."""
+        with self._counting:
+            self.brought += 1
+            self.bytes_brought += brought
+            self.groups_now += 1
+            self.bytes_now += taken
+            self.bytes_peak = max(self.bytes_peak, self.bytes_now)
+            self.groups_peak = max(self.groups_peak, self.groups_now)
+
     def _tensors(self, group: Group, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        clean = self._accelerator is not None or self._slots is not None
         for name, entry in group.entries.items():
             start = entry.start if self._accelerator is None else group.layout.starts[name]
-            yield name, entry.of(flat[start : start + entry.end - entry.start])
+            raw = flat[start : start + entry.nbytes]
+            yield name, entry.view_of(raw) if clean else entry.of(raw)
+
+    def _clean(self, group: Group, flat: torch.Tensor) -> None:
+        """Makes the bytes of booleans 0 or 1, of a group that has just been read, in the current stream."""
+        for name, entry in group.entries.items():
+            start = entry.start if self._accelerator is None else group.layout.starts[name]
+            entry.clean(flat[start : start + entry.nbytes])
 
     def _flat(self, group: Group) -> torch.Tensor:
         """Returns the group's data as one buffer on the device."""
         there = self._accelerator
-        if there is None or self._staging is None:
+        if there is None:
             return self._patched(group, self._read(group, _pages(group.nbytes)))
-        pinned, staging = group.pinned, self._staging
 
         def copy() -> torch.Tensor:
-            if pinned is not None:
-                return copied(pinned, group.layout, there)
-            return self._patched(group, staging.bring(group.file, group.offset, group.nbytes, group.layout))
+            return self._copied(group, there.empty(group.layout.nbytes), there)
 
         if self._transfers is not None:
             flat, group.arrived = self._transfers.bring(copy)
@@ -327,15 +454,42 @@ class WeightStore:
         with there.active():
             return copy()
 
+    def _fill(self, group: Group, slots: Slots) -> None:
+        """Brings a group into its slot, once what lay there was used for the last time."""
+        there = self._accelerator
+        if there is None:
+            flat = self._read(group, slots.bytes_of(group.key, group.nbytes))
+            self._clean(group, flat)
+            self._patched(group, flat)
+            return
+        flat = slots.bytes_of(group.key, group.layout.nbytes)
+        assert self._transfers is not None, "what streams has a stream of its own"
+        free = slots.last_uses(group.key)  # by now: a copy that was called off before has not waited for them
+        group.arrived = self._transfers.fill(lambda: self._copied(group, flat, there), free)
+
+    def _copied(self, group: Group, flat: torch.Tensor, there: Accelerator) -> torch.Tensor:
+        """Copies a group to the device in the current stream: at once from host memory, or in pieces from its file."""
+        if group.pinned is not None:
+            if flat.numel():
+                there.copy(flat, group.pinned)
+            return flat
+        assert self._staging is not None, "a device has buffers to stage files in"
+        self._staging.bring(group.file, group.offset, group.nbytes, group.layout, flat)
+        self._clean(group, flat)
+        return self._patched(group, flat)
+
     def _fill_host(self, there: Accelerator) -> None:
-        """Puts every group into host memory, in one piece of exactly their size, to be brought in from there."""
+        """Puts every group into host memory, laid out as on the device, so that one copy brings it there."""
         starts, size = {}, 0
         for key, group in self.groups.items():
             starts[key] = size
-            size += -(-group.nbytes // ALIGNMENT) * ALIGNMENT
-        arena = there.pinned(size)
+            size += -(-group.layout.nbytes // ALIGNMENT) * ALIGNMENT
+        whole = there.pinned(size)
         for key, group in self.groups.items():
-            group.pinned = self._read(group, arena[starts[key] : starts[key] + group.nbytes])
+            group.pinned = whole[starts[key] : starts[key] + group.layout.nbytes]
+            for source, to, length in group.layout.copies:
+                self._reader.fill(group.file, group.pinned[to : to + length], group.offset + source)
+            self._clean(group, group.pinned)
 
     # -- patches --
 
@@ -351,7 +505,7 @@ class WeightStore:
         """Returns a group's tensors where they stay: on the device, or in the host's memory."""
         if group.pinned is None:
             return self._here[group.key].result()
-        return {name: entry.of(group.pinned[entry.start : entry.end]) for name, entry in group.entries.items()}
+        return dict(self._tensors(group, group.pinned))
 
     def _restore(self, group: Group, name: str, tensor: torch.Tensor) -> None:
         """Writes a weight's original from the bundle's file over what is there."""
@@ -364,6 +518,8 @@ class WeightStore:
 
     def _synchronize(self) -> None:
         """Waits until the device has done what other threads launched, and this one."""
+        if self._transfers is not None:
+            self._transfers.close()
         if self._accelerator is not None:
             with self._accelerator.active():
                 self._accelerator.default_stream().synchronize()
@@ -424,6 +580,10 @@ def _pages(nbytes: int) -> torch.Tensor:
 
 def _worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "diffkiln-weights")
+
+
+def _has_failed(future: Future[dict[str, torch.Tensor]]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _done(tensors: dict[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:

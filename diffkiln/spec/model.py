@@ -253,14 +253,15 @@ class PassEntry(Strict):
 class Offload(Strict):
     """The policy by which weights wait outside the GPU and come in ahead of their use, group by group."""
 
-    strategy: Literal["group", "auto"] = Field(
+    strategy: Literal["group", "auto", "stream"] = Field(
         default="group",
-        description="How weights move: each group of blocks comes and goes, or auto: as many as fit stay in memory.",
+        description="How weights move: each group of blocks comes and goes; auto: as many as fit stay in memory; "
+        "stream: groups come through slots whose addresses stay the same.",
     )
     max_memory: Amount | None = Field(
         default=None,
-        description="For auto: the most memory of a call for weights, constants and results, as bytes or such as 8GiB. "
-        "Absent: the GPU's.",
+        description="For auto and stream: the most memory of a call for weights, constants and results, as bytes or "
+        "such as 8GiB. Absent: the GPU's for auto, and as little as there can be for stream.",
     )
     type: Literal["block_level"] = Field(default="block_level", description="Unit of a group: whole blocks.")
     num_blocks_per_group: Count = Field(default=1, description="Number of blocks that move together.")
@@ -275,9 +276,13 @@ class Offload(Strict):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if "max_memory" in given and given.get("strategy") != "auto":
-            reason = "is a limit for the strategy auto, and group keeps none"
+        strategy = given.get("strategy", "group")
+        if "max_memory" in given and strategy == "group":
+            reason = "is a limit for the strategies auto and stream, and group keeps none"
             yield ("max_memory",), refuse(reason, 'Set "strategy" to "auto"')
+        if strategy == "stream" and given.get("use_stream") is False:
+            reason = "weights that stream are copied on a stream of their own"
+            yield ("use_stream",), refuse(reason, 'Remove it, or set "strategy" to "group"')
 
     @field_validator("type", mode="before")
     @classmethod
@@ -336,9 +341,15 @@ class Runtime(Strict):
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given.get("cuda_graphs") is not None and given.get("offload") is not None:
-            reason = "a graph holds the addresses of the weights, and with offloading they come in at others"
-            yield ("cuda_graphs",), refuse(reason, 'Remove it, or remove "offload"')
+        if given.get("cuda_graphs") is None or given.get("offload") is None:
+            return
+        offload = given["offload"] if isinstance(given["offload"], Mapping) else vars(given["offload"])
+        if offload.get("strategy") != "stream":
+            reason = "a graph holds the addresses of the weights, and with this offloading they come in at others"
+            yield ("cuda_graphs",), refuse(reason, 'Remove it, remove "offload", or set its "strategy" to "stream"')
+        elif offload.get("to") == "disk":
+            reason = "a graph copies weights from the host's memory, and cannot read a disk"
+            yield ("cuda_graphs",), refuse(reason, 'Remove it, or "to" of "offload"')
 
 
 class Spec(Strict):

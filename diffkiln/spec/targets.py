@@ -46,6 +46,8 @@ class Target:
     memory_bandwidth: float | None = None
     h2d_bandwidth: float | None = None
     """From host to GPU, one direction."""
+    half_flops: float | None = None
+    """Additions and multiplications a second in tensor cores: operands of 16 bits, sums of 32, nothing sparse."""
     driver: str | None = None
     """Oldest driver that the spec asks for."""
     cuda: str | None = None
@@ -123,6 +125,27 @@ _GPUS: dict[str, tuple[str, float, float, float]] = {
     "nvidia-rtx-pro-6000-blackwell": ("12.0", 96, 1792, _PCIE5_X16),
 }
 
+# TFLOP/s of tensor cores with operands of 16 bits and sums of 32, nothing sparse. Data sheets; those of Hopper state
+# twice as much, for sparse matrices. Of GeForce and RTX cards the appendices of NVIDIA's GA102, AD102 and GB202 papers.
+_HALF_TFLOPS: dict[str, float] = {
+    "nvidia-t4": 65,
+    "nvidia-a10": 125,
+    "nvidia-a30": 165,
+    "nvidia-a40": 149.7,
+    "nvidia-a100-40gb": 312,
+    "nvidia-a100-80gb-pcie": 312,
+    "nvidia-a100-80gb-sxm": 312,
+    "nvidia-rtx-a6000": 154.8,
+    "nvidia-rtx-3090": 71,
+    "nvidia-l4": 121,
+    "nvidia-l40s": 362,
+    "nvidia-rtx-4090": 165.2,
+    "nvidia-h100-pcie": 756,
+    "nvidia-h100-sxm": 989,
+    "nvidia-h200": 989,
+    "nvidia-rtx-5090": 209.5,
+}
+
 # What the driver calls a card, where dropping the makers' words does not already lead to its name.
 _ALIASES = {
     "a100sxm440gb": "nvidia-a100-40gb",
@@ -146,6 +169,7 @@ def _gpu(name: str, capability: str, memory: float, bandwidth: float | None, lin
         memory_bytes=int(memory * 1e9),
         memory_bandwidth=bandwidth * 1e9 if bandwidth else None,
         h2d_bandwidth=link * 1e9,
+        half_flops=_HALF_TFLOPS[name] * 1e12 if name in _HALF_TFLOPS else None,
     )
 
 

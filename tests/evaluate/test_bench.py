@@ -52,6 +52,12 @@ class TestMeasured:
         assert (bundle.planned, bundle.moved) == (plan.peak, plan.brought)
         assert (eager.planned, eager.moved) == (None, None)
 
+    def test_what_the_machine_allows_stands_beside_what_was_measured(self, measured):
+        bundle, eager = measured.ways[0], measured.ways[-1]
+        assert 0 < bundle.predicted["step"] < bundle.predicted["denoise"] < bundle.predicted["call"]
+        assert bundle.as_json()["predicted_seconds"] == bundle.predicted
+        assert not eager.predicted
+
     def test_what_was_not_measured_is_null_in_json(self, measured):
         told = measured.as_json()
         assert json.loads(json.dumps(told)) == told

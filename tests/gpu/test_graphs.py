@@ -58,6 +58,19 @@ def test_graphs_draw_what_is_drawn_without_them(family: str, compiled: bool, fam
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", DENOISERS)
+def test_graphs_draw_the_same_with_weights_that_stream(family: str, families: Path, tmp_path: Path) -> None:
+    found = {}
+    for unit in (None, "step", "program"):
+        spec = made(family, families, unit, [])
+        spec["runtime"] |= {"offload": {"strategy": "stream"}}
+        found[unit] = drawn(diffkiln.compile(spec, tmp_path / str(unit)).path)
+    resident = drawn(diffkiln.compile(made(family, families, None, []), tmp_path / "resident").path)
+    for draws in found.values():
+        for got, want in zip(draws, resident, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_a_callback_is_called_between_the_graphs_of_steps(families: Path, tmp_path: Path) -> None:
     built = diffkiln.compile(made("flux", families, "step", []), tmp_path / "bundle")
     seen: list[torch.Tensor] = []

@@ -9,6 +9,9 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
+from diffkiln.bundle.layout import REST
+from diffkiln.program.moments import Moment
+from diffkiln.program.streaming import arranged
 from diffkiln.runtime.transfers import ALIGNMENT
 from diffkiln.runtime.weights import Key, WeightStore
 from tests.end_to_end.test_families import spec_of
@@ -89,3 +92,30 @@ def test_what_is_computed_ahead_reads_the_right_weights(verified) -> None:
         assert torch.equal(sums.cpu(), wanted[key])
     for each in (plain, store):
         each.close()
+
+
+def test_weights_that_stream_through_slots_keep_their_addresses_and_allocate_nothing(verified) -> None:
+    here = opened(verified, CPU, None)
+    blocks = [key for key in here.groups if key[0] == "transformer" and key[1] != REST]
+    listed = [Moment("denoise", "transformer", key, (key,), 0) for key in blocks * 5]
+    arena = arranged([listed], {key: group.layout.nbytes for key, group in here.groups.items()})
+    offload = {"strategy": "stream", "to": "host"}
+    there = WeightStore(verified, verified.manifest.weights, GPU, offload, arena=arena)
+    before = torch.cuda.memory_allocated()
+    found: list[tuple[Key, torch.Tensor]] = []
+    addresses: dict[str, int] = {}
+    cursor = there.follow(blocks * 5)
+    for key in blocks * 5:
+        tensors = cursor.enter(key)
+        assert torch.cuda.memory_allocated() - before <= 8 * 512 * len(found)  # the sums below, and nothing else
+        torch.cuda._sleep(SLOWLY // 10)
+        assert all(
+            addresses.setdefault(name, tensor.data_ptr()) == tensor.data_ptr() for name, tensor in tensors.items()
+        )
+        found.append((key, torch.stack([tensor.double().sum() for tensor in tensors.values()])))
+        cursor.leave(key)
+    cursor.close()
+    for key, sums in found:
+        assert sums.tolist() == pytest.approx([tensor.double().sum().item() for tensor in here.get(key).values()])
+    for store in (here, there):
+        store.close()

@@ -163,3 +163,15 @@ def test_any_plan_keeps_within_any_limit_that_it_accepts(
         memory, brought = played(listed, plan, sizes)
         assert brought == plan.brought
         assert memory == list(plan.memory)
+
+
+@settings(max_examples=100, deadline=None)
+@given(calls(), st.floats(0, 1), st.booleans())
+def test_what_comes_for_each_moment_is_together_what_a_call_brings_in(
+    call: tuple[list[Moment], dict[Key, int]], share: float, ahead: bool
+) -> None:
+    listed, sizes = call
+    plans = Residencies(sizes)
+    least, most = smallest(plans, listed), plans.resident(listed).peak
+    for plan in (plans.within(listed, int(least + share * (most - least)), ahead), plans.group(listed, ahead=True)):
+        assert sum(plans.coming(listed, plan)) == plan.brought

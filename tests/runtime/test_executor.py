@@ -119,7 +119,7 @@ def test_a_component_is_given_nothing_that_is_on_the_host(monkeypatch: pytest.Mo
         return run(self, *inputs)
 
     monkeypatch.setattr(_Component, "__call__", watched)
-    for graphs in (None, Graphs(WHOLE, META, lambda run: ((lambda: None), run()))):
+    for graphs in (None, Graphs(WHOLE, META, lambda run, _ready: ((lambda: None), run()))):
         executor(None, graphs)(arithmetic()[1], [torch.zeros(4)], allow_nan=True)
     assert places == ["meta"] * 4
 

@@ -15,7 +15,8 @@ import diffkiln
 from diffkiln.bundle import Manifest
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, OutOfMemory, SpecError
 from diffkiln.program import NOISE, STEP, map_refs
-from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, Tensors, check_addresses, cut, graphs_for
+from diffkiln.runtime.graphs import STEPWISE, WHOLE, Graphs, check_addresses, cut, graphs_for
+from diffkiln.runtime.streaming import Tensors
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -38,8 +39,9 @@ class PythonGraph:
     def __init__(self) -> None:
         self.recorded = self.launched = 0
 
-    def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], object], Tensors]:
+    def __call__(self, run: Callable[[], Tensors], ready: Callable[[], None]) -> tuple[Callable[[], object], Tensors]:
         self.recorded += 1
+        ready()
         places = [tensor.clone() for tensor in run()]
 
         def launch() -> None:
@@ -101,6 +103,15 @@ def test_graphs_and_offloading_exclude_each_other() -> None:
         diffkiln.check(DIGIT | {"runtime": {"cuda_graphs": "program", "offload": {}}}, base=DIGITS)
 
 
+def test_graphs_hold_copies_of_weights_that_stream_from_the_host() -> None:
+    def checked(**offload: str) -> object:
+        return diffkiln.check(DIGIT | {"runtime": {"cuda_graphs": "step", "offload": offload}}, base=DIGITS)
+
+    assert checked(strategy="stream")
+    with pytest.raises(SpecError, match=r"\$\.runtime\.cuda_graphs: a graph copies weights from the host's memory"):
+        checked(strategy="stream", to="disk")
+
+
 def test_a_word_that_means_no_graph_is_told_the_words() -> None:
     with pytest.raises(SpecError, match=r'\$\.runtime\.cuda_graphs: "steps" is not one of "step", "program"'):
         diffkiln.check(DIGIT | {"runtime": {"cuda_graphs": "steps"}}, base=DIGITS)
@@ -132,6 +143,9 @@ def test_a_manifest_that_asks_for_both_is_refused() -> None:
     graphs = graphs_for(_manifest(cuda_graphs="step", offload={}), torch.device("cuda"))
     with pytest.raises(Incompatible, match="cuda_graphs: found weights that are offloaded, required"):
         check_addresses(graphs, {})
+    with pytest.raises(Incompatible, match="cuda_graphs"):
+        check_addresses(graphs, {"strategy": "stream", "to": "disk"})
+    check_addresses(graphs, {"strategy": "stream"})
     check_addresses(graphs, None)
     check_addresses(None, {})
 
@@ -245,7 +259,7 @@ def test_a_callback_within_one_graph_is_refused_before_anything_runs(pipe) -> No
 
 
 def test_what_cannot_be_recorded_names_the_call_and_the_mend(pipe) -> None:
-    def fails(run):
+    def fails(run, ready):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     pipe.executor.graphs = Graphs(WHOLE, torch.device("cpu"), fails)
@@ -275,7 +289,7 @@ def recording_that_ends_badly() -> Iterator[None]:
     ],
 )
 def test_the_first_of_several_errors_is_told(pipe, cause, told) -> None:
-    def fails(run):
+    def fails(run, ready):
         with recording_that_ends_badly():
             raise cause
 

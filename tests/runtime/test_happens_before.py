@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from diffkiln.program.streaming import Arena
 from diffkiln.runtime.staging import Staging
 from diffkiln.runtime.transfers import TransferQueue
 from diffkiln.runtime.weights import Cursor, Key, WeightStore
@@ -92,12 +93,14 @@ class Worker:
 class Run:
     """A store on a simulated GPU, and what was read there."""
 
-    def __init__(self, files: Files, device: Simulated, to: str | None, late: bool = False) -> None:
+    def __init__(
+        self, files: Files, device: Simulated, to: str | None, late: bool = False, arena: Arena | None = None
+    ) -> None:
         self.files, self.device = files, device
         files.device = device
         offload = None if to is None else {"use_stream": True, "to": to}
         groups: Any = {"unet": files.rows}
-        self.store = WeightStore(files, groups, device.device, offload, on=device)  # type: ignore[arg-type]
+        self.store = WeightStore(files, groups, device.device, offload, on=device, arena=arena)  # type: ignore[arg-type]
         if self.store._worker is not None:
             self.store._worker.shutdown()
             self.store._worker = Worker(late)  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -156,7 +157,13 @@ class TestCommand:
         assert main(["memory", str(digits_bundle), "--max-memory", "4MB"]) == 0
         told = capsys.readouterr().out
         assert "some weights stay in memory, and the others come and go" in told
-        assert [line.split()[0] for line in told.splitlines()[1:]] == ["phase", "encode", "denoise", "decode", "each"]
+        assert [line.split()[0] for line in told.splitlines()[1:]] == [
+            "phase",
+            "encode",
+            "denoise",
+            "decode",
+            *["each"] * 2,
+        ]
 
     def test_a_bundle_as_json(self, digits_bundle, capsys) -> None:
         assert main(["memory", str(digits_bundle), "--json"]) == 0
@@ -171,6 +178,16 @@ class TestCommand:
             (calls,) = json.loads(capsys.readouterr().out).values()
             peaks.append(calls["call"]["peak_bytes"])
         assert peaks[1] == pytest.approx(peaks[0], rel=0.01)  # small tables are stored apart
+
+    def test_a_gpu_with_a_name_gets_the_least_time(self, tmp_path, capsys) -> None:
+        inputs = {"height": 32, "width": 32, "num_inference_steps": 2, "call": {"max_sequence_length": 16}}
+        source = {"model": str(DIGITS / "model")}
+        spec = {"spec_version": 1, "source": source, "target": {"device": "cuda", "gpu": "nvidia-l4"}, "inputs": inputs}
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        assert main(["memory", str(tmp_path / "spec.json")]) == 0
+        *_, step, least = capsys.readouterr().out.splitlines()
+        assert step.startswith("each of 2 steps: ")
+        assert re.fullmatch(r"nvidia-l4: at least [\d.e-]+ s, [\d.e-]+ ms for each step", least)
 
     def test_what_is_not_there(self, capsys) -> None:
         assert main(["memory", "spec.jsn"]) == 2

@@ -31,6 +31,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "from the host": {**GROUPS, "use_stream": True, "to": "host"},
     "from the disk": {**GROUPS, "use_stream": True, "to": "disk"},
     "without a stream": {**GROUPS, "use_stream": False},
+    "through slots, from the host": {"strategy": "stream", "to": "host"},
+    "through slots, from the disk": {"strategy": "stream", "to": "disk"},
 }
 
 
@@ -58,7 +60,9 @@ def left_out(_: object, *__: object) -> None:
     """In the place of a wait."""
 
 
-@pytest.mark.parametrize("policy", ["from the host", "from the disk"])
+@pytest.mark.parametrize(
+    "policy", ["from the host", "from the disk", "through slots, from the host", "through slots, from the disk"]
+)
 def test_a_call_that_does_not_wait_for_a_group_gives_another_picture(
     policy: str, digits_bundle: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,7 @@ class Simulated:
         self.lock = threading.RLock()
         self.clock = Clock()
         self.capacity, self.bandwidth = capacity, bandwidth
-        self.taken = self.peak = self.pinned_bytes = 0
+        self.taken = self.peak = self.pinned_bytes = self.allocations = 0
         self._schedule = iter(schedule)
         self._accesses = Accesses()
         self._numbers, self._names = count(), count()
@@ -185,6 +185,7 @@ class Simulated:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         with self.lock:
+            self.allocations += 1
             return self._handed_out(self._allocated(nbytes, self.current_stream()), nbytes)
 
     def pinned(self, nbytes: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffkiln.program.streaming import Arena
 from diffkiln.runtime import arrival, loading
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.weights import WeightStore
@@ -30,9 +31,15 @@ def weights_on(device: Simulated, instead: Mapping[str, Any] | None = None, own:
         own: components whose engines wait for the device themselves.
     """
 
-    def store(verified: Any, groups: Any, place: torch.device, offload: Any, **_: Any) -> WeightStore:
+    def store(
+        verified: Any, groups: Any, place: torch.device, offload: Any, arena: Arena | None = None, **_: Any
+    ) -> WeightStore:
         policy = offload if instead is None else (instead or None)
-        return WeightStore(verified, groups, device.device, policy, on=device)
+        return WeightStore(verified, groups, device.device, policy, on=device, arena=arena)
+
+    def policy_of(*given: Any) -> Any:
+        streams = instead is not None and instead.get("strategy") == "stream"
+        return dict(instead or {}) if streams else policy(*given)
 
     def engines(*given: Any) -> dict[tuple[str, str], Any]:
         found = opened(*given).items()
@@ -42,10 +49,11 @@ def weights_on(device: Simulated, instead: Mapping[str, Any] | None = None, own:
         with _Launching(device):
             return run(executor, *given, **named)
 
-    opened, run = loading.open_engines, Executor.__call__
+    opened, run, policy = loading.open_engines, Executor.__call__, loading.offload_policy
     with (
         mock.patch.object(arrival, "WeightStore", store),
         mock.patch.object(loading, "open_engines", engines),
+        mock.patch.object(loading, "offload_policy", policy_of),
         mock.patch.object(Executor, "__call__", call),
     ):
         yield
@@ -61,7 +69,7 @@ class _Launching(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not _is_view(func, args):
+        if not is_view(func, args):
             self._device.reach(str(func), _tensors((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
@@ -82,7 +90,7 @@ class _Launched:
         return getattr(self._engine, name)
 
 
-def _is_view(func: Any, args: Sequence[Any]) -> bool:
+def is_view(func: Any, args: Sequence[Any]) -> bool:
     """Returns True if an operator reads nothing: the store takes views of a group as soon as it is on its way."""
     if func in (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default):
         return args[0].is_contiguous()

@@ -177,5 +177,5 @@ def test_what_is_no_amount_of_memory(written) -> None:
 
 def test_a_limit_belongs_to_auto() -> None:
     assert complaints(Offload, max_memory="8GiB") == {
-        "$.max_memory": "is a limit for the strategy auto, and group keeps none"
+        "$.max_memory": "is a limit for the strategies auto and stream, and group keeps none"
     }
