@@ -24,7 +24,7 @@ from diffkiln.program import Program
 from diffkiln.record.call import Request
 from diffkiln.record.refusals import code_of, refusal
 from diffkiln.record.rehearsal import rehearse
-from diffkiln.runtime.diffusers.loading import load_as_diffusers, with_modules
+from diffkiln.runtime.diffusers.loading import load_as_ordinary, with_modules
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.opening import read_modules, read_text, read_variant
@@ -113,7 +113,7 @@ def _try_diffusers(verified: Verified, plan: Plan) -> None:
         pipe = with_modules(verified, {name: plan.pipe.components[name] for name in verified.manifest.weights})
         rehearse(pipe, plan.requests, ["$.inputs"] * len(plan.requests))
         return
-    pipe = load_as_diffusers(verified, allow_native=True, device=_CPU, check_engines=False)
+    pipe = load_as_ordinary(verified, allow_native=True, device=_CPU, check_engines=False)
     pipe.set_progress_bar_config(disable=True)
     for request in plan.requests:
         reason = _drawn(pipe, request, False)

@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch.nn import functional
 
+from diffkiln.interpreter.modular import blocks_of
 from diffkiln.plugins import plugins
 from diffkiln.record.processors import processors_of
 
@@ -133,7 +134,7 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
         pipe: the pipeline.
         fixed: the keywords of its call, with defaults.
     """
-    found = (patch.paddings for _, patch in _fitting([pipe]) if patch.paddings)
+    found = (patch.paddings for _, patch in _fitting([pipe, *blocks_of(pipe)]) if patch.paddings)
     padded = next(found, None)
     return padded(pipe, fixed) if padded else {}
 
@@ -192,13 +193,14 @@ def _modules(kind: type) -> Iterable[ModuleType]:
 
 
 def _parts(part: Any) -> Iterator[Any]:
-    """Yields a module and all within it, attention processors too; or a pipeline, its components and its processors of
-    images."""
+    """Yields a module and all within it, attention processors too; or a pipeline, its blocks if it is made of some, its
+    components and its processors of images."""
     if isinstance(part, torch.nn.Module):
         yield from part.modules()
         yield from processors_of(part).values()
         return
     yield part
+    yield from blocks_of(part)
     components = getattr(part, "components", {})
     if components:
         yield from (own for name, own in vars(part).items() if name.endswith("_processor"))

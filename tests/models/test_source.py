@@ -400,9 +400,9 @@ def test_refuses_a_repository_that_is_no_pipeline(tmp_path, monkeypatch):
         open_source(declare("owner/name", COMMIT), tmp_path)
 
 
-def test_a_modular_pipeline_is_named_as_such(tmp_path):
-    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "FluxModularPipeline"}')
-    with pytest.raises(SourceError, match="is of a modular pipeline"):
+def test_a_modular_pipeline_without_blocks_of_its_own_is_refused(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "ModularPipeline"}')
+    with pytest.raises(SourceError, match="does not say which blocks it has"):
         open_source(declare(str(tmp_path)), tmp_path)
 
 
