@@ -22,6 +22,7 @@ from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.call import Request
+from diffkiln.record.keywords import parameters_of
 from diffkiln.record.refusals import code_of, refusal
 from diffkiln.record.rehearsal import rehearse
 from diffkiln.runtime.diffusers.loading import load_as_ordinary, with_modules
@@ -123,9 +124,17 @@ def _try_diffusers(verified: Verified, plan: Plan) -> None:
 
 def _drawn(pipe: Any, request: Request, negative: bool) -> str:
     """Returns why the call of a pipeline fails; empty if it does not."""
+    given = example_of(pipe, request, negative)
+    reason = _failure(pipe, given)
+    if reason and "output_type" in parameters_of(pipe):  # what it makes by itself may be more than Pillow takes
+        return reason if _failure(pipe, given | {"output_type": "np"}) else ""
+    return reason
+
+
+def _failure(pipe: Any, given: dict[str, Any]) -> str:
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            pipe(**example_of(pipe, request, negative))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some turn gradients on, on their way
+            pipe(**given)
     except Exception as error:  # whatever the pipeline's own code raises
         return refusal(error) or f"in {code_of(error) or 'its code'}, without a reason"
     return ""

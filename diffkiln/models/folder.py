@@ -70,7 +70,11 @@ def read_folder(
     components: dict[str, Component] = {}
     notices: list[str] = []
     problems = list(_unknown(wanted, pipeline_class, index))
-    listed = {name: entry for name, entry in _listed(index, wanted) if _is_used(name, entry, wanted, pipeline_class)}
+    listed = {
+        name: entry
+        for name, entry in _listed(index, wanted)
+        if _is_used(name, entry, wanted, pipeline_class) and not _is_made(name, folder, wanted, pipeline_class)
+    }
     for name, entry in listed.items():
         if reason := _left_out(name, pipeline_class, listed, wanted):
             notices.append(f"{name} is left out: {reason}")
@@ -105,6 +109,12 @@ def _is_used(name: str, entry: list[Any], wanted: Wanted, pipeline_class: type) 
     if name in wanted.given:
         return wanted.given[name] is not None and name in _arguments(pipeline_class)
     return entry != [None, None] and (wanted.pipeline is None or name in _arguments(pipeline_class))
+
+
+def _is_made(name: str, folder: Path, wanted: Wanted, pipeline_class: type) -> bool:
+    """Returns True for an entry whose files diffusers neither saves nor loads: the pipeline makes the part itself."""
+    _, optional = pipeline_class._get_signature_keys(pipeline_class)  # type: ignore[attr-defined]
+    return name in optional and name not in wanted.given and not (folder / name).is_dir()
 
 
 def _component(folder: Path, name: str, entry: list[Any], wanted: Wanted, *, weights: bool) -> Component:

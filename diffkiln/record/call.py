@@ -332,7 +332,8 @@ def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tenso
     if tape is None or not tape.is_marked(values["latents"]):
         return {}
     fresh = tape.blank(type_of(values["latents"]))
-    attrs = {"step": step, "timestep": float(timestep)}
+    # With diffusion forcing each frame has a timestep of its own: the callback is given the noisiest one's.
+    attrs = {"step": step, "timestep": float(torch.as_tensor(timestep).max())}
     with _disable_current_modes():
         latents = tape.value(values["latents"])
     tape.emit(STEP, (latents,), [fresh], attrs=attrs)

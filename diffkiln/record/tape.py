@@ -92,7 +92,7 @@ class Tape(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
         #: What `Tensor.numpy` gives of a marked tensor; None where it stops the recording.
         self.as_array: Callable[[torch.Tensor], Any] | None = None
-        #: Marked noise of a shape and a type, drawn with a generator or without; None where drawing stops the recording.
+        #: Marked noise of a shape and a type, by a generator or without one; None where drawing stops the recording.
         self.noise: Callable[[Any, torch.dtype | None, Any], torch.Tensor] | None = None
         #: The first seed of the caller's generator, by which it is known. What others draw is the same in every call.
         self.callers_seed: int | None = None

@@ -120,7 +120,7 @@ def test_components_of_another_model_are_to_be_given(broken):
     content["text_encoder"][2]["pretrained_model_name_or_path"] = "owner/flux"
     index.write_text(json.dumps(content))
     shutil.rmtree(broken / "text_encoder")
-    with pytest.raises(SourceError, match='"components": {"text_encoder"'):
+    with pytest.raises(SourceError, match=r'"components": \{"text_encoder"'):
         open_source(Source(model=str(broken)), Path())
 
 

@@ -423,3 +423,15 @@ def build_call(name, root):
     with quiet_libraries():
         CALLS[name].build().save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def test_a_part_that_the_pipeline_makes_itself_is_no_component(tmp_path):
+    """LongCat's scheduler is in its index, and diffusers neither saves nor loads it."""
+    folder = build_call("longcat_audio", tmp_path)
+    assert "scheduler" in json.loads((folder / "model_index.json").read_text())
+    assert "scheduler" not in opened(folder).components
+
+
+def test_a_list_of_numbers_is_an_argument_of_the_pipeline(folder):
+    edit(folder / "model_index.json", sizes=[0.5, 1.0])
+    assert "sizes" not in opened(folder).components

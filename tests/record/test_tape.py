@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.interpreter.aten import Interpreter, type_of
 from diffkiln.program import Program, TensorType, verify
+from diffkiln.record.call import _step_end
 from diffkiln.record.constants import Constants
 from diffkiln.record.tape import Tape
 
@@ -320,5 +321,14 @@ def test_noise_of_the_callers_generator_is_recorded_and_that_of_another_is_the_s
         marked = torch.randn(4, generator=callers, dtype=torch.float32)
         torch.randn_like(marked)
     assert torch.equal(own, torch.randn(2, 3, generator=torch.Generator().manual_seed(5)))
-    assert not tape.is_marked(own) and tape.is_marked(marked)
+    assert not tape.is_marked(own)
+    assert tape.is_marked(marked)
     assert shapes == [((4,), torch.float32, False), ((4,), torch.float32, True)]
+
+
+def test_the_end_of_a_step_has_the_noisiest_timestep_where_each_frame_has_its_own():
+    tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants(), what="the function")
+    latents = tape.new_input("latents", type_of(X))
+    with torch.inference_mode(), tape:
+        _step_end(None, 1, torch.tensor([300.0, 900.0]), {"latents": latents})
+    assert tape.ops[-1].attrs == {"step": 1, "timestep": 900.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def measure_call(name: str) -> dict[str, Any]:
             pipe = family.build()
             pipe.save_pretrained(str(root / "model"), safe_serialization=True)
         result = {"class": type(pipe).__name__, "gives": family.gives}
-        result |= {"text": "prompt" in _keywords(pipe)}
+        result |= {"text": "prompt" in _inputs(pipe)}
         result |= {"takes": sorted(family.images)} if family.images else {}
         found = told(lambda: _replayed(family, root))
         if "failure" not in found:
@@ -99,9 +99,10 @@ def drawn(
     given |= {key: value for key, value in family.call.items() if key == "negative_prompt"}
     given |= {"prompt": family.call.get("prompt", "{}").replace("{}", prompt), "output_type": family.output}
     given |= {"generator": torch.Generator().manual_seed(seed)}
-    known = _keywords(pipe if like is None else like)
+    wanted = pipe if like is None else like
     own = {*family.images, *(key for key in family.call if key not in SIZES)}
-    if known is not None:
+    if like is not None or not _takes_any(wanted):
+        known = _inputs(wanted)
         given = {key: value for key, value in given.items() if key in known or key in own}
     if isinstance(pipe, diffusers.ModularPipeline):
         given |= {"output": [item.name for item in pipe.blocks.outputs if item.name in OUTPUTS][:1]}
@@ -110,14 +111,17 @@ def drawn(
     return as_tensor(next(iter(result.values())))
 
 
-def _keywords(pipe: Any) -> Collection[str] | None:
-    """What a pipeline's call takes: of a modular one the inputs of its blocks; None for a bundle, which takes all of its
-    own."""
+def _inputs(pipe: Any) -> Mapping[str, Any]:
+    """The keywords of a pipeline's call, of a modular one the inputs of its blocks."""
     if isinstance(pipe, diffusers.ModularPipeline):
-        return pipe.default_call_parameters.keys()
-    kind = pipe if isinstance(pipe, type) else type(pipe)
-    known = inspect.signature(kind.__call__).parameters
-    return None if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()) else known
+        return pipe.default_call_parameters
+    return inspect.signature((pipe if isinstance(pipe, type) else type(pipe)).__call__).parameters
+
+
+def _takes_any(pipe: Any) -> bool:
+    """Whether it takes any keyword, as a bundle does."""
+    kinds = {getattr(parameter, "kind", None) for parameter in _inputs(pipe).values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def reference_of(folder: Path) -> Any:

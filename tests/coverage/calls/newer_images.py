@@ -86,7 +86,7 @@ def bria_fibo2():
     return assembled("BriaFibo2Pipeline", given)
 
 
-@call("ideogram4", **SMALL, max_sequence_length=64, guidance_schedule=[4.0, 4.0, 4.0])
+@call("ideogram4", **SMALL, max_sequence_length=256, guidance_schedule=[4.0, 4.0, 4.0])
 def ideogram4():
     given = qwen3_vl(layers=36, bare=True) | flux2_vae() | {"scheduler": flow()}
     for name in ("transformer", "unconditional_transformer"):
