@@ -17,7 +17,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["wan_modular", "z_image_modular", "qwen_image_modular", "ernie_image_modular", "helios"])
+@pytest.mark.parametrize(
+    "name", ["wan_modular", "z_image_modular", "qwen_image_modular", "ernie_image_modular", "helios"]
+)
 def test_equals_diffusers_for_prompts_of_any_length(name, tmp_path):
     family = CALLS[name]
     with quiet_libraries():

@@ -21,7 +21,6 @@ from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
 from tests.coverage.calls import CALLS
 
-
 for blocks in ("ernie_image", "helios", "qwenimage", "wan", "wan_animate_2", "z_image"):
     for module in ("before_denoise", "encoders"):
         importlib.import_module(f"diffusers.modular_pipelines.{blocks}.{module}")

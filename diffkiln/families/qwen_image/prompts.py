@@ -11,7 +11,6 @@ import torch
 from diffkiln.errors import RecordError
 from diffkiln.record.patches import Padding, Patch, resized
 
-
 #: Of the template of the modular pipeline's blocks, and of the longest prompt.
 _START, _LONGEST = 34, 1024
 
@@ -158,7 +157,10 @@ PATCHES = (
     Patch(
         {"__call__": "be87f94d52739c27 b67175d52a51c99f fe0c013c7bbe95ee 4b4032d47c108966"},
         _rotary_step,
-        known_in="QwenImageRoPEInputsStep QwenImageEditRoPEInputsStep QwenImageEditPlusRoPEInputsStep QwenImageLayeredRoPEInputsStep",
+        known_in=(
+            "QwenImageRoPEInputsStep QwenImageEditRoPEInputsStep QwenImageEditPlusRoPEInputsStep "
+            "QwenImageLayeredRoPEInputsStep"
+        ),
         around=True,
     ),
 )
