@@ -49,7 +49,7 @@ from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
 from diffkiln.compiler.weights import stream_weights
-from diffkiln.errors import RecordError
+from diffkiln.errors import RecordError, VerifyError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
@@ -121,10 +121,9 @@ def _compiled(
                 plan = checked(spec, home, own)
             writer.require_space(sum(plan.bytes_after.values()))
         with stages("record"), quiet_libraries(), collection_paused():
-            plan = _recorded(plan)
-        verification = Verification(plan.pipe, plan.recording)
+            recorded = _recorded(plan)
         with stages("verify the recording"), quiet_libraries():
-            verification.check_calls(plan.requests)
+            plan, verification = _verified(plan, recorded)
         plan = recover(plan, stages)
         plan = calibrate(plan, writer, own, stages)
         rows = ledger_of(plan, home, own, ledger, stages)
@@ -212,8 +211,7 @@ def _recorded(plan: Plan) -> Plan:
                 raise
             hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
-        notices = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
-        return replace(plan, recording=Recording([], {}, Constants(), [], reason=str(error))).noting(notices)
+        return _as_diffusers(plan, str(error))
     manager.check_recording(recording, plan.listed, plan.targets)
     unread = {name for name in IF_READ if name in plan.source.components and name not in recording.read}
     source = plan.source.without(unread)
@@ -225,6 +223,24 @@ def _recorded(plan: Plan) -> Plan:
         'that is loaded with as_diffusers, which needs "on_incompatible": "eager" in "runtime"'
         for name in sorted(fixed & plan.compiled)
     )
+
+
+def _as_diffusers(plan: Plan, reason: str) -> Plan:
+    notices = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
+    return replace(plan, recording=Recording([], {}, Constants(), [], reason=reason)).noting(notices)
+
+
+def _verified(plan: Plan, recorded: Plan) -> tuple[Plan, Verification]:
+    """Returns the plan as it was recorded, if its programs give what the pipeline gives; else as `_recorded` does."""
+    verification = Verification(recorded.pipe, recorded.recording)
+    try:
+        verification.check_calls(recorded.requests)
+    except VerifyError as error:
+        if plan.spec.runtime.on_unrecordable != "diffusers":
+            raise
+        plan = _as_diffusers(plan, str(error))
+        return plan, Verification(plan.pipe, plan.recording)
+    return recorded, verification
 
 
 def _rewritten(plan: Plan) -> Plan:

@@ -22,9 +22,10 @@ from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Program
 from diffkiln.record.call import Request
+from diffkiln.record.keywords import parameters_of
 from diffkiln.record.refusals import code_of, refusal
 from diffkiln.record.rehearsal import rehearse
-from diffkiln.runtime.diffusers.loading import load_as_diffusers, with_modules
+from diffkiln.runtime.diffusers.loading import load_as_ordinary, with_modules
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.opening import read_modules, read_text, read_variant
@@ -113,7 +114,7 @@ def _try_diffusers(verified: Verified, plan: Plan) -> None:
         pipe = with_modules(verified, {name: plan.pipe.components[name] for name in verified.manifest.weights})
         rehearse(pipe, plan.requests, ["$.inputs"] * len(plan.requests))
         return
-    pipe = load_as_diffusers(verified, allow_native=True, device=_CPU, check_engines=False)
+    pipe = load_as_ordinary(verified, allow_native=True, device=_CPU, check_engines=False)
     pipe.set_progress_bar_config(disable=True)
     for request in plan.requests:
         reason = _drawn(pipe, request, False)
@@ -123,9 +124,17 @@ def _try_diffusers(verified: Verified, plan: Plan) -> None:
 
 def _drawn(pipe: Any, request: Request, negative: bool) -> str:
     """Returns why the call of a pipeline fails; empty if it does not."""
+    given = example_of(pipe, request, negative)
+    reason = _failure(pipe, given)
+    if reason and "output_type" in parameters_of(pipe):  # what it makes by itself may be more than Pillow takes
+        return reason if _failure(pipe, given | {"output_type": "np"}) else ""
+    return reason
+
+
+def _failure(pipe: Any, given: dict[str, Any]) -> str:
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            pipe(**example_of(pipe, request, negative))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some turn gradients on, on their way
+            pipe(**given)
     except Exception as error:  # whatever the pipeline's own code raises
         return refusal(error) or f"in {code_of(error) or 'its code'}, without a reason"
     return ""

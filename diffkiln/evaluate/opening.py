@@ -22,10 +22,13 @@ def open_way(job: Mapping[str, Any]) -> Any:
 
 
 def _bundle(job: Mapping[str, Any]) -> Any:
+    from diffkiln.interpreter.modular import ordinary_of
     from diffkiln.runtime.loading import load
 
     as_diffusers = job.get("as_diffusers", False)
-    return load(job["path"], allow_native=job["allow_native"], device=job["device"], as_diffusers=as_diffusers)
+    return ordinary_of(
+        load(job["path"], allow_native=job["allow_native"], device=job["device"], as_diffusers=as_diffusers)
+    )
 
 
 def _eager(job: Mapping[str, Any]) -> Any:
@@ -37,9 +40,11 @@ def _plain(job: Mapping[str, Any]) -> Any:
     import diffusers
     import torch
 
+    from diffkiln.interpreter.modular import as_ordinary
     from diffkiln.interpreter.quiet import quiet_libraries
+    from diffkiln.models.folder import read_index
 
-    kind = getattr(diffusers, job["class_name"])
+    kind = as_ordinary(getattr(diffusers, job["class_name"]), read_index(Path(job["path"])))
     dtypes = {name: getattr(torch, dtype) for name, dtype in job["dtypes"].items()}
     options = {"variant": job["variant"]} if job["variant"] else {}
     with quiet_libraries():

@@ -29,10 +29,17 @@ def _encode_prompt(self: Any, prompt: Any, device: Any, num_images_per_prompt: i
     The text encoder is causal and the tokens are padded on the right, so no token that counts sees the padding. Its
     results for the padding are zeroed.
     """
-    length = _text_length(self)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    rows = _encode(self.text_encoder, self.tokenizer, prompts, device)
+    return [row for row in rows for _ in range(num_images_per_prompt)]
+
+
+def _encode(text_encoder: Any, tokenizer: Any, prompt: list[str], device: Any) -> list[torch.Tensor]:
+    """Does so for the pipeline and for the modular pipeline's block of text."""
+    length = _text_length(tokenizer)
     rows = []
-    for text in [prompt] if isinstance(prompt, str) else prompt:
-        tokens = self.tokenizer(
+    for text in prompt:
+        tokens = tokenizer(
             text,
             add_special_tokens=True,
             truncation=True,
@@ -41,22 +48,21 @@ def _encode_prompt(self: Any, prompt: Any, device: Any, num_images_per_prompt: i
             padding_side="right",
             return_tensors="pt",
         )
-        ids, mask = _never_empty(tokens.input_ids, tokens.attention_mask, self.tokenizer.bos_token_id)
-        hidden = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2][0]
+        ids, mask = _never_empty(tokens.input_ids, tokens.attention_mask, tokenizer.bos_token_id)
+        hidden = text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2][0]
         counted = mask[0].unsqueeze(-1)
-        row = torch.cat([hidden.masked_fill(counted.eq(0), 0.0), counted.to(hidden.dtype)], dim=-1)
-        rows += [row] * num_images_per_prompt
+        rows.append(torch.cat([hidden.masked_fill(counted.eq(0), 0.0), counted.to(hidden.dtype)], dim=-1))
     return rows
 
 
-def _text_length(pipe: Any) -> int:
-    length = pipe.tokenizer.model_max_length
+def _text_length(tokenizer: Any) -> int:
+    length = tokenizer.model_max_length
     if length > _LONGEST:
         raise RecordError(
             f"the tokenizer of ErnieImagePipeline takes prompts of up to {length} tokens, and all would be padded to "
             f'that. Set "model_max_length" in tokenizer/tokenizer_config.json to at most {_LONGEST}; 512, say'
         )
-    if pipe.tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None:
         raise RecordError(
             "the tokenizer of ErnieImagePipeline has no token for padding. Set "
             '"pad_token" in tokenizer/tokenizer_config.json to any of its tokens: the model does not see it'
@@ -81,7 +87,7 @@ def _pad_text(
 
 def _paddings(pipe: Any, _fixed: Mapping[str, Any]) -> dict[str, Padding]:
     """Returns the paddings of both components, which follow the prompt's length."""
-    length, pad_id = _text_length(pipe), pipe.tokenizer.pad_token_id
+    length, pad_id = _text_length(pipe.tokenizer), pipe.tokenizer.pad_token_id
 
     def pad_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | {"input_ids": resized(kwargs["input_ids"], length, pad_id)}
@@ -99,6 +105,13 @@ PLUGIN = Family(
     patches=(
         Patch({"encode_prompt": "dfd0050c1c3d1bbd"}, _encode_prompt, known_in="ErnieImagePipeline", paddings=_paddings),
         Patch({"_pad_text": "4d56facd99590c5c"}, staticmethod(_pad_text), known_in="ErnieImagePipeline"),
+        Patch(
+            {"_encode": "8e97fdf71268e776"},
+            staticmethod(_encode),
+            known_in="ErnieImageTextEncoderStep",
+            paddings=_paddings,
+        ),
+        Patch({"_pad_text": "b72c3bd857949068"}, _pad_text, known_in="ErnieImageTextInputStep", function=True),
         Patch(
             {"_enhance_prompt_with_pe": "e5e6abf5cfd02c37"},
             _enhance_prompt_with_pe,

@@ -26,25 +26,65 @@ def _get_t5_prompt_embeds(original: Callable[..., Any]) -> Callable[..., Any]:
         dtype: Any = None,
     ) -> torch.Tensor:
         prompts = [clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=max_sequence_length,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        mask = tokens.attention_mask
-        embeds = self.text_encoder(tokens.input_ids, mask).last_hidden_state
-        embeds = embeds.to(dtype=dtype or self.text_encoder.dtype, device=device or self._execution_device)
-        lengths = mask.gt(0).sum(dim=1, keepdim=True)
-        within = torch.arange(max_sequence_length, device=lengths.device) < lengths
-        embeds = embeds.masked_fill(~within.unsqueeze(-1).to(embeds.device), 0.0)
+        device = device or self._execution_device
+        embeds = _encoded(self.text_encoder, self.tokenizer, prompts, max_sequence_length, device, dtype)
         embeds = embeds.repeat(1, num_videos_per_prompt, 1)
         return embeds.view(len(prompts) * num_videos_per_prompt, max_sequence_length, -1)
 
     return get_t5_prompt_embeds
+
+
+def _of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Does the same for the blocks of modular pipelines, some of which take a prompt as it is."""
+    clean = inspect.unwrap(original).__globals__.get("prompt_clean", str)
+
+    def get_t5_prompt_embeds(
+        text_encoder: Any, tokenizer: Any, prompt: Any, max_sequence_length: int, device: Any
+    ) -> torch.Tensor:
+        prompts = [clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        return _encoded(text_encoder, tokenizer, prompts, max_sequence_length, device)
+
+    return get_t5_prompt_embeds
+
+
+def _with_masks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Does the same for Helios, which gives the masks, too, and has no use for them."""
+    clean = inspect.unwrap(original).__globals__["prompt_clean"]
+
+    def get_t5_prompt_embeds(
+        text_encoder: Any, tokenizer: Any, prompt: Any, max_sequence_length: int, device: Any, dtype: Any = None
+    ) -> tuple[torch.Tensor, None]:
+        prompts = [clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        return _encoded(text_encoder, tokenizer, prompts, max_sequence_length, device, dtype), None
+
+    return get_t5_prompt_embeds
+
+
+def _helios(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Does the same for the pipelines of Helios."""
+    embeds = _get_t5_prompt_embeds(original)
+    return lambda *args, **kwargs: (embeds(*args, **kwargs), None)
+
+
+def _encoded(
+    text_encoder: Any, tokenizer: Any, prompts: list[str], length: int, device: Any, dtype: Any = None
+) -> torch.Tensor:
+    """Returns [prompts, length, width], with zeros behind each prompt."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    mask = tokens.attention_mask
+    embeds = text_encoder(tokens.input_ids, mask).last_hidden_state
+    embeds = embeds.to(dtype=dtype or text_encoder.dtype, device=device)
+    lengths = mask.gt(0).sum(dim=1, keepdim=True)
+    within = torch.arange(length, device=lengths.device) < lengths
+    return embeds.masked_fill(~within.unsqueeze(-1).to(embeds.device), 0.0)
 
 
 _UMT5_XXL: Config = {**T5_XXL, "model_type": "umt5", "vocab_size": 256384}
@@ -92,6 +132,26 @@ PLUGIN = Family(
                 "SkyReelsV2DiffusionForcingVideoToVideoPipeline SkyReelsV2ImageToVideoPipeline "
                 "AnyFlowPipeline AnyFlowFARPipeline LucyEditPipeline"
             ),
+            around=True,
+        ),
+        Patch(
+            {"get_t5_prompt_embeds": "c3ce44cd48c01a34 a69b2be22747e4ba"},
+            _of_blocks,
+            known_in="WanTextEncoderStep WanAnimate2TextEncoderStep",
+            function=True,
+            around=True,
+        ),
+        Patch(
+            {"get_t5_prompt_embeds": "6789d47509d8a958"},
+            _with_masks,
+            known_in="HeliosTextEncoderStep",
+            function=True,
+            around=True,
+        ),
+        Patch(
+            {"_get_t5_prompt_embeds": "dbffb2c63a161a13"},
+            _helios,
+            known_in="HeliosPipeline HeliosPyramidPipeline",
             around=True,
         ),
     ),

@@ -37,21 +37,28 @@ def _encode_prompt(
         raise DataDependent(
             "the control net of Z-Image takes captions as long as each prompt, and joins them with images"
         )
-    if self.tokenizer.padding_side != "right":
-        raise RecordError("the tokenizer of ZImagePipeline pads on the left: where a prompt begins is not fixed")
+    return _captions(self.text_encoder, self.tokenizer, prompt, max_sequence_length)
+
+
+def _get_qwen_prompt_embeds(
+    text_encoder: Any, tokenizer: Any, prompt: Any, device: Any = None, max_sequence_length: int = 512
+) -> list[_Caption]:
+    """Returns the same for the blocks of the modular pipeline."""
+    return _captions(text_encoder, tokenizer, prompt, max_sequence_length)
+
+
+def _captions(text_encoder: Any, tokenizer: Any, prompt: Any, length: int) -> list[_Caption]:
+    if tokenizer.padding_side != "right":
+        raise RecordError("the tokenizer of Z-Image pads on the left: where a prompt begins is not fixed")
     prompts = [
-        self.tokenizer.apply_chat_template(
+        tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
         for text in ([prompt] if isinstance(prompt, str) else prompt)
     ]
-    tokens = self.tokenizer(
-        prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-    )
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     mask = tokens.attention_mask.bool()
-    embeds = self.text_encoder(
-        input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True
-    ).hidden_states[-2]
+    embeds = text_encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
     embeds = embeds.masked_fill(~mask.unsqueeze(-1), 0.0)
     return list(map(_Caption, embeds.unbind(0), mask.unbind(0)))
 
@@ -141,8 +148,10 @@ def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
         return _Caption(functional.pad(caption, (0, 0, 0, length - count)), torch.arange(length) < count)
 
     def pad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "cap_feats" in kwargs:  # as blocks call it
+            return args, kwargs | {"cap_feats": list(map(padded, kwargs["cap_feats"]))}
         images, times, captions = args
-        return (images, times, [padded(caption) for caption in captions]), kwargs
+        return (images, times, list(map(padded, captions))), kwargs
 
     return {"transformer": Padding(pad)}
 
@@ -153,6 +162,13 @@ PLUGIN = Family(
             {"_encode_prompt": "0669068957634578"},
             _encode_prompt,
             known_in="ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline",
+            paddings=_paddings,
+        ),
+        Patch(
+            {"get_qwen_prompt_embeds": "0b5d34007b8f510f"},
+            _get_qwen_prompt_embeds,
+            known_in="ZImageTextEncoderStep",
+            function=True,
             paddings=_paddings,
         ),
         Patch(

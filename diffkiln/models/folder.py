@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.errors import LimitExceeded, ManifestInvalid, Problem, SourceError
+from diffkiln.interpreter.modular import INDEX, MODULAR_INDEX, as_ordinary, is_modular, plain_index
 from diffkiln.interpreter.quiet import quiet_imports
 from diffkiln.models.checkpoint import read_json
 from diffkiln.models.components import Component, ComponentFiles, read_component, replaced_entry
@@ -62,14 +63,18 @@ def read_folder(
     wanted = wanted or Wanted()
     index = read_index(folder)
     _refuse_code(folder, index)
-    pipeline_class = _pipeline_class(index.get("_class_name"))
+    pipeline_class = _pipeline_class(index.get("_class_name"), index)
     if wanted.pipeline is not None:
         pipeline_class = _other_class(wanted.pipeline, pipeline_class, {**index, **_present(wanted)})
     _refuse_fetching(pipeline_class, index)
     components: dict[str, Component] = {}
     notices: list[str] = []
     problems = list(_unknown(wanted, pipeline_class, index))
-    listed = {name: entry for name, entry in _listed(index, wanted) if _is_used(name, entry, wanted, pipeline_class)}
+    listed = {
+        name: entry
+        for name, entry in _listed(index, wanted)
+        if _is_used(name, entry, wanted, pipeline_class) and not _is_made(name, folder, wanted, pipeline_class)
+    }
     for name, entry in listed.items():
         if reason := _left_out(name, pipeline_class, listed, wanted):
             notices.append(f"{name} is left out: {reason}")
@@ -106,8 +111,19 @@ def _is_used(name: str, entry: list[Any], wanted: Wanted, pipeline_class: type) 
     return entry != [None, None] and (wanted.pipeline is None or name in _arguments(pipeline_class))
 
 
+def _is_made(name: str, folder: Path, wanted: Wanted, pipeline_class: type) -> bool:
+    """Returns True for an entry whose files diffusers neither saves nor loads: the pipeline makes the part itself."""
+    _, optional = pipeline_class._get_signature_keys(pipeline_class)  # type: ignore[attr-defined]
+    return name in optional and name not in wanted.given and not (folder / name).is_dir()
+
+
 def _component(folder: Path, name: str, entry: list[Any], wanted: Wanted, *, weights: bool) -> Component:
     named = None if entry == [None, None] else (entry[0], entry[1])
+    if index_of(folder) == MODULAR_INDEX and name not in wanted.given and not (folder / name).is_dir():
+        raise SourceError(
+            f"its files are not in the folder, since {MODULAR_INDEX} has them from elsewhere. Give it in the source: "
+            f'"components": {{"{name}": {{"model": …, "subfolder": …}}}}, or null in its place to do without'
+        )
     weights = weights and name not in wanted.elsewhere
     files = wanted.given.get(name)
     if files is None:
@@ -158,12 +174,7 @@ def source_error(reason: str, hint: str = "", where: str = "$.source.model") -> 
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    if (folder / "modular_model_index.json").is_file() and not path.is_file():
-        raise source_error(
-            f"the folder {folder.name} is of a modular pipeline, whose blocks have no call of their own to compile",
-            "Give the folder of an ordinary pipeline with the same components",
-        )
+    path = folder / index_of(folder)
     if not path.is_file():
         found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
         if not found:
@@ -178,18 +189,29 @@ def read_index(folder: Path) -> dict[str, Any]:
     except SourceError as error:
         raise source_error(f"{error}", "Download the model again") from error
     if not isinstance(index, dict) or "_class_name" not in index:
-        raise source_error("model_index.json names no pipeline class", "Download the model again")
-    return index
+        raise source_error(f"{path.name} names no pipeline class", "Download the model again")
+    return plain_index(index)
+
+
+def index_of(folder: Path) -> str:
+    """Returns the name of the file that lists the folder's components: a modular pipeline may have its own."""
+    return MODULAR_INDEX if (folder / MODULAR_INDEX).is_file() and not (folder / INDEX).is_file() else INDEX
 
 
 def entries(index: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
     """Yields the components of model_index.json; other entries are arguments of the pipeline."""
     for name, entry in index.items():
-        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2:
+        if not name.startswith("_") and is_entry(entry):
             yield name, entry
 
 
-def _pipeline_class(name: Any) -> type:
+def is_entry(value: Any) -> bool:
+    """Returns True for library and class of a component, or their absence; a list of numbers is an argument."""
+    listed = isinstance(value, list) and len(value) == 2
+    return listed and all(item is None or isinstance(item, str | bool) for item in value)
+
+
+def _pipeline_class(name: Any, index: Mapping[str, Any]) -> type:
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -208,6 +230,9 @@ def _pipeline_class(name: Any) -> type:
     if kind.__module__.startswith("diffusers.utils.dummy"):
         needs = ", ".join(getattr(kind, "_backends", ()))
         raise source_error(f"the pipeline {name} needs packages that are not installed", f"Install {needs}")
+    if is_modular(kind) and getattr(kind, "default_blocks_name", None) is None:
+        raise source_error(f"{name} does not say which blocks it has", "Give a modular pipeline of a class of its own")
+    kind = as_ordinary(kind, index)
     if not issubclass(kind, DiffusionPipeline):
         raise source_error(f"{name} is a class of diffusers, but not a pipeline")
     return kind
@@ -237,7 +262,7 @@ def _other_class(name: str, own: type, index: Mapping[str, Any]) -> type:
     """Returns the class that a spec names, if the folder has every component that it needs."""
     where = "$.source.pipeline"
     try:
-        kind = _pipeline_class(name)
+        kind = _pipeline_class(name, {})
     except SourceError as error:
         raise source_error(f"{error}", "Give the name of a pipeline class of diffusers", where) from error
     needed = [name for name, parameter in _arguments(kind).items() if parameter.default is parameter.empty]

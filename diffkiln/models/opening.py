@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffkiln.errors import MissingDependency
+from diffkiln.interpreter.modular import INDEX, MODULAR_INDEX
 from diffkiln.models.architectures import open_architecture
 from diffkiln.models.checkpoint import STEMS
 from diffkiln.models.components import ComponentFiles
-from diffkiln.models.folder import LEFT_OUT, Wanted, entries, read_folder, read_index, source_error
+from diffkiln.models.folder import LEFT_OUT, Wanted, entries, index_of, read_folder, read_index, source_error
 from diffkiln.models.licences import CARD
 from diffkiln.models.single_file import known_config
 from diffkiln.models.source import SourceModel
@@ -116,11 +117,12 @@ def _from_the_hub(
     with from_the_hub(repo, commit, f"{where}.{field}"):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=["model_index.json"]))
-        if not (folder / "model_index.json").is_file():
+        indexes = [INDEX, MODULAR_INDEX]
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=indexes))
+        if not (folder / index_of(folder)).is_file():
             raise source_error(f"{repo} is not a diffusers pipeline: it has no model_index.json at {commit[:12]}")
         names = [name for name, entry in entries(read_index(folder)) if entry[0] and name not in unneeded]
-        patterns = ["model_index.json", CARD]
+        patterns = [*indexes, CARD]
         for name in names:
             patterns += [
                 f"{folder_name}/{kind}" for folder_name in (name, f"{name}_*") for kind in _kinds(weights, variant)

@@ -15,7 +15,7 @@ from typing import Any
 from diffkiln.models.added import Added
 from diffkiln.models.checkpoint import Checkpoint
 from diffkiln.models.components import Component, library_of
-from diffkiln.models.folder import read_index, source_error
+from diffkiln.models.folder import index_of, read_index, source_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class SourceModel:
     def files(self) -> tuple[str, ...]:
         """Returns every file that is used, weights included: their names in a pipeline, with `/`, sorted."""
         return tuple(
-            sorted({"model_index.json", *(file for part in self.components.values() for file in part.files())})
+            sorted({index_of(self.folder), *(file for part in self.components.values() for file in part.files())})
         )
 
     def entry(self, name: str) -> list[str]:

@@ -178,6 +178,17 @@ def _joined(join: Callable[..., torch.Tensor]) -> Callable[..., MarkedArray]:
     return joined
 
 
+def _vstack(arrays: Any) -> MarkedArray:
+    """Returns the arrays below each other; those of one dimension are rows."""
+    joined = _joined(torch.cat)
+    return joined([array if array.ndim > 1 else _expanded(array, 0) for array in arrays])
+
+
+def _tiled(array: MarkedArray, counts: Any) -> MarkedArray:
+    each = tuple(counts) if isinstance(counts, tuple | list) else (counts,)
+    return MarkedArray(array.marked.repeat(*((1,) * (array.ndim - len(each)) + each)), array.dtype)
+
+
 def _expanded(array: MarkedArray, axis: int) -> MarkedArray:
     return MarkedArray(array.marked.unsqueeze(axis), array.dtype)
 
@@ -185,6 +196,8 @@ def _expanded(array: MarkedArray, axis: int) -> MarkedArray:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.concatenate: _joined(torch.cat),
     np.stack: _joined(torch.stack),
+    np.vstack: _vstack,
+    np.tile: _tiled,
     np.expand_dims: _expanded,
     np.transpose: lambda array, axes=None: array.transpose(*(axes or ())),
     np.moveaxis: lambda array, source, target: MarkedArray(array.marked.movedim(source, target), array.dtype),

@@ -48,6 +48,8 @@ from diffkiln.record.text import TextRecorder, marks_of, refuse_unpadded, sentin
 
 #: The methods of a component that a pipeline calls.
 METHODS = ("forward", "encode", "decode")
+#: Of the generator that a recorded call is given, by which the tape knows it from others.
+_SEED = 0x6B696C6E
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class CallRecorder:
         self.tape = self._new_tape()
         self.tape.as_array = marked_array
         keywords = call_keywords(self.pipe, request, negative)
+        self.tape.noise, self.tape.callers_seed = self._noise_of, _SEED
         prompts = {
             text: (keyword, index)
             for keyword in request.prompts(parameters_of(self.pipe), negative)
@@ -247,6 +250,9 @@ class CallRecorder:
         self.tape.emit(NOISE, (), [fresh], attrs=attrs if generator is not None else attrs | {"seeded": False})
         return fresh
 
+    def _noise_of(self, shape: Any, dtype: torch.dtype | None, generator: Any) -> torch.Tensor:
+        return self._noise(shape, generator, dtype=dtype)
+
     def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
         @wraps(original)  # as some pipelines look at the signature
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -311,7 +317,7 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
     if "output_type" in parameters:
         keywords["output_type"] = "pt"
     if "generator" in parameters:
-        keywords["generator"] = torch.Generator()
+        keywords["generator"] = torch.Generator().manual_seed(_SEED)
     if "callback_on_step_end" in parameters:
         keywords["callback_on_step_end"] = _step_end
     return keywords
@@ -326,7 +332,8 @@ def _step_end(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tenso
     if tape is None or not tape.is_marked(values["latents"]):
         return {}
     fresh = tape.blank(type_of(values["latents"]))
-    attrs = {"step": step, "timestep": float(timestep)}
+    # With diffusion forcing each frame has a timestep of its own: the callback is given the noisiest one's.
+    attrs = {"step": step, "timestep": float(torch.as_tensor(timestep).max())}
     with _disable_current_modes():
         latents = tape.value(values["latents"])
     tape.emit(STEP, (latents,), [fresh], attrs=attrs)

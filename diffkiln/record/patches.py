@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch.nn import functional
 
+from diffkiln.interpreter.modular import blocks_of
 from diffkiln.plugins import plugins
 from diffkiln.record.processors import processors_of
 
@@ -60,7 +61,8 @@ class Patch:
 
     Attributes:
         prints: the name of the method, and of the others that the patch stands for, with the `fingerprint` of each. A
-            method of another class of the same module is "Class.name"; a space is between texts that all fit.
+            method of another class of the same module is "Class.name"; others may be functions of that module. A space
+            is between texts that all fit.
         replacement: a function that takes the method's place.
         known_in: names of classes, with spaces between, that have the method in the tested releases. No match depends
             on them: they say which method changed when nothing fits (`outdated`), and where the tests look.
@@ -103,7 +105,9 @@ class Patch:
         other, _, method = name.rpartition(".")
         if other:
             return vars(getattr(module, other, object)).get(method)
-        return vars(owner).get(name) if name == self.method else inspect.getattr_static(kind, name, None)
+        if name == self.method:
+            return vars(owner).get(name)
+        return inspect.getattr_static(kind, name, vars(module).get(name))
 
     def made_for(self, owner: Owner) -> Callable[..., Any]:
         """Returns what takes the method's place in this class."""
@@ -133,7 +137,7 @@ def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
         pipe: the pipeline.
         fixed: the keywords of its call, with defaults.
     """
-    found = (patch.paddings for _, patch in _fitting([pipe]) if patch.paddings)
+    found = (patch.paddings for _, patch in _fitting([pipe, *blocks_of(pipe)]) if patch.paddings)
     padded = next(found, None)
     return padded(pipe, fixed) if padded else {}
 
@@ -192,16 +196,17 @@ def _modules(kind: type) -> Iterable[ModuleType]:
 
 
 def _parts(part: Any) -> Iterator[Any]:
-    """Yields a module and all within it, attention processors too; or a pipeline, its components and its processors of
-    images."""
+    """Yields a module and all within it, attention processors too; or a pipeline, the blocks or the pipelines that it
+    is made of, its components and its processors of images."""
     if isinstance(part, torch.nn.Module):
         yield from part.modules()
         yield from processors_of(part).values()
         return
     yield part
+    yield from blocks_of(part)
     components = getattr(part, "components", {})
     if components:
-        yield from (own for name, own in vars(part).items() if name.endswith("_processor"))
+        yield from (own for name, own in vars(part).items() if name.endswith(("_processor", "_pipe")))
     for component in components.values():
         yield from _parts(component)
 

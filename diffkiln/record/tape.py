@@ -92,6 +92,10 @@ class Tape(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
         #: What `Tensor.numpy` gives of a marked tensor; None where it stops the recording.
         self.as_array: Callable[[torch.Tensor], Any] | None = None
+        #: Marked noise of a shape and a type, by a generator or without one; None where drawing stops the recording.
+        self.noise: Callable[[Any, torch.dtype | None, Any], torch.Tensor] | None = None
+        #: The first seed of the caller's generator, by which it is known. What others draw is the same in every call.
+        self.callers_seed: int | None = None
         for name, tensor in weights:
             self._bind(tensor, f"@{name}")
 
@@ -193,6 +197,8 @@ class Tape(TorchDispatchMode):
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(is_traceable_wrapper_subclass(t) for t in tensors_in((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
+        if self.noise is not None and func._opname in ("randn", "randn_like"):
+            return self._drawn(self.noise, func, args, kwargs)
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
             self._refuse_randomness(func, args)
             return evaluate(func, args, kwargs)
@@ -211,6 +217,17 @@ class Tape(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._write_in_place(func, name, args, kwargs)
         return self._record(func, name, args, kwargs)
+
+    def _drawn(
+        self, noise: Callable[..., torch.Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records noise that is drawn past diffusers' function, and evaluates that of a generator made for it."""
+        generator = kwargs.get("generator")
+        if generator is not None and generator.initial_seed() != self.callers_seed:
+            return evaluate(func, args, kwargs)
+        alike = func._opname == "randn_like"
+        dtype = kwargs.get("dtype") or (args[0].dtype if alike else None)
+        return noise(args[0].shape if alike else args[0], dtype, generator)
 
     def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Records a library's composite operator as the operators that it consists of."""

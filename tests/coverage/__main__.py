@@ -18,9 +18,8 @@ from diffkiln.exporters.cache import EngineCache
 from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage import CASES, GROUPS
 from tests.coverage.calls import CALLS
-from tests.coverage.calls.classes import exported
 from tests.coverage.calls.compiled import COMPILED, measure_compiled, path_of, write_compiled
-from tests.coverage.calls.measure import measure_call, measure_modular, write_call
+from tests.coverage.calls.measure import measure_call, write_call
 from tests.coverage.measure import BACKENDS, RESULTS, measure, read, write
 from tests.coverage.table import DOCUMENT, document
 
@@ -33,10 +32,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    modular = [name for name, is_modular in exported().items() if is_modular]
-    wanted = [
-        name for name in [*CASES, *CALLS, *modular] if not given.page and (not given.names or name in given.names)
-    ]
+    wanted = [name for name in [*CASES, *CALLS] if not given.page and (not given.names or name in given.names)]
     for name in wanted:
         if given.group in (None, CASES[name].group if name in CASES else "calls"):
             begun = time.perf_counter()
@@ -72,8 +68,7 @@ def _class(name: str, given: argparse.Namespace) -> Any:
 def _call(name: str, given: argparse.Namespace) -> Any:
     if given.missing and (RESULTS / "calls" / f"{name}.json").exists():
         return None
-    result = measure_call(name) if name in CALLS else measure_modular(name)
-    write_call(name, result)
+    write_call(name, result := measure_call(name))
     return result.get("refused") or result.get("diffusers", "a program")
 
 

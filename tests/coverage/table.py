@@ -141,7 +141,7 @@ def counts() -> dict[str, int]:
         name, found = result["class"], standing(result)
         best[name] = min(best.get(name, found), found, key=order.index)
     found = {key: sum(standing == key for standing in best.values()) for key in order}
-    missing = len(exported().keys() - best.keys() - NOT_BUILT.keys())
+    missing = len(exported() - best.keys() - NOT_BUILT.keys())
     return found | ({"not measured": missing} if missing else {}) | {"not built": len(NOT_BUILT)}
 
 
@@ -149,7 +149,7 @@ def _calls() -> str:
     lines = [_row(["pipeline", "from", "to", "runs as", "operations or reason"]), _row(["---"] * 5)]
     rows = [(result["class"], _call_row(result)) for result in calls().values()]
     rows += [(name, _row([f"`{name}`", "", "", "not built", reason])) for name, reason in NOT_BUILT.items()]
-    unknown = exported().keys() - {name for name, _ in rows}
+    unknown = exported() - {name for name, _ in rows}
     rows += [(name, _row([f"`{name}`", "", "", "not measured", "run `make coverage`"])) for name in unknown]
     return "\n".join([*lines, *(row for _, row in sorted(rows)), ""])
 

@@ -53,8 +53,7 @@ def test_every_class_with_repeated_blocks_is_measured():
 
 def test_every_result_is_of_a_case():
     assert {path.stem for path in RESULTS.glob("*.json")} <= CASES.keys()
-    modular = {name for name, is_modular in exported().items() if is_modular}
-    assert calls().keys() <= CALLS.keys() | modular
+    assert calls().keys() <= CALLS.keys()
 
 
 def built() -> set[str]:
@@ -66,10 +65,9 @@ def built() -> set[str]:
 
 def test_every_pipeline_that_diffusers_exports_has_an_entry():
     """A class of a new diffusers has none, until it has a builder in tests/coverage/calls or a reason in NOT_BUILT."""
-    ordinary = {name for name, is_modular in exported().items() if not is_modular}
-    missing = " ".join(sorted(ordinary - built() - NOT_BUILT.keys()))
+    missing = " ".join(sorted(exported() - built() - NOT_BUILT.keys()))
     assert not missing, f"build {missing} in tests/coverage/calls, or say in classes.py why not"
-    assert NOT_BUILT.keys() <= exported().keys()
+    assert NOT_BUILT.keys() <= exported()
     assert not NOT_BUILT.keys() & {result["class"] for result in calls().values()}
 
 

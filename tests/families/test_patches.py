@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -19,6 +20,10 @@ from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
 from tests.coverage.calls import CALLS
+
+for blocks in ("ernie_image", "helios", "qwenimage", "wan", "wan_animate_2", "z_image"):
+    for module in ("before_denoise", "encoders"):
+        importlib.import_module(f"diffusers.modular_pipelines.{blocks}.{module}")
 
 
 def named(name):
@@ -187,3 +192,10 @@ def test_tensors_are_cut_and_filled_on_either_side():
     row = torch.tensor([[1, 2]])
     assert [resized(row, length, 9).tolist() for length in (1, 2, 3)] == [[[1]], [[1, 2]], [[1, 2, 9]]]
     assert [resized(row, length, 9, "left").tolist() for length in (1, 3)] == [[[2]], [[9, 1, 2]]]
+
+
+def test_functions_beside_the_pipelines_that_a_pipeline_is_made_of_are_replaced():
+    """The combined pipeline of Kandinsky runs that of inpainting, which widens masks in a loop."""
+    with quiet_libraries():
+        pipe = CALLS["kandinsky_inpaint_combined"].build()
+    assert "prepare_mask" in {patch.method for _, patch in patches._fitting(patches._parts(pipe))}

@@ -400,9 +400,9 @@ def test_refuses_a_repository_that_is_no_pipeline(tmp_path, monkeypatch):
         open_source(declare("owner/name", COMMIT), tmp_path)
 
 
-def test_a_modular_pipeline_is_named_as_such(tmp_path):
-    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "FluxModularPipeline"}')
-    with pytest.raises(SourceError, match="is of a modular pipeline"):
+def test_a_modular_pipeline_without_blocks_of_its_own_is_refused(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "ModularPipeline"}')
+    with pytest.raises(SourceError, match="does not say which blocks it has"):
         open_source(declare(str(tmp_path)), tmp_path)
 
 
@@ -423,3 +423,15 @@ def build_call(name, root):
     with quiet_libraries():
         CALLS[name].build().save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def test_a_part_that_the_pipeline_makes_itself_is_no_component(tmp_path):
+    """LongCat's scheduler is in its index, and diffusers neither saves nor loads it."""
+    folder = build_call("longcat_audio", tmp_path)
+    assert "scheduler" in json.loads((folder / "model_index.json").read_text())
+    assert "scheduler" not in opened(folder).components
+
+
+def test_a_list_of_numbers_is_an_argument_of_the_pipeline(folder):
+    edit(folder / "model_index.json", sizes=[0.5, 1.0])
+    assert "sizes" not in opened(folder).components

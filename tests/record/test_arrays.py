@@ -54,6 +54,12 @@ def there_and_back(image):
     return torch.from_numpy(array[1:] * 2)
 
 
+def below_each_other_and_repeated(image):
+    array = np.array(image).astype(np.float32)
+    rows = np.vstack([array[0, 0], array[0, 1]])
+    return torch.from_numpy(np.vstack([np.tile(rows, (4, 1, 2))] * 2))
+
+
 FUNCTIONS = [
     as_adapters_do,
     as_deep_floyd_does,
@@ -62,6 +68,7 @@ FUNCTIONS = [
     divided_without_a_type,
     normalised_by_channel,
     there_and_back,
+    below_each_other_and_repeated,
 ]
 
 

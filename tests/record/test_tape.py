@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.interpreter.aten import Interpreter, type_of
-from diffkiln.program import Program, verify
+from diffkiln.program import Program, TensorType, verify
+from diffkiln.record.call import _step_end
 from diffkiln.record.constants import Constants
 from diffkiln.record.tape import Tape
 
@@ -303,3 +304,31 @@ def test_double_complex_constants_are_kept_as_pairs():
     table = torch.polar(torch.ones(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64))
     program = replayed(lambda x: torch.view_as_real(x.double() * table), X)
     assert {program.types[f"#{key}"].dtype for key in program.constants} == {"float64"}
+
+
+def test_noise_of_the_callers_generator_is_recorded_and_that_of_another_is_the_same_in_every_call():
+    tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants(), what="the function")
+    shapes = []
+
+    def noise(shape, dtype, generator):
+        shapes.append((tuple(shape), dtype, generator is None))
+        return tape.blank(TensorType("float32", tuple(shape)))
+
+    tape.noise, tape.callers_seed = noise, 11
+    callers, other = torch.Generator().manual_seed(11), torch.Generator().manual_seed(5)
+    with torch.inference_mode(), tape:
+        own = torch.randn(2, 3, generator=other)
+        marked = torch.randn(4, generator=callers, dtype=torch.float32)
+        torch.randn_like(marked)
+    assert torch.equal(own, torch.randn(2, 3, generator=torch.Generator().manual_seed(5)))
+    assert not tape.is_marked(own)
+    assert tape.is_marked(marked)
+    assert shapes == [((4,), torch.float32, False), ((4,), torch.float32, True)]
+
+
+def test_the_end_of_a_step_has_the_noisiest_timestep_where_each_frame_has_its_own():
+    tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants(), what="the function")
+    latents = tape.new_input("latents", type_of(X))
+    with torch.inference_mode(), tape:
+        _step_end(None, 1, torch.tensor([300.0, 900.0]), {"latents": latents})
+    assert tape.ops[-1].attrs == {"step": 1, "timestep": 900.0}

@@ -12,6 +12,8 @@ from diffkiln.bundle.layout import LAYERS, PIPELINE, SPEC
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.interpreter.layers import described
+from diffkiln.interpreter.modular import INDEX
+from diffkiln.models.folder import index_of, is_entry, read_index
 from diffkiln.models.source import SourceModel
 from diffkiln.passes.registry import ListedPass
 
@@ -30,7 +32,8 @@ def pack_configuration(writer: BundleWriter, plan: Plan) -> None:
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         if name.partition("/")[0] != SCHEDULER:
-            writer.write(f"{PIPELINE}{name}", _portable(source, name, plan.state.scheduler), "config")
+            packed = INDEX if name == index_of(source.folder) else name
+            writer.write(f"{PIPELINE}{packed}", _portable(source, name, plan.state.scheduler), "config")
     if plan.state.scheduler is not None:
         writer.write(f"{PIPELINE}{SCHEDULER}/scheduler_config.json", _scheduler(plan.state.scheduler), "config")
     for name, module in plan.state.modules.items():
@@ -63,23 +66,17 @@ def _portable(source: SourceModel, name: str, scheduler: Any) -> bytes:
 
     The pipeline's index names the scheduler that the passes left.
     """
-    data = source.path(name).read_bytes()
-    if Path(name).name not in ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json"):
+    data, index = source.path(name).read_bytes(), index_of(source.folder)
+    if Path(name).name not in ("config.json", index, "scheduler_config.json", "tokenizer_config.json"):
         return data
-    config = json.loads(data)
+    config = read_index(source.folder) if name == index else json.loads(data)
     if isinstance(config, dict):
         for key in _PATHS:
             config.pop(key, None)
-        if name == "model_index.json":
+        if name == index:
             config["_class_name"] = source.class_name  # which the spec may have chosen
-            config |= {
-                key: [None, None] for key in config if _is_component(config[key]) and key not in source.components
-            }
+            config |= {key: [None, None] for key in config if is_entry(config[key]) and key not in source.components}
             config |= {key: source.entry(key) for key in source.elsewhere if key in source.components}
             if scheduler is not None:
                 config[SCHEDULER] = ["diffusers", type(scheduler).__name__]
     return as_json(config)
-
-
-def _is_component(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2

@@ -49,8 +49,10 @@ def check_index(pipeline: Any, index: Mapping[str, Any], weights: Collection[str
     """
     if pipeline._load_connected_pipes:
         raise Incompatible(f"{pipeline.__name__} has diffusers fetch other pipelines. Load it without as_diffusers")
+    _, settings = pipeline._get_signature_keys(pipeline)  # diffusers hands these on as they are
     for component, entry in index.items():
-        listed = isinstance(entry, list) and not component.startswith("_") and component not in weights
+        known = component.startswith("_") or component in weights or component in settings
+        listed = isinstance(entry, list) and not known
         if listed and entry != [None, None]:
             _check_part(*library_and_class(component, entry))
 

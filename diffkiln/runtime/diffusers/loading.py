@@ -22,6 +22,7 @@ from diffkiln.errors import DiffkilnError, Incompatible, IntegrityError, Manifes
 from diffkiln.guards.building import check_config
 from diffkiln.guards.limits import active
 from diffkiln.guards.tokenizing import BoundedTokenizer
+from diffkiln.interpreter.modular import as_ordinary, original_of
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import Module
 from diffkiln.runtime.attention import check_kernels
@@ -43,7 +44,21 @@ def load_as_diffusers(
     device: Any = None,
     check_engines: bool | None = None,
 ) -> Any:
-    """Loads the original pipeline with the bundle's weights and engines.
+    """Loads the original pipeline with the bundle's weights and engines, as `load_as_ordinary` does."""
+    return original_of(
+        load_as_ordinary(verified, allow_native=allow_native, policy=policy, device=device, check_engines=check_engines)
+    )
+
+
+def load_as_ordinary(
+    verified: Verified,
+    *,
+    allow_native: bool,
+    policy: Policy | None = None,
+    device: Any = None,
+    check_engines: bool | None = None,
+) -> Any:
+    """Loads the pipeline with the bundle's weights and engines; a modular one in the shape of an ordinary one.
 
     Args:
         verified: the bundle. It is closed when the pipeline is there.
@@ -159,7 +174,7 @@ def _from(folder: Path, verified: Verified, modules: Mapping[str, torch.nn.Modul
 
     manifest = verified.manifest
     index = json.loads((folder / "model_index.json").read_text())
-    kind = class_of("diffusers", index.get("_class_name"))
+    kind = as_ordinary(class_of("diffusers", index.get("_class_name")), index)
     if not issubclass(kind, DiffusionPipeline) or kind.__name__ != manifest.pipeline.class_name:
         raise IntegrityError(f"model_index.json names {index.get('_class_name')!r}, the manifest another pipeline")
     check_index(kind, index, manifest.weights)

@@ -4,6 +4,7 @@ from tests.coverage.calls import (  # noqa: F401  (they register)
     cascades,
     image_inputs,
     images,
+    modular,
     newer_images,
     newer_videos,
     sound,

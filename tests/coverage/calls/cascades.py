@@ -31,6 +31,13 @@ def enlarging(given: dict[str, Any]) -> dict[str, Any]:
     return {"unet": unet, "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 
 
+def marking(given: dict[str, Any]) -> dict[str, Any]:
+    """With what diffusers does not load the folder without."""
+    from diffusers.pipelines.deepfloyd_if import IFWatermarker
+
+    return enlarging(given) | {"watermarker": IFWatermarker()}
+
+
 SMALL_IMAGE = {"image": {"height": 16, "width": 16}}
 derived("if_img2img", "IFImg2ImgPipeline", "deepfloyd_if", images=SMALL_IMAGE, without=SIDES, strength=0.7)
 derived(
@@ -53,7 +60,7 @@ derived(
     "if_img2img_enlarge",
     "IFImg2ImgSuperResolutionPipeline",
     "deepfloyd_if",
-    enlarging,
+    marking,
     images={"image": {"height": 8, "width": 8}, "original_image": {"height": 16, "width": 16}},
     without=SIDES,
     noise_level=20,

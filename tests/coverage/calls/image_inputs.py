@@ -197,11 +197,6 @@ def flux_controlnet_inpaint():
     return given_to(diffusers.FluxControlNetInpaintPipeline, "flux", controlnet=flux_net())
 
 
-@call("chroma_inpaint", images=INPAINT, **sampled("chroma", strength=0.7))
-def chroma_inpaint():
-    return given_to(diffusers.ChromaInpaintPipeline, "chroma")
-
-
 @call("z_image_inpaint", images=INPAINT, **sampled("z_image", strength=0.7))
 def z_image_inpaint():
     return given_to(diffusers.ZImageInpaintPipeline, "z_image")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ TOLERANCE = 1e-5
 #: Of an image whose size the spec does not say.
 SIDE = 64
 SIZES = ("height", "width")
+#: What a modular pipeline is asked for: the first of these that its blocks give.
+OUTPUTS = ("images", "videos", "audio", "audios", "sound")
 
 
 def measure_call(name: str) -> dict[str, Any]:
@@ -39,9 +42,9 @@ def measure_call(name: str) -> dict[str, Any]:
         family, root = CALLS[name], Path(scratch)
         with quiet_libraries():
             pipe = family.build()
-            pipe.save_pretrained(root / "model", safe_serialization=True)
+            pipe.save_pretrained(str(root / "model"), safe_serialization=True)
         result = {"class": type(pipe).__name__, "gives": family.gives}
-        result |= {"text": "prompt" in inspect.signature(type(pipe).__call__).parameters}
+        result |= {"text": "prompt" in _inputs(pipe)}
         result |= {"takes": sorted(family.images)} if family.images else {}
         found = told(lambda: _replayed(family, root))
         if "failure" not in found:
@@ -49,19 +52,6 @@ def measure_call(name: str) -> dict[str, Any]:
         result["diffusers"] = found["failure"]
         refused = told(lambda: _as_diffusers(family, root)).get("failure")
         return result | ({"refused": refused} if refused else {})
-
-
-def measure_modular(name: str) -> dict[str, Any]:
-    """What diffkiln says of a folder of a modular pipeline."""
-    with tempfile.TemporaryDirectory(prefix="diffkiln-call-") as scratch:
-        folder = Path(scratch) / "model"
-        with quiet_libraries():
-            getattr(diffusers, name)().save_pretrained(str(folder))
-        inputs = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
-        spec = {"spec_version": 1, "source": {"model": str(folder)}, "target": {"device": "cpu"}, "inputs": inputs}
-        spec |= {"runtime": {"on_unrecordable": "diffusers"}}
-        reason = told(lambda: {"bundle": diffkiln.compile(spec, Path(scratch) / "bundle").identity})["failure"]
-        return {"class": name, "gives": "", "text": False, "diffusers": reason, "refused": reason}
 
 
 def write_call(name: str, result: dict[str, Any]) -> None:
@@ -91,7 +81,7 @@ def drawn(
     spec: dict[str, Any],
     seed: int = SEED,
     prompt: str = PROMPT,
-    like: type | None = None,
+    like: Any = None,
 ) -> torch.Tensor:
     """What a pipeline, diffusers' or compiled, gives for one of the requests that all are compared with.
 
@@ -101,7 +91,7 @@ def drawn(
         spec: what it was compiled with.
         seed: of the noise, and of images and tensors.
         prompt: given where the call takes one.
-        like: the class whose call says which keywords there are; that of `pipe` by default.
+        like: the pipeline, or its class, whose call says which keywords there are; `pipe` by default.
     """
     inputs = spec["inputs"]
     given = {key: value for key, value in inputs.items() if key != "call"} | inputs["call"]
@@ -109,13 +99,38 @@ def drawn(
     given |= {key: value for key, value in family.call.items() if key == "negative_prompt"}
     given |= {"prompt": family.call.get("prompt", "{}").replace("{}", prompt), "output_type": family.output}
     given |= {"generator": torch.Generator().manual_seed(seed)}
-    known = inspect.signature((like or type(pipe)).__call__).parameters
+    wanted = pipe if like is None else like
     own = {*family.images, *(key for key in family.call if key not in SIZES)}
-    if like or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+    if like is not None or not _takes_any(wanted):
+        known = _inputs(wanted)
         given = {key: value for key, value in given.items() if key in known or key in own}
+    if isinstance(pipe, diffusers.ModularPipeline):
+        given |= {"output": [item.name for item in pipe.blocks.outputs if item.name in OUTPUTS][:1]}
     torch.manual_seed(seed)  # for what a pipeline draws without its generator
     result = pipe(**given)
     return as_tensor(next(iter(result.values())))
+
+
+def _inputs(pipe: Any) -> Mapping[str, Any]:
+    """The keywords of a pipeline's call, of a modular one the inputs of its blocks."""
+    if isinstance(pipe, diffusers.ModularPipeline):
+        return pipe.default_call_parameters
+    return inspect.signature((pipe if isinstance(pipe, type) else type(pipe)).__call__).parameters
+
+
+def _takes_any(pipe: Any) -> bool:
+    """Whether it takes any keyword, as a bundle does."""
+    kinds = {getattr(parameter, "kind", None) for parameter in _inputs(pipe).values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def reference_of(folder: Path) -> Any:
+    """The pipeline of a folder, as diffusers loads it."""
+    if (folder / "model_index.json").is_file():
+        return diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe = diffusers.ModularPipeline.from_pretrained(str(folder))
+    pipe.load_components()
+    return pipe
 
 
 def as_tensor(found: Any) -> torch.Tensor:
@@ -181,14 +196,14 @@ def _compared(family: Family, root: Path, spec: dict[str, Any], pipe: Any) -> st
     same way only where rounding grows.
     """
     with quiet_libraries():
-        reference = diffusers.DiffusionPipeline.from_pretrained(root / "model")
+        reference = reference_of(root / "model")
     reference.set_progress_bar_config(disable=True)
 
     def distance(alike: bool) -> float:
         found = []
         for request in REQUESTS:
             with as_recorded() if alike else nullcontext():
-                pair = [drawn(each, family, spec, *request, like=type(reference)) for each in (reference, pipe)]
+                pair = [drawn(each, family, spec, *request, like=reference) for each in (reference, pipe)]
             found.append(_distance(*pair))
         return max(found)
 

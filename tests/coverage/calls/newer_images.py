@@ -14,6 +14,7 @@ from tests.coverage.calls.parts import image_encoder, image_processor
 from tests.coverage.calls.registry import call
 from tests.coverage.calls.variants import SMALL, changed, components
 from tests.pipelines import parts, tokenizers, vision
+from tests.pipelines.checkers import processor, safety_checker
 from tests.pipelines.parts import DIM
 from tests.pipelines.unet_families import NOISE_SCHEDULE
 
@@ -85,7 +86,7 @@ def bria_fibo2():
     return assembled("BriaFibo2Pipeline", given)
 
 
-@call("ideogram4", **SMALL, max_sequence_length=64, guidance_schedule=[4.0, 4.0, 4.0])
+@call("ideogram4", **SMALL, max_sequence_length=256, guidance_schedule=[4.0, 4.0, 4.0])
 def ideogram4():
     given = qwen3_vl(layers=36, bare=True) | flux2_vae() | {"scheduler": flow()}
     for name in ("transformer", "unconditional_transformer"):
@@ -294,9 +295,14 @@ def boxed(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def checked(_given: dict[str, Any]) -> dict[str, Any]:
+    """With a checker, without which diffusers does not load the folder."""
+    return {"safety_checker": safety_checker(), "feature_extractor": processor()}
+
+
 SIDES = ("height", "width")
 derived("sd_cycle", "CycleDiffusionPipeline", "sd", cycled, images=IMAGE, source_prompt="a red dog", strength=0.7)
-derived("sd_legacy_inpaint", "StableDiffusionInpaintPipelineLegacy", "sd", images=INPAINT, strength=0.7)
+derived("sd_legacy_inpaint", "StableDiffusionInpaintPipelineLegacy", "sd", checked, images=INPAINT, strength=0.7)
 derived("sd_edited", "StableDiffusionModelEditingPipeline", "sd")
 derived(
     "sd_parallel",

@@ -332,6 +332,7 @@ def marked(_given: dict[str, Any]) -> dict[str, Any]:
 GUIDED = ("spatio_temporal_guidance_blocks",)
 UNCOUNTED = (*GUIDED, "num_inference_steps")
 derived("ltx2_i2v", "LTX2ImageToVideoPipeline", "ltx2", images=IMAGE, video=True)
+derived("ltx2_i2v_as_given", "LTX2ImageToVideoPipeline", "ltx2", images=IMAGE, video=True, image_crf=0)
 derived("ltx2_condition", "LTX2ConditionPipeline", "ltx2", video=True)
 derived("ltx2_in_context", "LTX2InContextPipeline", "ltx2", video=True)
 derived("ltx2_hdr", "LTX2HDRPipeline", "ltx2", video=True, without=GUIDED)

@@ -26,9 +26,8 @@ def wider(channels: int, **settings: Any):
 
 def sd3_net(extra: int):
     def parts(given: dict[str, Any]) -> dict[str, Any]:
-        net = diffusers.SD3ControlNetModel.from_transformer(
-            given["transformer"], num_layers=1, num_extra_conditioning_channels=extra
-        )
+        model = changed(given["transformer"])  # a copy, whose configuration diffusers changes
+        net = diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1, num_extra_conditioning_channels=extra)
         return {"controlnet": net}
 
     return parts
