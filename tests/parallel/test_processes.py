@@ -39,6 +39,22 @@ def test_guidance_on_two_processes_draws_what_one_draws(family, families, tmp_pa
     compare(shared(families, family, GUIDANCE), tmp_path)
 
 
+@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl"])
+def test_a_sequence_on_two_processes_is_drawn_as_on_one(family, families, tmp_path):
+    compare(shared(families, family, {"sequence": 2}), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl"])
+def test_both_on_four_processes_draw_what_one_draws(family, families, tmp_path):
+    compare(shared(families, family, {"guidance": 2, "sequence": 2}), tmp_path)
+
+
+def test_engines_of_the_parts_of_blocks_run_on_two_processes(families, tmp_path):
+    made = shared(families, "flux", {"sequence": 2})
+    made["passes"] = [{"name": "compile", "component": "transformer"}]
+    compare(made, tmp_path, cache=engine_cache())
+
+
 def compare(made: dict[str, Any], folder: Path, **more: Any) -> None:
     built = diffkiln.compile(made, folder / "bundle", **more)
     wanted = draw(eager(made), made, **NEGATIVE)

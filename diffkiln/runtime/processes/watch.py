@@ -39,7 +39,7 @@ class Watch:
 
     def __init__(self, mesh: Mesh, rank: int, store: Store) -> None:
         self._mesh, self._rank, self._store = mesh, rank, store
-        self._lost = ""
+        self._lost, self._lingered = "", False
         self._closed = threading.Event()
         self._peers = dict(self._opened())
         self._thread = threading.Thread(target=self._run, name="diffkiln-watch", daemon=True)
@@ -67,13 +67,21 @@ class Watch:
     def check(self) -> None:
         """Raises `PeerLost` if another process ended or failed."""
         if self._lost:
+            self._linger()
             raise PeerLost(self._lost)
+
+    def _linger(self) -> None:
+        """Waits until the others have looked at the store, which ends with the first process."""
+        if self._rank == 0 and not self._lingered:
+            self._lingered = True
+            time.sleep(3 * _PAUSE / 1000)
 
     def reason_of(self, error: Exception, patience: float) -> PeerLost:
         """Returns the reason of a broken exchange: the process that ended, once the system has said which."""
         ends = time.monotonic() + patience
         while not self._lost and time.monotonic() < ends:
             time.sleep(0.01)
+        self._linger()
         first = str(error).partition("\n")[0][:160]
         return PeerLost(self._lost or f"the connection to another of {self._mesh.size} processes broke: {first}")
 
