@@ -8,7 +8,20 @@ from dataclasses import dataclass, replace
 from diffkiln.passes.sequencing.attending import Attending
 from diffkiln.passes.sequencing.layout import Layout
 from diffkiln.passes.sequencing.sharing import Resegment, Sharing
-from diffkiln.program import ATTENTION, REGION, SDPA, SHARED, Module, Op, Program, Ref, prune, split_off
+from diffkiln.program import (
+    ATTENTION,
+    REGION,
+    SDPA,
+    SHARED,
+    Module,
+    Op,
+    Program,
+    Ref,
+    map_refs,
+    prune,
+    split_off,
+    weight_in,
+)
 
 #: So often the segments of a region's inputs are found anew.
 _TRIES = 32
@@ -118,7 +131,9 @@ def _shared(program: Program, regions: _Regions) -> Program:
     kept = {
         name: type_ for name, type_ in built.types.items() if name in used or name in {i.name for i in built.inputs}
     }
-    return prune(replace(built, types=kept))
+    instead = dict(zip(program.outputs, outputs, strict=True))
+    signature = map_refs(program.signature, lambda ref: instead.get(ref, ref))
+    return prune(replace(built, types=kept, signature=signature))
 
 
 def _call(sharing: Sharing, op: Op, regions: _Regions) -> None:
@@ -133,13 +148,15 @@ def _call(sharing: Sharing, op: Op, regions: _Regions) -> None:
     own = f"%{op.outputs[0][1:]}.in"
 
     def new(name: str) -> str:
+        if name.startswith("@"):
+            return f"@{weight_in(op, name[1:])}"
         return names.setdefault(name, f"{own}.{name[1:]}") if name.startswith("%") else name
 
     for line in split.program.ops:
         attrs = {**line.attrs, "instance": op.attrs["instance"]} if line.name == REGION else line.attrs
-        outputs = tuple(map(new, line.outputs))
-        uses = tuple(Ref(new(ref.name)) for ref in line.uses)
-        sharing.types |= {name: split.program.types[old] for name, old in zip(outputs, line.outputs, strict=True)}
+        outputs, uses = tuple(map(new, line.outputs)), tuple(Ref(new(ref.name)) for ref in line.uses)
+        known = [name for name in (*line.outputs, *(ref.name for ref in line.uses)) if new(name) not in sharing.types]
+        sharing.types |= {new(name): split.program.types[name] for name in (*known, *line.outputs)}
         sharing.ops.append(replace(line, args=uses, outputs=outputs, attrs=attrs))
     for name, layout in zip(op.outputs, split.outputs, strict=True):
         if layout is not None:
