@@ -133,12 +133,16 @@ def _is_gpu(row: Any) -> bool:
     )
 
 
+#: What several processes share: the branches of guidance, and the tokens of a sequence.
+_AXES = ("guidance", "sequence")
+
+
 def _is_mesh(value: Any) -> bool:
     """Returns True if the processes of a call are given by the axes that have several."""
     return (
         isinstance(value, dict)
         and bool(value)
-        and set(value) <= {"guidance", "sequence"}
+        and set(value) <= set(_AXES)
         and all(type(count) is int and 1 < count <= 64 for count in value.values())
     )
 
