@@ -18,6 +18,7 @@
     ├── CallError              2   a call of a loaded pipeline with arguments that no variant was compiled for
     │   └── AttributeRefused   2   an attribute of the original pipeline that is not there; also an AttributeError
     ├── Busy                  75   a loaded pipeline is busy with calls of other threads. Trying again can help
+    ├── PeerLost              75   another of the processes that run a call together ended. Starting all anew can help
     ├── NotFinite              7   a call's result is no picture: numbers that overflowed
     ├── Incompatible           5   the bundle is for another machine, torch, format or feature
     │   ├── MissingDependency  5   a package that the bundle or the command needs is not installed
@@ -178,6 +179,13 @@ class Busy(DiffkilnError):
     """`code` is "busy", as a service tells it to its clients. The exit code is that of sysexits.h for "try again"."""
 
     code: ClassVar[str] = "busy"
+    exit_code = 75
+
+
+class PeerLost(DiffkilnError):
+    """An end of another of the processes that run a call together. The exit code is that of sysexits.h for "try
+    again"."""
+
     exit_code = 75
 
 

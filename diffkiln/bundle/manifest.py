@@ -46,7 +46,9 @@ FORMAT_MINOR = 0
 # low_rank: layers whose weights are stored in fewer bits, and two narrow matrices beside them.
 # adapter_slots: layers with narrow matrices beside their weights, which adapters are put into.
 # mixed_devices: targets of which some are CPUs and some GPUs, so that `runtime.device` is not that of all.
+# processes: programs that several processes run together, exchanging tensors; `runtime.parallel` says how many.
 ADAPTER_SLOTS = "adapter_slots"
+PROCESSES = "processes"
 KNOWN_FEATURES: frozenset[str] = frozenset(
     {
         ADAPTER_SLOTS,
@@ -55,6 +57,7 @@ KNOWN_FEATURES: frozenset[str] = frozenset(
         "image_inputs",
         "low_rank",
         "mixed_devices",
+        PROCESSES,
         "quotations",
         "results",
         "tensor_inputs",
@@ -130,6 +133,20 @@ def _is_gpu(row: Any) -> bool:
     )
 
 
+#: What several processes share: the branches of guidance, and the tokens of a sequence.
+_AXES = ("guidance", "sequence")
+
+
+def _is_mesh(value: Any) -> bool:
+    """Returns True if the processes of a call are given by the axes that have several."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and set(value) <= set(_AXES)
+        and all(type(count) is int and 1 < count <= 64 for count in value.values())
+    )
+
+
 def _is_offload(value: Any) -> bool:
     """Returns True if the policy of offloading is an object whose limit of memory, if it has one, is a whole number."""
     limit = value.get("max_memory", 1) if isinstance(value, dict) else None
@@ -153,6 +170,7 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an object that says what the engines of each target hold",
         lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
+    "parallel": ("an object of the numbers of processes along guidance and sequence", _is_mesh),
     "cuda_graphs": ("step or program", lambda value: value in (None, "step", "program")),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
 }

@@ -61,13 +61,16 @@ def check_(spec: Path, as_json: bool) -> None:
     """Check SPEC; nothing is built.
 
     Reads the model's configuration alone, and no weights. Reports every problem at once, each with its place in the
-    spec, the reason and what to write instead. Takes seconds; a model on the Hub is downloaded first.
+    spec, the reason and what to write instead. Takes seconds; a model on the Hub is downloaded first. Of a spec for
+    several processes the call is recorded, too, and counts what they send each other in a step.
     """
     needs_compiler()
     from diffkiln.compiler.check import check
+    from diffkiln.compiler.compile import exchange_of
 
     try:
         checked = check(spec)
+        shared = exchange_of(spec) if checked.spec.parallel else None
     except DiffkilnError as error:
         if not as_json:
             raise
@@ -75,9 +78,9 @@ def check_(spec: Path, as_json: bool) -> None:
         print_json({"ok": False, "error": type(error).__name__, "message": str(error), "problems": problems})
         raise SystemExit(error.exit_code) from None
     if as_json:
-        print_json({"ok": True, **plan_json(checked)})
+        print_json({"ok": True, **plan_json(checked, shared)})
     else:
-        print_plan(checked)
+        print_plan(checked, shared)
         say(f"next: diffkiln compile {spec} -o bundle")
 
 

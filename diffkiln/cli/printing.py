@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffkiln.compiler.built import Built
     from diffkiln.compiler.plan import Plan
     from diffkiln.passes.base import Pass
+    from diffkiln.program.exchange import Exchanged
     from diffkiln.program.schedule import Step
 
 
@@ -103,7 +104,11 @@ class Watch:
 _WORTH_SHOWING = 1_000_000_000
 
 
-def print_plan(plan: Plan) -> None:
+#: What each process of several sends in each step, by the variant's name and the program's.
+Shared = Mapping[str, Mapping[str, "Sequence[Exchanged]"]]
+
+
+def print_plan(plan: Plan, shared: Shared | None = None) -> None:
     show(f"{plan.source.class_name} for {', '.join(target.name for target in plan.targets)}")
     rows = [
         [name, type(module).__name__, size_of(plan.bytes_before[name]), size_of(plan.bytes_after[name])]
@@ -115,11 +120,18 @@ def print_plan(plan: Plan) -> None:
         show(_indented(f"{done} → {size_of(ran.nbytes)}", 0))
     for notice in plan.notices:
         show(_indented(f"note: {notice}", 0))
+    for name, programs in (shared or {}).items():
+        for program, steps in programs.items():
+            most = max(steps, key=lambda step: step.nbytes)
+            what = f"each process sends {size_of(most.nbytes)} in a step, in {most.count} exchanges"
+            show(_indented(f"{name}, {program}: {what}", 0))
     show("legal")
 
 
-def plan_json(plan: Plan) -> Mapping[str, Any]:
+def plan_json(plan: Plan, shared: Shared | None = None) -> Mapping[str, Any]:
+    sent = {} if shared is None else {"bytes_sent_in_each_step": _sent(shared)}
     return {
+        **sent,
         "pipeline": plan.source.class_name,
         "targets": [target.name for target in plan.targets],
         "components": {
@@ -142,6 +154,13 @@ def plan_json(plan: Plan) -> Mapping[str, Any]:
         ],
         "facts": sorted(str(fact) for fact in plan.state.facts),
         "notices": plan.notices,
+    }
+
+
+def _sent(shared: Shared) -> Mapping[str, Mapping[str, list[int]]]:
+    return {
+        name: {program: [step.nbytes for step in steps] for program, steps in programs.items()}
+        for name, programs in shared.items()
     }
 
 

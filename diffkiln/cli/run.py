@@ -19,6 +19,7 @@ from diffkiln.cli.image_files import read_images
 from diffkiln.cli.memory import MAX_MEMORY
 from diffkiln.cli.output_files import SOUND, Made, format_for, save
 from diffkiln.cli.printing import Watch, say, show
+from diffkiln.cli.processes import PROCESSES, is_started, run_in_processes
 from diffkiln.cli.trust import POLICY, hashed_bytes
 from diffkiln.guards.limits import Limits
 
@@ -97,6 +98,7 @@ LIMIT = click.option(
 @DEVICE
 @click.option("--as-diffusers", is_flag=True, help="Run the original diffusers pipeline, with the engines in it.")
 @MAX_MEMORY
+@PROCESSES
 @LIMIT
 @click.option("--paranoid", is_flag=True, help="Compare the type of every result with the declared one.")
 @click.option("--allow-nan", is_flag=True, help="Write the result also where numbers overflowed.")
@@ -115,6 +117,7 @@ def run_(
     device: str | None,
     as_diffusers: bool,
     max_memory: int | None,
+    processes: int | None,
     limits: tuple[str, ...],
     paranoid: bool,
     allow_nan: bool,
@@ -133,6 +136,7 @@ def run_(
     diffkiln run bundle --prompt "a red fox" --seed 7 -o fox.png
     diffkiln run bundle --prompt "a red fox" --set eta=0.5 -o fox.png
     diffkiln run bundle --prompt "a fox runs" -o fox.mp4
+    diffkiln run bundle --prompt "a red fox" -o fox.png --processes 2
     """
     format_for(output)  # before anything is opened or loaded
     given = {name: value for name, value in keywords.items() if value is not None}
@@ -145,6 +149,9 @@ def run_(
     bundle = _fetched(bundle, device) if isinstance(bundle, str) else bundle
     call = _call_of(bundle)
     _need_prompt(call, given)
+    if processes is not None and not is_started():
+        run_in_processes(processes, bundle)
+        return
     given["output_type"] = format_for(output, _made(call))
     if as_diffusers:  # whose own defaults are other sizes
         given = _fixed_in_the_first_variant(bundle) | given
@@ -175,6 +182,8 @@ def run_(
         watch("run")
         given |= _watched(pipe, given, watch.step, as_diffusers)
         result = _checked(pipe, given, allow_nan) if as_diffusers else pipe(**given, allow_nan=allow_nan)
+    if not as_diffusers and pipe.rank > 0:
+        return  # the first process writes
     sound = output.suffix.lower() == SOUND
     kept = next((value for name, value in result.items() if sound and name in SOUNDS), next(iter(result.values())))
     rate: Any = call.signature.get("rate") if call else None

@@ -43,7 +43,7 @@ from diffkiln.compiler.packing import (
     uses_of,
 )
 from diffkiln.compiler.plan import Plan
-from diffkiln.compiler.planning import check_memory, planned_calls
+from diffkiln.compiler.planning import check_memory, exchanged_calls, planned_calls
 from diffkiln.compiler.recover import recover
 from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
@@ -56,6 +56,7 @@ from diffkiln.guards.limits import Limits, applied
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.folder import IF_READ
 from diffkiln.passes import manager
+from diffkiln.program.exchange import Exchanged
 from diffkiln.program.planner import PlannedCall
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length
@@ -132,7 +133,7 @@ def _compiled(
         check_memory(plan)
         if any(target.device == "cuda" for target in plan.targets):
             with stages("run the call on fake GPU tensors"):
-                dry_run(plan.recording, plan.spec.runtime.cuda_graphs)
+                dry_run(plan.recording, plan.spec.runtime.cuda_graphs, plan.spec.parallel)
         with stages("write the programs"):
             pack_configuration(writer, plan)
             pack_licences(writer, plan)
@@ -178,6 +179,30 @@ def plan_memory_of(
             plan = check_with(spec, base)
             plan = _recorded(plan)
         return planned_calls(_rewritten(plan), max_memory)
+
+
+@gated()
+def exchange_of(
+    spec: SpecLike, *, base: str | Path | None = None, limits: Limits | None = None
+) -> dict[str, dict[str, list[Exchanged]]]:
+    """Counts what the processes of a spec's bundle send each other. No weight is read, and nothing is built.
+
+    Args:
+        spec, base, limits: as for `compile`. The spec's target has `parallel`.
+
+    Returns:
+        By the variant's name and the program's: what each process sends in each step, in bytes, and last what it sends
+        after the last step.
+
+    Raises:
+        SpecError, IllegalPlan: as `check`.
+        RecordError: the call cannot be recorded.
+        PassError: the call cannot be shared by processes; says why.
+    """
+    with applied(limits), quiet_libraries():
+        with collection_paused():
+            plan = _recorded(check_with(spec, base))
+        return exchanged_calls(_rewritten(plan))
 
 
 class _Trial:

@@ -24,11 +24,12 @@ from diffkiln.compiler.decoding import INT_MAX
 from diffkiln.compiler.in_memory import InMemory
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import Interpreter, dtype_of
-from diffkiln.program import ATTENTION, SDPA, Input, Op, Program, TensorType
+from diffkiln.program import ATTENTION, SDPA, Input, Mesh, Op, Program, TensorType
 from diffkiln.record.pipeline import Recording
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import Graphs
 from diffkiln.runtime.host_numbers import read_on_host
+from diffkiln.runtime.processes import Group, Pretended
 from diffkiln.runtime.weights import Key
 
 Run = Callable[..., Sequence[torch.Tensor]]
@@ -40,12 +41,13 @@ _READS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "item", "maske
 _HINT = "Report this with the spec; a target that is a CPU does not need it"
 
 
-def dry_run(recording: Recording, graphs: str | None = None) -> None:
+def dry_run(recording: Recording, graphs: str | None = None, parallel: Mapping[str, int] | None = None) -> None:
     """Runs every call of a recording on fake CUDA tensors.
 
     Args:
         recording: after all passes.
         graphs: what one CUDA graph spans, "step" or "program"; None launches operation by operation.
+        parallel: the processes that run each call together, along each axis.
 
     Raises:
         VerifyError: an operator mixes places, reads a value on the host, or copies from the host; names the operator.
@@ -54,7 +56,7 @@ def dry_run(recording: Recording, graphs: str | None = None) -> None:
     where = _Where()
     with mode, torch.inference_mode():
         constants = {key: mode.from_tensor(tensor) for key, tensor in recording.constants.tensors.items()}
-        executor = _DryExecutor(recording, constants, graphs, where)
+        executor = _DryExecutor(recording, constants, graphs, where, Pretended(Mesh(parallel), 0) if parallel else None)
         for calls in recording.calls:
             for program in calls.values():
                 named = where.named(f"the call {program.name!r}")
@@ -89,12 +91,17 @@ class _DryExecutor(Executor):
     """The runtime's executor, with weights that have no data, and components and regions that run once."""
 
     def __init__(
-        self, recording: Recording, constants: Mapping[str, torch.Tensor], graphs: str | None, where: _Where
+        self,
+        recording: Recording,
+        constants: Mapping[str, torch.Tensor],
+        graphs: str | None,
+        where: _Where,
+        group: Group | None,
     ) -> None:
         modules, types = recording.modules, recording.weight_types()
         store = InMemory({name: {key: _tensor(kind) for key, kind in own.items()} for name, own in types.items()})
         recorded = Graphs(graphs, GPU, lambda run, _ready: ((lambda: None), run())) if graphs else None
-        super().__init__(modules, store, constants, {}, GPU, graphs=recorded)  # type: ignore[arg-type]
+        super().__init__(modules, store, constants, {}, GPU, graphs=recorded, group=group)  # type: ignore[arg-type]
         self.special = {**self.special, ATTENTION: _attention, SDPA: _attention}
         self._where = where
         self._once: dict[tuple[str, str], _Once] = {}

@@ -12,6 +12,7 @@ from diffkiln.compiler.packing.weights import groups_of
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import IllegalPlan, Problem
 from diffkiln.program import Program
+from diffkiln.program.exchange import Exchanged, exchanged
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
 from diffkiln.program.residency import TooSmall
@@ -50,6 +51,16 @@ def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, 
         return {name: {key: planner(call) for key, call in calls.items()} for name, calls in _calls(plan)}
     except TooSmall as error:
         raise IllegalPlan(problems=[_too_small(error)]) from None
+
+
+def exchanged_calls(plan: Plan) -> dict[str, dict[str, list[Exchanged]]]:
+    """Returns what each process of several sends in the steps of each call, by the variant's name and the program's.
+
+    Args:
+        plan: recorded, its programs as the passes leave them.
+    """
+    modules = plan.recording.modules
+    return {name: {key: exchanged(call, modules) for key, call in calls.items()} for name, calls in _calls(plan)}
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:

@@ -30,6 +30,8 @@ from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.opening import read_modules, read_text, read_variant
 from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.processes import Group, mesh_of
+from diffkiln.runtime.processes.threads import in_threads
 from diffkiln.runtime.text import TextEnd
 
 #: Bundles with fewer bytes of weights are loaded whole, and draw.
@@ -51,7 +53,7 @@ def try_bundle(root: Path, plan: Plan) -> None:
         with open_bundle(root) as bundle:
             verified = bundle.verify(roles={"program", "config"})
         with verified, quiet_libraries():
-            (_try_diffusers if plan.recording.reason else _try_program)(verified, plan)
+            _try(root, verified, plan)
     except BuildError:
         raise
     except DiffkilnError as error:
@@ -62,8 +64,26 @@ def _is_small(plan: Plan) -> bool:
     return sum(plan.bytes_after.values()) <= SMALL
 
 
-def _try_program(verified: Verified, plan: Plan) -> None:
-    with _loaded(verified, plan) as pipe:
+def _try(root: Path, verified: Verified, plan: Plan) -> None:
+    mesh = mesh_of(verified.manifest)
+    if plan.recording.reason:
+        _try_diffusers(verified, plan)
+    elif mesh is None or not _may_draw(plan):
+        _try_calls(verified, plan, None)
+    else:
+        in_threads(mesh, lambda group: _try_alone(root, plan, group))
+
+
+def _try_alone(root: Path, plan: Plan, group: Group) -> None:
+    """Loads and calls the bundle as one of several processes."""
+    with open_bundle(root) as bundle:
+        verified = bundle.verify(roles={"program", "config"})
+    with verified:
+        _try_calls(verified, plan, group)
+
+
+def _try_calls(verified: Verified, plan: Plan, group: Group | None) -> None:
+    with _loaded(verified, plan, group) as pipe:
         for request, variant in zip(plan.recording.requests, pipe.variants, strict=True):
             keywords, seed = next(iter(cases_of(variant.programs, request, lambda _: True)))
             pipe(
@@ -74,10 +94,15 @@ def _try_program(verified: Verified, plan: Plan) -> None:
             )
 
 
-def _loaded(verified: Verified, plan: Plan) -> CompiledPipeline:
-    if _is_small(plan) and any(target.device == "cpu" for target in plan.targets):
+def _may_draw(plan: Plan) -> bool:
+    return _is_small(plan) and any(target.device == "cpu" for target in plan.targets)
+
+
+def _loaded(verified: Verified, plan: Plan, group: Group | None) -> CompiledPipeline:
+    if _may_draw(plan):
         try:
-            return load_verified(verified, None, _CPU, LoadOptions(allow_native=True, check_engines=False))
+            options = LoadOptions(allow_native=True, check_engines=False, group=group)
+            return load_verified(verified, None, _CPU, options)
         except Incompatible:  # it is for another machine than this one
             pass
     modules = read_modules(verified)

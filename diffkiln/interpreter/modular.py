@@ -30,7 +30,7 @@ _RESULTS = {
 
 def is_modular(kind: Any) -> bool:
     """Returns True for a class of a modular pipeline."""
-    from diffusers.modular_pipelines import ModularPipeline
+    from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 
     return inspect.isclass(kind) and issubclass(kind, ModularPipeline)
 
@@ -84,7 +84,7 @@ def _blocks_class(kind: Any, name: Any) -> type:
     """Returns the blocks that an index names, if they are blocks of diffusers; else the pipeline's own, as diffusers
     does."""
     import diffusers
-    from diffusers.modular_pipelines import ModularPipelineBlocks
+    from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if inspect.isclass(found) and issubclass(found, ModularPipelineBlocks) and getattr(found, "block_classes", None):

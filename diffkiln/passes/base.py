@@ -136,7 +136,8 @@ class Pass(Strict):
     those of `before` that may be of any component; `takes`, facts of earlier passes that are there for its sake;
     `moves_layers`, how layers came to have other names, so that an adapter's names would mean other layers;
     `folds_weights`, what was computed from weights once, so that changes of them would come too late; `adds`, whether
-    it adds a component to the pipeline (`added`).
+    it adds a component to the pipeline (`added`); `asked_at`, the JSON path that asks for it where the list does not
+    (`implied`).
     """
 
     name: ClassVar[str]
@@ -155,6 +156,7 @@ class Pass(Strict):
     moves_layers: ClassVar[str] = ""
     folds_weights: ClassVar[str] = ""
     adds: ClassVar[bool] = False
+    asked_at: ClassVar[str] = ""
 
     component: str = Field(description="Component by its name in the pipeline, such as transformer or unet.")
 

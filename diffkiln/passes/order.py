@@ -12,8 +12,9 @@ PHASES: dict[str, tuple[str, ...]] = {
     "structure": ("fuse_qkv", "prune", "merge_tokens"),
     "how weights are stored": ("sparsify", "quantize", "layerwise_cast", "recover", "add_slots"),
     "how a component computes": ("attention_backend", "channels_last", "vae"),
-    "the run": ("scheduler", "guidance", "calibrate", "cache_schedule"),
+    "the run": ("scheduler", "guidance", "split_guidance", "calibrate", "cache_schedule"),
     "what is computed ahead": ("hoist",),
+    "several processes": ("split_sequence",),
     "engines": ("compile",),
 }
 

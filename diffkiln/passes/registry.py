@@ -29,7 +29,7 @@ class ListedPass:
     @property
     def where(self) -> str:
         if self.index == IMPLIED:
-            return "$.runtime.adapters"
+            return self.step.asked_at
         return f"$.passes[{self.index}]" + (f".mapping.{self.key}" if self.key else "")
 
 

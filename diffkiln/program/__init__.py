@@ -4,10 +4,16 @@ from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_o
 from diffkiln.program.batches import is_rebatched
 from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
 from diffkiln.program.ir import (
+    ALL_GATHER,
+    ALL_TO_ALL,
     ATTENTION,
     CALL,
+    EXCHANGES,
     NOISE,
+    OWN,
     REGION,
+    SHARD,
+    SHARED,
     STEP,
     Arg,
     Device,
@@ -28,6 +34,7 @@ from diffkiln.program.ir import (
     weight_of_call,
 )
 from diffkiln.program.listing import listing, module_listing
+from diffkiln.program.mesh import Mesh
 from diffkiln.program.schedule import last_step, why_unseen, why_whole
 from diffkiln.program.serial import (
     dumps,
@@ -40,14 +47,20 @@ from diffkiln.program.serial import (
 from diffkiln.program.verify import verify, verify_call_types, verify_module, verify_types
 
 __all__ = [
+    "ALL_GATHER",
+    "ALL_TO_ALL",
     "ATTENTION",
     "CALL",
+    "EXCHANGES",
     "KERNELS",
     "NATIVE",
     "NOISE",
+    "OWN",
     "PACKAGED",
     "REGION",
     "SDPA",
+    "SHARD",
+    "SHARED",
     "STEP",
     "Arg",
     "Builder",
@@ -56,6 +69,7 @@ __all__ = [
     "Input",
     "Layout",
     "MemoryFormat",
+    "Mesh",
     "Module",
     "Op",
     "Program",

@@ -14,6 +14,7 @@ from diffkiln.errors import VerifyError
 from diffkiln.program.ir import (
     ATTENTION,
     NOISE,
+    SHARED,
     STEP,
     Device,
     DType,
@@ -26,6 +27,7 @@ from diffkiln.program.ir import (
     refs,
 )
 from diffkiln.program.operators import OPERATORS, SIZES, Number, Refused
+from diffkiln.program.operators.collectives import shared_results
 from diffkiln.program.operators.products import attended
 
 #: How long a text and a list among the arguments may be, far above any recorded ones.
@@ -105,6 +107,8 @@ def _special(op: Op, values: Mapping[str, _Value]) -> tuple[TensorType, ...]:
         return (TensorType(op.attrs["dtype"], tuple(op.attrs["shape"])),)
     if op.name == STEP and isinstance(given[0], TensorType):
         return (given[0],)
+    if op.name in SHARED:
+        return shared_results(op.name, [_declared(value) for value in given], op.attrs)
     if op.name == ATTENTION:
         query, key, value = given
         if not (isinstance(query, TensorType) and isinstance(key, TensorType) and isinstance(value, TensorType)):

@@ -18,6 +18,11 @@ from typing import Any
 
 #: Operations that are not ATen operators.
 CALL, REGION, NOISE, STEP, ATTENTION = "call", "region", "noise", "step_end", "attention"
+#: Operations of a program that several processes run together.
+OWN, SHARD, ALL_GATHER, ALL_TO_ALL = "own", "shard", "all_gather", "all_to_all"
+#: Those in which processes exchange tensors, and all of them.
+EXCHANGES = frozenset({ALL_GATHER, ALL_TO_ALL})
+SHARED = EXCHANGES | {OWN, SHARD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +119,8 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation. `name` is an ATen operator or one of CALL, REGION, NOISE, STEP, ATTENTION; `attrs` belongs to the
-    latter, and to `scaled_dot_product_attention`, where {"kernel"} names the one of torch's kernels that is to run.
+    """One operation. `name` is an ATen operator or one of the names below; `attrs` belongs to the latter, and to
+    `scaled_dot_product_attention`, where {"kernel"} names the one of torch's kernels that is to run.
 
     CALL       attrs {"component", "program"}, args = the component program's inputs in order
     REGION     attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
@@ -125,6 +130,14 @@ class Op:
     STEP       attrs {"step", "timestep"}, args = (latents,): the end of a step, where a caller may replace them
     ATTENTION  attrs {"kernel", "causal", "scale"}, args = (query, key, value), each [batch, heads, tokens, channels]:
                attention by a package's kernel; `causal` masks the keys after the query's own place, `scale` may be null
+
+    Every process of several runs the same program. `axis` is one of the mesh, `count` its number of processes:
+
+    OWN        attrs {"axis", "count"}, args = one value for each process of the axis: gives the process's own
+    SHARD      attrs {"axis", "count", "dim"}, args = (value,): gives the process's own of `count` equal parts of `dim`
+    ALL_GATHER attrs {"axis", "count"}, args = (value,): gives the values of all processes of the axis, in their order
+    ALL_TO_ALL attrs {"axis", "count", "split", "join"}, args = (value,): each process parts `split` in `count` equal
+               parts, sends one to each, and joins those that it is given along `join`, in the order of the processes
     """
 
     name: str

@@ -8,7 +8,25 @@ from typing import Any
 from diffkiln.errors import VerifyError
 from diffkiln.program.attention import NATIVE, PACKAGED, SDPA
 from diffkiln.program.images import is_edits, is_scaled, is_size, size_after
-from diffkiln.program.ir import ATTENTION, CALL, NOISE, REGION, STEP, Input, Module, Op, Program, Ref, refs
+from diffkiln.program.ir import (
+    ALL_GATHER,
+    ALL_TO_ALL,
+    ATTENTION,
+    CALL,
+    NOISE,
+    OWN,
+    REGION,
+    SHARD,
+    SHARED,
+    STEP,
+    Input,
+    Module,
+    Op,
+    Program,
+    Ref,
+    refs,
+)
+from diffkiln.program.mesh import AXES, MAX_COUNT
 from diffkiln.program.operators import allowed
 
 #: More operations than any pipeline needs; a guard against hostile files.
@@ -55,12 +73,25 @@ def _packaged(value: Any) -> bool:
     return _text(value) and value in PACKAGED
 
 
+def _axis(value: Any) -> bool:
+    return _text(value) and value in AXES
+
+
+def _count(value: Any) -> bool:
+    return _index(value) and 1 < value <= MAX_COUNT
+
+
+_MESH: dict[str, Callable[[Any], bool]] = {"axis": _axis, "count": _count}
 _ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
     CALL: {"component": _text, "program": _text},
     REGION: {"region": _text, "instance": _text},
     NOISE: {"shape": _shape, "dtype": _text},
     STEP: {"step": _index, "timestep": _number},
     ATTENTION: {"kernel": _packaged, "causal": _flag, "scale": _scale},
+    OWN: _MESH,
+    SHARD: {**_MESH, "dim": _index},
+    ALL_GATHER: _MESH,
+    ALL_TO_ALL: {**_MESH, "split": _index, "join": _index},
 }
 _SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokens": {"text": _index, "key": _text},
@@ -191,6 +222,9 @@ def _verify_kind(op: Op, where: str) -> None:
         raise VerifyError(f"{where}: it lacks a proper {wrong}")
     if op.name in _COUNTS:
         _verify_counts(op, *_COUNTS[op.name], where, op.name)
+    elif op.name in SHARED:
+        count = op.attrs["count"]
+        _verify_counts(op, count if op.name == OWN else 1, count if op.name == ALL_GATHER else 1, where, op.name)
 
 
 def _verify_callee(
@@ -205,6 +239,8 @@ def _verify_callee(
         _verify_call(op, (regions or {}).get(op.attrs["region"]), where, f"region {op.attrs['region']}")
     elif modules is None and op.name in (NOISE, STEP):
         raise VerifyError(f"{where}: only the call of a pipeline may hold this operation")
+    elif modules is None and regions is None and op.name in SHARED:
+        raise VerifyError(f"{where}: a region is one process's own, and holds nothing that several share")
 
 
 def _verify_kernel(op: Op, where: str) -> None:

@@ -41,6 +41,7 @@ from diffkiln.runtime.graphs import WHOLE, Graphs
 from diffkiln.runtime.host_numbers import constants_on, read_on_host
 from diffkiln.runtime.noise import Generators, draw
 from diffkiln.runtime.precision import float32_precision
+from diffkiln.runtime.processes import Group, digest_of, shared_operations, together
 from diffkiln.runtime.streaming import Recorder, SlotCursor
 from diffkiln.runtime.turns import PATIENCE, Turn, Turns
 from diffkiln.runtime.weights import COMES_AND_GOES, Cursor, WeightStore
@@ -66,6 +67,7 @@ class Executor:
         seconds: how long one call may take, looked at before each operation; None for no limit.
         paranoid: compares the type of every result with the declared one.
         planned: gives the plan of a call's weights; without it groups that are offloaded come and go.
+        group: the processes that run each call together; None for this one alone.
 
     Attributes:
         turns: whose call runs, and who waits.
@@ -86,13 +88,18 @@ class Executor:
         seconds: float | None = None,
         paranoid: bool = False,
         planned: Callable[[Program], Residency] | None = None,
+        group: Group | None = None,
     ) -> None:
-        self._planned = planned
+        self._planned, self.group = planned, group
         self._seconds, self._ends, self._paranoid = seconds, 0.0, paranoid or PARANOID
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
         #: What runs attention by packages, and operators whose kernels for this device are not for all shapes.
-        self.special: Mapping[str, Special] = {ATTENTION: packaged, **gpu_decompositions(device)}
+        self.special: Mapping[str, Special] = {
+            ATTENTION: packaged,
+            **gpu_decompositions(device),
+            **shared_operations(group),
+        }
         self.constants = constants_on(constants, device)
         inside = {key for key, engine in engines.items() if holds_weights(engine)}
         self.groups = Groups(modules, lambda component, weight: store.key_of(component, weight), inside)
@@ -141,18 +148,22 @@ class Executor:
         with running as run, torch.inference_mode(), float32_precision(self.tf32):
             ready()
             run.call, run.watched = program, not allow_nan
+            if self.group is not None:
+                self.group.agree(digest_of(program, inputs))
             values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
-            if self.graphs is not None:
-                special = self._special()
-                own, stopped = partial(self._weights, program), lambda: run.turn.interrupted
-                streams = Recorder(self.store, self._slot_cursor, self._uses) if self.store.streams else None
-                found = self.graphs(call.listed, values, own, self.constants, special, stopped, streams)
-            else:
-                found = call.run(values, self._weights(program), self.constants)
+            with together(self.group):
+                found = self._run_call(call, run, values)
             given = run.latents if latents else found
             if not allow_nan:
                 self._check_finite(run, given, decoded=not latents)
             return given
+
+    def _run_call(self, call: _Call, run: _Run, values: Sequence[Any]) -> list[torch.Tensor]:
+        if self.graphs is None:
+            return call.run(values, self._weights(call.program), self.constants)
+        own, stopped = partial(self._weights, call.program), lambda: run.turn.interrupted
+        streams = Recorder(self.store, self._slot_cursor, self._uses) if self.store.streams else None
+        return self.graphs(call.listed, values, own, self.constants, self._special(), stopped, streams)
 
     def _check_finite(self, run: _Run, given: Sequence[torch.Tensor], decoded: bool) -> None:
         if self.graphs is None or all_finite(given):
@@ -204,6 +215,8 @@ class Executor:
     def _why_whole(self, call: Program | None) -> str:
         if call is None:
             return "a component runs by itself"
+        if self.group is not None:
+            return "several processes run it together, and one cannot end it for the others"
         if self.graphs is not None and self.graphs.unit == WHOLE:
             return "all steps are one CUDA graph"
         return why_whole(call)
@@ -281,7 +294,8 @@ class Executor:
         return {name: self.store.peek(*owner_of(name)) for name in program.weights}
 
     def _special(self) -> Mapping[str, Special]:
-        return {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
+        own = {CALL: self._call_op, NOISE: self._noise_op, STEP: self._step_op}
+        return {**own, **shared_operations(self.group)}
 
     def _call(self, program: Program) -> _Call:
         if id(program) not in self._calls:
@@ -321,13 +335,21 @@ class Executor:
     def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
         seeded = op.attrs.get("seeded", True)
-        return lambda: [draw(shape, dtype, self.run.generator if seeded else None, self.device)]
+
+        def drawn() -> Sequence[torch.Tensor]:
+            noise = draw(shape, dtype, self.run.generator if seeded else None, self.device)
+            # Every process draws, so that its generator moves on, and all take what the first one has drawn.
+            return [noise if self.group is None else self.group.from_first(noise)]
+
+        return drawn
 
     def _step_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         step, timestep = op.attrs["step"], op.attrs["timestep"]
 
         def end(latents: torch.Tensor) -> Sequence[torch.Tensor]:
             self.run.latents = [latents]
+            if self.group is not None:
+                self.group.settle()
             if self.run.step_end is None:
                 return self._goes_on()
             self.run.shown = True

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from diffkiln.bundle import (
+    Manifest,
     Policy,
     Progress,
     Role,
@@ -29,6 +30,7 @@ from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, active, applied
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import check_schemas
+from diffkiln.program import Mesh
 from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_stored
@@ -40,6 +42,7 @@ from diffkiln.runtime.graphs import check_addresses, graphs_for
 from diffkiln.runtime.memory import decided, limit_of, offload_policy
 from diffkiln.runtime.opening import open_engines, read_constants, read_json, read_modules, read_text, read_variant
 from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.processes import Group, check_mesh, check_started, local_rank, mesh_of
 from diffkiln.runtime.targets import check_device, device_for, fitting_targets
 from diffkiln.runtime.text import TextEnd
 
@@ -91,7 +94,8 @@ def load(
         PolicyInvalid: the policy is malformed.
         IntegrityError: the bundle is incomplete, lacks a signature that the policy requires, or has native code that
             is not allowed.
-        Incompatible: the bundle is for another machine, torch or format, or a call needs more than `max_memory`.
+        Incompatible: the bundle is for another machine, torch or format, or a call needs more than `max_memory`; or it
+            runs in several processes, and not as many were started.
         HubError: the Hub does not have the bundle, or refuses it.
     """
     options = LoadOptions(allow_native, check_engines, progress, paranoid, limit_of(max_memory), share_weights)
@@ -105,7 +109,10 @@ def load(
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options of a load, as `load` describes them; `max_memory` is in bytes."""
+    """The options of a load, as `load` describes them; `max_memory` is in bytes.
+
+    `group` are the processes that run each call together, for a bundle that has several.
+    """
 
     allow_native: bool = False
     check_engines: bool | None = None
@@ -113,6 +120,7 @@ class LoadOptions:
     paranoid: bool = False
     max_memory: int | None = None
     share_weights: bool = False
+    group: Group | None = None
 
 
 def _loaded(
@@ -136,10 +144,12 @@ def _loaded(
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
-        device = device_for(verified.manifest, device)
+        mesh = None if as_diffusers else mesh_of(verified.manifest)
+        device = device_for(verified.manifest, device if mesh is None else _own_device(mesh, verified.manifest, device))
         check_device(verified.manifest, device)
         with current(device):
             if not as_diffusers:
+                options = options if mesh is None else replace(options, group=_joined(mesh, device))
                 return load_verified(verified, trusted, device, options)
             from diffkiln.runtime.diffusers.loading import load_as_diffusers
 
@@ -155,6 +165,23 @@ def _loaded(
     except BaseException:
         verified.close()
         raise
+
+
+def _joined(mesh: Mesh, device: torch.device) -> Group:
+    from diffkiln.runtime.processes.distributed import Distributed
+
+    return Distributed(mesh, device)
+
+
+def _own_device(mesh: Mesh, manifest: Manifest, device: str | torch.device | None) -> str | torch.device | None:
+    """Returns the device of this process of several: of GPUs that are not numbered, its own.
+
+    Raises:
+        Incompatible: another number of processes was started.
+    """
+    check_started(mesh)
+    wanted = str(device or manifest.runtime.get("device", "cpu"))
+    return f"cuda:{local_rank()}" if wanted == "cuda" else device
 
 
 def load_verified(verified: Verified, policy: Policy | None, device: Any, options: LoadOptions) -> CompiledPipeline:
@@ -178,6 +205,8 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
         variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
         calls = [program for variant in variants for program in variant.programs.values()]
         check_budget(modules, calls, limits, chosen)
+        every = [program for module in modules.values() for program in module.programs.values()]
+        check_mesh(mesh_of(manifest), [*calls, *every])
     # By now every file has been hashed, so native code may be loaded.
     engines = open_engines(verified, modules, constants, chosen, options.allow_native, policy, options.check_engines)
     tf32: Any = manifest.runtime.get("tf32")
@@ -187,7 +216,17 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
     check_stored(modules, calls, store.type_of, constants, inside)
     executor = Executor(
-        modules, store, constants, engines, chosen, tf32, graphs, limits.seconds, options.paranoid, kept.residency
+        modules,
+        store,
+        constants,
+        engines,
+        chosen,
+        tf32,
+        graphs,
+        limits.seconds,
+        options.paranoid,
+        kept.residency,
+        options.group,
     )
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)

@@ -179,6 +179,11 @@ class CompiledPipeline(Adaptable):
         return f"<{self.class_name}, compiled, on {self.executor.device}: {', '.join(names[:_NAMED])}{more}{checked}>"
 
     @property
+    def rank(self) -> int:
+        """Returns which of the processes that run each call together this one is, from 0; 0 for one alone."""
+        return 0 if self.executor.group is None else self.executor.group.rank
+
+    @property
     def device(self) -> torch.device:
         """Returns the device on which the pipeline runs."""
         return self.executor.device
@@ -247,6 +252,8 @@ class CompiledPipeline(Adaptable):
         self.executor.turns.close(timeout)
         if self.executor.graphs is not None:
             self.executor.graphs.close()
+        if self.executor.group is not None:
+            self.executor.group.close()
         self.executor.store.close()
         self.bundle.close()
 

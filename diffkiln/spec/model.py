@@ -5,6 +5,7 @@ Docstrings and descriptions of fields are those of the JSON Schema, and of the h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from diffkiln.spec.inputs import Inputs
 from diffkiln.spec.problems import refuse
 from diffkiln.spec.quality import Gate
 from diffkiln.spec.ranges import Count
-from diffkiln.spec.strict import Amount, Conflict, Json, OneOrMany, Strict, as_tuple
+from diffkiln.spec.strict import MAX_ITEMS, Amount, Conflict, Json, OneOrMany, Strict, as_tuple
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Isa = Literal["x86-64-v2", "x86-64-v3", "x86-64-v4"]
@@ -159,6 +160,33 @@ class Source(Strict):
                 yield ("components", name), refuse("its weights are a GGUF file already", "Remove one of the two")
 
 
+class Parallel(Strict):
+    """The processes that run one call together, one for each device."""
+
+    guidance: Annotated[int, Field(ge=1, le=2)] = Field(
+        default=1, description="2: the prompt's branch of the denoiser runs on one device, the other branch on another."
+    )
+    sequence: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="Number of devices that share the tokens of an image or a video (Ulysses)."
+    )
+
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if _size({name: given.get(name, 1) for name in cls.model_fields}) == 1:
+            yield (), refuse("is one process", 'Remove it, or share the work, such as {"guidance": 2}')
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Returns the processes along each axis that has several."""
+        return {name: count for name, count in self.model_dump().items() if count > 1}
+
+
+def _size(counts: Mapping[str, Any]) -> int | None:
+    """Returns the product of what may be no numbers yet; None then."""
+    values = list(counts.values())
+    return math.prod(values) if all(type(value) is int for value in values) else None
+
+
 class TargetSpec(Strict):
     """The machine that the bundle is for: a named GPU, a GPU's numbers written out, or a CPU."""
 
@@ -207,12 +235,20 @@ class TargetSpec(Strict):
         default="x86-64-v3",
         description="Instruction set of the CPU; the compiling machine's own is never used.",
     )
+    gpus: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=None, description="Number of such GPUs that run one call together. Absent: as `parallel` says."
+    )
+    parallel: Parallel | None = Field(
+        default=None,
+        description='How several processes share one call, such as `{"guidance": 2, "sequence": 2}`. Absent: there is '
+        "one.",
+    )
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
         written = [name for name in cls.numbers if name in given]
         if given.get("device") == "cpu":
-            for name in ("gpu", *cls.numbers, "driver", "cuda"):
+            for name in ("gpu", *cls.numbers, "driver", "cuda", "gpus"):
                 if name in given:
                     yield (name,), refuse("says something of a GPU, and the device is a CPU", "Remove it")
         elif given.get("device") == "cuda" and "gpu" in given:
@@ -225,6 +261,22 @@ class TargetSpec(Strict):
                 yield (), refuse("does not say which GPU", 'Add "gpu", such as "gpu": "nvidia-rtx-4090"')
             for name in missing if written else ():
                 yield (name,), refuse("a GPU whose numbers are written out needs this one too", "Add it")
+        yield from _miscounted(given)
+
+
+def _miscounted(given: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Yields the conflict of a number of GPUs with the processes that share a call."""
+    count, shared = given.get("gpus"), given.get("parallel")
+    if type(count) is not int or given.get("device") != "cuda":
+        return
+    if shared is None and count > 1:
+        hint = 'Add "parallel", such as {"guidance": 2}; its product is the number of GPUs'
+        yield ("gpus",), refuse(f"does not say how {count} GPUs share a call", hint)
+    elif isinstance(shared, dict):
+        size = _size({name: shared.get(name, 1) for name in Parallel.model_fields})
+        if size is not None and size != count:
+            hint = f'Set "gpus" to {size}, or change "parallel"'
+            yield ("gpus",), refuse(f'is {count}, and "parallel" shares a call among {size} processes', hint)
 
 
 #: The backend of `compile` where a spec names none.
@@ -378,9 +430,33 @@ class Spec(Strict):
     )
     runtime: Runtime = Field(default=Runtime(), description="How the bundle runs.")
 
+    @classmethod
+    def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
+        entries = given.get("target")
+        listed = entries if isinstance(entries, list | tuple) else [entries]
+        shared = [entry.get("parallel") for entry in listed[:MAX_ITEMS] if isinstance(entry, dict)]
+        if any(one != shared[0] for one in shared):
+            reason = 'lists targets with different "parallel", and all targets of a bundle share its programs'
+            yield ("target",), refuse(reason, "Say the same of all, or make two bundles")
+        if not any(shared):
+            return
+        runtime = given.get("runtime")
+        if isinstance(runtime, dict) and runtime.get("cuda_graphs") is not None:
+            reason = "a graph holds one process's work, and several processes exchange tensors in every step"
+            yield ("runtime", "cuda_graphs"), refuse(reason, 'Remove it, or remove "parallel" from "target"')
+        if given.get("quality") is not None:
+            reason = "gates are evaluated in one process, and this bundle runs in several"
+            yield ("quality",), refuse(reason, 'Evaluate the spec without "parallel", which draws the same pictures')
+
     @property
     def targets(self) -> tuple[TargetSpec, ...]:
         return as_tuple(self.target)
+
+    @property
+    def parallel(self) -> dict[str, int]:
+        """Returns the processes along each axis that has several; nothing for one process."""
+        first = self.targets[0].parallel
+        return first.counts if first is not None else {}
 
     @property
     def variants(self) -> tuple[Inputs, ...]:

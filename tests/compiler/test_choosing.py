@@ -109,7 +109,7 @@ def test_one_way_alone_is_not_measured():
 
 def test_several_targets_are_refused(tmp_path):
     targets = [{"device": "cpu"}, {"device": "cpu", "isa": "x86-64-v4"}]
-    with pytest.raises(SpecError, match="measured for one machine, and the spec has 2 targets. Name one way"):
+    with pytest.raises(SpecError, match="measured for one machine, and the spec has 2 targets"):
         diffkiln.compile(spec_with(AUTO, target=targets), tmp_path / "bundle", cache=engine_cache())
 
 

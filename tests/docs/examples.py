@@ -18,6 +18,8 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NOT_RUN = {
     "pip install ": "changes the environment that the tests run in",
     "hf auth login": "asks for a token",
+    'diffkiln run bundle --prompt "a red fox" -o fox.png --processes': "needs a bundle for two; tests/parallel has it",
+    "torchrun --nproc-per-node 2 draw.py": "starts two processes; tests/parallel does",
     "diffkiln sign bundle --sigstore": "needs a browser and the network",
     "from diffkiln.serving.ray import": "needs Ray; tests/serving runs it where `make test-more` has installed it",
     "pipe(prompt_embeds=embeds": "needs Stable Diffusion's weights; tests/end_to_end/test_inputs.py calls a small one",

@@ -49,6 +49,8 @@ def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
     for name in ("cuda_graphs", "tf32"):
         if (value := getattr(asked, name)) is not None:
             runtime[name] = value
+    if plan.spec.parallel:
+        runtime["parallel"] = plan.spec.parallel
     if plan.recording.reason:
         runtime["only_diffusers"] = plan.recording.reason
     steps = [ran.listed.step for ran in plan.report]

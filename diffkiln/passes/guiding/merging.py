@@ -34,7 +34,7 @@ def join(
     edit = Builder(call)
     joints = _Joints(edit, component, doubled, constants)
     for step, (first, second) in enumerate(sites):
-        later = _later(call.ops, first, second)
+        later = waiting(call.ops, first, second)
         if second in later:
             raise ValueError(f"the second call of {component} in step {step} needs what the first gives")
         joined = joints.ops_of(step, first, second, guided[step])
@@ -44,7 +44,7 @@ def join(
     return prune(edit.build())
 
 
-def _later(ops: Sequence[Op], first: int, second: int) -> list[int]:
+def waiting(ops: Sequence[Op], first: int, second: int) -> list[int]:
     """Returns the places between two calls that need the first one's results, and so can wait for the second."""
     needed = set(ops[first].outputs)
     found: list[int] = []

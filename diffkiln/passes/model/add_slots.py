@@ -46,6 +46,7 @@ class AddSlots(ModelPass):
         "recover": "slots stand beside what was recovered",
     }
     features: ClassVar = frozenset({ADAPTER_SLOTS})
+    asked_at: ClassVar = "$.runtime.adapters"
     examples: ClassVar = ({"name": "add_slots", "component": "transformer", "rank": 16, "slots": 2},)
 
     rank: int = Field(16, ge=1, le=1024, description="Highest rank of an adapter; those of a lower one fit too.")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -12,12 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from diffkiln.errors import Incompatible, Problem, RecordError
+from diffkiln.errors import Incompatible, Problem
 from diffkiln.passes.base import Fact, Outcome, ProgramPass, Restored, State
 from diffkiln.passes.caching import call_sites_of, symbols
-from diffkiln.passes.guiding import join, part
+from diffkiln.passes.guiding import are_pairs, join, no_second_evaluation, part, rebatched
 from diffkiln.program import STEP, Program, is_rebatched
-from diffkiln.record.batches import rebatch
 from diffkiln.record.pipeline import Rebatched, Recording
 from diffkiln.spec import Conflict, Target, refuse
 
@@ -78,7 +74,7 @@ class Guidance(ProgramPass):
         if self.component not in state.denoisers:
             yield Problem(where, f"{self.component} is not a part of the denoising run", "Choose the denoiser.")
             return
-        if reason := _no_second_evaluation(module, state):
+        if reason := no_second_evaluation(module, state):
             yield Problem(where, f"{self.component} {reason}", "Remove guidance.")
         if self.batch and any(fact == Fact("scaled_together", self.component) for fact in state.facts):
             reason = "one scale of the activations is for the whole batch, so its halves would change each other"
@@ -149,7 +145,7 @@ class Guidance(ProgramPass):
         sites = [
             {name: call_sites_of(call, self.component, n).sites for name, call in calls.items()} for calls, n in found
         ]
-        twice = any(_of_two(steps) for each in sites for steps in each.values())
+        twice = any(are_pairs(steps) for each in sites for steps in each.values())
         if self.batch == "doubled" and not twice:
             raise ValueError(
                 f"no step calls {self.component} twice: it is guided by a doubled batch already, by an argument, or "
@@ -159,19 +155,12 @@ class Guidance(ProgramPass):
             raise ValueError(f"a step calls {self.component} twice already, each time with half of the guided images")
         others: Mapping[str, Rebatched] = {}
         if self.batch == "doubled" or not twice:
-            recording, others = self._rebatched(recording, twice)
+            recording, others = rebatched(recording, self.component, twice)
         calls = [
             {name: self._rewritten(call, each[name], twice, others, recording) for name, call in programs.items()}
             for programs, each in zip(recording.calls, sites, strict=True)
         ]
         return replace(recording, calls=calls), ()
-
-    def _rebatched(self, recording: Recording, double: bool) -> tuple[Recording, Mapping[str, Rebatched]]:
-        try:
-            return rebatch(recording, self.component, double=double)
-        except RecordError as error:
-            which = "a doubled batch" if double else "half of a doubled batch"
-            raise ValueError(f"{self.component} cannot be called with {which}: {error}") from error
 
     def _rewritten(
         self,
@@ -181,7 +170,7 @@ class Guidance(ProgramPass):
         others: Mapping[str, Rebatched],
         recording: Recording,
     ) -> Program:
-        if twice and not _of_two(sites):
+        if twice and not are_pairs(sites):
             return call  # without a negative prompt some pipelines do not guide at all
         guided = [bool(step) for step in self.steps or [1] * len(sites)]
         if len(guided) != len(sites):
@@ -197,35 +186,6 @@ class Guidance(ProgramPass):
         if any(len(step) != 1 for step in sites):
             raise ValueError(f"some steps call {self.component} once, and others more than once")
         return part(call, self.component, [step[0] for step in sites], guided, others, in_two, recording.constants)
-
-
-def _of_two(sites: Sequence[tuple[int, ...]]) -> bool:
-    return bool(sites) and all(len(step) == 2 for step in sites)
-
-
-def _no_second_evaluation(module: torch.nn.Module, state: State) -> str:
-    """Returns why the denoiser is not evaluated a second time for guidance; "" if it may be."""
-    config = getattr(module, "config", {})
-    kind = getattr(importlib.import_module("diffusers"), state.class_name, None)
-    parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
-    true = [_scale(variant, parameters, "true_cfg_scale") for variant in state.variants]
-    if config.get("time_cond_proj_dim") is not None:
-        return "is distilled: it is given the guidance scale (time_cond_proj_dim), and is evaluated once a step"
-    if config.get("guidance_embeds") and not any(scale > 1 for scale in true):
-        return "is distilled: it is given the guidance scale (guidance_embeds), and is evaluated once a step"
-    if "true_cfg_scale" in parameters and not any(scale > 1 for scale in true):
-        return "is not guided: true_cfg_scale is at most 1"
-    scales = [_scale(variant, parameters, "guidance_scale") for variant in state.variants]
-    turned_off = kind is not None and re.search(r"guidance_scale > 1", inspect.getsource(kind))
-    if turned_off and "true_cfg_scale" not in parameters and not any(scale > 1 for scale in scales):
-        return "is not guided: guidance_scale is at most 1, which turns guidance off"
-    return ""
-
-
-def _scale(variant: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], name: str) -> float:
-    """Returns the scale of a variant, or the pipeline's default; 0 if there is none."""
-    given = variant.get(name, parameters[name].default if name in parameters else None)
-    return float(given) if isinstance(given, int | float) else 0.0
 
 
 PLUGIN = Guidance

@@ -1,0 +1,76 @@
+"""split_sequence: what a wrong spec is told, and the programs that it makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from diffkiln.compiler.compile import check, exchange_of
+from diffkiln.errors import IllegalPlan, PassError
+from diffkiln.passes.sequencing.layout import Layout
+from tests.parallel.specs import shared
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+TWO = {"sequence": 2}
+
+
+def refused(made: dict[str, Any]) -> str:
+    with pytest.raises(IllegalPlan) as caught:
+        check(made)
+    return str(caught.value)
+
+
+def test_a_slice_that_begins_and_ends_with_segments_has_a_layout():
+    layout = Layout(1, (32, 16, 8))
+    assert layout.within(32, 48) == Layout(1, (16,))
+    assert layout.within(0, 48) == Layout(1, (32, 16))
+    assert layout.within(16, 48) is None
+    assert layout.within(32, 40) is None
+
+
+def test_the_target_adds_the_pass_for_the_denoiser(families):
+    (ran,) = check(shared(families, "flux", TWO)).report
+    assert (ran.listed.where, ran.listed.step.name) == ("$.target.parallel.sequence", "split_sequence")
+
+
+def test_the_list_agrees_with_the_target(families):
+    made = shared(families, "flux", {})
+    made["passes"] = [{"name": "split_sequence", "component": "transformer", "count": 2}]
+    assert "$.passes[0]: the target shares a sequence among 1 processes, not 2" in refused(made)
+
+
+def test_it_is_for_a_denoiser(families):
+    made = shared(families, "flux", TWO)
+    made["passes"] = [{"name": "split_sequence", "component": "vae", "count": 2}]
+    assert "vae is not a part of the denoising run" in refused(made)
+
+
+def test_a_component_that_is_compiled_whole_is_not_split(families):
+    made = shared(families, "flux", TWO)
+    made["passes"] = [{"name": "compile", "component": "transformer", "scope": "whole"}]
+    assert "compile takes transformer whole, and processes exchange tensors within it" in refused(made)
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(families):
+    with pytest.raises(PassError, match="has 2 heads, which 4 processes cannot share evenly"):
+        exchange_of(shared(families, "flux", {"sequence": 4}))
+
+
+def test_tokens_that_do_not_divide_are_refused_with_the_numbers(families):
+    made = shared(families, "flux", TWO)
+    made["inputs"] |= {"height": 48, "width": 48}
+    with pytest.raises(PassError, match="has 9 tokens, which 2 processes cannot share evenly"):
+        exchange_of(made)
+
+
+def test_what_is_sent_is_what_the_attentions_exchange(families):
+    """FLUX: four blocks, each of which exchanges queries, keys, values and results [1, 48, 32], half of a half; and the
+    tokens of the result are gathered once."""
+    (programs,) = exchange_of(shared(families, "flux", TWO, 1)).values()
+    (step, after) = programs["call"]
+    exchanged = 4 * 4 * (24 * 32 * 4 // 2)
+    assert step.count == 4 * 4 + 1
+    assert step.nbytes == exchanged + 8 * 64 * 4
+    assert (after.nbytes, after.count) == (0, 0)
