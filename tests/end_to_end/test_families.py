@@ -30,7 +30,13 @@ def spec_of(name: str, root) -> dict:
     return {"spec_version": 1, "source": source, "target": {"device": "cpu"}, "inputs": inputs}
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+#: Those that every run compiles; the others have programs in tests/coverage, and are for `make test-long`.
+EACH_RUN = ("flux", "qwen_image", "sd", "sd3", "sdxl", "wan")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EACH_RUN else pytest.param(name, marks=pytest.mark.long) for name in sorted(FAMILIES)]
+)
 def test_bundle_equals_diffusers(name, tmp_path):
     from diffusers import DiffusionPipeline
 

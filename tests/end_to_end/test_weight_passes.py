@@ -225,6 +225,7 @@ def test_two_specs_in_one_process_do_not_influence_each_other(bundles, files, tm
         assert (bundles[name] / "manifest.sha256").read_text().split()[0] == again.id
 
 
+@pytest.mark.more
 def test_a_unet_with_merged_tokens_in_a_fresh_process(tmp_path):
     """The digits have no UNet; a small Stable Diffusion has."""
     given = spec_of("sd", tmp_path / "model")
