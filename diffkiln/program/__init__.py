@@ -2,7 +2,7 @@
 
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
 from diffkiln.program.batches import is_rebatched
-from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off
+from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off, written_anew
 from diffkiln.program.ir import (
     ALL_GATHER,
     ALL_TO_ALL,
@@ -103,4 +103,5 @@ __all__ = [
     "weight_of_call",
     "why_unseen",
     "why_whole",
+    "written_anew",
 ]

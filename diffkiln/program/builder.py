@@ -238,6 +238,24 @@ def split_off(program: Program, positions: Sequence[int], outputs: tuple[Ref, ..
     return part
 
 
+def written_anew(
+    program: Program, ops: Sequence[Op], types: Mapping[str, TensorType], outputs: Sequence[Ref]
+) -> Program:
+    """Returns a program of the same inputs, by their names, with other operations throughout.
+
+    Args:
+        program: whose name, inputs and signature it has.
+        ops: all of them; what nothing uses is left out.
+        types: of all values, the inputs among them, whose types may be others than before.
+        outputs: in the place of the program's own, also in its signature.
+    """
+    instead = dict(zip(program.outputs, outputs, strict=True))
+    inputs = tuple(replace(item, type=types[item.name]) for item in program.inputs)
+    signature = map_refs(program.signature, lambda ref: instead.get(ref, ref))
+    new = replace(program, inputs=inputs, ops=tuple(ops), outputs=tuple(outputs), types=types, signature=signature)
+    return prune(new)
+
+
 def caller_of(program: Program) -> Program:
     """Returns a program of the same inputs and outputs that consists of one call of the region of its name."""
     edit = Builder(program, ops=(), outputs=())

@@ -17,10 +17,9 @@ from diffkiln.program import (
     Op,
     Program,
     Ref,
-    map_refs,
-    prune,
     split_off,
     weight_in,
+    written_anew,
 )
 
 #: So often the segments of a region's inputs are found anew.
@@ -67,7 +66,7 @@ class _Regions:
             raise ValueError(f"no order of the tokens fits all of {region.name}")
         self.split += attending.split
         outputs = [sharing.layouts.get(ref.name) for ref in region.outputs]
-        return _Split(layouts, outputs, self._in_pieces(prune(sharing.built(region.outputs))))
+        return _Split(layouts, outputs, self._in_pieces(sharing.built(region.outputs)))
 
     def _in_pieces(self, program: Program) -> Program:
         """Returns a region with each run of operators between exchanges as a region of its own."""
@@ -87,7 +86,7 @@ class _Regions:
             if level in runs:
                 ops.append(self._piece(program, runs[level]))
             ops += lines.get(level, ())
-        return replace(program, ops=tuple(ops))
+        return written_anew(program, ops, program.types, program.outputs)
 
     def _piece(self, program: Program, positions: Sequence[int]) -> Op:
         name = f"{program.name}.{len(self.pieces)}"
@@ -126,14 +125,7 @@ def _shared(program: Program, regions: _Regions) -> Program:
     others = {REGION: region, **_attentions(attending)}
     sharing = Sharing(program, regions.count, {}, others).run()
     outputs = [sharing.value(ref, None) for ref in program.outputs]
-    used = {name for op in sharing.ops for name in op.outputs} | {ref.name for op in sharing.ops for ref in op.uses}
-    built = sharing.built(outputs)
-    kept = {
-        name: type_ for name, type_ in built.types.items() if name in used or name in {i.name for i in built.inputs}
-    }
-    instead = dict(zip(program.outputs, outputs, strict=True))
-    signature = map_refs(program.signature, lambda ref: instead.get(ref, ref))
-    return prune(replace(built, types=kept, signature=signature))
+    return sharing.built(outputs)
 
 
 def _call(sharing: Sharing, op: Op, regions: _Regions) -> None:

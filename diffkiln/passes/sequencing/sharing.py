@@ -8,7 +8,7 @@ from typing import Any
 
 from diffkiln.passes.sequencing.layout import Layout, local
 from diffkiln.passes.sequencing.rules import RULES, Case
-from diffkiln.program import ALL_GATHER, SHARD, Op, Program, Ref, TensorType, map_refs
+from diffkiln.program import ALL_GATHER, SHARD, Op, Program, Ref, TensorType, map_refs, written_anew
 from diffkiln.program.mesh import SEQUENCE
 
 
@@ -59,8 +59,7 @@ class Sharing:
 
     def built(self, outputs: Sequence[Ref]) -> Program:
         """Returns what was written as a program."""
-        inputs = tuple(replace(item, type=self.types[item.name]) for item in self.program.inputs)
-        return replace(self.program, inputs=inputs, ops=tuple(self.ops), outputs=tuple(outputs), types=dict(self.types))
+        return written_anew(self.program, self.ops, self.types, outputs)
 
     def _write(self, op: Op) -> None:
         case = Case(
