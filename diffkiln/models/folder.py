@@ -69,7 +69,7 @@ def read_folder(
     _refuse_fetching(pipeline_class, index)
     components: dict[str, Component] = {}
     notices: list[str] = []
-    problems = list(_unknown(wanted, pipeline_class, index))
+    problems = [*_unknown(wanted, pipeline_class, index), *_no_components(wanted, pipeline_class, index)]
     listed = {
         name: entry
         for name, entry in _listed(index, wanted)
@@ -150,6 +150,14 @@ def _unknown(wanted: Wanted, pipeline_class: type, index: Mapping[str, Any]) -> 
     for position, name in enumerate(wanted.omit):
         if index.get(name, [None, None]) == [None, None] and wanted.given.get(name) is None:
             yield Problem(f"$.source.omit[{position}]", f"this {pipeline_class.__name__} has no {name}", "Remove it")
+
+
+def _no_components(wanted: Wanted, pipeline_class: type, index: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yields what stands for a component that the pipeline needs, and is none."""
+    for name, parameter in _arguments(pipeline_class).items():
+        value = index.get(name)
+        if parameter.default is parameter.empty and isinstance(value, list) and not is_entry(value):
+            yield Problem(_where(name, wanted), f"component {name}: {value} names no library and class")
 
 
 def _without_variant(components: Mapping[str, Component], wanted: Wanted) -> Iterator[Problem]:

@@ -379,7 +379,7 @@ def test_takes_a_snapshot_of_a_repository_without_pickles(original, tmp_path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     source = open_source(declare("owner/name", COMMIT), tmp_path)
     assert source.pinned() == {"model": "owner/name", "revision": COMMIT, "digest": source.digest()}
-    assert asked[0] == ["model_index.json"]
+    assert asked[0] == ["model_index.json", "modular_model_index.json"]
     wanted = huggingface_hub.utils.filter_repo_objects
     assert set(wanted(source.files(), allow_patterns=asked[1])) == set(source.files())
     unwanted = [

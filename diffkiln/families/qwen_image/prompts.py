@@ -127,7 +127,8 @@ def _paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
         return args, kwargs | padded
 
     padding = Padding(pad_embeds)
-    return {"text_encoder": Padding(pad_tokens, cut_text, used_text), "transformer": padding, "controlnet": padding}
+    found = {"text_encoder": Padding(pad_tokens, cut_text, used_text), "transformer": padding, "controlnet": padding}
+    return {name: each for name, each in found.items() if name in pipe.components}
 
 
 PATCHES = (
