@@ -133,7 +133,7 @@ def test_what_a_gpu_refuses_or_waits_for_is_an_error_that_names_the_operator(
 
 def test_a_build_for_a_gpu_runs_the_call_dry_and_one_for_a_cpu_does_not(tmp_path, families, monkeypatch) -> None:
     ran: list[str | None] = []
-    monkeypatch.setattr("diffkiln.compiler.compile.dry_run", lambda recording, graphs: ran.append(graphs))
+    monkeypatch.setattr("diffkiln.compiler.compile.dry_run", lambda recording, graphs, parallel: ran.append(graphs))
     spec = spec_of("sdxl", families)
     diffkiln.compile(spec, tmp_path / "cpu")
     assert ran == []
