@@ -192,6 +192,7 @@ def test_ctrl_c_ends_a_wait_and_leaves_the_line_whole() -> None:
     code = """
 import os, signal, threading, time
 from diffkiln.runtime.turns import Turns
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
 turns, inside, done = Turns(), threading.Event(), threading.Event()
 def hold():
     with turns.taken():
