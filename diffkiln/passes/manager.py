@@ -190,7 +190,9 @@ def guarded(item: ListedPass) -> Iterator[None]:
     except DiffkilnError:
         raise
     except Exception as error:
-        raise PassError(f"{item.where}: {item.step.name} failed: {type(error).__name__}: {error}") from error
+        # By `rewrite` a pass says so what the programs do not allow; of any other exception the class is told, too.
+        reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise PassError(f"{item.where}: {item.step.name} failed: {reason}") from error
 
 
 def verify(state: State, item: ListedPass, before: State) -> None:
