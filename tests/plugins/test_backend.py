@@ -74,7 +74,7 @@ class TestWhereItIsInstalled:
         assert "paranoid" in option_models()["compile"].model_fields
         assert main(["passes", "compile"]) == 0
         told = " ".join(capsys.readouterr().out.split())
-        assert "One of aot_inductor, onnx, openvino, tensorrt, torch_compile, replay." in told
+        assert "One of aot_inductor, onnx, openvino, tensorrt, torch_compile, replay, auto." in told
         assert main(["schema"]) == 0
         assert '"paranoid"' in capsys.readouterr().out
 
@@ -83,7 +83,7 @@ class TestWhereItIsInstalled:
         [
             ({"paranoid": 1}, r"\.paranoid: must be true or false"),
             ({"paranoiac": True}, r'\.paranoiac: there is no such field\. Did you mean "paranoid"\?'),
-            ({"backend": "replya"}, r'\.backend: "replya" is not one of .*"replay"\. Did you mean "replay"\?'),
+            ({"backend": "replya"}, r'\.backend: "replya" is not one of .*"replay", "auto"\. Did you mean "replay"\?'),
             ({"backend": "aot_inductor", "paranoid": True}, r"\.paranoid: there is no such field"),
             ({"weights": "engine"}, r"\.weights: there is no such field"),
         ],
