@@ -147,8 +147,10 @@ class Measured:
     def _notice(self, choice: Choice, name: str, found: Mapping[str, float]) -> str:
         others = [f"{other} {seconds:.3g} s" for other, seconds in found.items() if other != name]
         others += [f"{other} not built: {why}" for other, why in self._failed.items() if other in choice.ways]
-        told = f"{found[name]:.3g} s a call" if found else "the only one that fits"
-        return f"{choice.where}: {name} for {choice.component}, {told}" + (f" ({'; '.join(others)})" if others else "")
+        reason = f"{found[name]:.3g} s a call" if found else "the only one that fits"
+        return f"{choice.where}: {name} for {choice.component}, {reason}" + (
+            f" ({'; '.join(others)})" if others else ""
+        )
 
 
 def measure(

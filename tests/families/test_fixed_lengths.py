@@ -50,8 +50,8 @@ MORE = {
     "longcat_image": 0.0,
 }
 LIMITS = ROUNDING | MORE
-#: They take longest.
-SLOW = ("bria_fibo", "kandinsky3")
+#: They take longest, and are for `make test-long`.
+SLOW = ("bria_fibo", "cogview4", "ernie_image", "kandinsky3", "mochi")
 
 
 def spec_for(family, root, padding_side=None, **settings):
@@ -89,7 +89,7 @@ def compiled(family, root, passes=(), settings=None, **inputs):
 
 def slow_apart(names):
     """Parameters, of which the slow ones run in `make test-more`."""
-    return [pytest.param(name, marks=pytest.mark.more) if name in SLOW else name for name in names]
+    return [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in names]
 
 
 @pytest.fixture(scope="module", params=slow_apart(LIMITS))
