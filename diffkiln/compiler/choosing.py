@@ -148,9 +148,8 @@ class Measured:
         others = [f"{other} {seconds:.3g} s" for other, seconds in found.items() if other != name]
         others += [f"{other} not built: {why}" for other, why in self._failed.items() if other in choice.ways]
         reason = f"{found[name]:.3g} s a call" if found else "the only one that fits"
-        return f"{choice.where}: {name} for {choice.component}, {reason}" + (
-            f" ({'; '.join(others)})" if others else ""
-        )
+        beside = f" ({'; '.join(others)})" if others else ""
+        return f"{choice.where}: {name} for {choice.component}, {reason}{beside}"
 
 
 def measure(
