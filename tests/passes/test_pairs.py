@@ -104,8 +104,17 @@ def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("adapters")
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize(("first", "second"), list(combinations(PASSES, 2)), ids=lambda name: name)
+LONG = (pytest.mark.long,)
+#: What flux has no use for is tried on sdxl in every run; the other pairs of sdxl and wan are for `make test-long`.
+OF_A_UNET = {"merge_tokens", "channels_last"}
+CASES = [
+    pytest.param(*pair, family, marks=() if family == "flux" or (family == "sdxl" and OF_A_UNET & {*pair}) else LONG)
+    for pair in combinations(PASSES, 2)
+    for family in MODELS
+]
+
+
+@pytest.mark.parametrize(("first", "second", "family"), CASES)
 def test_pair(first, second, family, root):
     names = (first, second)
     if {first, second} in APART or not (_legal_alone(first, family, root) and _legal_alone(second, family, root)):
