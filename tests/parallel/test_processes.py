@@ -90,6 +90,6 @@ def test_the_command_starts_processes_and_the_first_writes(families, tmp_path):
     wrong = run("-o", str(picture), "--processes", "4")
     assert wrong.returncode == 2
     assert "This bundle runs in 2 processes (guidance 2). Use --processes 2" in wrong.stderr
-    refused = run("-o", str(picture), "--set", "guidance_scale=900", "--processes", "2")
+    refused = run("-o", str(picture), "--set", "num_inference_steps=900", "--processes", "2")
     assert refused.returncode == 2
-    assert "guidance_scale" in refused.stderr
+    assert "num_inference_steps" in refused.stderr
