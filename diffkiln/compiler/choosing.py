@@ -18,12 +18,13 @@ from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Stages
 from diffkiln.compiler.verify.cases import cases_of
 from diffkiln.errors import BuildError, IllegalPlan, Incompatible, Problem, SpecError
+from diffkiln.exporters.here import why_not_here
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.registry import pass_classes
 from diffkiln.runtime.accelerator import wait
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.pipeline import CompiledPipeline
-from diffkiln.spec import PassEntry, Spec
+from diffkiln.spec import PassEntry, Spec, resolve_targets
 
 #: Calls of each variant that count, after one that does not.
 RUNS = 3
@@ -179,6 +180,8 @@ def measure(
     if measured.names and len(spec.targets) > 1:
         reason = f"it is measured for one machine, and the spec has {len(spec.targets)} targets"
         raise SpecError(problems=[Problem(each.where, reason, "Name one way.") for each in choices])
+    if measured.names and (elsewhere := why_not_here(resolve_targets(spec)[0])):
+        raise SpecError(problems=_elsewhere(choices, elsewhere))
     for name in measured.names:
         timed = _Timed(choices)
         with stages(f"measure {name}"), _room(beside) as room:
@@ -189,6 +192,12 @@ def measure(
                 continue
         measured.add(name, timed.seconds)
     return measured.taken(spec)
+
+
+def _elsewhere(choices: Sequence[Choice], reason: str) -> list[Problem]:
+    """Returns that the choices are not measured here; the reason is why the bundle does not run here."""
+    reason = f"it is measured on the machine that the bundle is for, and that is not this one: {reason}"
+    return [Problem(each.where, reason, "Name one way, or compile there.") for each in choices]
 
 
 @contextmanager
@@ -221,9 +230,7 @@ class _Timed:
                 pipe.executor.observer = self._observed
                 self._time(pipe, plan)
         except Incompatible as error:
-            reason = f"it is measured on the machine that the bundle is for, and that is not this one: {error}"
-            hint = "Name one way, or compile there."
-            raise SpecError(problems=[Problem(each.where, reason, hint) for each in self._choices]) from error
+            raise SpecError(problems=_elsewhere(self._choices, f"{error}")) from error
 
     def _time(self, pipe: CompiledPipeline, plan: Plan) -> None:
         for request, variant in zip(plan.recording.requests, pipe.variants, strict=True):

@@ -99,53 +99,53 @@ def compile(
     """
     stages, home, own = Stages(progress), base_of(spec, base), metrics or {}
     keep_large_tensors_apart()
-    with applied(limits):
+    with applied(limits), BundleWriter(output, force) as writer:
         parsed, engines = parsed_of(spec), cache or EngineCache()
 
-        def measured(one: Spec, folder: Path, timed: Callable[[Plan, Path], None]) -> Built:
-            return _compiled(one, folder, False, home, Stages(), engines, own, ledger, timed)
+        def measured(one: Spec, folder: Path, timed: Callable[[Plan, Path], None]) -> None:
+            with BundleWriter(folder) as beside:
+                _compiled(one, beside, home, Stages(), engines, own, ledger, timed)
 
         choices = choices_of(parsed, lambda one: checked(one, home, own))
-        parsed, notices = measure(parsed, choices, measured, Path(output).absolute().parent, stages)
-        built = _compiled(parsed, output, force, home, stages, engines, own, ledger)
+        parsed, notices = measure(parsed, choices, measured, writer.output.parent, stages)
+        built = _compiled(parsed, writer, home, stages, engines, own, ledger)
     return replace(built, notices=(*built.notices, *notices))
 
 
 def _compiled(
-    spec: Spec, output: str | Path, force: bool, home: Path, stages: Stages, cache: EngineCache,
+    spec: Spec, writer: BundleWriter, home: Path, stages: Stages, cache: EngineCache,
     own: Mapping[str, Metric], ledger: Mode, timed: Callable[[Plan, Path], None] | None = None,
 ) -> Built:  # fmt: skip
     """Compiles a spec that leaves nothing to measurement. `timed` is given the complete bundle in the trial's stead."""
-    with BundleWriter(output, force) as writer:
-        with stages("check"):
-            with collection_paused():
-                plan = checked(spec, home, own)
-            writer.require_space(sum(plan.bytes_after.values()))
-        with stages("record"), quiet_libraries(), collection_paused():
-            recorded = _recorded(plan)
-        with stages("verify the recording"), quiet_libraries():
-            plan, verification = _verified(plan, recorded)
-        plan = recover(plan, stages)
-        plan = calibrate(plan, writer, own, stages)
-        rows = ledger_of(plan, home, own, ledger, stages)
-        with quiet_libraries():
-            plan = _rewritten(plan)
-        check_memory(plan)
-        if any(target.device == "cuda" for target in plan.targets):
-            with stages("run the call on fake GPU tensors"):
-                dry_run(plan.recording, plan.spec.runtime.cuda_graphs, plan.spec.parallel)
-        with stages("write the programs"):
-            pack_configuration(writer, plan)
-            pack_licences(writer, plan)
-            plan = plan.packing(pack_programs(writer, plan))
-        plan = _with_engines_and_weights(plan, writer, verification, cache, stages)
-        with stages("publish"):
-            trial = _Trial(plan, rows, home, own, timed)
-            identity = writer.publish(
-                lambda files: manifest_of(files, plan),
-                lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
-                trial,
-            )
+    with stages("check"):
+        with collection_paused():
+            plan = checked(spec, home, own)
+        writer.require_space(sum(plan.bytes_after.values()))
+    with stages("record"), quiet_libraries(), collection_paused():
+        recorded = _recorded(plan)
+    with stages("verify the recording"), quiet_libraries():
+        plan, verification = _verified(plan, recorded)
+    plan = recover(plan, stages)
+    plan = calibrate(plan, writer, own, stages)
+    rows = ledger_of(plan, home, own, ledger, stages)
+    with quiet_libraries():
+        plan = _rewritten(plan)
+    check_memory(plan)
+    if any(target.device == "cuda" for target in plan.targets):
+        with stages("run the call on fake GPU tensors"):
+            dry_run(plan.recording, plan.spec.runtime.cuda_graphs, plan.spec.parallel)
+    with stages("write the programs"):
+        pack_configuration(writer, plan)
+        pack_licences(writer, plan)
+        plan = plan.packing(pack_programs(writer, plan))
+    plan = _with_engines_and_weights(plan, writer, verification, cache, stages)
+    with stages("publish"):
+        trial = _Trial(plan, rows, home, own, timed)
+        identity = writer.publish(
+            lambda files: manifest_of(files, plan),
+            lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
+            trial,
+        )
     if timed is None:
         write_receipt(identity)
         remember_source(identity, plan.spec.source, home, plan.spec.as_json()["passes"])

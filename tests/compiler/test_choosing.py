@@ -113,6 +113,20 @@ def test_several_targets_are_refused(tmp_path):
         diffkiln.compile(spec_with(AUTO, target=targets), tmp_path / "bundle", cache=engine_cache())
 
 
+def test_another_machine_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffkiln.compiler.choosing.why_not_here", lambda target: "this machine has no such CPU")
+    with pytest.raises(SpecError, match=r"not this one: this machine has no such CPU. Name one way, or compile there"):
+        diffkiln.compile(spec_with(AUTO), tmp_path / "bundle", cache=engine_cache())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").touch()
+    with pytest.raises(SpecError, match="bundle"):
+        diffkiln.compile(spec_with(AUTO), tmp_path / "bundle", cache=engine_cache())
+
+
 @pytest.mark.more
 def test_a_bundle_has_the_backend_that_was_fastest(tmp_path):
     """The bundle's own spec names it, and nothing else is left behind."""

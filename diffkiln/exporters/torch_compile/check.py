@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from diffkiln.errors import Problem
 from diffkiln.exporters.base import Exporter, foreign, unknown_options
 from diffkiln.exporters.flags import FLAGS, Inductors
+from diffkiln.exporters.here import why_not_here
 from diffkiln.exporters.options import Options
 from diffkiln.program import Program
 from diffkiln.spec.targets import Target
@@ -49,7 +49,7 @@ class TorchCompile(Exporter):
 
     def check(self, region: Program, target: Target, options: Mapping[str, Any]) -> list[Problem]:
         problems = unknown_options(options, self.options.lowers)
-        if reason := _not_here(target):
+        if reason := why_not_here(target):
             hint = f"Build on a machine that is {target.name}, or choose aot_inductor."
             problems.append(Problem("$.target", f"torch_compile compiles where it runs, and {reason}", hint))
         breaks = foreign(region)
@@ -57,15 +57,3 @@ class TorchCompile(Exporter):
             hint = 'Set "fullgraph" to false, or choose one of torch\'s own kernels.'
             problems.append(Problem("$.fullgraph", f"the graph breaks at {', '.join(breaks)}", hint))
         return problems
-
-
-def _not_here(target: Target) -> str:
-    """Returns why this machine cannot run code for the target; empty if it can."""
-    if target.device == "cpu":
-        checks = {"x86-64-v3": torch.cpu._is_avx2_supported, "x86-64-v4": torch.cpu._is_avx512_supported}
-        able = target.isa == "x86-64-v2" or (target.isa in checks and checks[target.isa]())
-        return "" if able else f"this machine cannot run {target.isa}"
-    if not torch.cuda.is_available():
-        return "this machine has no CUDA GPU"
-    found = torch.cuda.get_device_capability()
-    return "" if found == target.capability else f"this machine's GPU is of SM {found[0]}.{found[1]}"

@@ -11,6 +11,7 @@ import torch
 
 from diffkiln.errors import PeerLost
 from diffkiln.program import Mesh
+from diffkiln.program.mesh import AXES
 from diffkiln.runtime.processes.group import Group
 
 _T = TypeVar("_T")
@@ -76,7 +77,7 @@ def in_threads(mesh: Mesh, run: Callable[[Group], _T]) -> list[_T]:
         Exception: what the function raises; that of the lowest rank that was not merely left alone by another.
     """
     ranks = range(mesh.size)
-    sets = {tuple(ranks)} | {mesh.peers(rank, axis) for rank in ranks for axis in ("guidance", "sequence")}
+    sets = {tuple(ranks)} | {mesh.peers(rank, axis) for rank in ranks for axis in AXES}
     meetings = {each: Meeting(len(each)) for each in sets}
 
     def one(rank: int) -> _T:
