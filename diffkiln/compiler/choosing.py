@@ -69,7 +69,7 @@ def open_to_measurement(choices: Sequence[Choice]) -> Iterator[str]:
     """Yields what a user should know of choices that nothing has measured yet."""
     for each in choices:
         yield (
-            f"{each.where}: {' and '.join(each.ways)} fit {each.component}; compile builds the bundle with each, and "
+            f"{each.where}: what fits {each.component}: {', '.join(each.ways)}; compile builds the bundle with each, and "
             "takes the fastest"
         )
 
