@@ -28,6 +28,7 @@ from diffkiln.spec import PassEntry, Spec, resolve_targets
 
 #: Calls of each variant that count, after one that does not.
 RUNS = 3
+_HINT = "Name one way, or compile for one machine, on it, in one process."
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,8 @@ def choices_of(spec: Spec, check: Callable[[Spec], object]) -> tuple[Choice, ...
 def open_to_measurement(choices: Sequence[Choice]) -> Iterator[str]:
     """Yields what a user should know of choices that nothing has measured yet."""
     for each in choices:
-        yield (
-            f"{each.where}: what fits {each.component}: {', '.join(each.ways)}; compile builds the bundle with each, and "
-            "takes the fastest"
-        )
+        ways = ", ".join(each.ways)
+        yield f"{each.where}: {ways} fit {each.component}; compile builds the bundle with each, and takes the fastest"
 
 
 def _every(spec: Spec) -> Iterator[Choice]:
@@ -177,11 +176,8 @@ def measure(
     if not choices:
         return spec, ()
     measured = Measured(choices)
-    if measured.names and len(spec.targets) > 1:
-        reason = f"it is measured for one machine, and the spec has {len(spec.targets)} targets"
-        raise SpecError(problems=[Problem(each.where, reason, "Name one way.") for each in choices])
-    if measured.names and (elsewhere := why_not_here(resolve_targets(spec)[0])):
-        raise SpecError(problems=_elsewhere(choices, elsewhere))
+    if measured.names and (reason := _why_not_measured(spec)):
+        raise SpecError(problems=[Problem(each.where, reason, _HINT) for each in choices])
     for name in measured.names:
         timed = _Timed(choices)
         with stages(f"measure {name}"), _room(beside) as room:
@@ -194,10 +190,18 @@ def measure(
     return measured.taken(spec)
 
 
-def _elsewhere(choices: Sequence[Choice], reason: str) -> list[Problem]:
-    """Returns that the choices are not measured here; the reason is why the bundle does not run here."""
-    reason = f"it is measured on the machine that the bundle is for, and that is not this one: {reason}"
-    return [Problem(each.where, reason, "Name one way, or compile there.") for each in choices]
+def _why_not_measured(spec: Spec) -> str:
+    """Returns why nothing can be measured for a spec here, whatever it is; "" if it can."""
+    if len(spec.targets) > 1:
+        return f"it is measured for one machine, and the spec has {len(spec.targets)} targets"
+    if spec.parallel:
+        return "it is measured in one process, and several share this bundle's calls"
+    elsewhere = why_not_here(resolve_targets(spec)[0])
+    return _elsewhere(elsewhere) if elsewhere else ""
+
+
+def _elsewhere(reason: object) -> str:
+    return f"it is measured on the machine that the bundle is for, and that is not this one: {reason}"
 
 
 @contextmanager
@@ -230,7 +234,8 @@ class _Timed:
                 pipe.executor.observer = self._observed
                 self._time(pipe, plan)
         except Incompatible as error:
-            raise SpecError(problems=_elsewhere(self._choices, f"{error}")) from error
+            problems = [Problem(each.where, _elsewhere(error), _HINT) for each in self._choices]
+            raise SpecError(problems=problems) from error
 
     def _time(self, pipe: CompiledPipeline, plan: Plan) -> None:
         for request, variant in zip(plan.recording.requests, pipe.variants, strict=True):

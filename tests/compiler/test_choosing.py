@@ -7,7 +7,8 @@ import json
 import pytest
 
 import diffkiln
-from diffkiln.compiler.choosing import Choice, Measured, choices_of, settled
+from diffkiln.compiler.choosing import Choice, Measured, choices_of, measure, settled
+from diffkiln.compiler.stages import Stages
 from diffkiln.errors import BuildError, IllegalPlan, Problem, SpecError
 from diffkiln.spec import PassEntry, parse_spec
 from tests.conftest import DIGITS
@@ -113,9 +114,15 @@ def test_several_targets_are_refused(tmp_path):
         diffkiln.compile(spec_with(AUTO, target=targets), tmp_path / "bundle", cache=engine_cache())
 
 
+def test_a_bundle_of_several_processes_is_refused(tmp_path):
+    spec = parse_spec(spec_with(AUTO, target={"device": "cpu", "parallel": {"sequence": 2}}))
+    with pytest.raises(SpecError, match="measured in one process"):
+        measure(spec, [choice(0, "transformer", "a", "b")], lambda *_: pytest.fail("built"), tmp_path, Stages())
+
+
 def test_another_machine_is_refused_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr("diffkiln.compiler.choosing.why_not_here", lambda target: "this machine has no such CPU")
-    with pytest.raises(SpecError, match=r"not this one: this machine has no such CPU. Name one way, or compile there"):
+    with pytest.raises(SpecError, match=r"not this one: this machine has no such CPU. Name one way"):
         diffkiln.compile(spec_with(AUTO), tmp_path / "bundle", cache=engine_cache())
     assert list(tmp_path.iterdir()) == []
 

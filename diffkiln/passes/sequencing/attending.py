@@ -8,6 +8,7 @@ from typing import Any
 from diffkiln.passes.sequencing.layout import Layout, local
 from diffkiln.passes.sequencing.sharing import Sharing
 from diffkiln.program import ALL_TO_ALL, ATTENTION, SHARD, Op, Ref, TensorType
+from diffkiln.program.mesh import SEQUENCE
 
 #: Of queries, keys and values [batch, heads, tokens, channels].
 _HEADS, _TOKENS = 1, 2
@@ -112,7 +113,7 @@ def _exchanged(sharing: Sharing, op: Op, own: Layout, keys: Layout) -> None:
     attended = f"{name}.heads"
     sharing.types[attended] = result
     sharing.ops.append(replace(_with(op, tuple(brought), own_mask), outputs=(attended,)))
-    attrs = {"axis": "sequence", "count": count, "split": 2, "join": 1}
+    attrs = {"axis": SEQUENCE, "count": count, "split": 2, "join": 1}
     sharing.add(Op(ALL_TO_ALL, (Ref(attended),), (name,), attrs=attrs), [own])
 
 
