@@ -76,7 +76,7 @@ class Entrance:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope, send)
+        visit = _Visit(scope, receive, send)
         body = _Body(self, receive, visit)
         try:
             self._admit(visit)
@@ -84,10 +84,10 @@ class Entrance:
                 await self._check(visit, body)
             await self._app(scope, body.receive, visit.send)
         except Refusal as refusal:
-            await visit.refuse(refusal, receive)
+            await visit.refuse(refusal)
         except Exception as error:
             log.exception("request %s failed: %s", visit.identity, type(error).__name__)
-            await visit.refuse(Refusal(500, "internal fault; the server's log has the reason"), receive)
+            await visit.refuse(Refusal(500, "internal fault; the server's log has the reason"))
         finally:
             body.release()
             self._note(visit)
@@ -157,8 +157,8 @@ class Entrance:
 class _Visit:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._send = send
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
         self._headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.method, self.path, self.started = scope["method"], scope["path"], time.monotonic()
         given = self.header("x-request-id")
@@ -170,29 +170,38 @@ class _Visit:
     def header(self, name: str) -> str:
         return self._headers.get(name, "")
 
+    @property
+    def unread(self) -> bool:
+        """Whether a part of the body may still come."""
+        announced = self.header("content-length") not in ("", "0") or self.header("transfer-encoding") != ""
+        return announced and not self.whole
+
     async def send(self, message: Message) -> None:
-        """Sends a part of the answer, with the headers that all answers have."""
+        """Sends a part of the answer, with the headers that all answers have.
+
+        An answer that does not wait for its body ends once the client has sent it: see `_discard`.
+        """
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", ()), *_HEADERS, (b"x-request-id", self.identity.encode())]
-            if not self.whole and (self.header("content-length") not in ("", "0") or self.header("transfer-encoding")):
+            if self.unread:
                 headers.append((b"connection", b"close"))  # the rest of the body is not worth reading
             message["headers"] = headers
+        elif self.unread and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await _discard(self._receive)
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal, receive: Receive) -> None:
-        """Answers with a refusal, unless an answer has begun; then takes what the client is still sending."""
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answers with a refusal, unless an answer has begun."""
         if self.status != LEFT:
             return
         data = json.dumps(refusal.body).encode()
         headers = {"content-type": "application/json", "content-length": str(len(data)), **refusal.headers}
         rows = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": rows})
-        body = data if self.method != "HEAD" else b""
-        await self.send({"type": "http.response.body", "body": body, "more_body": True})
-        if not self.whole:
-            await _discard(receive)
-        await self.send({"type": "http.response.body", "body": b""})
+        await self.send({"type": "http.response.body", "body": data if self.method != "HEAD" else b""})
 
 
 async def _discard(receive: Receive) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -101,6 +102,37 @@ def test_a_client_that_still_sends_gets_its_refusal(served):
         time.sleep(0.3)  # by now it is refused; a connection that was closed would be reset by what follows
         made.sendall(b" " * 900_000)
         assert read_all(made).startswith(b"HTTP/1.1 413")
+
+
+EARLY = {
+    "another type": ("POST", GENERATIONS, "text/plain", 415),
+    "no such path": ("POST", "/v2", "", 404),
+    "no such method": ("DELETE", GENERATIONS, "", 405),
+    "a page that reads no body": ("GET", "/health", "", 200),
+    "a page of another site": ("POST", GENERATIONS, "application/json", 403),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_an_answer_that_does_not_wait_for_its_body_ends_after_it(name, served):
+    """A connection that is closed on bytes that nobody has read is reset, and the client may lose the answer."""
+    method, path, kind, status = EARLY[name]
+    came = []
+
+    async def receive():
+        came.append("body")
+        return {"type": "http.request", "body": b"late", "more_body": came.count("body") < 3}
+
+    async def send(message):
+        came.append(message.get("status") or ("part" if message.get("more_body") else "end"))
+
+    rows = {"host": "x", "content-length": "12", "content-type": kind}
+    if status == 403:
+        rows["sec-fetch-site"] = "cross-site"
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": [(key.encode(), value.encode()) for key, value in rows.items()]}
+    asyncio.run(served.server.application.asgi()(scope, receive, send))
+    assert came == [status, "part", "body", "body", "body", "end"]
 
 
 def test_a_body_without_a_length_is_counted(served):
