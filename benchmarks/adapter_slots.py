@@ -4,14 +4,15 @@
         [--compiled]
 
 The bundles are the FLUX-like transformer of adapters.py, about 300 million random float32 weights, without slots and
-with slots of each size, called in turn. `--compiled` lowers the blocks by aot_inductor. Prints Markdown tables.
+with slots of each size, called in turn with no adapter, with one, and with as many as there are slots. `--compiled`
+lowers the blocks by aot_inductor. Prints Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
@@ -46,6 +47,27 @@ def spec_of(model: Path, side: int, room: str, compiled: bool) -> dict[str, Any]
 def _fused() -> list[str]:
     """Returns the layers that the adapters change, by the names that they have after their projections are fused."""
     return ["attn.to_qkv", *(layer for layer in LAYERS if layer.rpartition(".")[2] not in ("to_q", "to_k", "to_v"))]
+
+
+def timed(pipes: Mapping[str, Any], files: Mapping[str, list[Path]], runs: int) -> dict[tuple[str, int], list[float]]:
+    """Seconds of a call by bundle and number of adapters, after one of each that does not count."""
+    counts = {room: (0, 1, pipe.adapter_slots) if pipe.adapter_slots else (0,) for room, pipe in pipes.items()}
+    for room, own in files.items():
+        for index in range(pipes[room].adapter_slots):
+            pipes[room].load_lora(own[index], name=f"t{index}", scale=0)
+    found: dict[tuple[str, int], list[float]] = {}
+    for run in range(runs + 1):
+        for room, pipe in pipes.items():
+            for count in counts[room]:
+                generator = torch.Generator().manual_seed(run)
+                mix = {f"t{index}": 1.0 for index in range(count)}
+                taken = seconds(lambda: pipe("seven", generator=generator, adapters=mix))  # noqa: B023
+                if run:
+                    found.setdefault((room, count), []).append(taken)
+    for room in files:
+        for name in list(pipes[room].adapters):
+            pipes[room].unload_lora(name)
+    return found
 
 
 def swaps(pipe: Any, files: list[Path], runs: int) -> dict[str, list[float]]:
@@ -103,21 +125,15 @@ def main() -> None:
             bundle = diffkiln.compile(spec, folder / room.replace(" ", "-")).path
             pipes[room] = stack.enter_context(diffkiln.load(bundle))
             sizes[room] = pipes[room].executor.store.bytes_now
-        calls: dict[str, list[float]] = {}
-        for run in range(args.runs + 1):
-            for room, pipe in pipes.items():
-                generator = torch.Generator().manual_seed(run)
-                taken = seconds(lambda pipe=pipe, generator=generator: pipe("seven", generator=generator))  # type: ignore[misc]
-                if run:
-                    calls.setdefault(room, []).append(taken)
-        ways = {}
+        files: dict[str, list[Path]] = {}
         for room in args.rooms:
             rank, slots = map(int, room.split("x"))
-            files = [
+            files[room] = [
                 adapter(folder / f"{room}-{index}.safetensors", args.layers, args.width, rank)
                 for index in range(slots + 2)
             ]
-            ways[room] = files[0].stat().st_size, swaps(pipes[room], files, args.runs)
+        calls = timed(pipes, files, args.runs)
+        ways = {room: (own[0].stat().st_size, swaps(pipes[room], own, args.runs)) for room, own in files.items()}
     how = "blocks by aot_inductor" if args.compiled else "replayed"
     print(f"{told}\n")
     print(
@@ -125,12 +141,12 @@ def main() -> None:
         f"pictures of {args.side} × {args.side}; slots in {len(_fused()) * args.layers} layers. {args.runs} runs, in "
         "turn.\n"
     )
-    base = median(calls[PLAIN])
+    base = median(calls[PLAIN, 0])
     rows = [
-        (room, f"{sizes[room] / 1e6:.0f} MB", f"{median(v) * 1e3:.1f} ms", _spread(v), f"{median(v) / base:.2f}")
-        for room, v in calls.items()
+        (room, f"{sizes[room] / 1e6:.0f} MB", count, f"{median(v) * 1e3:.1f} ms", _spread(v), f"{median(v) / base:.2f}")
+        for (room, count), v in calls.items()
     ]
-    print(table(("rank × slots", "weights", "a call", "spread, ms", "× without"), rows))
+    print(table(("rank × slots", "weights", "adapters", "a call", "spread, ms", "× without"), rows))
     for room, (nbytes, found) in ways.items():
         print(f"\nAdapters of {nbytes / 1e6:.1f} MB in slots of {room}:\n")
         print(

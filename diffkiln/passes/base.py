@@ -281,6 +281,10 @@ class Pass(Strict):
         """Returns the recording with its programs rewritten, and notes; most passes change nothing."""
         return recording, ()
 
+    def complete(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """Returns the recording with programs beside those that all passes have left, and notes; most add none."""
+        return recording, ()
+
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
         """Changes the module in place; gives notes on what was done, none if nothing was."""
         return ()

@@ -4,7 +4,7 @@ that."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -115,13 +115,25 @@ def rewrite(recording: Recording, listed: Sequence[ListedPass]) -> tuple[Recordi
                     "Remove it, or let diffusers decide at each step"
                 )
             continue
-        with guarded(item):
-            changed, changes = item.step.rewrite(recording)
-        if changed is not recording:
-            recording = _without_unused(changed)
-            _verify_programs(recording, item)
-        notes += [f"{item.step.name} of {item.step.component}: {note}" for note in changes]
+        recording = _changed(recording, item, item.step.rewrite, notes)
+    for item in listed if recording.calls else ():
+        recording = _changed(recording, item, item.step.complete, notes)
     return recording, notes
+
+
+def _changed(
+    recording: Recording,
+    item: ListedPass,
+    change: Callable[[Recording], tuple[Recording, Sequence[str]]],
+    notes: list[str],
+) -> Recording:
+    with guarded(item):
+        changed, changes = change(recording)
+    if changed is not recording:
+        changed = _without_unused(changed)
+        _verify_programs(changed, item)
+    notes += [f"{item.step.name} of {item.step.component}: {note}" for note in changes]
+    return changed
 
 
 def _without_unused(recording: Recording) -> Recording:

@@ -57,6 +57,16 @@ def infer_types(program: Program) -> None:
                 raise VerifyError(f"{where}: {name} is declared as {program.types[name]}, it is {found}")
 
 
+def result_types(op: Op, types: Mapping[str, TensorType | None]) -> tuple[TensorType, ...]:
+    """Returns the types of an operation's results from those of the values that it takes; None is that of a number.
+
+    Raises:
+        VerifyError: the operation does not take such values.
+    """
+    values: dict[str, _Value] = {name: Number() if type_ is None else type_ for name, type_ in types.items()}
+    return _results(op, values, f"operation {op.name}")
+
+
 def _check_type(name: str, type_: TensorType, program: Program) -> None:
     if type_.dtype not in SIZES:
         raise VerifyError(f"program {program.name!r}: {name} is of the dtype {type_.dtype!r}, which no value has")

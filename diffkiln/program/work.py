@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffkiln.program.convolutions import is_convolution
-from diffkiln.program.ir import ATTENTION, CALL, REGION, STEP, Op, Program, Ref, TensorType
+from diffkiln.program.ir import ATTENTION, CALL, REGION, STEP, Module, Op, Program, Ref, TensorType
 from diffkiln.program.moments import PHASES, Groups, Moment, phases_of
 from diffkiln.program.operators import nbytes
 
@@ -119,7 +119,7 @@ def phases_of_work(
         coming: bytes of weights that come in for each moment.
         ahead: whether they come while others are computed with.
     """
-    counter = _Counter(groups)
+    counter = _Counter(groups.modules)
     listed = list(zip(call.ops, phases_of(call, groups.modules), strict=True))
     found = []
     for name in PHASES:
@@ -132,11 +132,17 @@ def phases_of_work(
     return tuple(found)
 
 
+def work_within(call: Program, modules: Mapping[str, Module], component: str) -> Work:
+    """Returns the work of all calls of one component in a call."""
+    counter = _Counter(modules)
+    return summed(counter.of_call(op) for op in call.ops if op.name == CALL and op.attrs["component"] == component)
+
+
 class _Counter:
     """Counts the work of components, each of which is looked at once."""
 
-    def __init__(self, groups: Groups) -> None:
-        self._modules = groups.modules
+    def __init__(self, modules: Mapping[str, Module]) -> None:
+        self._modules = modules
         self._known: dict[tuple[str, ...], Work] = {}
 
     def of_call(self, op: Op) -> Work:

@@ -119,7 +119,7 @@ class Executor:
         latents: bool = False,
         timeout: float | None = PATIENCE,
         allow_nan: bool = False,
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[Program], Program] = lambda program: program,
     ) -> list[torch.Tensor]:
         """Runs a call program.
 
@@ -131,7 +131,7 @@ class Executor:
             latents: give those of the last step, and not what the program gives.
             timeout: seconds to wait for calls of other threads; None waits for ever.
             allow_nan: give results that are not finite, too.
-            ready: called first, within this call's turn.
+            ready: called first, within this call's turn; gives the program that runs, which takes the same inputs.
 
         Raises:
             Busy: other threads run this pipeline for longer than `timeout`.
@@ -143,20 +143,19 @@ class Executor:
             raise CallError("output_type: this pipeline does not show its latents. Choose 'pil', 'np' or 'pt'")
         if self.graphs is not None:
             self.graphs.check(step_end is not None)
-        call = self._call(program)
-        running = self.running(call.schedule, generator, step_end, timeout, call.residency)
-        with running as run, torch.inference_mode(), float32_precision(self.tf32):
-            ready()
-            run.call, run.watched = program, not allow_nan
-            if self.group is not None:
-                self.group.agree(digest_of(program, inputs))
-            values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
-            with together(self.group):
-                found = self._run_call(call, run, values)
-            given = run.latents if latents else found
-            if not allow_nan:
-                self._check_finite(run, given, decoded=not latents)
-            return given
+        with self._turn(timeout) as turn, torch.inference_mode(), float32_precision(self.tf32):
+            call = self._call(ready(program))
+            with self._begun(_Run(turn, self.store.follow(call.schedule, call.residency), generator, step_end)) as run:
+                run.call, run.watched = call.program, not allow_nan
+                if self.group is not None:
+                    self.group.agree(digest_of(call.program, inputs))
+                values = [item.to(self.device) if isinstance(item, torch.Tensor) else item for item in inputs]
+                with together(self.group):
+                    found = self._run_call(call, run, values)
+                given = run.latents if latents else found
+                if not allow_nan:
+                    self._check_finite(run, given, decoded=not latents)
+                return given
 
     def _run_call(self, call: _Call, run: _Run, values: Sequence[Any]) -> list[torch.Tensor]:
         if self.graphs is None:
@@ -235,32 +234,33 @@ class Executor:
             return component(*inputs)
 
     @contextlib.contextmanager
-    def running(
-        self,
-        schedule: Sequence[Key],
-        generator: Generators = None,
-        step_end: StepEnd | None = None,
-        timeout: float | None = PATIENCE,
-        residency: Residency | None = None,
-    ) -> Iterator[_Run]:
+    def running(self, schedule: Sequence[Key]) -> Iterator[_Run]:
         """Begins a run that brings in groups of weights in this order. Other threads wait for their turn.
 
         Raises:
-            Busy: other threads have been running this pipeline for longer than `timeout`.
+            Busy: other threads have been running this pipeline for too long.
             CallError: this thread is running it; or it is closed; or it is on a GPU and was loaded before a fork.
         """
+        with self._turn(PATIENCE) as turn, self._begun(_Run(turn, self.store.follow(schedule))) as run:
+            yield run
+
+    @contextlib.contextmanager
+    def _turn(self, timeout: float | None) -> Iterator[Turn]:
         if self._forked and self.device.type == "cuda":
             raise CallError("this pipeline was loaded before a fork, which CUDA does not survive. Load it in the child")
         with self.turns.taken(timeout) as turn:
-            cursor = self.store.follow(schedule, residency)
-            self._run = run = _Run(turn, cursor, generator, step_end)
-            self._ends = time.monotonic() + (self._seconds or 0.0)
-            try:
-                with current(self.device):
-                    yield run
-            finally:
-                self._run = None
-                run.cursor.close()
+            yield turn
+
+    @contextlib.contextmanager
+    def _begun(self, run: _Run) -> Iterator[_Run]:
+        self._run = run
+        self._ends = time.monotonic() + (self._seconds or 0.0)
+        try:
+            with current(self.device):
+                yield run
+        finally:
+            self._run = None
+            run.cursor.close()
 
     def renew(self) -> None:
         """Begins anew in a forked child: a call that another thread of the parent was making goes on there alone."""
@@ -391,7 +391,11 @@ class _Run:
     """The state of one call."""
 
     def __init__(
-        self, turn: Turn, cursor: Cursor | SlotCursor, generator: Generators, step_end: StepEnd | None
+        self,
+        turn: Turn,
+        cursor: Cursor | SlotCursor,
+        generator: Generators = None,
+        step_end: StepEnd | None = None,
     ) -> None:
         self.turn, self.cursor, self.generator, self.step_end = turn, cursor, generator, step_end
         self.call: Program | None = None

@@ -6,7 +6,6 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,7 +165,12 @@ class CompiledPipeline(Adaptable):
         latents = form == "latent"
         if mixes is not None:
             self._shelf.check_count(mixes, variant.batch_size)
-        ready = partial(self._shelf.ready, mixes, variant.images_per_prompt)
+
+        def ready(full: Program) -> Program:
+            fewer = variant.narrowed(full)
+            count = self._shelf.ready(mixes, variant.images_per_prompt, list(fewer))
+            return fewer.get(count, full)
+
         made = self.executor(program, inputs, generator, step_end, latents, timeout, allow_nan, ready)
         output = output_of(program, made, form)
         return output if return_dict else tuple(output.values())

@@ -13,6 +13,7 @@ from diffkiln.guards.spelling import suggest
 from diffkiln.program import Input, Program
 from diffkiln.program.calls import text_keywords
 from diffkiln.program.images import IMAGES, image_keywords
+from diffkiln.program.narrowed import narrowed_of
 from diffkiln.runtime.given import LATENTS, is_prompt, tensor_inputs
 from diffkiln.runtime.image_end import refusal
 
@@ -64,6 +65,11 @@ class CompiledVariant:
         """Returns the keywords that accept any value."""
         inputs = self.programs["call"].inputs
         return {item.source["keyword"] for item in inputs if item.source.get("kind") == "scalar"}
+
+    def narrowed(self, program: Program) -> dict[int, Program]:
+        """Returns the programs that do what one does, for so many adapters as their layers compute slots."""
+        name = next((name for name, other in self.programs.items() if other is program), "")
+        return narrowed_of(self.programs, name)
 
     def in_range(self, given: Mapping[str, Any]) -> bool:
         """Returns False if a value of a free keyword is one for which another program is needed."""

@@ -2,7 +2,7 @@
 
 from diffkiln.guards.spelling import suggest
 from diffkiln.spec.migrate import migrate
-from diffkiln.spec.model import DEFAULT_BACKEND, Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
+from diffkiln.spec.model import DEFAULT_BACKEND, FEWER, Inputs, Offload, PassEntry, Runtime, Source, Spec, TargetSpec
 from diffkiln.spec.parse import parse_spec
 from diffkiln.spec.problems import problems_from, refuse, show
 from diffkiln.spec.schema import json_schema, options_schema
@@ -13,6 +13,7 @@ __all__ = [
     "CPUS",
     "CPU_FLAGS",
     "DEFAULT_BACKEND",
+    "FEWER",
     "GPUS",
     "TARGETS",
     "Conflict",

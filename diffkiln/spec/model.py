@@ -345,6 +345,14 @@ class Offload(Strict):
         return value
 
 
+#: What the spec and the pass say of their field `fewer`.
+FEWER = (
+    "Numbers of adapters with programs and engines of their own, which compute no more slots than that: a call takes "
+    "the smallest that fits it. Each takes as long to compile as the whole. Absent: 0 and 1, where all slots take 1.05 "
+    "times the arithmetic or more."
+)
+
+
 class Adapters(Strict):
     """Room for adapters beside the weights of a denoiser: low-rank inputs of its linear layers."""
 
@@ -353,6 +361,9 @@ class Adapters(Strict):
     )
     slots: Annotated[int, Field(ge=1, le=64)] = Field(
         default=2, description="Number of adapters that one call may use."
+    )
+    fewer: Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...] | None, Field(strict=False)] = Field(
+        default=None, description=FEWER
     )
     include: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
         default=("*",), description="Patterns of the layers that have room."

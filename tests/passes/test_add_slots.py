@@ -115,5 +115,6 @@ def test_the_runtime_asks_for_it_where_it_may_stand():
     options = found[1].step.options()
     assert options == {
         "component": "transformer", "rank": 8, "slots": 3, "rows": 8, "include": ["*"], "exclude": ["*norm*"],
+        "fewer": None,
     }  # fmt: skip
     assert [item.step.name for item in with_implied(placed(SLOTS), asked(), plan)] == ["add_slots"]

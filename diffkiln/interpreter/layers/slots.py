@@ -59,7 +59,7 @@ def _factors_of(factors: torch.Tensor, given: torch.Tensor) -> torch.Tensor | No
         return None
     own = factors[:rows]
     own = own if count == rows else own.repeat_interleave(count // rows, 0)
-    return own.reshape(count, *[1] * (given.dim() - 2), factors.shape[1])
+    return own.reshape(count, *[1] * (given.dim() - 2), -1)
 
 
 def put_slots(module: torch.nn.Module, layers: Iterable[str], rank: int, slots: int, rows: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,13 +13,17 @@ from diffkiln.errors import Problem
 from diffkiln.interpreter.layers import can_have_slots, matching, parts_of, put_slots
 from diffkiln.interpreter.layers.slots import DOWN, dtype_of
 from diffkiln.passes.base import Fact, ModelPass, Pass, State
-from diffkiln.spec import Spec, Target
+from diffkiln.passes.narrowing import narrowed
+from diffkiln.spec import FEWER, Spec, Target
 
 if TYPE_CHECKING:
     from diffkiln.record.pipeline import Recording
 
 #: A denoiser is called with at most so many copies of the batch: guidance by an image takes three.
 COPIES = 4
+#: Numbers of adapters for which programs of their own are made where the spec says nothing, and by what factor the
+#: products of all slots must then be more.
+_FEW, _WORTH = (0, 1), 1.05
 _PER_PROMPT = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
 
 
@@ -28,8 +32,8 @@ class AddSlots(ModelPass):
 
     A layer then computes the sum of its weight's product and the products of its slots, each times a factor of the
     row. So the rows of a batch may use different adapters, quantized weights stay as they are, and a swap copies the
-    adapter's own bytes. The slots are zeros in the bundle. They cost memory and time in every call, whether adapters
-    are loaded or not: rank × slots × (inputs + outputs) of each layer.
+    adapter's own bytes. The slots are zeros in the bundle. They cost memory, and time in every call that uses them:
+    rank × slots × (inputs + outputs) of each layer. `fewer` has programs made for calls that use fewer.
 
     `"runtime": {"adapters": {"rank": …, "slots": …}}` adds this pass for each denoiser that has none in the list.
     """
@@ -54,6 +58,7 @@ class AddSlots(ModelPass):
     rows: int = Field(
         8, ge=1, le=4096, description="Most rows of the denoiser's batch, with its copies for guidance counted."
     )
+    fewer: tuple[Annotated[int, Field(ge=0, le=63)], ...] | None = Field(None, description=FEWER)
     include: tuple[str, ...] = Field(("*",), description="Patterns of the layers that get slots.")
     exclude: tuple[str, ...] = Field((), description="Patterns of the layers that get none.")
 
@@ -109,6 +114,17 @@ class AddSlots(ModelPass):
         if without and not with_slots:
             reason = f"the programs read no slot: {self.component} has more rows than {self.rows}, or they are no batch"
             yield Problem(f"{where}.rows", reason, "Give more rows, or remove the pass.")
+
+    def complete(self, recording: Recording) -> tuple[Recording, Sequence[str]]:
+        """Returns the recording with call programs for fewer adapters. A network that needs all slots has none."""
+        notes = []
+        wanted, worth = (_FEW, _WORTH) if self.fewer is None else (self.fewer, 1.0)
+        for count in sorted({count for count in wanted if count < self.slots}):
+            try:
+                recording = narrowed(recording, self.component, count, worth)
+            except ValueError as error:
+                notes.append(f"calls with {count} adapters compute all slots: {error}")
+        return recording, notes
 
     def notices(self, recording: Recording, compiled: Collection[str]) -> Iterable[str]:
         _, without = _read(recording, self.component)

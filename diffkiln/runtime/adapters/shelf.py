@@ -18,6 +18,7 @@ from diffkiln.guards.printable import get_logger
 from diffkiln.guards.spelling import suggest
 from diffkiln.program import REGION, owner_of, weight_in
 from diffkiln.program.calls import follows_noise
+from diffkiln.program.narrowed import is_narrowed
 from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
 from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
@@ -51,6 +52,8 @@ class Shelf:
         self._applied: tuple[tuple[str, Scale], ...] | None = ()  # None: nobody knows, after an error
         self._layers_of = cache(self._read_layers)
         self._slots = self._made_slots()
+        #: Numbers of slots that calls of every variant may compute alone.
+        self._counts = sorted(set.intersection(*map(_counts_of, variants))) if variants else []
 
     @property
     def mix(self) -> Mapping[str, AnyScale]:
@@ -142,19 +145,22 @@ class Shelf:
         if not isinstance(mixes, Mapping) and len(mixes) != prompts:
             raise CallError(f"adapters: {len(mixes)} mixes for {prompts} prompts. Give one for each, or one for all")
 
-    def ready(self, mixes: Mixes | None, images: int = 1) -> None:
+    def ready(self, mixes: Mixes | None, images: int = 1, counts: Sequence[int] = ()) -> int:
         """Brings a mix into the weights, or the mix of all calls for None. Called within a call's own turn.
 
         Args:
             mixes: One for all rows, or one for each prompt.
             images: How many a call gives for each prompt.
+            counts: Numbers of slots, less than all, which the call may compute alone.
+
+        Returns:
+            How many slots the call computes: one of `counts`, or all.
         """
         if mixes is None:
-            self._apply(self._mix)
-        elif isinstance(mixes, Mapping):
-            self._apply(self.checked_mix(mixes))
-        else:
-            self._apply(*[self.checked_mix(mix) for mix in mixes], images=images)
+            return self._apply(self._mix, counts=counts)
+        if isinstance(mixes, Mapping):
+            return self._apply(self.checked_mix(mixes), counts=counts)
+        return self._apply(*[self.checked_mix(mix) for mix in mixes], images=images, counts=counts)
 
     # -- changes, within a turn --
 
@@ -162,14 +168,17 @@ class Shelf:
         self._apply(mix)
         self._mix = dict(mix)
 
-    def _apply(self, *mixes: Mix, images: int = 1) -> None:
-        """Brings adapters where they belong: those that have slots into these, the others into the weights."""
-        mix = mixes[0]
+    def _apply(self, *mixes: Mix, images: int = 1, counts: Sequence[int] | None = None) -> int:
+        """Brings adapters where they belong: those that have slots into these, the others into the weights. Gives the
+        number of slots that are computed."""
+        mix, count = mixes[0], 0
         if self._slots is not None:
             own = [{name: scale for name, scale in mix.items() if self._loaded[name].slots} for mix in mixes]
-            self._slots.use(self._slots.expanded(own, images) if len(own) > 1 else own, self._loaded)
+            rows = self._slots.expanded(own, images) if len(own) > 1 else own
+            count = self._slots.use(rows, self._loaded, self._counts if counts is None else counts)
             mix = {name: scale for name, scale in mix.items() if not self._loaded[name].slots}
         self._merge(mix)
+        return count
 
     def _merge(self, mix: Mix) -> None:
         """Adds adapters to the originals in the order of their names, so that a mix always gives the same bits."""
@@ -262,3 +271,8 @@ class Shelf:
             raise CallError(f"load_lora: component {component[:60]!r} is none of {', '.join(components)}")
         slots = self._slots is not None and not merged
         return Wanted(frozenset(components), component or denoiser(components), ignored, requantize, slots)
+
+
+def _counts_of(variant: CompiledVariant) -> set[int]:
+    full = [program for name, program in variant.programs.items() if not is_narrowed(name)]
+    return set.intersection(*(set(variant.narrowed(program)) for program in full)) if full else set()

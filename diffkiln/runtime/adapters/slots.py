@@ -2,6 +2,7 @@
 
 A slot keeps its adapter until another one needs the room, so what is used again costs a few numbers for each row. Which
 slot an adapter has in a call follows from the names of the call's adapters alone: in another slot a sum has other bits.
+Where the bundle has programs for fewer adapters, a call's are in the first slots, which are those that are computed.
 """
 
 from __future__ import annotations
@@ -99,12 +100,16 @@ class Slots:
 
     # -- what a call uses --
 
-    def use(self, rows: Sequence[Mix], loaded: Mapping[str, Adapter]) -> None:
+    def use(self, rows: Sequence[Mix], loaded: Mapping[str, Adapter], counts: Sequence[int] = ()) -> int:
         """Puts the adapters of a call into slots, and says how much each row uses of each.
 
         Args:
             rows: The mix of each row of the batch, in order; they are repeated for copies of the batch.
             loaded: All adapters, by name.
+            counts: Numbers of slots, less than all, which the call may compute alone.
+
+        Returns:
+            How many slots the call computes: the first so many.
 
         Raises:
             CallError: The call uses more adapters than there are slots.
@@ -112,15 +117,17 @@ class Slots:
         names = sorted({name for mix in rows for name in mix if mix[name]})
         self.check(names)
         mixes = tuple(tuple((name, mix[name]) for name in names if mix.get(name)) for mix in rows)
-        if mixes == self._current:
-            return
+        count = min((count for count in counts if count >= len(names)), default=self.count)
+        if (mixes, count) == self._current:
+            return count
         self._current = None
-        slots = slots_of(names, self.count)
+        slots = slots_of(names, count)
         for name, slot in slots.items():
             if self._held.get(slot) != name:
                 self._fill(slot, name, loaded[name].changes)
         self._tell(mixes, slots, loaded)
-        self._current = mixes
+        self._current = mixes, count
+        return count
 
     def check(self, names: Sequence[str]) -> None:
         """Raises `CallError` if a call uses more adapters than there are slots."""

@@ -14,6 +14,7 @@ from diffkiln.errors import ManifestInvalid
 from diffkiln.interpreter.layers import FUSED, Cast, FourBit, Int4, Int8, StorageFormat, first_row
 from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 from diffkiln.program import Module
+from diffkiln.program.narrowed import is_narrowed
 from diffkiln.runtime.tables import Entry, read_header
 
 #: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao;
@@ -134,10 +135,13 @@ def read_layers(verified: Verified, component: str) -> Layers:
 def without_unread(layers: Layers, module: Module | None) -> Layers:
     """Returns the layers with the slots of those alone whose slots every program reads that reads the layer.
 
-    Elsewhere an adapter would do nothing.
+    Elsewhere an adapter would do nothing. Programs that compute fewer slots run for calls that use fewer.
     """
     lacking: set[str] = set()
-    for name, program in (module.programs if module is not None else {}).items():
+    programs = module.programs if module is not None else {}
+    for name, program in programs.items():
+        if is_narrowed(name):
+            continue
         alone = replace(module, programs={name: program})  # type: ignore[type-var]
         read = {weight for weight, _ in alone.weight_types()}
         used = {weight.rpartition(".")[0].removesuffix(".weight") for weight in read}

@@ -105,7 +105,8 @@ def test_rows_have_adapters_of_their_own(slots, style, detail):
     rows = [{"style": 1.0}, {"style": -0.5, "detail": {"transformer.single_transformer_blocks": 0.5}}]
     mixed, plain = drawn(slots, adapters=rows), drawn(slots, adapters={})
     for index, mix in enumerate(rows):
-        assert torch.equal(mixed[index], drawn(slots, adapters=mix)[index])
+        alone = drawn(slots, adapters=mix)[index]  # of fewer slots, whose sums have other bits
+        assert float((mixed[index] - alone).abs().max()) < 1e-6
         assert not torch.equal(mixed[index], plain[index])
     assert torch.equal(drawn(slots, adapters=[{}, {"style": 1}])[0], plain[0])
     assert torch.equal(drawn(slots, adapters=[{"style": 1}, {"style": 1}]), drawn(slots, adapters={"style": 1}))
