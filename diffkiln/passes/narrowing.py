@@ -7,7 +7,6 @@ what they are multiplied by; a sum with zeros is its other operand, and what mad
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from diffkiln.errors import VerifyError
 from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 from diffkiln.program import CALL, REGION, Input, Module, Op, Program, Ref, TensorType, map_refs, refs, written_anew
 from diffkiln.program.inference import result_types
-from diffkiln.program.narrowed import is_narrowed, named_for
+from diffkiln.program.narrowed import full, named_for, narrowed_of
 from diffkiln.program.work import work_within
 from diffkiln.record.pipeline import Recording
 
@@ -66,10 +65,10 @@ def narrowed(recording: Recording, component: str, count: int, worth: float) -> 
     except VerifyError as error:
         raise ValueError(f"its programs cannot leave slots out: {error}") from error
     gains = [
-        _products(recording, calls[name], component) / max(_products(found, calls[twin], component), 1)
+        _products(recording, program, component) / max(_products(found, few, component), 1)
         for calls in found.calls
-        for name in calls
-        if (twin := named_for(name, count)) in calls
+        for name, program in full(calls).items()
+        if (few := narrowed_of(calls, name).get(count))
     ]
     return found if gains and max(gains) >= worth else recording
 
@@ -91,12 +90,13 @@ def _narrowed(recording: Recording, component: str, count: int) -> Recording:
     calls = []
     for programs in recording.calls:
         more = {}
-        for name in itertools.filterfalse(is_narrowed, programs):
+        for name, program in full(programs).items():
             twin = named_for(name, count)
-            before = programs.get(twin, programs[name])
-            program, _ = _rewritten(before, tuple(_Value(_type_of(item)) for item in before.inputs), {}, count, called)
-            if program != before:
-                more[twin] = replace(program, name=twin)
+            before = narrowed_of(programs, name).get(count, program)
+            given = tuple(_Value(_type_of(item)) for item in before.inputs)
+            few, _ = _rewritten(before, given, {}, count, called)
+            if few != before:
+                more[twin] = replace(few, name=twin, slots=count, instead_of=name)
         calls.append({**programs, **more})
     return replace(recording, calls=calls, modules={**recording.modules, component: inside.module})
 
@@ -116,7 +116,10 @@ class _Component:
 
     def program(self, name: str, given: _Given) -> tuple[str, _Given]:
         """Returns the name of a program that is given this, and what it gives."""
-        return self._of("program", name, given, self._programs)
+        found = self._of("program", name, given, self._programs)
+        if found[0] != name:
+            self._programs[found[0]] = replace(self._programs[found[0]], slots=self._count, instead_of=name)
+        return found
 
     def _region(self, op: Op, given: _Given) -> tuple[Op, _Given]:
         name, found = self._of("region", op.attrs["region"], given, self._regions)

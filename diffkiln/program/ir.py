@@ -169,7 +169,9 @@ class Program:
     {"args": […], "kwargs": {…}, "result": …} with `Ref`s for tensors, so that a region can stand in for its module.
     `batch` is "doubled" or "halved" for a component's program at another batch than its pipeline calls it with.
     `ahead` says that a call runs this program of a component before its denoising loop, a preamble.
-    `recorded_from` is the class of a region's block, where the region was recorded and not read.
+    `slots` says that the program computes so many of its layers' slots for adapters, in the place of the program
+    `instead_of`, which computes all. `recorded_from` is the class of a region's block, where the region was recorded
+    and not read.
     """
 
     name: str
@@ -181,6 +183,8 @@ class Program:
     signature: Mapping[str, Any] = field(default_factory=dict)
     batch: str = ""
     ahead: bool = False
+    slots: int | None = None
+    instead_of: str = ""
     recorded_from: str = field(default="", compare=False)
 
     @property

@@ -1,35 +1,28 @@
-"""Programs for calls that use fewer adapters than their layers have slots: beside the full ones, by their names."""
+"""Programs for calls that use fewer adapters than their layers have slots, beside the full ones."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from diffkiln.program.ir import Program
 
-_COUNT = re.compile(r"\.slots-(\d+)(\.\d+)?$")
-
 
 def named_for(name: str, count: int, taken: Iterable[str] = ()) -> str:
-    """Returns the name of a program for `count` adapters, of which `taken` are other programs' names."""
-    wish, number = f"{name}.slots-{count}", 1
-    others = set(taken)
-    while wish in others:
+    """Returns a name for the program that computes `count` slots in the place of another, none of the `taken` ones."""
+    wish, number, others = f"{name}.slots-{count}", 1, set(taken)
+    found = wish
+    while found in others:
         number += 1
-        wish = f"{name}.slots-{count}.{number}"
-    return wish
+        found = f"{wish}.{number}"
+    return found
 
 
-def is_narrowed(name: str) -> bool:
-    """Returns True for the name of a program for fewer adapters than there are slots."""
-    return _COUNT.search(name) is not None
+def full(programs: Mapping[str, Program]) -> dict[str, Program]:
+    """Returns the programs that compute all slots."""
+    return {name: program for name, program in programs.items() if program.slots is None}
 
 
 def narrowed_of(programs: Mapping[str, Program], name: str) -> dict[int, Program]:
-    """Returns the programs that do the same as the one of this name for so many adapters, the fewest first."""
-    found = {}
-    for other, program in programs.items():
-        match = _COUNT.search(other)
-        if match and other[: match.start()] == name:
-            found[int(match[1])] = program
+    """Returns the programs in the place of the one of this name, by the number of slots that they compute."""
+    found = {each.slots: each for each in programs.values() if each.slots is not None and each.instead_of == name}
     return dict(sorted(found.items()))

@@ -178,6 +178,8 @@ def program_to_json(program: Program) -> dict[str, Any]:
         data["texts"] = [dict(text) for text in program.texts]
     if program.ahead:
         data["ahead"] = True
+    if program.slots is not None:
+        data |= {"slots": program.slots, "instead_of": program.instead_of}
     if program.signature:
         data["signature"] = {key: arg_to_json(value) for key, value in program.signature.items()}
     return data
@@ -202,7 +204,9 @@ def program_from_json(data: Any) -> Program:
         signature = {key: arg_from_json(value) for key, value in data.get("signature", {}).items()}
         name = _is(str, data["name"])
         ahead = _is(bool, data.get("ahead", False))
-        return Program(name, inputs, ops, outputs, types, texts, signature, batch_of(name), ahead)
+        slots, full = _is(int | None, data.get("slots")), _is(str, data.get("instead_of", ""))  # type: ignore[arg-type]
+        batch = batch_of(name)
+        return Program(name, inputs, ops, outputs, types, texts, signature, batch, ahead, slots, full)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not a program: {type(error).__name__} {error}") from error
 

@@ -11,7 +11,7 @@ from diffkiln.errors import CallError, IntegrityError
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import dtype_of, type_of
 from diffkiln.program import REGION, Module, Program, Ref
-from diffkiln.program.narrowed import is_narrowed
+from diffkiln.program.narrowed import full
 from diffkiln.runtime.changes import Watch
 from diffkiln.runtime.engines import Engine, holds_weights
 
@@ -137,7 +137,7 @@ def plug_in(
         Those that were given; `watch` them when nothing more is done to the blocks.
     """
     regions: dict[str, dict[str, None]] = {}
-    for program in (program for name, program in recorded.programs.items() if not is_narrowed(name)):
+    for program in full(recorded.programs).values():
         for op in program.ops:
             # A region without a signature takes more than the block is given.
             known = (

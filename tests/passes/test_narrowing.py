@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,13 @@ import torch
 import diffkiln
 from diffkiln.compiler.check import check_with
 from diffkiln.compiler.compile import _recorded, _rewritten
+from diffkiln.errors import ManifestInvalid
 from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.narrowing import narrowed
 from diffkiln.program import CALL, REGION, Input, Module, Op, Program, Ref, TensorType
-from diffkiln.program.narrowed import is_narrowed, named_for, narrowed_of
+from diffkiln.program.narrowed import full, named_for, narrowed_of
+from diffkiln.program.serial import program_from_json, program_to_json
 from diffkiln.program.work import work_within
 from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import Recording
@@ -41,8 +42,7 @@ def flux(tmp_path_factory) -> Any:
 
 def test_calls_with_no_and_one_adapter_have_programs_of_their_own(flux):
     (calls,) = flux.calls
-    full = [name for name in calls if not is_narrowed(name)]
-    assert set(calls) == {named for name in full for named in (name, f"{name}.slots-0", f"{name}.slots-1")}
+    assert set(calls) == {name for each in full(calls) for name in (each, f"{each}.slots-0", f"{each}.slots-1")}
     products = [
         sum(work_within(calls[name], flux.modules, "transformer").flops.values())
         for name in ("call.slots-0", "call.slots-1", "call")
@@ -106,9 +106,9 @@ def test_a_bundle_as_diffusers_has_the_full_blocks(families, tmp_path):
         whole = diffkiln.load(bundle, as_diffusers=True)
     for block in (*whole.transformer.transformer_blocks, *whole.transformer.single_transformer_blocks):
         ((region, *_),) = block.forward._ways
-        assert not is_narrowed(region.name)
+        assert region.name in ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     with diffkiln.load(bundle) as pipe:
-        assert {is_narrowed(region) for _, region in pipe.executor.engines} == {True, False}
+        assert len(pipe.executor.engines) == 6
         assert float((drawn(whole, spec) - drawn(pipe, spec)).abs().max()) < 1e-5
 
 
@@ -183,7 +183,13 @@ def test_what_needs_all_slots_is_said():
 
 def test_names_that_are_taken_get_a_number():
     assert named_for("block", 1, ["block"]) == "block.slots-1"
-    assert named_for("block", 1, ["block.slots-1"]) == "block.slots-1.2"
-    assert is_narrowed("block.slots-1.2")
-    assert not is_narrowed("block.slots")
-    assert Path(named_for("call+negative", 0)).name == "call+negative.slots-0"
+    assert named_for("block", 1, ["block.slots-1", "block.slots-1.2"]) == "block.slots-1.3"
+
+
+def test_a_bundle_says_which_program_they_replace():
+    recording = line(*layer(), Op("aten.add.Tensor", (Ref("%x"), Ref("%added")), ("%y",)), types={**LAYER, "%y": X})
+    program = narrowed(recording, "c", 0, 1.0).modules["c"].programs["c.slots-0"]
+    again = program_from_json(program_to_json(program))
+    assert (again.slots, again.instead_of) == (program.slots, program.instead_of) == (0, "c")
+    with pytest.raises(ManifestInvalid, match="not a program"):
+        program_from_json(program_to_json(program) | {"slots": "none"})

@@ -18,7 +18,7 @@ from diffkiln.guards.printable import get_logger
 from diffkiln.guards.spelling import suggest
 from diffkiln.program import REGION, owner_of, weight_in
 from diffkiln.program.calls import follows_noise
-from diffkiln.program.narrowed import is_narrowed
+from diffkiln.program.narrowed import full
 from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
 from diffkiln.runtime.adapters.reading import Adapter, Wanted, read_adapter
@@ -274,5 +274,5 @@ class Shelf:
 
 
 def _counts_of(variant: CompiledVariant) -> set[int]:
-    full = [program for name, program in variant.programs.items() if not is_narrowed(name)]
-    return set.intersection(*(set(variant.narrowed(program)) for program in full)) if full else set()
+    counts = [set(variant.narrowed(program)) for program in full(variant.programs).values()]
+    return set.intersection(*counts) if counts else set()

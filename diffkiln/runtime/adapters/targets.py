@@ -14,7 +14,7 @@ from diffkiln.errors import ManifestInvalid
 from diffkiln.interpreter.layers import FUSED, Cast, FourBit, Int4, Int8, StorageFormat, first_row
 from diffkiln.interpreter.layers.slots import DOWN, FACTORS, UP
 from diffkiln.program import Module
-from diffkiln.program.narrowed import is_narrowed
+from diffkiln.program.narrowed import full
 from diffkiln.runtime.tables import Entry, read_header
 
 #: How a weight is stored: as it is used; as float8; as int8 with a scale a row, in the form of diffkiln or of torchao;
@@ -138,10 +138,7 @@ def without_unread(layers: Layers, module: Module | None) -> Layers:
     Elsewhere an adapter would do nothing. Programs that compute fewer slots run for calls that use fewer.
     """
     lacking: set[str] = set()
-    programs = module.programs if module is not None else {}
-    for name, program in programs.items():
-        if is_narrowed(name):
-            continue
+    for name, program in full(module.programs if module is not None else {}).items():
         alone = replace(module, programs={name: program})  # type: ignore[type-var]
         read = {weight for weight, _ in alone.weight_types()}
         used = {weight.rpartition(".")[0].removesuffix(".weight") for weight in read}
