@@ -28,6 +28,7 @@ GPU = "nvidia-h100-sxm"
 LINKS = {
     "NVLink, 450 GB/s": Link(450e9),
     "NVLink as NCCL reaches it, 370 GB/s": Link(370e9),
+    "the same, 6 µs": Link(370e9, 6e-6),
     "PCIe 5 x16, 63 GB/s": Link(63e9),
 }
 #: The share of the data sheet's arithmetic that products and attention reach.
@@ -35,12 +36,13 @@ SHARES = (1.0, 0.7)
 
 FLUX = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5}
 WAN = {"num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
-HOIST = [{"name": "hoist", "component": "transformer"}]
+ENCODERS = ["text_encoder", "text_encoder_2"]
 #: By name: the architecture, its inputs, passes, how processes share the call, and how many times as fast it shall be.
-CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, int], float]] = {
+CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any], float]] = {
     "flux-guidance": ("flux.1-dev", FLUX | {"call": {"true_cfg_scale": 3.0}}, [], {"guidance": 2}, 1.8),
     "flux-sequence": ("flux.1-dev", FLUX, [], {"sequence": 4}, 3.0),
-    "flux-sequence-hoist": ("flux.1-dev", FLUX, HOIST, {"sequence": 4}, 3.0),
+    "flux-sequence-first": ("flux.1-dev", FLUX, [], {"sequence": 4, "first": ENCODERS}, 3.0),
+    "flux-both": ("flux.1-dev", FLUX | {"call": {"true_cfg_scale": 3.0}}, [], {"guidance": 2, "sequence": 2}, 3.0),
     "wan-480p-guidance": ("wan2.1-t2v-14b", WAN | {"height": 480, "width": 832}, [], {"guidance": 2}, 1.8),
     "wan-480p-sequence": ("wan2.1-t2v-14b", WAN | {"height": 480, "width": 832}, [], {"sequence": 4}, 3.0),
     "wan-720p-guidance": ("wan2.1-t2v-14b", WAN | {"height": 720, "width": 1280}, [], {"guidance": 2}, 1.8),
@@ -48,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, int]
 }
 
 
-def spec(architecture: str, inputs: dict[str, Any], passes: list[dict[str, Any]], shared: dict[str, int]) -> Any:
+def spec(architecture: str, inputs: dict[str, Any], passes: list[dict[str, Any]], shared: dict[str, Any]) -> Any:
     return {
         "spec_version": 1,
         "source": {"architecture": architecture, "seed": 0},
@@ -90,14 +92,18 @@ def main() -> None:
         call = programs.get(key) or next(iter(programs.values()))
         times += rows(name, call, goal)
         alone, _ = call.clocks(ceilings(1.0), Link(450e9))
-        one, last = call.exchanged[0], call.exchanged[-1]
-        sent.append(
-            (name, f"{alone.step or 0:.4f}", f"{one.nbytes / 1e6:,.1f}", f"{one.count}", f"{last.nbytes / 1e6:,.1f}")
-        )
+        first, one, last = call.exchanged[0], call.exchanged[1], call.exchanged[-1]
+        held = [f"{size / 1e9:.1f}" for size in call.held]
+        amounts = [f"{each.nbytes / 1e6:,.1f}" for each in (first, one, last)]
+        sent.append((name, f"{alone.step or 0:.4f}", *amounts, f"{one.count}", *held))
     heads = ("case", "arithmetic", "link", "one, s", "several, s", "times", "exchanging, s", "share", "goal")
     print(table(heads, times))
     print()
-    print(table(("case", "a step on one, s", "MB sent in a step", "exchanges", "MB sent after the last"), sent))
+    heads = (
+        "case", "a step on one, s", "MB sent in the first step", "in another", "after the last", "exchanges of a step",
+        "GB of weights, first process", "each other",
+    )  # fmt: skip
+    print(table(heads, sent))
 
 
 if __name__ == "__main__":
