@@ -39,7 +39,7 @@ def test_guidance_on_two_processes_draws_what_one_draws(family, families, tmp_pa
     compare(shared(families, family, GUIDANCE), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl"])
+@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl", "lumina2", "cogvideox"])
 def test_a_sequence_on_two_processes_is_drawn_as_on_one(family, families, tmp_path):
     compare(shared(families, family, {"sequence": 2}), tmp_path)
 

@@ -74,3 +74,10 @@ def test_what_is_sent_is_what_the_attentions_exchange(families):
     assert step.count == 4 * 2 + 1
     assert step.nbytes == exchanged + 8 * 64 * 4
     assert (after.nbytes, after.count) == (0, 0)
+
+
+@pytest.mark.parametrize("family", ["lumina2", "cogvideox"])
+def test_repeated_heads_and_writes_to_some_of_the_tokens_are_shared(family, families):
+    """Lumina 2 repeats the heads of its keys; CogVideoX turns the tokens of the image alone, in a view of all."""
+    (programs,) = exchange_of(shared(families, family, TWO, 1)).values()
+    assert programs["call"][0].count > 0

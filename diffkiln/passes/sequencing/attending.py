@@ -120,14 +120,14 @@ def _brought(sharing: Sharing, values: Sequence[tuple[Ref, Layout]]) -> list[Ref
     given = [sharing.value(ref, layout) for ref, layout in values]
     for index, ref in enumerate(given):
         alike.setdefault(sharing.types[ref.name], []).append(index)
-    for type_, places in alike.items():
-        stem, result = values[places[0]][0].bare, _by_heads(sharing, values[places[0]][0])
-        sent, many = given[places[0]], len(places)
+    for type_, positions in alike.items():
+        stem, result = values[positions[0]][0].bare, _by_heads(sharing, values[positions[0]][0])
+        sent, many = given[positions[0]], len(positions)
         if many > 1:
-            together = tuple(given[at] for at in places)
+            together = tuple(given[at] for at in positions)
             sent = sharing.made("aten.cat.default", (together, _BATCH), _times(type_, many), f"%{stem}.together")
         whole = sharing.made(ALL_TO_ALL, (sent,), _times(result, many), f"%{stem}.heads", split=_HEADS, join=_TOKENS)
-        for number, at in enumerate(places):
+        for number, at in enumerate(positions):
             batch = result.shape[_BATCH]
             part = sharing.sliced(whole, _times(result, many), _BATCH, number * batch, batch) if many > 1 else whole
             found[at] = part

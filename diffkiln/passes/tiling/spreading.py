@@ -95,9 +95,9 @@ class _Spreading:
             for index, name in enumerate(found):
                 names = []
                 for other in range(count):
-                    place = other * len(found) + index
-                    is_named = last and place < len(wanted)
-                    names.append(wanted[place] if is_named else self._new(f"{own}.of", self.types[own]))
+                    rank = other * len(found) + index
+                    is_named = last and rank < len(wanted)
+                    names.append(wanted[rank] if is_named else self._new(f"{own}.of", self.types[own]))
                 yield Op(ALL_GATHER, (Ref(name),), tuple(names), attrs={"axis": axis, "count": count})
                 grown.append(names)
             found = [names[other] for other in range(count) for names in grown]
