@@ -39,7 +39,7 @@ def share_context(module: Any, name: str, count: int) -> None:
             "as_diffusers, or in one process"
         )
     try:
-        from diffusers import ContextParallelConfig
+        from diffusers.models._modeling_parallel import ContextParallelConfig
     except ImportError as error:
         raise Incompatible("this diffusers has no context parallelism. Install a newer one") from error
     device = next(iter(module.parameters())).device
