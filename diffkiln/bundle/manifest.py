@@ -112,6 +112,10 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _are_packages(value: Any) -> bool:
     """Returns True if `value` maps names of packages to version specifiers."""
     return _are_texts(value) and all(
@@ -171,6 +175,7 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
     "parallel": ("an object of the numbers of processes along guidance and sequence", _is_mesh),
+    "first": ("a list of components", _are_names),
     "cuda_graphs": ("step or program", lambda value: value in (None, "step", "program")),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from diffkiln.bundle import Bundle
     from diffkiln.compiler.built import Built
     from diffkiln.compiler.plan import Plan
+    from diffkiln.compiler.planning import SharedCall
     from diffkiln.passes.base import Pass
-    from diffkiln.program.exchange import Exchanged
     from diffkiln.program.schedule import Step
 
 
@@ -104,8 +104,8 @@ class Watch:
 _WORTH_SHOWING = 1_000_000_000
 
 
-#: What each process of several sends in each step, by the variant's name and the program's.
-Shared = Mapping[str, Mapping[str, "Sequence[Exchanged]"]]
+#: The calls of several processes, by the variant's name and the program's.
+Shared = Mapping[str, Mapping[str, "SharedCall"]]
 
 
 def print_plan(plan: Plan, shared: Shared | None = None) -> None:
@@ -121,17 +121,26 @@ def print_plan(plan: Plan, shared: Shared | None = None) -> None:
     for notice in plan.notices:
         show(_indented(f"note: {notice}", 0))
     for name, programs in (shared or {}).items():
-        for program, steps in programs.items():
-            most = max(steps, key=lambda step: step.nbytes)
+        for program, call in programs.items():
+            most = max(call.exchanged, key=lambda step: step.nbytes)
             what = f"each process sends {size_of(most.nbytes)} in a step, in {most.count} exchanges"
             show(_indented(f"{name}, {program}: {what}", 0))
+            show(_indented(f"{name}, {program}: {_held_line(call)}", 0))
+            for target, least in _least(plan, call).items():
+                show(_indented(f"{name}, {program}: {_least_line(target, call, least)}", 0))
     show("legal")
 
 
 def plan_json(plan: Plan, shared: Shared | None = None) -> Mapping[str, Any]:
-    sent = {} if shared is None else {"bytes_sent_in_each_step": _sent(shared)}
+    together: dict[str, Any] = {}
+    if shared is not None:
+        together = {
+            "bytes_sent_in_each_step": _of_calls(shared, lambda call: [step.nbytes for step in call.exchanged]),
+            "bytes_of_weights": _of_calls(shared, lambda call: dict(zip(("first", "others"), call.held, strict=True))),
+            "least_seconds": _of_calls(shared, lambda call: _least(plan, call)),
+        }
     return {
-        **sent,
+        **together,
         "pipeline": plan.source.class_name,
         "targets": [target.name for target in plan.targets],
         "components": {
@@ -157,11 +166,36 @@ def plan_json(plan: Plan, shared: Shared | None = None) -> Mapping[str, Any]:
     }
 
 
-def _sent(shared: Shared) -> Mapping[str, Mapping[str, list[int]]]:
-    return {
-        name: {program: [step.nbytes for step in steps] for program, steps in programs.items()}
-        for name, programs in shared.items()
-    }
+def _of_calls(shared: Shared, what: Callable[[SharedCall], Any]) -> dict[str, dict[str, Any]]:
+    return {name: {program: what(call) for program, call in programs.items()} for name, programs in shared.items()}
+
+
+def _least(plan: Plan, call: SharedCall) -> dict[str, dict[str, float]]:
+    """Returns the least seconds of a call on one GPU and on several, by target; of these the seconds of exchanges."""
+    from diffkiln.evaluate.ceilings import ceilings_of, link_of
+
+    found: dict[str, dict[str, float]] = {}
+    for target in plan.targets:
+        ceilings, link = ceilings_of(target), link_of(target)
+        if ceilings.flops and link is not None:
+            alone, together = call.clocks(ceilings, link)
+            found[target.name] = {"alone": alone.now, "together": together.now, "exchanging": together.exchanging}
+    return found
+
+
+def _held_line(call: SharedCall) -> str:
+    first, other = call.held
+    if first == other:
+        return f"each process holds {size_of(first)} of weights"
+    return f"the first process holds {size_of(first)} of weights, and each other {size_of(other)}"
+
+
+def _least_line(target: str, call: SharedCall, least: Mapping[str, float]) -> str:
+    alone, together, exchanging = least["alone"], least["together"], least["exchanging"]
+    return (
+        f"{target}: at least {alone:.3g} s on one, and {together:.3g} s on {call.mesh.size} ({alone / together:.2f} "
+        f"times as fast), {exchanging:.3g} s of them in exchanges"
+    )
 
 
 def print_built(built: Built, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffkiln.bundle import BundleWriter, write_receipt
+from diffkiln.bundle.manifest import PROCESSES
 from diffkiln.compiler.built import Built
 from diffkiln.compiler.calibrate import Metric, calibrate
 from diffkiln.compiler.check import (
@@ -43,7 +44,7 @@ from diffkiln.compiler.packing import (
     uses_of,
 )
 from diffkiln.compiler.plan import Plan
-from diffkiln.compiler.planning import check_memory, exchanged_calls, planned_calls
+from diffkiln.compiler.planning import SharedCall, check_memory, planned_calls, shared_calls
 from diffkiln.compiler.recover import recover
 from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
@@ -56,7 +57,6 @@ from diffkiln.guards.limits import Limits, applied
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.folder import IF_READ
 from diffkiln.passes import manager
-from diffkiln.program.exchange import Exchanged
 from diffkiln.program.planner import PlannedCall
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import of_fixed_length
@@ -182,17 +182,17 @@ def plan_memory_of(
 
 
 @gated()
-def exchange_of(
+def shared_calls_of(
     spec: SpecLike, *, base: str | Path | None = None, limits: Limits | None = None
-) -> dict[str, dict[str, list[Exchanged]]]:
-    """Counts what the processes of a spec's bundle send each other. No weight is read, and nothing is built.
+) -> dict[str, dict[str, SharedCall]]:
+    """Records the calls that the processes of a spec's bundle run together. No weight is read, and nothing is built.
 
     Args:
         spec, base, limits: as for `compile`. The spec's target has `parallel`.
 
     Returns:
-        By the variant's name and the program's: what each process sends in each step, in bytes, and last what it sends
-        after the last step.
+        By the variant's name and the program's: the call, of which can be asked what processes send each other, and
+        the least time that it takes in one process and in several.
 
     Raises:
         SpecError, IllegalPlan: as `check`.
@@ -202,7 +202,8 @@ def exchange_of(
     with applied(limits), quiet_libraries():
         with collection_paused():
             plan = _recorded(check_with(spec, base))
-        return exchanged_calls(_rewritten(plan))
+        own = tuple(item for item in plan.listed if PROCESSES not in item.step.features)
+        return shared_calls(_rewritten(plan), _rewritten(replace(plan, listed=own)))
 
 
 class _Trial:

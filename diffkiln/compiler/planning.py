@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.bundle.layout import UNUSED
@@ -11,15 +12,53 @@ from diffkiln.compiler.packing.uses import Uses, uses_of
 from diffkiln.compiler.packing.weights import groups_of
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import IllegalPlan, Problem
-from diffkiln.program import Program
+from diffkiln.program import CALL, Mesh, Module, Program, for_others
+from diffkiln.program.clocks import Clock, Link, clocks_of
 from diffkiln.program.exchange import Exchanged, exchanged
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
 from diffkiln.program.residency import TooSmall
+from diffkiln.program.work import Ceilings
 from diffkiln.runtime.memory import limit_of
 from diffkiln.spec import Target
 
 _WHERE = "$.runtime.offload"
+
+
+@dataclass(frozen=True)
+class SharedCall:
+    """A call that several processes run together, beside the same call in one process.
+
+    Attributes:
+        mesh: the processes.
+        call, modules: of each process.
+        alone, alone_modules: of one process.
+        weights: bytes of each component's weights.
+    """
+
+    mesh: Mesh
+    call: Program
+    modules: Mapping[str, Module]
+    alone: Program
+    alone_modules: Mapping[str, Module]
+    weights: Mapping[str, int]
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Returns the bytes of weights that the first process holds, and those that each other one holds."""
+        first, other = (_called(call) for call in (self.call, for_others(self.call)))
+        return sum(self.weights.get(name, 0) for name in first), sum(self.weights.get(name, 0) for name in other)
+
+    @property
+    def exchanged(self) -> list[Exchanged]:
+        """Returns what each process sends in each step, and last after the last step."""
+        return exchanged(self.call, self.modules)
+
+    def clocks(self, ceilings: Ceilings, link: Link) -> tuple[Clock, Clock]:
+        """Returns the virtual time of one process, and that of the last of several, on devices of these ceilings."""
+        (alone,) = clocks_of(self.alone, self.alone_modules, ceilings)
+        together = clocks_of(self.call, self.modules, ceilings, self.mesh, link)
+        return alone, max(together, key=lambda clock: clock.now)
 
 
 def check_memory(plan: Plan) -> None:
@@ -53,14 +92,25 @@ def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, 
         raise IllegalPlan(problems=[_too_small(error)]) from None
 
 
-def exchanged_calls(plan: Plan) -> dict[str, dict[str, list[Exchanged]]]:
-    """Returns what each process of several sends in the steps of each call, by the variant's name and the program's.
+def shared_calls(plan: Plan, alone: Plan) -> dict[str, dict[str, SharedCall]]:
+    """Returns each call of several processes, by the variant's name and the program's.
 
     Args:
         plan: recorded, its programs as the passes leave them.
+        alone: the same without the passes that share work among processes.
     """
-    modules = plan.recording.modules
-    return {name: {key: exchanged(call, modules) for key, call in calls.items()} for name, calls in _calls(plan)}
+    mesh = Mesh(plan.spec.parallel)
+    found: dict[str, dict[str, SharedCall]] = {}
+    for (name, calls), (_, others) in zip(_calls(plan), _calls(alone), strict=True):
+        found[name] = {
+            key: SharedCall(mesh, call, plan.recording.modules, others[key], alone.recording.modules, plan.bytes_after)
+            for key, call in calls.items()
+        }
+    return found
+
+
+def _called(call: Program) -> set[str]:
+    return {op.attrs["component"] for op in call.ops if op.name == CALL}
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:

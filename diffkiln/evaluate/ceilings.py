@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from diffkiln.program.clocks import Link
 from diffkiln.program.work import Ceilings
 from diffkiln.runtime import accelerator
 from diffkiln.spec import Target, find_gpu
@@ -20,6 +21,11 @@ def ceilings_of(target: Target) -> Ceilings:
     """Returns what a target can do at most; nothing is known of a CPU that is not here."""
     half = {16: target.half_flops} if target.half_flops else {}
     return Ceilings(half, target.memory_bandwidth, target.h2d_bandwidth)
+
+
+def link_of(target: Target) -> Link | None:
+    """Returns the link between several such GPUs of a machine; None for a CPU."""
+    return Link(target.peer_bandwidth) if target.peer_bandwidth else None
 
 
 def ceilings_here(device: torch.device, file: str | None = None) -> Ceilings:

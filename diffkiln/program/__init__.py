@@ -3,12 +3,14 @@
 from diffkiln.program.attention import KERNELS, NATIVE, PACKAGED, SDPA, kernel_of, read_attention
 from diffkiln.program.batches import is_rebatched
 from diffkiln.program.builder import Builder, caller_of, prune, rename, split_off, written_anew
+from diffkiln.program.first import for_others
 from diffkiln.program.ir import (
     ALL_GATHER,
     ALL_TO_ALL,
     ATTENTION,
     CALL,
     EXCHANGES,
+    FROM_FIRST,
     NOISE,
     OWN,
     REGION,
@@ -52,6 +54,7 @@ __all__ = [
     "ATTENTION",
     "CALL",
     "EXCHANGES",
+    "FROM_FIRST",
     "KERNELS",
     "NATIVE",
     "NOISE",
@@ -79,6 +82,7 @@ __all__ = [
     "dumps",
     "engine_types",
     "fingerprint",
+    "for_others",
     "is_rebatched",
     "kernel_of",
     "last_step",

@@ -113,6 +113,10 @@ class Builder:
             self.replace(at, change(op))
         return self
 
+    def ops_at(self, at: int) -> Sequence[Op]:
+        """Returns the operations that stand now in the place of one."""
+        return tuple(self._ops[at])
+
     def rename_result(self, at: int, name: str, wish: str) -> None:
         """Gives a result another name where it is made, and only there: what uses `name` waits for its new maker."""
         fresh = self._fresh(wish, self._types[name])

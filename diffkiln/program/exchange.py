@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from diffkiln.program.ir import ALL_GATHER, CALL, EXCHANGES, STEP, Module, Op, Program
+from diffkiln.program.ir import ALL_TO_ALL, CALL, EXCHANGES, STEP, Module, Op, Program
 from diffkiln.program.operators import nbytes
 
 
@@ -23,8 +23,9 @@ class Exchanged:
 def exchanged(call: Program, modules: Mapping[str, Module]) -> list[Exchanged]:
     """Returns what one process sends in each denoising step of a call, and last what it sends after the last step.
 
-    Every process sends as much. What is drawn once for all, which is noise, is not counted, nor is the check at the
-    beginning that all processes were asked for the same.
+    Every process sends as much, but for what the first one alone gives to all, which counts as well. What is drawn once
+    for all, which is noise, is not counted, nor is the check at the beginning that all processes were asked for the
+    same.
 
     Args:
         call: of a pipeline. One that does not mark its steps has one entry.
@@ -39,9 +40,9 @@ def exchanged(call: Program, modules: Mapping[str, Module]) -> list[Exchanged]:
 
 
 def sent(op: Op, program: Program) -> int:
-    """Returns the bytes that one process sends to others in an ALL_GATHER or ALL_TO_ALL operation."""
+    """Returns the bytes that one process, of FROM_FIRST the first one, sends to others in one of EXCHANGES."""
     count, size = op.attrs["count"], nbytes(program.types[op.args[0].name])  # type: ignore[union-attr]
-    return size * (count - 1) if op.name == ALL_GATHER else size // count * (count - 1)
+    return size // count * (count - 1) if op.name == ALL_TO_ALL else size * (count - 1)
 
 
 def _within(op: Op, program: Program, modules: Mapping[str, Module]) -> Iterator[Exchanged]:

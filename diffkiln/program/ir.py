@@ -19,9 +19,9 @@ from typing import Any
 #: Operations that are not ATen operators.
 CALL, REGION, NOISE, STEP, ATTENTION = "call", "region", "noise", "step_end", "attention"
 #: Operations of a program that several processes run together.
-OWN, SHARD, ALL_GATHER, ALL_TO_ALL = "own", "shard", "all_gather", "all_to_all"
+OWN, SHARD, ALL_GATHER, ALL_TO_ALL, FROM_FIRST = "own", "shard", "all_gather", "all_to_all", "from_first"
 #: Those in which processes exchange tensors, and all of them.
-EXCHANGES = frozenset({ALL_GATHER, ALL_TO_ALL})
+EXCHANGES = frozenset({ALL_GATHER, ALL_TO_ALL, FROM_FIRST})
 SHARED = EXCHANGES | {OWN, SHARD}
 
 
@@ -138,6 +138,7 @@ class Op:
     ALL_GATHER attrs {"axis", "count"}, args = (value,): gives the values of all processes of the axis, in their order
     ALL_TO_ALL attrs {"axis", "count", "split", "join"}, args = (value,): each process parts `split` in `count` equal
                parts, sends one to each, and joins those that it is given along `join`, in the order of the processes
+    FROM_FIRST attrs {"count"}, args = (value,): gives the first process's value to all `count` processes of the mesh
     """
 
     name: str

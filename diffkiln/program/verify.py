@@ -13,6 +13,7 @@ from diffkiln.program.ir import (
     ALL_TO_ALL,
     ATTENTION,
     CALL,
+    FROM_FIRST,
     NOISE,
     OWN,
     REGION,
@@ -81,6 +82,10 @@ def _count(value: Any) -> bool:
     return _index(value) and 1 < value <= MAX_COUNT
 
 
+def _processes(value: Any) -> bool:
+    return _index(value) and 1 < value <= MAX_COUNT**2
+
+
 _MESH: dict[str, Callable[[Any], bool]] = {"axis": _axis, "count": _count}
 _ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
     CALL: {"component": _text, "program": _text},
@@ -92,6 +97,7 @@ _ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
     SHARD: {**_MESH, "dim": _index},
     ALL_GATHER: _MESH,
     ALL_TO_ALL: {**_MESH, "split": _index, "join": _index},
+    FROM_FIRST: {"count": _processes},
 }
 _SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokens": {"text": _index, "key": _text},

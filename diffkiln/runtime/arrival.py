@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +27,7 @@ class Arrival:
         offload: the spec's offload policy as JSON, or None.
         progress: called with the number of bytes hashed or read since its last call.
         share: whether resident weights of a CPU are shared with other processes.
+        absent: components whose weights this process does not need.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Arrival:
         offload: Mapping[str, Any] | None,
         progress: Progress | None,
         share: bool = False,
+        absent: Collection[str] = (),
     ) -> None:
         self._verified, self._device, self._offload, self._share = verified, device, offload, share
+        self._groups = {name: rows for name, rows in verified.manifest.weights.items() if name not in absent}
         self._readers = Readers(progress)
         self._pool = ThreadPoolExecutor(1, "diffkiln-arrival")
         # In the load's own context, which holds its limits.
@@ -52,7 +55,7 @@ class Arrival:
             arena: the slots of weights that stream.
         """
         resident = self._resident.result()
-        groups = self._verified.manifest.weights
+        groups = self._groups
         return resident or WeightStore(self._verified, groups, self._device, offload, share=self._share, arena=arena)
 
     def __enter__(self) -> Arrival:
@@ -73,7 +76,7 @@ class Arrival:
     def _bring(self) -> WeightStore | None:
         resident = None
         if self._offload is None and self._device.type == "cpu":
-            groups = self._verified.manifest.weights
+            groups = self._groups
             readers, share = self._readers, self._share
             resident = WeightStore(self._verified, groups, self._device, None, readers=readers, share=share)
         self._verified.hash_rest(self._readers)

@@ -43,6 +43,22 @@ def check_call(program: Program, modules: Mapping[str, Module]) -> None:
     infer_types(program)
 
 
+def without(absent: Collection[str], modules: Mapping[str, Module], calls: Sequence[Program]) -> dict[str, Module]:
+    """Returns the components that a process holds, some of which are absent.
+
+    Raises:
+        ManifestInvalid: a call runs one of these.
+    """
+    for call in calls:
+        for op in call.ops:
+            if op.name == CALL and op.attrs["component"] in absent:
+                raise ManifestInvalid(
+                    f"program {call.name!r} runs {op.attrs['component']} in every process, and the manifest says that "
+                    "the first one alone does"
+                )
+    return {name: module for name, module in modules.items() if name not in absent}
+
+
 def check_stored(
     modules: Mapping[str, Module],
     calls: Sequence[Program],

@@ -31,6 +31,7 @@ from diffkiln.program import (
     why_unseen,
     why_whole,
 )
+from diffkiln.program.exchange import exchanged
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.residency import Residency
 from diffkiln.runtime.attention import packaged
@@ -204,6 +205,8 @@ class Executor:
             raise CallError("preview: there is something to show at the end of a step: ask in callback_on_step_end")
         if reason := why_unseen(run.call):
             raise CallError(f"preview: this pipeline's steps cannot be shown, since {reason}")
+        if self.group is not None and exchanged(run.call, self.modules)[-1].count:
+            raise CallError("preview: several processes decode an image together, and one cannot do so by itself")
         call = self._call(run.call)
         run_last = call.run.as_if_last if self.graphs is None else self.graphs.as_if_last
         # Within a limit of memory, the denoiser's weights make room for the decoder's.

@@ -33,7 +33,7 @@ from diffkiln.interpreter.aten import check_schemas
 from diffkiln.program import Mesh
 from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
-from diffkiln.runtime.checking import check_budget, check_stored
+from diffkiln.runtime.checking import check_budget, check_stored, without
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.current_device import current
 from diffkiln.runtime.engines import holds_weights
@@ -42,7 +42,15 @@ from diffkiln.runtime.graphs import check_addresses, graphs_for
 from diffkiln.runtime.memory import decided, limit_of, offload_policy
 from diffkiln.runtime.opening import open_engines, read_constants, read_json, read_modules, read_text, read_variant
 from diffkiln.runtime.pipeline import CompiledPipeline
-from diffkiln.runtime.processes import Group, check_mesh, check_started, local_rank, mesh_of
+from diffkiln.runtime.processes import (
+    Group,
+    absent_of,
+    check_mesh,
+    check_started,
+    is_one_of_several,
+    local_rank,
+    mesh_of,
+)
 from diffkiln.runtime.targets import check_device, device_for, fitting_targets
 from diffkiln.runtime.text import TextEnd
 
@@ -144,7 +152,7 @@ def _loaded(
     try:
         if trusted is not None and trusted.require_signature:
             require_signer(verified, trusted)
-        mesh = None if as_diffusers else mesh_of(verified.manifest)
+        mesh = mesh_of(verified.manifest) if not as_diffusers or is_one_of_several() else None
         device = device_for(verified.manifest, device if mesh is None else _own_device(mesh, verified.manifest, device))
         check_device(verified.manifest, device)
         with current(device):
@@ -197,7 +205,8 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
     chosen = device_for(manifest, device)
     graphs = graphs_for(manifest, chosen)
     offload = offload_policy(manifest, chosen, options.max_memory)
-    with Arrival(verified, chosen, offload, options.progress, options.share_weights) as arrival:
+    absent = absent_of(manifest, options.group)
+    with Arrival(verified, chosen, offload, options.progress, options.share_weights, absent) as arrival:
         modules = read_modules(verified)
         check_kernels(kernels_of(modules), chosen)
         check_schemas(read_json(verified, SCHEMAS))
@@ -207,8 +216,14 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
         check_budget(modules, calls, limits, chosen)
         every = [program for module in modules.values() for program in module.programs.values()]
         check_mesh(mesh_of(manifest), [*calls, *every])
+    if absent:
+        variants = [variant.for_others() for variant in variants]
+        calls = [program for variant in variants for program in variant.programs.values()]
+        modules = without(absent, modules, calls)
     # By now every file has been hashed, so native code may be loaded.
-    engines = open_engines(verified, modules, constants, chosen, options.allow_native, policy, options.check_engines)
+    engines = open_engines(
+        verified, modules, constants, chosen, options.allow_native, policy, options.check_engines, absent
+    )
     tf32: Any = manifest.runtime.get("tf32")
     kept = decided(verified, modules, offload, variants)
     check_addresses(graphs, kept.policy)

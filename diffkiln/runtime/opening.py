@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,18 @@ def open_engines(
     allow_native: bool,
     policy: Policy | None,
     check_engines: bool | None,
+    absent: Collection[str] = (),
 ) -> dict[tuple[str, str], Engine]:
-    """Opens the engines of the target that fits; none if the bundle may be replayed on other machines."""
+    """Opens the engines of the target that fits; none if the bundle may be replayed on other machines.
+
+    Those of `absent` components are left alone.
+    """
     manifest = verified.manifest
     if not manifest.engines:
         return {}
     try:
         target = choose_target(manifest, device, verified.targets)
-        rows = [row for row in manifest.engines if row.target == target]
+        rows = [row for row in manifest.engines if row.target == target and row.component not in absent]
         trials = Trials(verified, rows, modules, device, check_engines)
         permit = authorise_native(verified, allow_native, policy)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions

@@ -18,6 +18,7 @@ from diffkiln.program.images import IMAGES
 from diffkiln.runtime.given import is_prompt
 from diffkiln.runtime.graphs import WHOLE
 from diffkiln.runtime.opening import read_json
+from diffkiln.runtime.processes import mesh_of
 from diffkiln.runtime.variants import CompiledVariant, as_texts
 from diffkiln.serving.refusals import Refusal
 
@@ -58,6 +59,7 @@ class Offer:
         bundle_id: Of the bundle.
         variants: What it was compiled for.
         one_launch: Whether all steps are one CUDA graph.
+        processes: That run each call together.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Offer:
     class_name: str
     variants: tuple[CompiledVariant, ...]
     one_launch: bool = False
+    processes: int = 1
     _known: dict[str, Choice] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -146,6 +149,8 @@ class Offer:
         return Choice({**fixed, **asked}, batches, images, steps, self._unseen(first), frames)
 
     def _unseen(self, variant: CompiledVariant) -> str:
+        if self.processes > 1:
+            return "several processes run it together"
         return "all steps are one CUDA graph" if self.one_launch else why_unseen(variant.programs["call"])
 
     @property
@@ -176,7 +181,9 @@ def read_offer(path: str | os.PathLike[str], name: str) -> Offer:
         if not variants or any("call" not in variant.programs for variant in variants):
             raise ManifestInvalid(f"{name}: the bundle has no program of a call, so it cannot be served")
         one_launch = manifest.runtime.get("cuda_graphs") == WHOLE
-        return Offer(name, bundle.id, manifest.pipeline.class_name, tuple(variants), one_launch)
+        mesh = mesh_of(manifest)
+        count = 1 if mesh is None else mesh.size
+        return Offer(name, bundle.id, manifest.pipeline.class_name, tuple(variants), one_launch, count)
 
 
 def size_of(fixed: Mapping[str, Any]) -> str:

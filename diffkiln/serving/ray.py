@@ -23,15 +23,15 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from diffkiln.errors import DiffkilnError
+from diffkiln.errors import DiffkilnError, Incompatible, PeerLost
 from diffkiln.guards.printable import get_logger
-from diffkiln.runtime.loading import load
 from diffkiln.serving.app import Application
 from diffkiln.serving.entrance import App
 from diffkiln.serving.logs import set_up
 from diffkiln.serving.offer import Offer, read_offer
 from diffkiln.serving.orders import Accepted, Event, Finished, Order, Preview
 from diffkiln.serving.ray_metrics import RayMetrics
+from diffkiln.serving.ray_processes import load_together, processes_of
 from diffkiln.serving.refusals import Refusal, late
 from diffkiln.serving.service import LocalService
 from diffkiln.serving.settings import Settings, read_tokens
@@ -51,8 +51,8 @@ class Options(BaseModel):
         bundles: Name → folder, which every machine of the cluster must have, or address at the Hub.
         replicas: Processes with a pipeline; a pair is the fewest and the most, between which load decides.
         fronts: Processes that speak HTTP.
-        gpus: GPUs of a replica; a fraction shares one among several.
-        cpus: CPUs of a replica.
+        gpus: GPUs of a replica; a fraction shares one among several. Of a bundle for several processes: of each.
+        cpus: CPUs of a replica, or of each of its processes.
         ongoing: Requests in a replica at once, those in its pipeline included.
         queue: Requests that wait before a front at most; those beyond get 429.
         loaded: Bundles that a replica holds at once, where there are several.
@@ -101,6 +101,22 @@ class Options(BaseModel):
         if gpus > 1:
             raise ValueError("a replica runs on one GPU: give 1, or a fraction, so that several replicas share one")
         return gpus
+
+    @property
+    def processes(self) -> int:
+        """Returns the number of processes that run each call together.
+
+        Raises:
+            Incompatible: a bundle for several processes is not alone.
+        """
+        counts = {name: processes_of(path) for name, path in self.bundles.items()}
+        several = [name for name, count in counts.items() if count > 1]
+        if several and len(counts) > 1:
+            raise Incompatible(
+                f"{several[0]} runs in {counts[several[0]]} processes, which a replica has for one bundle. Serve it in "
+                "an application of its own"
+            )
+        return max(counts.values())
 
     def settings(self, **changed: Any) -> Settings:
         """Returns the limits that one process keeps."""
@@ -160,8 +176,10 @@ class Replica(ABC):
     def _open(self, path: str) -> LocalService:
         options = self._options
         opening = functools.partial(
-            load,
+            load_together,
             path,
+            cpus=options.cpus,
+            gpus=options.gpus,
             allow_native=options.allow_native,
             device=options.device,
             share_weights=options.share_weights,
@@ -235,7 +253,7 @@ class RayService:
                     accepted = accepted or isinstance(event, Accepted)
                     yield event
                 return
-            except _GONE as error:
+            except (*_GONE, PeerLost) as error:
                 log.warning("a replica is gone (%s); request %s is sent again", type(error).__name__, order.request)
             if asyncio.get_running_loop().time() > ends:
                 raise late()
@@ -278,6 +296,7 @@ def build(args: Options) -> serve.Application:
     """Returns a Ray Serve application; what a Serve configuration names as its `import_path`."""
     replica = cast(serve.Deployment, serve.deployment(replica_class(args.loaded))).options(
         name="Replica",
+        **_together(args),
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=args.ongoing,
         max_queued_requests=args.queue,
@@ -306,6 +325,15 @@ def replica_class(loaded: int) -> type[Replica]:
             return await self.opened(path)
 
     return Multiplexed
+
+
+def _together(args: Options) -> dict[str, Any]:
+    """Returns the place of a replica whose processes run each call together: one machine, a share for each of them."""
+    size = args.processes
+    if size == 1:
+        return {}
+    share = {name: amount for name, amount in (("CPU", args.cpus), ("GPU", args.gpus)) if amount}
+    return {"placement_group_bundles": [share] * size, "placement_group_strategy": "STRICT_PACK"}
 
 
 def _scale(args: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from diffkiln.errors import DiffkilnError
+from diffkiln.errors import DiffkilnError, PeerLost
 from diffkiln.serving.files import encode, preview_of
 from diffkiln.serving.loras import Loras
 from diffkiln.serving.metrics import Metrics
@@ -128,6 +128,8 @@ class LocalService:
             while missing:
                 event = await events.get()
                 if isinstance(event, Failed):
+                    if isinstance(event.error, PeerLost):  # the order can be carried out, but not here
+                        raise event.error
                     raise refusal_of(event.error) from event.error
                 if isinstance(event, Made):
                     missing -= 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffkiln.errors import DiffkilnError, OutOfMemory
+from diffkiln.errors import DiffkilnError, OutOfMemory, PeerLost
 from diffkiln.guards.gate import ours
 from diffkiln.guards.printable import get_logger
 from diffkiln.serving.loras import Loras
@@ -80,11 +80,17 @@ class Worker:
             self.pipe = pipe
             self._queue.slots = getattr(pipe, "adapter_slots", 0)
             self._loaded(None)
-            while rows := self._queue.take():
-                started = time.monotonic()
-                self._run(rows)
-                self._queue.done(len(rows), time.monotonic() - started)
+            try:
+                self._serve()
+            except PeerLost as error:  # each of its next calls would fail as well
+                log.error("the pipeline has ended: %s", error)
             self.pipe = None
+
+    def _serve(self) -> None:
+        while rows := self._queue.take():
+            started = time.monotonic()
+            self._run(rows)
+            self._queue.done(len(rows), time.monotonic() - started)
 
     def _run(self, rows: Sequence[Row]) -> None:
         try:
@@ -92,7 +98,7 @@ class Worker:
         except Abandoned:
             self._metrics.abandoned()
         except Exception as error:
-            if len(rows) > 1 and not isinstance(error, OutOfMemory):
+            if len(rows) > 1 and not isinstance(error, OutOfMemory | PeerLost):
                 for row in rows:  # the fault of one is not that of the others
                     if not row.job.left:
                         self._run([row])
@@ -102,11 +108,13 @@ class Worker:
             for row in rows:
                 row.job.tell(Failed(error))
                 row.job.leave()
+            if isinstance(error, PeerLost):
+                raise
 
     def _call(self, rows: Sequence[Row]) -> None:
         choice = rows[0].job.choice
         jobs = list(dict.fromkeys(row.job for row in rows))
-        watch = _Watch(rows, jobs)
+        watch = _Watch(rows, jobs, may_end=not self.pipe.bundle.manifest.runtime.get("parallel"))
         for job in jobs:
             self._metrics.phase("queue", watch.started - job.since)
         given = _given(rows, choice.fits(len(rows)))
@@ -132,20 +140,24 @@ class Worker:
 class _Watch:
     """Called at the end of each step of a call.
 
+    Args:
+        rows, jobs: Of the call.
+        may_end: Whether the call may end early. One process of several cannot end it for the others.
+
     Attributes:
         started, stepped: When the call began, and when its last step ended, of the monotonic clock.
         showing: Seconds that previews took.
     """
 
-    def __init__(self, rows: Sequence[Row], jobs: Sequence[Job]) -> None:
-        self._rows, self._jobs = rows, jobs
+    def __init__(self, rows: Sequence[Row], jobs: Sequence[Job], may_end: bool = True) -> None:
+        self._rows, self._jobs, self._may_end = rows, jobs, may_end
         self._showing = {step for job in jobs for step in job.shown}
         self.started = self.stepped = time.monotonic()
         self.showing = 0.0
 
     def __call__(self, pipe: Any, step: int, _timestep: float, _values: Mapping[str, Any]) -> dict[str, Any]:
         self.stepped = time.monotonic()
-        if all(job.left for job in self._jobs):
+        if self._may_end and all(job.left for job in self._jobs):
             raise Abandoned
         for job in self._jobs:
             if job.order.watched and not job.left:

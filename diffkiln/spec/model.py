@@ -170,15 +170,27 @@ class Parallel(Strict):
         default=1, description="Number of devices that share the tokens of an image or a video (Ulysses)."
     )
 
+    first: Annotated[tuple[Text, ...], Field(strict=False, max_length=16)] = Field(
+        default=(),
+        description="Components that the first process alone holds and runs, such as text encoders: it sends what they "
+        "give to the others.",
+    )
+    tiles: bool = Field(
+        default=False, description="Whether the tiles of a decoder are shared among all processes (pass `vae`)."
+    )
+
+    #: The fields that are numbers of processes.
+    axes: ClassVar = ("guidance", "sequence")
+
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if _size({name: given.get(name, 1) for name in cls.model_fields}) == 1:
+        if _size({name: given.get(name, 1) for name in cls.axes}) == 1:
             yield (), refuse("is one process", 'Remove it, or share the work, such as {"guidance": 2}')
 
     @property
     def counts(self) -> dict[str, int]:
         """Returns the processes along each axis that has several."""
-        return {name: count for name, count in self.model_dump().items() if count > 1}
+        return {name: count for name in self.axes if (count := getattr(self, name)) > 1}
 
 
 def _size(counts: Mapping[str, Any]) -> int | None:
@@ -273,7 +285,7 @@ def _miscounted(given: Mapping[str, Any]) -> Iterator[Conflict]:
         hint = 'Add "parallel", such as {"guidance": 2}; its product is the number of GPUs'
         yield ("gpus",), refuse(f"does not say how {count} GPUs share a call", hint)
     elif isinstance(shared, dict):
-        size = _size({name: shared.get(name, 1) for name in Parallel.model_fields})
+        size = _size({name: shared.get(name, 1) for name in Parallel.axes})
         if size is not None and size != count:
             hint = f'Set "gpus" to {size}, or change "parallel"'
             yield ("gpus",), refuse(f'is {count}, and "parallel" shares a call among {size} processes', hint)
@@ -468,6 +480,11 @@ class Spec(Strict):
         """Returns the processes along each axis that has several; nothing for one process."""
         first = self.targets[0].parallel
         return first.counts if first is not None else {}
+
+    @property
+    def shared(self) -> Parallel | None:
+        """Returns how several processes share a call; None for one process."""
+        return self.targets[0].parallel
 
     @property
     def variants(self) -> tuple[Inputs, ...]:

@@ -46,6 +46,8 @@ class Target:
     memory_bandwidth: float | None = None
     h2d_bandwidth: float | None = None
     """From host to GPU, one direction."""
+    peer_bandwidth: float | None = None
+    """From one such GPU to another of the machine, one direction."""
     half_flops: float | None = None
     """Additions and multiplications a second in tensor cores: operands of 16 bits, sums of 32, nothing sparse."""
     driver: str | None = None
@@ -146,6 +148,15 @@ _HALF_TFLOPS: dict[str, float] = {
     "nvidia-rtx-5090": 209.5,
 }
 
+# GB/s of NVLink in one direction, between any two GPUs of a machine whose board joins all of them. Data sheets, which
+# state both directions together. Other cards exchange over the slot.
+_NVLINK: dict[str, float] = {
+    "nvidia-a100-80gb-sxm": 300,
+    "nvidia-h100-sxm": 450,
+    "nvidia-h200": 450,
+    "nvidia-b200": 900,
+}
+
 # What the driver calls a card, where dropping the makers' words does not already lead to its name.
 _ALIASES = {
     "a100sxm440gb": "nvidia-a100-40gb",
@@ -169,6 +180,7 @@ def _gpu(name: str, capability: str, memory: float, bandwidth: float | None, lin
         memory_bytes=int(memory * 1e9),
         memory_bandwidth=bandwidth * 1e9 if bandwidth else None,
         h2d_bandwidth=link * 1e9,
+        peer_bandwidth=_NVLINK.get(name, link) * 1e9,
         half_flops=_HALF_TFLOPS[name] * 1e12 if name in _HALF_TFLOPS else None,
     )
 

@@ -17,7 +17,7 @@ from diffkiln.runtime.processes import Group, Pretended, check_mesh, shared_oper
 from diffkiln.runtime.processes.threads import in_threads
 from diffkiln.runtime.processes.watch import name_of
 from tests.parallel.processes import end, ended, start
-from tests.parallel.programs import MESH, SENT, light, wanted
+from tests.parallel.programs import MESH, SENT, SENT_BY_FIRST, light, wanted
 
 
 def test_a_mesh_names_the_processes_along_each_axis():
@@ -82,8 +82,8 @@ def test_threads_compute_what_one_process_would_and_send_what_is_predicted():
         assert all(map(torch.equal, found, wanted(value)))
         return group.sent
 
-    assert in_threads(Mesh(MESH), run) == [SENT] * 4
-    assert sum(sent(op, light()) for op in light().ops if op.name in EXCHANGES) == SENT
+    assert in_threads(Mesh(MESH), run) == [SENT + SENT_BY_FIRST, *[SENT] * 3]
+    assert sum(sent(op, light()) for op in light().ops if op.name in EXCHANGES) == SENT + SENT_BY_FIRST
 
 
 def test_an_error_in_one_thread_ends_the_others():
@@ -99,14 +99,14 @@ def test_an_error_in_one_thread_ends_the_others():
 def test_one_process_can_stand_for_all_where_types_alone_matter():
     group = Pretended(Mesh(MESH), 0)
     found = Interpreter(light(), special=shared_operations(group), paranoid=True)([torch.zeros(1, 4, 8)] * 2)
-    assert [tuple(item.shape) for item in found] == [(1, 4, 8)] * 2
+    assert [tuple(item.shape) for item in found] == [(1, 4, 8)] * 3
 
 
 @pytest.mark.more
 def test_200_runs_with_random_delays_end():
-    for code, output, errors in ended(start(4, "tests.parallel.light", "200")):
+    for rank, (code, output, errors) in enumerate(ended(start(4, "tests.parallel.light", "200"))):
         assert code == 0, errors
-        assert output == f"sent {200 * SENT}\n"
+        assert output == f"sent {200 * (SENT + (0 if rank else SENT_BY_FIRST))}\n"
 
 
 @pytest.mark.more

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import diffkiln
-from diffkiln.compiler.compile import exchange_of
+from diffkiln.interpreter.layers import decode_in_parts
 from diffkiln.program.mesh import Mesh
 from tests.exporters.regions import engine_cache
 from tests.parallel.processes import ROOT, ended, start
-from tests.parallel.specs import shared
+from tests.parallel.specs import exchange_of, shared, tiled
 from tests.passes.test_cache_schedule import draw, eager, keywords
 from tests.pipelines import WARNING_FILTERS
 
@@ -26,9 +26,9 @@ NEGATIVE = {"negative_prompt": "blurred"}
 GUIDANCE = {"guidance": 2}
 
 
-def drawn(bundle: Path, output: Path, made: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def drawn(bundle: Path, output: Path, made: dict[str, Any], count: int, **more: Any) -> list[dict[str, Any]]:
     """What each process draws, and the bytes that it sends."""
-    given = {key: value for key, value in keywords(made).items() if key != "output_type"} | NEGATIVE
+    given = {key: value for key, value in keywords(made).items() if key != "output_type"} | NEGATIVE | more
     for code, _, errors in ended(start(count, "tests.parallel.worker", str(bundle), str(output), json.dumps(given))):
         assert code == 0, errors
     return [torch.load(f"{output}.{rank}.pt") for rank in range(count)]
@@ -39,7 +39,7 @@ def test_guidance_on_two_processes_draws_what_one_draws(family, families, tmp_pa
     compare(shared(families, family, GUIDANCE), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl"])
+@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "sdxl", "lumina2", "cogvideox"])
 def test_a_sequence_on_two_processes_is_drawn_as_on_one(family, families, tmp_path):
     compare(shared(families, family, {"sequence": 2}), tmp_path)
 
@@ -55,16 +55,48 @@ def test_engines_of_the_parts_of_blocks_run_on_two_processes(families, tmp_path)
     compare(made, tmp_path, cache=engine_cache())
 
 
-def compare(made: dict[str, Any], folder: Path, **more: Any) -> None:
-    built = diffkiln.compile(made, folder / "bundle", **more)
+def test_tiles_are_shared_and_the_first_process_alone_encodes(families, tmp_path):
+    encoders = ["text_encoder", "text_encoder_2"]
+    made = tiled(families, {"guidance": 2, "sequence": 2, "tiles": True, "first": encoders})
+    first, *others = compare(made, tmp_path)
+    assert first["held"] == [*encoders, "transformer", "vae"]
+    assert [process["held"] for process in others] == [["transformer", "vae"]] * 3
+
+
+def test_diffusers_shares_the_tokens_in_its_own_way(families, tmp_path):
+    made = shared(families, "flux", {"sequence": 2})
+    built = diffkiln.compile(made, tmp_path / "bundle")
     wanted = draw(eager(made), made, **NEGATIVE)
+    for process in drawn(built.path, tmp_path / "drawn", made, 2, as_diffusers=True):
+        assert float((process["picture"] - wanted).abs().max()) <= 1e-5
+
+
+def test_diffusers_refuses_branches_of_guidance(families, tmp_path):
+    built = diffkiln.compile(shared(families, "flux", GUIDANCE), tmp_path / "bundle")
+    given = json.dumps({"as_diffusers": True})
+    for code, _, errors in ended(start(2, "tests.parallel.worker", str(built.path), str(tmp_path / "drawn"), given)):
+        assert code == 1
+        assert "diffusers has no way to run the branches of guidance on two" in errors
+
+
+def compare(made: dict[str, Any], folder: Path, **more: Any) -> list[dict[str, Any]]:
+    built = diffkiln.compile(made, folder / "bundle", **more)
+    pipe = eager(made)
+    if "tiles" in made["target"]["parallel"]:
+        decode_in_parts(pipe.vae, False, True, 32)
+    wanted = draw(pipe, made, **NEGATIVE)
     (programs,) = exchange_of(made).values()
     predicted = [step.nbytes for step in programs["call+negative"]]
     assert predicted[0] > 0
-    for process in drawn(built.path, folder / "drawn", made, Mesh(made["target"]["parallel"]).size):
+    processes = drawn(built.path, folder / "drawn", made, Mesh(made["target"]["parallel"]).size)
+    for rank, process in enumerate(processes):
         assert float((process["picture"] - wanted).abs().max()) <= 1e-5
+        if rank and "first" in made["target"]["parallel"]:
+            assert process["all"] < sum(predicted)
+            continue
         assert process["sent"] == predicted[:-1]
         assert process["all"] == sum(predicted)
+    return processes
 
 
 def test_engines_and_tables_run_on_two_processes(families, tmp_path):

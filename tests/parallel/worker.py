@@ -2,7 +2,8 @@
 
     python -m tests.parallel.worker BUNDLE OUTPUT KEYWORDS
 
-KEYWORDS is JSON. OUTPUT.<rank>.pt gets the picture, and the bytes that the process has sent in each step.
+KEYWORDS is JSON. OUTPUT.<rank>.pt gets the picture, the bytes that the process has sent in each step, and the names of
+the components whose weights it holds. With "as_diffusers": true it gets the picture alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import diffkiln
 
 def main(bundle: str, output: str, text: str) -> None:
     keywords = json.loads(text)
+    if keywords.pop("as_diffusers", False):
+        as_diffusers(bundle, output, keywords)
+        return
     pipe = diffkiln.load(bundle)
     sent: list[int] = []
 
@@ -29,8 +33,18 @@ def main(bundle: str, output: str, text: str) -> None:
     shown = {} if keywords.pop("unshown", False) else {"callback_on_step_end": step_end}
     result = pipe(**keywords, generator=generator, output_type="pt", **shown)
     picture = next(iter(result.values()))
-    torch.save({"picture": picture, "sent": sent, "all": pipe.executor.group.sent}, f"{output}.{pipe.rank}.pt")
+    held = sorted({component for component, _ in pipe.executor.store.groups})
+    found = {"picture": picture, "sent": sent, "all": pipe.executor.group.sent, "held": held}
+    torch.save(found, f"{output}.{pipe.rank}.pt")
     pipe.close()
+
+
+def as_diffusers(bundle: str, output: str, keywords: dict[str, Any]) -> None:
+    pipe = diffkiln.load(bundle, as_diffusers=True)
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(**keywords, generator=torch.Generator().manual_seed(5), output_type="pt")
+    torch.save({"picture": next(iter(result.values()))}, f"{output}.{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

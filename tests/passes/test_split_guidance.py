@@ -9,13 +9,13 @@ import torch
 
 import diffkiln
 from diffkiln.bundle import open_bundle
-from diffkiln.compiler.compile import check, exchange_of
+from diffkiln.compiler.compile import check
 from diffkiln.errors import CallError, IllegalPlan, Incompatible, SpecError
 from diffkiln.program import ALL_GATHER
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.processes import Group, mesh_of
 from diffkiln.runtime.processes.threads import in_threads
-from tests.parallel.specs import shared
+from tests.parallel.specs import exchange_of, shared
 from tests.passes.test_cache_schedule import draw, eager
 from tests.passes.test_guidance import called
 from tests.pipelines import WARNING_FILTERS

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from diffkiln.compiler.compile import check, exchange_of
+from diffkiln.compiler.compile import check
 from diffkiln.errors import IllegalPlan, PassError
 from diffkiln.passes.sequencing.layout import Layout
-from tests.parallel.specs import shared
+from tests.parallel.specs import exchange_of, shared
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -66,11 +66,18 @@ def test_tokens_that_do_not_divide_are_refused_with_the_numbers(families):
 
 
 def test_what_is_sent_is_what_the_attentions_exchange(families):
-    """FLUX: four blocks, each of which exchanges queries, keys, values and results [1, 48, 32], half of a half; and the
-    tokens of the result are gathered once."""
+    """FLUX: four blocks, each of which exchanges queries, keys, values and results [1, 48, 32], half of a half, the
+    first three at once; and the tokens of the result are gathered once."""
     (programs,) = exchange_of(shared(families, "flux", TWO, 1)).values()
     (step, after) = programs["call"]
     exchanged = 4 * 4 * (24 * 32 * 4 // 2)
-    assert step.count == 4 * 4 + 1
+    assert step.count == 4 * 2 + 1
     assert step.nbytes == exchanged + 8 * 64 * 4
     assert (after.nbytes, after.count) == (0, 0)
+
+
+@pytest.mark.parametrize("family", ["lumina2", "cogvideox"])
+def test_repeated_heads_and_writes_to_some_of_the_tokens_are_shared(family, families):
+    """Lumina 2 repeats the heads of its keys; CogVideoX turns the tokens of the image alone, in a view of all."""
+    (programs,) = exchange_of(shared(families, family, TWO, 1)).values()
+    assert programs["call"][0].count > 0

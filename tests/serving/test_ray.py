@@ -12,6 +12,8 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 
 import diffkiln
+from tests.parallel.specs import shared
 
 pytestmark = [
     pytest.mark.more,
@@ -139,6 +142,43 @@ def test_a_rolling_update_loses_no_request(ray, drawing, tmp_path):
         updating.result()
     assert len(statuses) >= 3
     assert set(statuses) == {200}, json.dumps(statuses)
+
+
+def others() -> list[int]:
+    """The processes that run calls together with a replica, by the title that Ray gives them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if file.read_bytes().startswith(b"ray::Process"):
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(families, tmp_path_factory) -> Path:
+    """A FLUX-like bundle whose tokens two processes share, and whose text encoder the first one alone runs."""
+    parallel = {"sequence": 2, "first": ["text_encoder_2"]}
+    return diffkiln.compile(shared(families, "flux", parallel), tmp_path_factory.mktemp("together") / "bundle").path
+
+
+def test_two_processes_are_one_replica_that_ray_starts_anew_if_one_ends(ray, families, together, tmp_path):
+    run({"digits": together}, replicas=1)
+    wanted = expected(diffkiln.compile(shared(families, "flux", {}), tmp_path / "alone").path, 4)
+    for seed in (0, 1):
+        assert abs(pixels(draw(seed)) - wanted[seed]).max() <= 1
+    (other,) = others()
+    os.kill(other, signal.SIGKILL)
+    for seed in (2, 3):
+        assert abs(pixels(draw(seed)) - wanted[seed]).max() <= 1
+    (new,) = others()
+    assert new != other
+
+
+def test_a_bundle_of_several_processes_is_alone_in_its_application(drawing, together):
+    from diffkiln.serving.ray import app
+
+    with pytest.raises(diffkiln.errors.Incompatible, match="one runs in 2 processes"):
+        app({"one": together, "two": drawing})
 
 
 def exported() -> str:

@@ -109,3 +109,8 @@ def test_cpu_levels_include_those_below():
     assert {"sse2", "cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"} <= v2
     assert v3 - v2 == {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
     assert v4 - v3 == {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def test_gpus_of_one_board_exchange_by_nvlink_and_others_over_the_slot():
+    assert GPUS["nvidia-h100-sxm"].peer_bandwidth == 450e9
+    assert GPUS["nvidia-rtx-4090"].peer_bandwidth == GPUS["nvidia-rtx-4090"].h2d_bandwidth

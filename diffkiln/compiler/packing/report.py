@@ -51,6 +51,8 @@ def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
             runtime[name] = value
     if plan.spec.parallel:
         runtime["parallel"] = plan.spec.parallel
+        if plan.spec.shared is not None and plan.spec.shared.first:
+            runtime["first"] = sorted(plan.spec.shared.first)
     if plan.recording.reason:
         runtime["only_diffusers"] = plan.recording.reason
     steps = [ran.listed.step for ran in plan.report]

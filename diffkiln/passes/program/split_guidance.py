@@ -10,6 +10,7 @@ import torch
 
 from diffkiln.bundle.manifest import PROCESSES
 from diffkiln.errors import Incompatible, Problem
+from diffkiln.models.context_parallel import processes_started
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, Restored, State
 from diffkiln.passes.caching import call_sites_of
 from diffkiln.passes.guiding import are_pairs, no_second_evaluation, part, rebatched, spread
@@ -78,6 +79,14 @@ class SplitGuidance(ProgramPass):
             raise Incompatible(
                 f"the engines of {component} are for one branch of guidance on each of two processes, and diffusers "
                 "runs both on one. Load the bundle without as_diffusers"
+            )
+
+    @classmethod
+    def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
+        if (count := processes_started()) > 1:
+            raise Incompatible(
+                f"{count} processes were started, and diffusers has no way to run the branches of guidance on two. "
+                "Load the bundle without as_diffusers, or in one process"
             )
 
     # -- the programs --

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from diffkiln.bundle.manifest import PROCESSES
 from diffkiln.errors import Incompatible, Problem
+from diffkiln.models.context_parallel import processes_started, share_context
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, Restored, State
 from diffkiln.passes.sequencing import share_module
 from diffkiln.program.mesh import SEQUENCE
@@ -82,6 +83,13 @@ class SplitSequence(ProgramPass):
                 f"the engines of {component} are for parts of its blocks and a share of the tokens, and diffusers runs "
                 "whole blocks. Load the bundle without as_diffusers"
             )
+
+    @classmethod
+    def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
+        """Has diffusers share the tokens in its own way, where several processes were started."""
+        if processes_started() > 1:
+            name = str(options["component"])
+            share_context(pipe.components[name], name, int(options["count"]))
 
     # -- the programs --
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffkiln.program import ALL_TO_ALL, ATTENTION, SHARD, Op, Ref, TensorType
 from diffkiln.program.mesh import SEQUENCE
 
 #: Of queries, keys and values [batch, heads, tokens, channels].
-_HEADS, _TOKENS = 1, 2
+_BATCH, _HEADS, _TOKENS = 0, 1, 2
 
 
 class Attending:
@@ -102,19 +103,40 @@ def _exchanged(sharing: Sharing, op: Op, own: Layout, keys: Layout) -> None:
     count, name = sharing.count, op.outputs[0]
     query, key, value = (arg for arg in op.args[:3] if isinstance(arg, Ref))
     mask = _mask(op)
-    brought = [
-        sharing.made(
-            ALL_TO_ALL, (sharing.value(ref, layout),), _by_heads(sharing, ref), f"%{ref.bare}.heads", split=1, join=2
-        )
-        for ref, layout in ((query, own), (key, keys), (value, keys))
-    ]
+    brought = _brought(sharing, [(query, own), (key, keys), (value, keys)])
     own_mask = None if mask is None else _own_mask(sharing, mask, own, keys)
     result = _by_heads(sharing, Ref(name))
     attended = f"{name}.heads"
     sharing.types[attended] = result
     sharing.ops.append(replace(_with(op, tuple(brought), own_mask), outputs=(attended,)))
-    attrs = {"axis": SEQUENCE, "count": count, "split": 2, "join": 1}
+    attrs = {"axis": SEQUENCE, "count": count, "split": _TOKENS, "join": _HEADS}
     sharing.add(Op(ALL_TO_ALL, (Ref(attended),), (name,), attrs=attrs), [own])
+
+
+def _brought(sharing: Sharing, values: Sequence[tuple[Ref, Layout]]) -> list[Ref]:
+    """Returns values with all tokens of own heads. Those of one type come in one exchange: each has a latency."""
+    found: dict[int, Ref] = {}
+    alike: dict[TensorType, list[int]] = {}
+    given = [sharing.value(ref, layout) for ref, layout in values]
+    for index, ref in enumerate(given):
+        alike.setdefault(sharing.types[ref.name], []).append(index)
+    for type_, positions in alike.items():
+        stem, result = values[positions[0]][0].bare, _by_heads(sharing, values[positions[0]][0])
+        sent, many = given[positions[0]], len(positions)
+        if many > 1:
+            together = tuple(given[at] for at in positions)
+            sent = sharing.made("aten.cat.default", (together, _BATCH), _times(type_, many), f"%{stem}.together")
+        whole = sharing.made(ALL_TO_ALL, (sent,), _times(result, many), f"%{stem}.heads", split=_HEADS, join=_TOKENS)
+        for number, at in enumerate(positions):
+            batch = result.shape[_BATCH]
+            part = sharing.sliced(whole, _times(result, many), _BATCH, number * batch, batch) if many > 1 else whole
+            found[at] = part
+    return [found[at] for at in range(len(values))]
+
+
+def _times(type_: TensorType, many: int) -> TensorType:
+    """Returns the type of so many values, one after the other along the batch."""
+    return replace(type_, shape=(type_.shape[_BATCH] * many, *type_.shape[1:]))
 
 
 def _by_heads(sharing: Sharing, ref: Ref) -> TensorType:

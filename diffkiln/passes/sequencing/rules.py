@@ -172,6 +172,15 @@ def expand(case: Case) -> Shared | None:
     return None if layout is None else _sized(case, layout.at(layout.dim + len(shape) - case.rank), shape)
 
 
+def repeat(case: Case) -> Shared | None:
+    """Copies along other dimensions than the shards'; the first repeats may be of new dimensions."""
+    repeats, layout = tuple(case.argument(1, "repeats")), case.layout
+    if layout is None:
+        return None
+    dim = layout.dim + len(repeats) - case.rank
+    return _alike(case, layout.at(dim)) if repeats[dim] == 1 else None
+
+
 def slice_(case: Case) -> Shared | None:
     dim, layout = case.axis(1), case.layout
     if layout is None:
@@ -238,22 +247,26 @@ def unflatten(case: Case) -> Shared | None:
 
 def as_strided(case: Case) -> Shared | None:
     """A view of a value whose elements lie in their order, with the value's own dimensions: strides before the shards'
-    dimension shrink with it."""
+    dimension shrink with it. It may have some of the segments alone, such as the tokens of an image after those of a
+    text."""
     scatter = case.op.name == "aten.as_strided_scatter.default"
     sizes, strides, offset = case.op.args[2:5] if scatter else (*case.op.args, 0)[1:4]
     layout, shape = case.layout, case.types[case.first.name].shape
-    if layout is None or len(sizes) != len(shape) or sizes[layout.dim] != layout.size:  # type: ignore[arg-type,index]
+    if layout is None or len(sizes) != len(shape):  # type: ignore[arg-type]
         return None
     inner = math.prod(shape[layout.dim + 1 :])
-    if strides[layout.dim] != inner or offset >= inner or any(s % layout.size for s in strides[: layout.dim]):  # type: ignore[index,operator]
+    start, rest = divmod(offset, inner)  # type: ignore[operator]
+    kept = layout.within(start, start + sizes[layout.dim])  # type: ignore[index,operator]
+    if kept is None or strides[layout.dim] != inner or any(s % layout.size for s in strides[: layout.dim]):  # type: ignore[index,operator]
         return None
+    offset = start // case.count * inner + rest
     small = tuple(size // case.count if dim == layout.dim else size for dim, size in enumerate(sizes))  # type: ignore[arg-type]
     steps = tuple(s // case.count if dim < layout.dim else s for dim, s in enumerate(strides))  # type: ignore[arg-type]
     given = {case.first.name: layout}
     if not scatter:
-        return Shared(given, [layout], (case.first, small, steps, offset))
+        return Shared(given, [kept], (case.first, small, steps, offset))
     source: Any = case.op.args[1]
-    return Shared({**given, source.name: layout}, [layout], (case.first, source, small, steps, offset))
+    return Shared({**given, source.name: kept}, [layout], (case.first, source, small, steps, offset))
 
 
 def linear(case: Case) -> Shared | None:
@@ -285,6 +298,7 @@ _GROUPS: list[tuple[Rule, str]] = [
     (unbind, "unbind.int"),
     (reshape, "reshape.default view.default _unsafe_view.default flatten.using_ints"),
     (expand, "expand.default"),
+    (repeat, "repeat.default"),
     (slice_, "slice.Tensor"),
     (split, "split_with_sizes.default"),
     (chunk, "chunk.default"),

@@ -215,7 +215,14 @@ class Shelf:
 
     def _check_reachable(self, adapter: Adapter) -> None:
         """Raises `CallError` if a layer has another name by now, or its weight is also elsewhere than in the store."""
-        check_moved(self._verified.manifest, {change.target.component for change in adapter.changes}, adapter.file)
+        changed = {change.target.component for change in adapter.changes}
+        check_moved(self._verified.manifest, changed, adapter.file)
+        first: Any = self._verified.manifest.runtime.get("first") or ()
+        if alone := sorted(changed & set(first)):
+            raise CallError(
+                f"load_lora: the first of several processes alone holds {alone[0]}, and {adapter.file} changes it. "
+                f'Compile without {alone[0]} in "first", add the adapter by the pass fuse_lora, or ignore its layers'
+            )
         # A text encoder reads all its layers still, and what it made of a fixed prompt was computed once.
         late = [row.target for row in adapter.changes if not row.target.used or self._encodes(row.target.component)]
         unread = {target.component: target.layer for target in late}

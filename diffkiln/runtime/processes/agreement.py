@@ -11,7 +11,7 @@ import torch
 
 from diffkiln.bundle import Manifest
 from diffkiln.errors import ManifestInvalid, PeerLost
-from diffkiln.program import SHARED, Mesh, Program
+from diffkiln.program import FROM_FIRST, SHARED, Mesh, Op, Program
 from diffkiln.runtime.processes.group import Group
 
 
@@ -29,14 +29,27 @@ def check_mesh(mesh: Mesh | None, programs: Iterable[Program]) -> None:
     """
     for program in programs:
         for op in program.ops:
-            if op.name in SHARED:
-                axis, count = op.attrs["axis"], op.attrs["count"]
-                found = mesh.count(axis) if mesh is not None else 1
-                if found != count:
-                    raise ManifestInvalid(
-                        f"program {program.name!r} shares {op.outputs[0]} among {count} processes along {axis}, and "
-                        f"the manifest names {found}"
-                    )
+            if op.name not in SHARED:
+                continue
+            count, found, along = op.attrs["count"], *_processes(op, mesh or Mesh({}))
+            if found != count:
+                raise ManifestInvalid(
+                    f"program {program.name!r} shares {op.outputs[0]} among {count} processes{along}, and the manifest "
+                    f"names {found}"
+                )
+
+
+def _processes(op: Op, mesh: Mesh) -> tuple[int, str]:
+    """Returns how many processes of a mesh share an operation, and along which axis in words."""
+    if op.name == FROM_FIRST:
+        return mesh.size, ""
+    return mesh.count(op.attrs["axis"]), f" along {op.attrs['axis']}"
+
+
+def absent_of(manifest: Manifest, group: Group | None) -> frozenset[str]:
+    """Returns the components that the first process alone holds, where this process is another one."""
+    first: Any = manifest.runtime.get("first")
+    return frozenset(first) if first and group is not None and group.rank else frozenset()
 
 
 def digest_of(program: Program, inputs: Sequence[Any]) -> bytes:

@@ -49,6 +49,12 @@ class Group(ABC):
         self.sent += sum(part.numel() * part.itemsize for index, part in enumerate(parts) if index != own)
         return self._exchange([part.contiguous() for part in parts], axis)
 
+    def by_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the first process's tensor, as `from_first` does, and counts what that one sends."""
+        if self.rank == 0:
+            self.sent += tensor.numel() * tensor.itemsize * (self.mesh.size - 1)
+        return self.from_first(tensor)
+
     @abstractmethod
     def _gather(self, tensor: torch.Tensor, axis: str) -> list[torch.Tensor]: ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from diffkiln.interpreter.aten import Special
-from diffkiln.program import ALL_GATHER, ALL_TO_ALL, OWN, SHARD, Op
+from diffkiln.program import ALL_GATHER, ALL_TO_ALL, FROM_FIRST, OWN, SHARD, Op
 from diffkiln.runtime.processes.group import Group
 
 _Run = Callable[..., Sequence[torch.Tensor]]
@@ -34,4 +34,7 @@ def shared_operations(group: Group | None) -> Mapping[str, Special]:
         axis, count, split, join = (op.attrs[name] for name in ("axis", "count", "split", "join"))
         return lambda value: [torch.cat(group.exchange(value.chunk(count, split), axis), join)]
 
-    return {OWN: own, SHARD: shard, ALL_GATHER: gather, ALL_TO_ALL: exchange}
+    def first(_op: Op) -> _Run:
+        return lambda value: [group.by_first(value)]
+
+    return {FROM_FIRST: first, OWN: own, SHARD: shard, ALL_GATHER: gather, ALL_TO_ALL: exchange}

@@ -15,6 +15,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
+def is_one_of_several() -> bool:
+    """Returns True if torchrun, or `diffkiln run`, has started this process as one of several."""
+    return all(name in os.environ for name in _VARIABLES) and number_of("WORLD_SIZE") > 1
+
+
 def check_started(mesh: Mesh) -> None:
     """Checks that this process was started as one of as many as a bundle needs.
 

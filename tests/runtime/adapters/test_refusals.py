@@ -183,6 +183,13 @@ def test_blocks_that_have_moved_up(pruned, style, eager, tmp_path):
             whole.load_lora_weights(style.parent, weight_name=style.name)
 
 
+def test_a_component_of_the_first_of_several_processes(pipe, eager, tmp_path, monkeypatch):
+    """The others hold no weights that could be changed, and a LoRA is for all or for none."""
+    monkeypatch.setitem(pipe.bundle.manifest.runtime, "first", ["text_encoder"])
+    encoder = adapter_of(tmp_path / "te.safetensors", {"text_encoder": eager.text_encoder}, ("q_proj",))
+    refused(pipe, encoder, "the first of several processes alone holds text_encoder, and te.safetensors changes it")
+
+
 def test_as_diffusers_never_leaves_out_what_was_fused(bundle, eager, style, tmp_path):
     """diffusers would add what it finds, proj_mlp, and say nothing of the projections."""
     with quiet_libraries():
