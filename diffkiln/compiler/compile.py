@@ -49,7 +49,7 @@ from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
 from diffkiln.compiler.weights import stream_weights
-from diffkiln.errors import RecordError, VerifyError
+from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
@@ -59,6 +59,7 @@ from diffkiln.passes import manager
 from diffkiln.program.exchange import Exchanged
 from diffkiln.program.planner import PlannedCall
 from diffkiln.record.constants import Constants
+from diffkiln.record.keywords import parameters_of
 from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
 from diffkiln.record.refusals import Refused
@@ -235,6 +236,10 @@ def _recorded(plan: Plan) -> Plan:
             if isinstance(error, Refused):  # as diffusers would, and so would a bundle that runs as diffusers
                 raise
             hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
+            if isinstance(error, DataDependent) and _follows_prompts(plan):
+                hint = (
+                    f'If the prompt decides it, say how many tokens prompts have: "prompt_tokens" in "inputs". {hint}'
+                )
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
         return _as_diffusers(plan, str(error))
     manager.check_recording(recording, plan.listed, plan.targets)
@@ -250,6 +255,12 @@ def _recorded(plan: Plan) -> Plan:
     )
 
 
+def _follows_prompts(plan: Plan) -> bool:
+    """Returns True if callers give prompts of any number of tokens."""
+    request = plan.requests[0]
+    return request.tokens is None and bool(request.prompts(parameters_of(plan.pipe), False))
+
+
 def _as_diffusers(plan: Plan, reason: str) -> Plan:
     notices = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
     return replace(plan, recording=Recording([], {}, Constants(), [], reason=reason)).noting(notices)
@@ -259,7 +270,7 @@ def _verified(plan: Plan, recorded: Plan) -> tuple[Plan, Verification]:
     """Returns the plan as it was recorded, if its programs give what the pipeline gives; else as `_recorded` does."""
     verification = Verification(recorded.pipe, recorded.recording)
     try:
-        verification.check_calls(recorded.requests)
+        verification.check_calls(recorded.recording.requests)
     except VerifyError as error:
         if plan.spec.runtime.on_unrecordable != "diffusers":
             raise

@@ -9,7 +9,7 @@ Whatever looks at pixels anywhere else stops the recording.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,6 +34,8 @@ def sizes_as_json(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
     """Returns sizes as a spec writes them."""
 
     def written(size: Any) -> Any:
+        if size is None:
+            return None
         if isinstance(size[0], int):
             return {"height": size[1], "width": size[0]}
         return [written(each) for each in size]
@@ -46,10 +48,11 @@ class ImageRecorder:
 
     Args:
         tape: where the tensors become marked inputs.
+        parts: of the pipeline, of which some prepare images for an encoder.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, parts: Iterable[Any] = ()) -> None:
+        self.tape, self._parts = tape, tuple(parts)
         self._made: dict[str, Sequence[Sentinel]] = {}
         self._now: list[Sentinel] | None = None  # those that a processor is at, from where their edits are done
 
@@ -79,12 +82,21 @@ class ImageRecorder:
         def encoded(processor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
             return self._encoded(encode, processor, images, *args, **kwargs)
 
+        def prepared(original: Callable[..., Any]) -> Callable[..., Any]:
+            """Records the method that `__call__` calls, too, as some pipelines call it themselves."""
+            return lambda processor, images, *args, **kwargs: self._encoded(
+                original, processor, images, *args, **kwargs
+            )
+
         with (
+            contextlib.ExitStack() as stack,
             mock.patch.object(BaseImageProcessor, "__call__", encoded),
             mock.patch.object(VaeImageProcessor, "preprocess", preprocessed),
             mock.patch.object(VaeImageProcessor, "pil_to_numpy", staticmethod(numbers)),
             mock.patch.object(VaeImageProcessor, "numpy_to_pt", staticmethod(tensor)),
         ):
+            for kind in {type(part) for part in self._parts if isinstance(part, BaseImageProcessor)}:
+                stack.enter_context(mock.patch.object(kind, "preprocess", prepared(kind.preprocess)))
             yield
 
     def pixels(self, image: Any) -> MarkedArray | None:

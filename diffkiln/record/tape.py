@@ -35,7 +35,22 @@ from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.nests import map_tensors, same_geometry, tensors_in
 from diffkiln.interpreter.portable import evaluate, portable_numpy
-from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, prune
+from diffkiln.program import (
+    EXPONENTIAL,
+    NORMAL,
+    UNIFORM,
+    Arg,
+    Device,
+    DType,
+    Input,
+    Layout,
+    MemoryFormat,
+    Op,
+    Program,
+    Ref,
+    TensorType,
+    prune,
+)
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
 from diffkiln.record.selecting import SELECTS, by_position
@@ -47,6 +62,15 @@ _READS = {
     "aten.equal.default",
     "aten.is_nonzero.default",
     "aten.allclose.default",
+}
+#: What draws noise, and from which distribution.
+_DRAWN = {
+    "randn": NORMAL,
+    "randn_like": NORMAL,
+    "rand": UNIFORM,
+    "rand_like": UNIFORM,
+    "uniform_": UNIFORM,
+    "multinomial": EXPONENTIAL,
 }
 _PAST_THE_DISPATCHER = ("tolist", "numpy")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
@@ -92,8 +116,9 @@ class Tape(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
         #: What `Tensor.numpy` gives of a marked tensor; None where it stops the recording.
         self.as_array: Callable[[torch.Tensor], Any] | None = None
-        #: Marked noise of a shape and a type, by a generator or without one; None where drawing stops the recording.
-        self.noise: Callable[[Any, torch.dtype | None, Any], torch.Tensor] | None = None
+        #: Marked noise of a shape and a type, by a generator or without one, of a distribution; None where drawing
+        #: stops the recording.
+        self.noise: Callable[[Any, torch.dtype | None, Any, str], torch.Tensor] | None = None
         #: The first seed of the caller's generator, by which it is known. What others draw is the same in every call.
         self.callers_seed: int | None = None
         for name, tensor in weights:
@@ -197,8 +222,10 @@ class Tape(TorchDispatchMode):
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(is_traceable_wrapper_subclass(t) for t in tensors_in((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
-        if self.noise is not None and func._opname in ("randn", "randn_like"):
-            return self._drawn(self.noise, func, args, kwargs)
+        if self.noise is not None and func._opname in _DRAWN:
+            found = self._drawn(self.noise, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
             self._refuse_randomness(func, args)
             return evaluate(func, args, kwargs)
@@ -222,12 +249,36 @@ class Tape(TorchDispatchMode):
         self, noise: Callable[..., torch.Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records noise that is drawn past diffusers' function, and evaluates that of a generator made for it."""
-        generator = kwargs.get("generator")
+        name, names = func._opname, [item.name for item in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        generator = given.get("generator")
         if generator is not None and generator.initial_seed() != self.callers_seed:
-            return evaluate(func, args, kwargs)
-        alike = func._opname == "randn_like"
+            return NotImplemented if self._touches_marked(args, kwargs) else evaluate(func, args, kwargs)
+        if name == "multinomial":
+            return self._chosen(noise, given["self"], given["num_samples"], generator)
+        if name == "uniform_":
+            return self._filled(noise, given["self"], (given.get("from", 0.0), given.get("to", 1.0)), generator)
+        alike = name.endswith("_like")
         dtype = kwargs.get("dtype") or (args[0].dtype if alike else None)
-        return noise(args[0].shape if alike else args[0], dtype, generator)
+        return noise(args[0].shape if alike else args[0], dtype, generator, _DRAWN[name])
+
+    def _chosen(self, noise: Callable[..., torch.Tensor], weights: torch.Tensor, count: int, generator: Any) -> Any:
+        """Records the choice of one of several by their weights as torch makes it: the greatest of them, each divided
+        by exponential noise."""
+        if count != 1:
+            return NotImplemented
+        drawn = noise(weights.shape, weights.dtype, generator, EXPONENTIAL)
+        odds = self._dispatched(torch.ops.aten.div.Tensor, (weights, drawn), {})
+        return self._dispatched(torch.ops.aten.argmax.default, (odds, -1, True), {})
+
+    def _filled(
+        self, noise: Callable[..., torch.Tensor], target: torch.Tensor, ends: tuple[float, float], generator: Any
+    ) -> Any:
+        """Records a tensor that is filled with uniform noise."""
+        if ends != (0.0, 1.0):
+            return NotImplemented
+        self._store(target, noise(target.shape, target.dtype, generator, UNIFORM))
+        return target
 
     def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Records a library's composite operator as the operators that it consists of."""

@@ -1,0 +1,100 @@
+"""Pipelines whose shapes follow the prompt's length, with a variant for each length that the spec names."""
+
+import pytest
+
+import diffkiln
+from diffkiln.errors import CallError, DataDependent, RecordError, SpecError
+from diffkiln.interpreter.quiet import quiet_libraries
+from tests.coverage.calls import CALLS
+from tests.coverage.calls.measure import TOLERANCE, spec_of
+from tests.families.test_fixed_lengths import difference
+from tests.pipelines import WARNING_FILTERS
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
+
+FAMILY = "dream_lite"
+SHORT, LONG, OTHER = "a fox", "a red fox in the snow", "a red fox in deep snow at night"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny pipeline's spec, and the number of tokens of a prompt."""
+    root = tmp_path_factory.mktemp(FAMILY)
+    with quiet_libraries():
+        pipe = CALLS[FAMILY].build()
+        pipe.save_pretrained(root / "model", safe_serialization=True)
+    tokenizer = getattr(pipe, "processor", None) or pipe.tokenizer
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+
+    def count(text):
+        return len(tokenizer(text).input_ids) - len(tokenizer("").input_ids)
+
+    return spec_of(CALLS[FAMILY], root / "model"), count, root
+
+
+@pytest.fixture(scope="module")
+def both(saved):
+    """diffusers' own pipeline, the compiled one, and the keywords of both."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    spec, count, root = saved
+    lengths = {"prompt_tokens": [count(SHORT), count(LONG)], "negative_prompt_tokens": count(SHORT)}
+    built = diffkiln.compile(spec | {"inputs": spec["inputs"] | lengths}, root / "bundle")
+    with quiet_libraries():
+        reference = DiffusionPipeline.from_pretrained(root / "model")
+    reference.set_progress_bar_config(disable=True)
+    given = {key: value for key, value in spec["inputs"].items() if key != "call"} | spec["inputs"]["call"]
+    with diffkiln.load(built.path) as pipe:
+        yield reference, pipe, given
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG])
+def test_equals_diffusers_for_prompts_of_each_length(both, prompt):
+    assert difference(*both, prompt=prompt) <= TOLERANCE
+
+
+def test_equals_diffusers_for_a_negative_prompt_of_its_length(both):
+    assert difference(*both, prompt=LONG, negative_prompt="the snow") <= TOLERANCE
+
+
+def test_a_prompt_of_another_length_is_refused_with_the_lengths_that_there_are(both, saved):
+    _, pipe, given = both
+    count = saved[1]
+    told = f"prompt: {count(OTHER)} tokens. The bundle takes {count(SHORT)}, {count(LONG)}. Add {count(OTHER)} to"
+    with pytest.raises(CallError, match=told):
+        pipe(prompt=OTHER, **given)
+
+
+def test_a_negative_prompt_of_another_length_is_refused(both):
+    _, pipe, given = both
+    with pytest.raises(CallError, match=r"negative_prompt: .* Add .* to 'negative_prompt_tokens'"):
+        pipe(prompt=SHORT, negative_prompt=LONG, **given)
+
+
+def test_without_lengths_the_error_says_what_to_write(saved):
+    spec, _, root = saved
+    with pytest.raises(DataDependent, match='say how many tokens prompts have: "prompt_tokens" in "inputs"'):
+        diffkiln.compile(spec, root / "none")
+
+
+def test_lengths_of_a_pipeline_that_pads_its_prompts_are_refused(tmp_path):
+    with quiet_libraries():
+        CALLS["sd"].build().save_pretrained(tmp_path / "model", safe_serialization=True)
+    spec = spec_of(CALLS["sd"], tmp_path / "model")
+    with pytest.raises(RecordError, match='Remove "prompt_tokens" from the inputs'):
+        diffkiln.compile(spec | {"inputs": spec["inputs"] | {"prompt_tokens": 4}}, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ({"negative_prompt_tokens": 3}, "stands beside prompt_tokens alone"),
+        ({"prompt_tokens": list(range(1, 30)), "negative_prompt_tokens": list(range(10))}, "256 are the most"),
+        ({"prompt_tokens": [3, 3]}, "repeats"),
+        ({"prompt_tokens": -1}, "prompt_tokens"),
+    ],
+)
+def test_lengths_that_make_no_sense_are_refused(saved, lengths, told):
+    spec, _, _ = saved
+    with pytest.raises(SpecError, match=told):
+        diffkiln.check(spec | {"inputs": spec["inputs"] | lengths})
