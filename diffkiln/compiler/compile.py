@@ -240,6 +240,10 @@ def _recorded(plan: Plan) -> Plan:
                 hint = (
                     f'If the prompt decides it, say how many tokens prompts have: "prompt_tokens" in "inputs". {hint}'
                 )
+            if keyword := _remembers(plan):
+                hint = (
+                    f'The call keeps what it computed for later steps: set "{keyword}" to false in inputs.call. {hint}'
+                )
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
         return _as_diffusers(plan, str(error))
     manager.check_recording(recording, plan.listed, plan.targets)
@@ -259,6 +263,13 @@ def _follows_prompts(plan: Plan) -> bool:
     """Returns True if callers give prompts of any number of tokens."""
     request = plan.requests[0]
     return request.tokens is None and bool(request.prompts(parameters_of(plan.pipe), False))
+
+
+def _remembers(plan: Plan) -> str:
+    """Returns the keyword by which the call keeps keys and values from step to step, if it does; "" if not."""
+    parameter = parameters_of(plan.pipe).get("use_kv_cache")
+    kept = parameter is not None and plan.requests[0].fixed.get(parameter.name, parameter.default)
+    return parameter.name if parameter is not None and kept else ""
 
 
 def _as_diffusers(plan: Plan, reason: str) -> Plan:

@@ -54,6 +54,7 @@ from diffkiln.program import (
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
 from diffkiln.record.selecting import SELECTS, by_position
+from diffkiln.record.shadows import Shadow, moved
 
 #: Operators that turn a value into a Python number or choose a shape by it.
 _READS = {
@@ -121,6 +122,10 @@ class Tape(TorchDispatchMode):
         self.noise: Callable[[Any, torch.dtype | None, Any, str], torch.Tensor] | None = None
         #: The first seed of the caller's generator, by which it is known. What others draw is the same in every call.
         self.callers_seed: int | None = None
+        #: Tells of two texts, by their places, whether they are made of one prompt by one tokenizer.
+        self.same_prompt: Callable[[int, int], bool] | None = None
+        #: What is known of tokens, by the id of their tensor.
+        self.shadows: dict[int, Shadow] = {}
         for name, tensor in weights:
             self._bind(tensor, f"@{name}")
 
@@ -237,6 +242,10 @@ class Tape(TorchDispatchMode):
                 return result
         if name in _READS:
             return self._read(name, args)
+        if name == "aten.eq.Scalar" and (shadow := self.shadows.get(id(args[0]))) is not None:
+            known = shadow.equal(args[1])
+            if known is not None:
+                return known
         if name in SELECTS:
             func, name, args, kwargs = by_position(func, name, args, kwargs, self.is_marked)
         if name in _IDENTITY_WHEN_EVAL:
@@ -306,7 +315,20 @@ class Tape(TorchDispatchMode):
         name = "aten.reshape.default" if name in RESHAPES else name
         self._check_allowed(name)
         self.emit(name, self.value(args), outputs, {key: self.value(arg) for key, arg in kwargs.items()})  # type: ignore[arg-type]
+        if self.shadows:
+            self._cast_shadows(func, args, kwargs, outputs)
         return result
+
+    def _cast_shadows(self, func: Any, args: Any, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]) -> None:
+        """Notes what is known of tokens that an operation only moves."""
+        name = f"{func.namespace}.{func._opname}.{func._overloadname}" if hasattr(func, "_opname") else ""
+        found = moved(func, name, args, kwargs, self._shadow_of)
+        for tensor, shadow in zip(outputs, found if isinstance(found, list) else [found], strict=False):
+            if shadow is not None:
+                self.shadows[id(tensor)] = shadow
+
+    def _shadow_of(self, tensor: torch.Tensor) -> Shadow | None:
+        return self.shadows.get(id(tensor))
 
     def _write_in_place(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Records the functional form of an operator such as `add_`, and the storage's new content."""
@@ -340,7 +362,19 @@ class Tape(TorchDispatchMode):
     def _read(self, name: str, args: tuple[Any, ...]) -> Any:
         if name == "aten.equal.default" and args[0].shape != args[1].shape:
             return False
+        if name == "aten.equal.default" and self._are_cuts_of_one_prompt(*args):
+            return True
         raise self._data_dependent(name)
+
+    def _are_cuts_of_one_prompt(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        """Returns True for the tokens of one prompt with and without a cut, which pipelines compare to warn of it.
+
+        Whatever else they do then shows when the recording is verified, with prompts of both kinds.
+        """
+        sources = {item.name: item.source for item in self.inputs}
+        found = [sources.get(self._names.get(id(tensor), ("", 0))[0], {}) for tensor in (first, second)]
+        alike = all(source.get("kind") == "tokens" for source in found) and found[0]["key"] == found[1]["key"]
+        return alike and self.same_prompt is not None and self.same_prompt(found[0]["text"], found[1]["text"])
 
     # -- values, constants, storages --
 

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.guards.limits import active
 from diffkiln.interpreter.aten import type_of
-from diffkiln.program.text_rules import TRANSFORMS
+from diffkiln.program.text_rules import COUNTED, TRANSFORMS
 from diffkiln.record.counted import Counted
+from diffkiln.record.shadows import UNKNOWN, Shadow
 from diffkiln.record.tape import Tape
 from diffkiln.record.tokens import tokens_of
 
@@ -102,6 +103,7 @@ class TextRecorder:
         self.counted = counted
         self.texts: list[dict[str, Any]] = []
         self.forbidden: dict[str, str] = {}
+        tape.same_prompt = self._same_prompt
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -162,11 +164,14 @@ class TextRecorder:
         with _disable_current_modes():
             entry, mask = counted.fixed(entry, count, kwargs)
         self.texts.append(entry)
+        shadow = self._shadow(entry, mask, tokenizer, original)
         for key, tensor in list(encoding.items()):
             if key == "attention_mask" and isinstance(tensor, torch.Tensor):
                 encoding[key] = mask.to(tensor.dtype)
             elif isinstance(tensor, torch.Tensor) and tensor.shape[:1] == mask.shape[:1] and tensor.ndim == mask.ndim:
                 encoding[key] = self._mark(tensor.new_zeros(mask.shape), key, len(self.texts) - 1)
+                if key == "input_ids" and shadow is not None:
+                    self.tape.shadows[id(encoding[key])] = shadow
             elif isinstance(tensor, list) and key in ("input_ids", "attention_mask"):
                 rows = self._rows(key, mask)
                 encoding[key] = rows if tensor and isinstance(tensor[0], list) else rows[0]
@@ -174,12 +179,45 @@ class TextRecorder:
                 encoding[key] = self._mark(tensor, key, len(self.texts) - 1)
         return encoding
 
+    def _shadow(
+        self, entry: dict[str, Any], mask: torch.Tensor, tokenizer: Any, original: Callable[..., Any]
+    ) -> Shadow | None:
+        """Returns what is known of the tokens: those before and after each prompt. None where a text is cut."""
+        added = tokenizer.get_added_vocab()
+        words = {number: word for word, number in added.items()}
+
+        def is_mark(number: int) -> bool:
+            if number not in words:
+                return False
+            entry["marks"] = sorted({*entry.get("marks", ()), words[number]})
+            return True
+
+        def tokens(text: str) -> list[int]:
+            return original(tokenizer, text, add_special_tokens=entry["add_special_tokens"])["input_ids"]
+
+        with _disable_current_modes():
+            rows = []
+            for row, total in zip(entry["rows"], entry[COUNTED], strict=True):
+                before, after = (tokens(row.get(side, "")) for side in ("prefix", "suffix"))
+                if "text" in row:
+                    before, after = tokens(row["text"]), []
+                if len(before) + len(after) > total or (entry["cut"] is not None and total >= entry["cut"]):
+                    return None
+                content = [*before, *[UNKNOWN] * (total - len(before) - len(after)), *after]
+                padding = [entry["pad_id"]] * (mask.shape[1] - total)
+                rows.append([*content, *padding] if entry["padding_side"] == "right" else [*padding, *content])
+            return Shadow(torch.tensor(rows, dtype=torch.int64), is_mark)
+
     def _rows(self, key: str, mask: torch.Tensor) -> list[Any]:
         """Returns the tokens of each text, or their mask, as lists."""
         if key == "attention_mask":
             return mask.tolist()
         ids = self._mark(torch.zeros_like(mask), key, len(self.texts) - 1)
         return [tokens_of(ids[row]) for row in range(ids.shape[0])]
+
+    def _same_prompt(self, first: int, second: int) -> bool:
+        one, other = self.texts[first], self.texts[second]
+        return all(one[key] == other[key] for key in ("tokenizer", "rows", "transforms", "max_length", "padding"))
 
     def _mark(self, tensor: Any, key: str, text: int) -> Any:
         if not isinstance(tensor, torch.Tensor):

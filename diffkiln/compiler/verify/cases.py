@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Lengths:
 
     def __init__(self, end: TextEnd, programs: Mapping[str, Program]) -> None:
         self._end = end
+        self._fitted: dict[tuple[str, str], str] = {}
         self._texts = [text for program in programs.values() for text in program.texts]
 
     def shortened(self, text: str, suffix: str) -> str:
@@ -63,18 +65,21 @@ class Lengths:
         Raises:
             VerifyError: there is none.
         """
+        if (keyword, prompt) not in self._fitted:
+            self._fitted[keyword, prompt] = self._filled(keyword, prompt)
+        return self._fitted[keyword, prompt]
+
+    def _filled(self, keyword: str, prompt: str) -> str:
         own = self._of(keyword)
-        if not own or not any(self._missing(own, keyword, prompt)):
+        if not own or not any(self._missing(own, prompt)):
             return prompt
         words = prompt.split()
-        for kept in range(len(words), -1, -1):
+        longest = bisect_left(range(len(words) + 1), True, key=lambda kept: self._is_long(own, words[:kept])) - 1
+        for kept in range(longest, -1, -1):
+            missing = max(self._missing(own, " ".join(words[:kept])))
             for filler in _FILLERS:
-                begun = " ".join(words[:kept])
-                missing = max(self._missing(own, keyword, begun))
-                if missing < 0:
-                    break
                 filled = " ".join([*words[:kept], *[filler] * missing])
-                if not any(self._missing(own, keyword, filled)):
+                if not any(self._missing(own, filled)):
                     return filled
         raise VerifyError(f"no {keyword} was found that has the tokens of its variant, so it cannot be verified")
 
@@ -92,7 +97,10 @@ class Lengths:
             if row.get("keyword") in alike
         ]
 
-    def _missing(self, texts: Sequence[Mapping[str, Any]], keyword: str, prompt: str) -> list[int]:
+    def _is_long(self, texts: Sequence[Mapping[str, Any]], words: Sequence[str]) -> bool:
+        return min(self._missing(texts, " ".join(words))) < 0
+
+    def _missing(self, texts: Sequence[Mapping[str, Any]], prompt: str) -> list[int]:
         """Returns how many tokens the prompt has too few, or too many below zero, for each of the texts."""
         found = []
         for text in texts:
