@@ -26,7 +26,7 @@ def _rewire_prompt(_self: Any, *_args: Any, **_kwargs: Any) -> list[str]:
 
 def _encode_prompt(self: Any, prompt: list[str]) -> torch.Tensor:
     """Returns the same tokens between the same template; the runtime splits the prompt."""
-    first, last, given = _in_template(self, prompt, self.prompt_template_encode_prefix)
+    first, last, given = _in_template(self, prompt, self.prompt_template_encode_prefix, cut=True)
     hidden = self.text_encoder(**given, output_hidden_states=True).hidden_states[-1]
     return hidden[:, first.shape[1] : -last.shape[1]]
 
@@ -37,7 +37,7 @@ def _encode_prompt_and_image(self: Any, prompt: list[str], image: Any) -> torch.
     grids = _grids(seen["image_grid_thw"])
     count = math.prod(math.prod(grid) for grid in grids) // self.image_processor_vl.merge_size**2
     before = self.prompt_template_encode_prefix.replace(self.image_token, self.image_token * count)
-    first, last, given = _in_template(self, prompt[:1], before)
+    first, last, given = _in_template(self, prompt[:1], before, cut=False)  # diffusers fails where it would cut
     hidden = self.text_encoder(
         **given, pixel_values=seen["pixel_values"], image_grid_thw=grids, output_hidden_states=True
     ).hidden_states[-1]
@@ -45,14 +45,16 @@ def _encode_prompt_and_image(self: Any, prompt: list[str], image: Any) -> torch.
     return hidden[:, start : -last.shape[1]]
 
 
-def _in_template(pipe: Any, prompt: list[str], before: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def _in_template(
+    pipe: Any, prompt: list[str], before: str, *, cut: bool
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Returns the tokens before and after the prompts, int64 [prompts, tokens], and what the text encoder is given."""
     options = {"add_special_tokens": False, "return_tensors": "pt"}
     tokens = pipe.tokenizer(
         [Ruled(text, quotations="characters") for text in prompt],
         padding="max_length",
         max_length=pipe.tokenizer_max_length,
-        truncation=True,
+        truncation=cut,
         **options,
     )
     template = before, pipe.prompt_template_encode_suffix

@@ -39,7 +39,7 @@ from diffkiln.record.keywords import (
 )
 from diffkiln.record.mixed import mixed_processors
 from diffkiln.record.outputs import outputs_of
-from diffkiln.record.processors import processors_of
+from diffkiln.record.processors import hooks_of, processors_of
 from diffkiln.record.reading import Reading
 from diffkiln.record.refusals import Refused, code_of, refusal
 from diffkiln.record.safety import SafetyRecorder
@@ -152,6 +152,7 @@ class CallRecorder:
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self._casts = Casts(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
+        self._hooks = {name: hooks_of(module) for name, module in modules.items()}
         weights = [
             (weight_of_call(name, weight), tensor)
             for name, module in modules.items()
@@ -315,6 +316,7 @@ class CallRecorder:
                     structure,
                     result,
                     processors=given,
+                    hooks={path: each for path, each in hooks_of(module).items() if path not in self._hooks[name]},
                     cast=cast,
                     decided=decided,
                 )

@@ -26,7 +26,7 @@ from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
 from diffkiln.record.counted import ByPosition
 from diffkiln.record.flex import dense_flex_attention
-from diffkiln.record.processors import with_processors
+from diffkiln.record.processors import with_hooks, with_processors
 from diffkiln.record.structural_key import OncePerStructure
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -48,6 +48,7 @@ class Callee:
     program: str = ""
     folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
     processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
+    hooks: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # path → those that the call gives it
     cast: torch.dtype | None = None  # the type that the call casts the component to before
     decided: Mapping[int, torch.Tensor] = field(
         default_factory=dict
@@ -174,7 +175,8 @@ def _record_one(callee: Callee, table: _Regions, fake: FakeTensorMode, constants
     args, kwargs = unflatten(leaves, callee.structure)
     # The blocks of a component that is cast are no regions: their weights are results of the program's own casts.
     regions = contextlib.nullcontext() if callee.cast else table.patched(tape)
-    with torch.inference_mode(), regions, tracing(), tape, casted(callee.module, callee.cast):
+    hooks = with_hooks(callee.module, callee.hooks)
+    with torch.inference_mode(), regions, tracing(), hooks, tape, casted(callee.module, callee.cast):
         result = callee.original(*args, **kwargs)
     outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     return tape.finish(callee.program, outputs)

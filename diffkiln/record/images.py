@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.errors import DataDependent, RecordError
@@ -82,6 +83,12 @@ class ImageRecorder:
         def encoded(processor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
             return self._encoded(encode, processor, images, *args, **kwargs)
 
+        resize_and_crop = VaeImageProcessor._resize_and_crop
+
+        def cropped(processor: Any, image: Any, width: int, height: int) -> Any:
+            recorded = isinstance(image, Sentinel)
+            return _cropped(image, width, height) if recorded else resize_and_crop(processor, image, width, height)
+
         def prepared(original: Callable[..., Any]) -> Callable[..., Any]:
             """Records the method that `__call__` calls, too, as some pipelines call it themselves."""
             return lambda processor, images, *args, **kwargs: self._encoded(
@@ -92,6 +99,7 @@ class ImageRecorder:
             contextlib.ExitStack() as stack,
             mock.patch.object(BaseImageProcessor, "__call__", encoded),
             mock.patch.object(VaeImageProcessor, "preprocess", preprocessed),
+            mock.patch.object(VaeImageProcessor, "_resize_and_crop", cropped),
             mock.patch.object(VaeImageProcessor, "pil_to_numpy", staticmethod(numbers)),
             mock.patch.object(VaeImageProcessor, "numpy_to_pt", staticmethod(tensor)),
         ):
@@ -184,6 +192,16 @@ class ImageRecorder:
         channels = () if images[0]._mode == "L" else (len(images[0]._mode),)
         width, height = images[0]._size
         return np.zeros((len(images), height, width, *channels), np.float32)
+
+
+def _cropped(image: Sentinel, width: int, height: int) -> Sentinel:
+    """Does as `VaeImageProcessor._resize_and_crop`, which pastes what it has resized into a new image."""
+    have, wanted = image.width / image.height, width / height
+    columns = width if wanted > have else image.width * height // image.height
+    rows = height if wanted <= have else image.height * width // image.width
+    left, top = columns // 2 - width // 2, rows // 2 - height // 2
+    resized = image.resize((columns, rows), resample=Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + width, top + height))
 
 
 class _Pixels:

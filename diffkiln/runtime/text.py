@@ -167,7 +167,8 @@ class TextEnd:
                 lambda row=row: tokenizer.encode_batch(rule.pieces(row), add_special_tokens=False)
             )
             merged = Encoding.merge(parts, growing_offsets=False)
-            merged.truncate(text["max_length"])
+            if text["truncation"]:
+                merged.truncate(text["max_length"])
             merged.pad(
                 text["max_length"],
                 direction=text["padding_side"],
