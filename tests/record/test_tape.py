@@ -333,7 +333,7 @@ def drawn(function):
 
     def noise(shape, dtype, _generator, distribution):
         kinds.append((distribution, tuple(shape)))
-        return tape.blank(TensorType("float32", tuple(shape)))
+        return tape.new_input("noise", TensorType("float32", tuple(shape)))
 
     tape.noise, tape.callers_seed = noise, 11
     marked = tape.new_input("x", TensorType("float32", (4, 3)))
