@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from types import SimpleNamespace
 
 import diffusers
@@ -25,6 +26,10 @@ from tests.coverage.calls import CALLS
 for blocks in ("ernie_image", "helios", "hunyuan_video1_5", "qwenimage", "wan", "wan_animate_2", "z_image"):
     for module in ("before_denoise", "encoders"):
         importlib.import_module(f"diffusers.modular_pipelines.{blocks}.{module}")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch.jit, which it uses
+    importlib.import_module("diffusers.pipelines.kolors.text_encoder")
 
 
 def named(name):
