@@ -40,6 +40,9 @@ FORMAT_MINOR = 0
 # channels_last: tensors that weights' files hold as [N, H, W, C] and programs take as [N, C, H, W].
 # attention_kernels: operations that name the kernel of their attention, and the pass attention_backend.
 # image_inputs: inputs of calls that are images. unseeded_noise: noise that the caller's generator does not draw.
+# distributions: noise that is uniform or exponential.
+# glyphs: prompts that may not quote anything, since another encoder would see it.
+# prompt_tokens: prompts whose number of tokens picks the variant.
 # quotations: prompts of which what is quoted is tokenized character by character.
 # tensor_inputs: inputs of calls that are tensors, besides latents. results: several results, or none that are pictures.
 # two_step_resize: images that are made smaller in two steps, as Pillow does with a `reducing_gap`.
@@ -54,10 +57,13 @@ KNOWN_FEATURES: frozenset[str] = frozenset(
         ADAPTER_SLOTS,
         "attention_kernels",
         "channels_last",
+        "distributions",
+        "glyphs",
         "image_inputs",
         "low_rank",
         "mixed_devices",
         PROCESSES,
+        "prompt_tokens",
         "quotations",
         "results",
         "tensor_inputs",

@@ -16,14 +16,14 @@ from diffkiln.bundle import open_bundle
 from diffkiln.bundle.scratch import Scratch
 from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.stages import Stages
-from diffkiln.compiler.verify.cases import cases_of
+from diffkiln.compiler.verify.cases import Lengths, cases_of
 from diffkiln.errors import BuildError, IllegalPlan, Incompatible, Problem, SpecError
 from diffkiln.exporters.here import why_not_here
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.passes.registry import pass_classes
 from diffkiln.runtime.accelerator import wait
 from diffkiln.runtime.loading import LoadOptions, load_verified
-from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.pipeline import CompiledPipeline, text_end
 from diffkiln.spec import PassEntry, Spec, resolve_targets
 
 #: Calls of each variant that count, after one that does not.
@@ -239,7 +239,7 @@ class _Timed:
 
     def _time(self, pipe: CompiledPipeline, plan: Plan) -> None:
         for request, variant in zip(plan.recording.requests, pipe.variants, strict=True):
-            keywords, seed = next(iter(cases_of(variant.programs, request, lambda _: True)))
+            keywords, seed = next(iter(cases_of(variant.programs, request, Lengths(text_end(pipe), variant.programs))))
             calls = []
             for _ in range(1 + RUNS):
                 self._now = {}

@@ -50,7 +50,7 @@ from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
 from diffkiln.compiler.weights import stream_weights
-from diffkiln.errors import RecordError, VerifyError
+from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, applied
@@ -59,6 +59,7 @@ from diffkiln.models.folder import IF_READ
 from diffkiln.passes import manager
 from diffkiln.program.planner import PlannedCall
 from diffkiln.record.constants import Constants
+from diffkiln.record.keywords import parameters_of
 from diffkiln.record.patches import of_fixed_length
 from diffkiln.record.pipeline import Recording, record
 from diffkiln.record.refusals import Refused
@@ -236,6 +237,14 @@ def _recorded(plan: Plan) -> Plan:
             if isinstance(error, Refused):  # as diffusers would, and so would a bundle that runs as diffusers
                 raise
             hint = 'To make a bundle that runs as diffusers, set "on_unrecordable": "diffusers" in "runtime".'
+            if isinstance(error, DataDependent) and _follows_prompts(plan):
+                hint = (
+                    f'If the prompt decides it, say how many tokens prompts have: "prompt_tokens" in "inputs". {hint}'
+                )
+            if keyword := _remembers(plan):
+                hint = (
+                    f'The call keeps what it computed for later steps: set "{keyword}" to false in inputs.call. {hint}'
+                )
             raise type(error)(f"{plan.source.class_name} cannot be recorded: {error}. {hint}") from error
         return _as_diffusers(plan, str(error))
     manager.check_recording(recording, plan.listed, plan.targets)
@@ -251,6 +260,19 @@ def _recorded(plan: Plan) -> Plan:
     )
 
 
+def _follows_prompts(plan: Plan) -> bool:
+    """Returns True if callers give prompts of any number of tokens."""
+    request = plan.requests[0]
+    return request.tokens is None and bool(request.prompts(parameters_of(plan.pipe), False))
+
+
+def _remembers(plan: Plan) -> str:
+    """Returns the keyword by which the call keeps keys and values from step to step, if it does; "" if not."""
+    parameter = parameters_of(plan.pipe).get("use_kv_cache")
+    kept = parameter is not None and plan.requests[0].fixed.get(parameter.name, parameter.default)
+    return parameter.name if parameter is not None and kept else ""
+
+
 def _as_diffusers(plan: Plan, reason: str) -> Plan:
     notices = ["no engines are built, since the call could not be recorded"] if plan.compiled else []
     return replace(plan, recording=Recording([], {}, Constants(), [], reason=reason)).noting(notices)
@@ -260,7 +282,7 @@ def _verified(plan: Plan, recorded: Plan) -> tuple[Plan, Verification]:
     """Returns the plan as it was recorded, if its programs give what the pipeline gives; else as `_recorded` does."""
     verification = Verification(recorded.pipe, recorded.recording)
     try:
-        verification.check_calls(recorded.requests)
+        verification.check_calls(recorded.recording.requests)
     except VerifyError as error:
         if plan.spec.runtime.on_unrecordable != "diffusers":
             raise

@@ -16,7 +16,7 @@ import torch
 from diffkiln.bundle import Verified, open_bundle
 from diffkiln.bundle.layout import TEXT
 from diffkiln.compiler.plan import Plan
-from diffkiln.compiler.verify.cases import cases_of, example_of
+from diffkiln.compiler.verify.cases import Lengths, cases_of, example_of
 from diffkiln.errors import BuildError, DiffkilnError, Incompatible
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.quiet import quiet_libraries
@@ -29,7 +29,7 @@ from diffkiln.runtime.diffusers.loading import load_as_ordinary, with_modules
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.loading import LoadOptions, load_verified
 from diffkiln.runtime.opening import read_modules, read_text, read_variant
-from diffkiln.runtime.pipeline import CompiledPipeline
+from diffkiln.runtime.pipeline import CompiledPipeline, text_end
 from diffkiln.runtime.processes import Group, mesh_of
 from diffkiln.runtime.processes.threads import in_threads
 from diffkiln.runtime.text import TextEnd
@@ -85,7 +85,7 @@ def _try_alone(root: Path, plan: Plan, group: Group) -> None:
 def _try_calls(verified: Verified, plan: Plan, group: Group | None) -> None:
     with _loaded(verified, plan, group) as pipe:
         for request, variant in zip(plan.recording.requests, pipe.variants, strict=True):
-            keywords, seed = next(iter(cases_of(variant.programs, request, lambda _: True)))
+            keywords, seed = next(iter(cases_of(variant.programs, request, Lengths(text_end(pipe), variant.programs))))
             pipe(
                 **dict(request.fixed) | keywords,
                 generator=torch.Generator().manual_seed(seed),

@@ -142,6 +142,7 @@ PLUGIN = Family(
             _encode_prompt_qwen,
             known_in="Kandinsky5T2VPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline",
             refuses=True,
+            uncounted=True,
         ),
     ),
 )

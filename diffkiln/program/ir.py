@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Operations that are not ATen operators.
+#: What NOISE may draw.
+DISTRIBUTIONS = NORMAL, UNIFORM, EXPONENTIAL = "normal", "uniform", "exponential"
 CALL, REGION, NOISE, STEP, ATTENTION = "call", "region", "noise", "step_end", "attention"
 #: Operations of a program that several processes run together.
 OWN, SHARD, ALL_GATHER, ALL_TO_ALL, FROM_FIRST = "own", "shard", "all_gather", "all_to_all", "from_first"
@@ -126,7 +128,8 @@ class Op:
     REGION     attrs {"region", "instance"}, args = the region's inputs in order; its weights are `instance`'s, which is
                empty for a region that is no block: its weights are the component's
     NOISE      attrs {"shape", "dtype"}: standard normal, drawn in program order as diffusers' `randn_tensor` draws it;
-               with "seeded" false by torch's own generator, where the pipeline leaves the caller's out
+               with "seeded" false by torch's own generator, where the pipeline leaves the caller's out; "distribution"
+               may say that it is uniform from 0 to 1, or exponential with rate 1
     STEP       attrs {"step", "timestep"}, args = (latents,): the end of a step, where a caller may replace them
     ATTENTION  attrs {"kernel", "causal", "scale"}, args = (query, key, value), each [batch, heads, tokens, channels]:
                attention by a package's kernel; `causal` masks the keys after the query's own place, `scale` may be null

@@ -25,6 +25,7 @@ def _ftfy(text: str) -> str:
 TRANSFORMS: dict[str, Callable[[str], str]] = {
     "ftfy": _ftfy,
     "html_unescape": lambda text: html.unescape(html.unescape(text)),
+    "unquote": lambda text: re.sub(r'["\u201c\u201d\u2018\u2019]', " ", text),
     "strip": str.strip,
     "collapse_whitespace": lambda text: re.sub(r"\s+", " ", text).strip(),
     "lower": str.lower,
@@ -80,6 +81,26 @@ RULES: Mapping[str, Mapping[str, Spelling]] = {
         "characters": Spelling(("''", '""', "\u2018\u2019", "\u201c\u201d"), "'", "quotations by character"),
     }
 }
+
+
+_DOUBLE = (r"\"(.*?)\"", "\u201c(.*?)\u201d")
+#: What a prompt may not hold: the key of a text, what it says → what finds it. A key is a feature of the bundle, too.
+FORBIDDEN: Mapping[str, Mapping[str, re.Pattern[str]]] = {
+    "glyphs": {
+        "double": re.compile("|".join(_DOUBLE)),
+        "all": re.compile("|".join((*_DOUBLE, r"\'(.*?)\'", "\u2018(.*?)\u2019"))),
+    }
+}
+
+
+def is_forbidden(text: Mapping[str, Any], prompt: str) -> bool:
+    """Returns True if the prompt of a text holds what it may not hold."""
+    found = (patterns.get(text.get(key, "")) for key, patterns in FORBIDDEN.items())
+    return any(pattern.search(prompt) for pattern in found if pattern is not None)
+
+
+#: The key of a text that fixes how many tokens each of its rows has; a feature of the bundle, too.
+COUNTED = "prompt_tokens"
 
 
 def rules_of(text: Mapping[str, Any]) -> list[Spelling]:

@@ -13,8 +13,10 @@ from diffkiln.program.ir import (
     ALL_TO_ALL,
     ATTENTION,
     CALL,
+    DISTRIBUTIONS,
     FROM_FIRST,
     NOISE,
+    NORMAL,
     OWN,
     REGION,
     SHARD,
@@ -226,6 +228,8 @@ def _verify_kind(op: Op, where: str) -> None:
         raise VerifyError(f"{where}: there is no such operation")
     if wrong := _wrong(op.attrs, _ATTRS[op.name]):
         raise VerifyError(f"{where}: it lacks a proper {wrong}")
+    if op.name == NOISE and op.attrs.get("distribution", NORMAL) not in DISTRIBUTIONS:
+        raise VerifyError(f"{where}: it draws from no distribution that is known")
     if op.name in _COUNTS:
         _verify_counts(op, *_COUNTS[op.name], where, op.name)
     elif op.name in SHARED:

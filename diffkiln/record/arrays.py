@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from diffkiln.errors import DataDependent
+from diffkiln.record.tokens import as_tensor, holds_tokens
 
 _UFUNCS: dict[Any, Callable[..., torch.Tensor]] = {
     np.add: torch.add,
@@ -233,6 +234,8 @@ def arrays_of(pixels: Callable[[Any], MarkedArray | None]) -> Iterator[None]:
     def copied(value: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, MarkedArray):
             return value.tensor().to(kwargs.get("dtype") or value.tensor().dtype)
+        if holds_tokens(value):
+            return as_tensor(value, kwargs.get("dtype"))
         return tensor(value, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:

@@ -15,16 +15,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from diffkiln.errors import DiffkilnError, RecordError, SpecError
+from diffkiln.errors import DataDependent, DiffkilnError, RecordError, SpecError
 from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.models.added import added_to
 from diffkiln.models.weights import weights_of
-from diffkiln.program import CALL, NOISE, STEP, Input, Program, TensorType, prune, weight_of_call
+from diffkiln.program import CALL, NOISE, NORMAL, STEP, Input, Program, TensorType, prune, weight_of_call
 from diffkiln.program.images import IMAGES
+from diffkiln.program.text_rules import COUNTED
 from diffkiln.record.arrays import arrays_of, marked_array
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, run_shapes
 from diffkiln.record.constants import Constants
+from diffkiln.record.counted import Counted, decisive, digest_of
 from diffkiln.record.images import ImageRecorder, sizes_as_json, twice_the_images
 from diffkiln.record.keywords import (
     NEGATIVES,
@@ -37,7 +39,7 @@ from diffkiln.record.keywords import (
 )
 from diffkiln.record.mixed import mixed_processors
 from diffkiln.record.outputs import outputs_of
-from diffkiln.record.processors import processors_of
+from diffkiln.record.processors import hooks_of, processors_of
 from diffkiln.record.reading import Reading
 from diffkiln.record.refusals import Refused, code_of, refusal
 from diffkiln.record.safety import SafetyRecorder
@@ -64,6 +66,11 @@ class Request:
         texts: keywords of texts, besides those of prompts.
         withheld: prompts that are not given, since tensors take their place or the spec fixes them.
         needs_negative: the pipeline cannot be called without a negative prompt.
+        tokens: how many tokens the prompts have, by keyword, where their lengths are fixed; without those of the text
+            around them.
+        all_counted: the length is fixed of every text, and not only where it follows the prompt's: the call reads masks
+            of tokens that are padded to a length of their own.
+        output: the form of the results that the call is asked for: tensors, or arrays where it gives no tensors.
     """
 
     fixed: Mapping[str, Any]
@@ -73,6 +80,9 @@ class Request:
     texts: tuple[str, ...] = ()
     withheld: frozenset[str] = frozenset()
     needs_negative: bool = False
+    tokens: Mapping[str, int] | None = None
+    all_counted: bool = False
+    output: str = "pt"
 
     def prompts(self, parameters: Mapping[str, Any], negative: bool) -> list[str]:
         """Returns the keywords of texts that the caller of a pipeline with these parameters gives."""
@@ -136,10 +146,13 @@ class CallRecorder:
         reading: Reading | None = None,
     ) -> None:
         self.pipe, self.callees = pipe, callees
+        #: Keys of components whose shapes follow from values → the fewest dimensions of the arguments that decide them.
+        self._undecided: dict[str, int] = {}
         self._reading = reading or Reading(pipe, ())
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self._casts = Casts(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
+        self._hooks = {name: hooks_of(module) for name, module in modules.items()}
         weights = [
             (weight_of_call(name, weight), tensor)
             for name, module in modules.items()
@@ -172,7 +185,8 @@ class CallRecorder:
         parts = {name: part for name, part in self.pipe.components.items() if part is not None}
         names = {id(tokenizer_of(part)): name for name, part in reversed(parts.items())}
         marks = {name: marks_of(part) for name, part in parts.items()}
-        text, images = TextRecorder(self.tape, prompts, names, marks), ImageRecorder(self.tape)
+        counted = None if request.tokens is None else Counted(request.tokens, request.all_counted)
+        text, images = TextRecorder(self.tape, prompts, names, marks, counted), ImageRecorder(self.tape, parts.values())
         if negative and "callback_on_step_end" in keywords:
             keywords["callback_on_step_end"] = _end_that_wants_negatives(text)
         keywords |= {keyword: self._given(keyword, types) for keyword, types in request.tensors.items()}
@@ -185,6 +199,7 @@ class CallRecorder:
                 torch.inference_mode(),
                 _as_it_was(self.pipe),
                 self._patched(text),
+                text.active(),
                 prepared,
                 safety.patched(),
                 arrays_of(images.pixels),
@@ -197,8 +212,8 @@ class CallRecorder:
             raise _explained(error, self.pipe, request, prompts) from error
         if negative and not _reads_negatives(text):
             raise Unread("the call reads no negative prompt")
-        outputs, signature = outputs_of(self.pipe, result, self.tape)
-        program = self.tape.finish("call", outputs, texts=tuple(text.texts), signature=signature)
+        outputs, signature = outputs_of(self.pipe, result, self.tape, request.output)
+        program = self.tape.finish("call", outputs, texts=text.entries, signature=signature)
         return _live_inputs(program, images.sources())
 
     def _given(self, keyword: str, types: Tensors) -> Any:
@@ -242,16 +257,35 @@ class CallRecorder:
             yield
 
     def _noise(
-        self, shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+        self,
+        shape: Any,
+        generator: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        layout: Any = None,
+        distribution: str = NORMAL,
     ) -> torch.Tensor:
         type_ = TensorType(dtype_name(dtype or torch.get_default_dtype()), tuple(int(size) for size in shape))
         fresh = self.tape.blank(type_)
         attrs: dict[str, Any] = {"shape": list(type_.shape), "dtype": type_.dtype}
+        attrs |= {} if distribution == NORMAL else {"distribution": distribution}
         self.tape.emit(NOISE, (), [fresh], attrs=attrs if generator is not None else attrs | {"seeded": False})
         return fresh
 
-    def _noise_of(self, shape: Any, dtype: torch.dtype | None, generator: Any) -> torch.Tensor:
-        return self._noise(shape, generator, dtype=dtype)
+    def _noise_of(self, shape: Any, dtype: torch.dtype | None, generator: Any, distribution: str) -> torch.Tensor:
+        return self._noise(shape, generator, dtype=dtype, distribution=distribution)
+
+    def _decides_more(self, plain: str, leaves: list[Any]) -> bool:
+        """Lets more arguments decide what a component's program is, if there are more: masks first, then lists of
+        numbers, which may well be timesteps, so that each step has a program of its own."""
+        before = self._undecided.get(plain)
+        known = len(decisive(leaves, self.tape.is_marked, before))
+        for least in (2, 1):
+            more = before is None or least < before
+            if more and len(decisive(leaves, self.tape.is_marked, least)) > known:
+                self._undecided[plain] = least
+                return True
+        return False
 
     def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
         @wraps(original)  # as some pipelines look at the signature
@@ -260,13 +294,31 @@ class CallRecorder:
             # Some pipelines hand the generator on; a component that draws from it is refused.
             leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
             cast = self._casts.of(name)
-            key = call_key(name, method, leaves, structure, cast)
+            plain = call_key(name, method, leaves, structure, cast)
+            decided = decisive(leaves, self.tape.is_marked, self._undecided.get(plain))
+            key = plain + digest_of(decided)
             if key not in self.callees:
-                result = run_shapes(module, original, leaves, structure, self.tape, f"component {name!r}")
+                what = f"component {name!r}"
+                try:
+                    result = run_shapes(module, original, leaves, structure, self.tape, what, decided)
+                except DataDependent:
+                    if not self._decides_more(plain, leaves):
+                        raise
+                    return called(*args, **kwargs)
                 own, now = self._processors[name], processors_of(module)
                 given = {path: processor for path, processor in now.items() if processor is not own.get(path)}
                 self.callees[key] = Callee(
-                    name, method, module, original, leaves, structure, result, processors=given, cast=cast
+                    name,
+                    method,
+                    module,
+                    original,
+                    leaves,
+                    structure,
+                    result,
+                    processors=given,
+                    hooks={path: each for path, each in hooks_of(module).items() if path not in self._hooks[name]},
+                    cast=cast,
+                    decided=decided,
                 )
             result, shape = self.callees[key].result
             fresh = [self.tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
@@ -315,7 +367,7 @@ def call_keywords(pipe: Any, request: Request, negative: bool) -> dict[str, Any]
         texts = [sentinel(keyword, index) for index in range(request.batch_size)]
         keywords[keyword] = texts[0] if request.batch_size == 1 else texts
     if "output_type" in parameters:
-        keywords["output_type"] = "pt"
+        keywords["output_type"] = request.output
     if "generator" in parameters:
         keywords["generator"] = torch.Generator().manual_seed(_SEED)
     if "callback_on_step_end" in parameters:
@@ -376,6 +428,8 @@ def _live_inputs(program: Program, images: Mapping[str, Mapping[str, Any]]) -> P
     used = set(program.uses())
     inputs = [item for item in program.inputs if item.name in used or item.source.get("kind") == "tensor"]
     live = {item.source["text"] for item in inputs if item.source.get("kind") == "tokens"}
+    # The lengths of others decided the shapes of what was recorded, too.
+    live |= {index for index, text in enumerate(program.texts) if COUNTED in text}
     refuse_unpadded(list(program.texts), live)  # type: ignore[arg-type]
     order = {old: new for new, old in enumerate(sorted(live))}
 

@@ -24,11 +24,14 @@ from diffkiln.models.weights import weights_of
 from diffkiln.program import REGION, Module, Program, Ref, fingerprint, refs, verify_module
 from diffkiln.record.casts import casted
 from diffkiln.record.constants import Constants
+from diffkiln.record.counted import ByPosition
 from diffkiln.record.flex import dense_flex_attention
-from diffkiln.record.processors import with_processors
+from diffkiln.record.processors import with_hooks, with_processors
 from diffkiln.record.structural_key import OncePerStructure
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @dataclass
@@ -45,7 +48,11 @@ class Callee:
     program: str = ""
     folded: dict[int, torch.Tensor] = field(default_factory=dict)  # tensor leaf → the constant that it always is
     processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
+    hooks: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # path → those that the call gives it
     cast: torch.dtype | None = None  # the type that the call casts the component to before
+    decided: Mapping[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # tensor leaf → its value, which picks the program
 
     @property
     def key(self) -> str:
@@ -56,6 +63,10 @@ class Callee:
         """Returns the positions of the tensor leaves."""
         return [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
 
+    def takes(self, leaves: Sequence[Any]) -> bool:
+        """Returns True if these arguments, of the same types, have the values that pick this program."""
+        return all(torch.equal(leaves[position], value) for position, value in self.decided.items())
+
 
 def call_key(component: str, method: str, leaves: list[Any], structure: Any, cast: torch.dtype | None) -> str:
     """Returns a key that is equal for two calls that share one program."""
@@ -63,21 +74,30 @@ def call_key(component: str, method: str, leaves: list[Any], structure: Any, cas
 
 
 def run_shapes(
-    module: torch.nn.Module, original: Callable[..., Any], leaves: list[Any], structure: Any, tape: Tape, what: str
+    module: torch.nn.Module,
+    original: Callable[..., Any],
+    leaves: list[Any],
+    structure: Any,
+    tape: Tape,
+    what: str,
+    decided: Mapping[int, torch.Tensor] | None = None,
 ) -> tuple[list[Any], Any]:
     """Returns a component's flattened result for arguments of these shapes, with marked tensors.
 
-    Nothing is computed, and only one of several alike blocks is run.
+    Nothing is computed but what follows from `decided`, the arguments whose values are known, by their places. Only one
+    of several alike blocks is run.
 
     Raises:
         DataDependent: the component decides a shape by a value; `what` names it.
     """
     with _disable_current_modes():
         inputs = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        for position, value in (decided or {}).items():
+            inputs[position] = value
         args, kwargs = unflatten(inputs, structure)
         try:
             # Some make tables when they are first called, and keep them.
-            with tracing(), portable(), _first_of_alike(module, tape):
+            with tracing(), portable(), _first_of_alike(module, tape), ByPosition() if decided else _AS_IT_IS:
                 return flatten(original(*args, **kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependent(
@@ -155,7 +175,8 @@ def _record_one(callee: Callee, table: _Regions, fake: FakeTensorMode, constants
     args, kwargs = unflatten(leaves, callee.structure)
     # The blocks of a component that is cast are no regions: their weights are results of the program's own casts.
     regions = contextlib.nullcontext() if callee.cast else table.patched(tape)
-    with torch.inference_mode(), regions, tracing(), tape, casted(callee.module, callee.cast):
+    hooks = with_hooks(callee.module, callee.hooks)
+    with torch.inference_mode(), regions, tracing(), hooks, tape, casted(callee.module, callee.cast):
         result = callee.original(*args, **kwargs)
     outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     return tape.finish(callee.program, outputs)

@@ -9,12 +9,13 @@ Whatever looks at pixels anywhere else stops the recording.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkiln.errors import DataDependent, RecordError
@@ -34,6 +35,8 @@ def sizes_as_json(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
     """Returns sizes as a spec writes them."""
 
     def written(size: Any) -> Any:
+        if size is None:
+            return None
         if isinstance(size[0], int):
             return {"height": size[1], "width": size[0]}
         return [written(each) for each in size]
@@ -46,10 +49,11 @@ class ImageRecorder:
 
     Args:
         tape: where the tensors become marked inputs.
+        parts: of the pipeline, of which some prepare images for an encoder.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, parts: Iterable[Any] = ()) -> None:
+        self.tape, self._parts = tape, tuple(parts)
         self._made: dict[str, Sequence[Sentinel]] = {}
         self._now: list[Sentinel] | None = None  # those that a processor is at, from where their edits are done
 
@@ -79,12 +83,28 @@ class ImageRecorder:
         def encoded(processor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
             return self._encoded(encode, processor, images, *args, **kwargs)
 
+        resize_and_crop = VaeImageProcessor._resize_and_crop
+
+        def cropped(processor: Any, image: Any, width: int, height: int) -> Any:
+            recorded = isinstance(image, Sentinel)
+            return _cropped(image, width, height) if recorded else resize_and_crop(processor, image, width, height)
+
+        def prepared(original: Callable[..., Any]) -> Callable[..., Any]:
+            """Records the method that `__call__` calls, too, as some pipelines call it themselves."""
+            return lambda processor, images, *args, **kwargs: self._encoded(
+                original, processor, images, *args, **kwargs
+            )
+
         with (
+            contextlib.ExitStack() as stack,
             mock.patch.object(BaseImageProcessor, "__call__", encoded),
             mock.patch.object(VaeImageProcessor, "preprocess", preprocessed),
+            mock.patch.object(VaeImageProcessor, "_resize_and_crop", cropped),
             mock.patch.object(VaeImageProcessor, "pil_to_numpy", staticmethod(numbers)),
             mock.patch.object(VaeImageProcessor, "numpy_to_pt", staticmethod(tensor)),
         ):
+            for kind in {type(part) for part in self._parts if isinstance(part, BaseImageProcessor)}:
+                stack.enter_context(mock.patch.object(kind, "preprocess", prepared(kind.preprocess)))
             yield
 
     def pixels(self, image: Any) -> MarkedArray | None:
@@ -172,6 +192,16 @@ class ImageRecorder:
         channels = () if images[0]._mode == "L" else (len(images[0]._mode),)
         width, height = images[0]._size
         return np.zeros((len(images), height, width, *channels), np.float32)
+
+
+def _cropped(image: Sentinel, width: int, height: int) -> Sentinel:
+    """Does as `VaeImageProcessor._resize_and_crop`, which pastes what it has resized into a new image."""
+    have, wanted = image.width / image.height, width / height
+    columns = width if wanted > have else image.width * height // image.height
+    rows = height if wanted <= have else image.height * width // image.width
+    left, top = columns // 2 - width // 2, rows // 2 - height // 2
+    resized = image.resize((columns, rows), resample=Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + width, top + height))
 
 
 class _Pixels:

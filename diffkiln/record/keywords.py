@@ -49,9 +49,19 @@ def is_image(value: Any, parameter: inspect.Parameter | None) -> bool:
     """Returns True if a value in a spec stands for an image or a list of them, rightly or not."""
     if parameter is not None and parameter.name in IMAGES:
         return value is not None
-    listed = _listed(value)
+    listed = images_in(value)
     sized = bool(listed) and all(isinstance(item, Mapping) and set(item) <= _SIDES for item in listed)
     return sized and (any(listed) or (parameter is not None and takes_images(parameter)))
+
+
+def images_in(value: Any) -> list[Any]:
+    """Returns what stands for each image in a value of a spec: one, a list, or a list of lists, with null where a place
+    has no image."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    rows = [images_in(item) if isinstance(item, list | tuple) else [item] for item in value]
+    nested = any(isinstance(item, list | tuple) for item in value)
+    return [item for row in rows for item in row if item is not None or not nested]
 
 
 def is_size(value: Any) -> bool:

@@ -20,13 +20,16 @@ _RATES = ("output_sampling_rate", "sampling_rate", "sample_rate")
 _SOUNDING = ("vocoder", "audio_vae", "vae", "unet")
 
 
-def outputs_of(pipe: Any, result: Any, tape: Tape) -> tuple[Sequence[torch.Tensor], Mapping[str, Any]]:
+def outputs_of(
+    pipe: Any, result: Any, tape: Tape, output: str = "pt"
+) -> tuple[Sequence[torch.Tensor], Mapping[str, Any]]:
     """Returns the tensors that a call gives, and how a program's signature names them.
 
     Args:
         pipe: the pipeline.
-        result: what its call gave with output_type="pt".
+        result: what its call gave.
         tape: of the recording.
+        output: the `output_type` that it was called with.
 
     Raises:
         RecordError: it gives none.
@@ -35,14 +38,14 @@ def outputs_of(pipe: Any, result: Any, tape: Tape) -> tuple[Sequence[torch.Tenso
     tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
     first = next(iter(found), None)
     if first is None or first not in tensors:
-        raise RecordError(f"{type(pipe).__name__} gives no tensor with output_type='pt'")
+        raise RecordError(f"{type(pipe).__name__} gives no tensor with output_type={output!r}")
     signature: dict[str, Any] = {"result": first}
     if len(tensors) > 1:
         signature["results"] = tuple(tensors)
     if sound := next((name for name in tensors if name in SOUNDS), None):
         signature |= {"sound": sound, "rate": rate_of(pipe)}
     if first not in PICTURES:
-        signature["form"] = default_output_type(pipe)
+        signature["form"] = default_output_type(pipe) if output == "pt" else output
     return list(tensors.values()), signature
 
 

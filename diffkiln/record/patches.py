@@ -69,6 +69,7 @@ class Patch:
         function: the name is that of a function beside the pipeline's class, not of a method.
         around: the replacement takes the method, and gives what takes its place and calls it.
         refuses: the replacement does nothing but say why the method is not recorded.
+        uncounted: it is not needed where the spec fixes the number of a prompt's tokens.
         outside: no length is fixed, and blocks are called as diffusers calls them.
         paddings: of a pipeline's method: a pipeline and the keywords of its call, with defaults → how the arguments of
             its components differ.
@@ -80,6 +81,7 @@ class Patch:
     function: bool = False
     around: bool = False
     refuses: bool = False
+    uncounted: bool = False
     outside: bool = False
     paddings: Callable[[Any, Mapping[str, Any]], dict[str, Padding]] | None = None
 
@@ -121,9 +123,15 @@ def known_patches() -> tuple[Patch, ...]:
 
 
 @contextlib.contextmanager
-def fixed_lengths(part: Any) -> Iterator[None]:
-    """Gives a pipeline or a module a fixed length wherever its shapes follow the prompt's, inside the `with` block."""
-    patches = {(owner, patch.method): patch for owner, patch in _fitting(_parts(part))}
+def fixed_lengths(part: Any, counted: bool = False) -> Iterator[None]:
+    """Gives a pipeline or a module a fixed length wherever its shapes follow the prompt's, inside the `with` block.
+
+    Args:
+        part: the pipeline or the module.
+        counted: the number of a prompt's tokens is fixed, so that fewer methods have to be replaced.
+    """
+    fitting = (found for found in _fitting(_parts(part)) if not (counted and found[1].uncounted))
+    patches = {(owner, patch.method): patch for owner, patch in fitting}
     with contextlib.ExitStack() as stack:
         for (owner, method), patch in patches.items():
             stack.enter_context(mock.patch.object(owner, method, patch.made_for(owner)))

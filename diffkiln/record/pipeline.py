@@ -16,6 +16,7 @@ from diffkiln.models.meta import make_fake
 from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
 from diffkiln.program.calls import GIVEN, Given
 from diffkiln.program.preambles import loop_regions
+from diffkiln.program.text_rules import COUNTED
 from diffkiln.record.call import CallRecorder, Failed, Request, Unread, defaults
 from diffkiln.record.components import Callee, record_component
 from diffkiln.record.constants import Constants
@@ -118,7 +119,7 @@ def record(pipe: Any, requests: Sequence[Request], constants: Constants, perhaps
         RecordError: the call cannot be written down; DataDependent says which value decides its shape.
     """
     try:
-        with fixed_lengths(pipe):
+        with fixed_lengths(pipe, any(request.tokens is not None for request in requests)):
             return _record(pipe, requests, constants, Reading(pipe, perhaps))
     except DataDependent as error:
         if names := outdated(pipe):
@@ -173,7 +174,7 @@ def record_once(recording: Recording, request: Request, negative: bool) -> tuple
         RecordError: as `record`.
     """
     callees: dict[str, Callee] = {}
-    with fixed_lengths(recording.pipe):
+    with fixed_lengths(recording.pipe, request.tokens is not None):
         recorder = CallRecorder(recording.pipe, recording.fake, Constants(), callees)
         return recorder.run(request, {}, negative, None), callees
 
@@ -186,7 +187,8 @@ def _record_variant(
     scale = request.fixed.get("guidance_scale")
     parameters = parameters_of(recorder.pipe)
     negative = "negative_prompt" in parameters and not request.withheld.intersection(NEGATIVES)
-    request, first = _first(recorder, request, negative)
+    negative = negative and (request.tokens is None or NEGATIVES[0] in request.tokens)
+    request, first = _first_counted(recorder, request, negative)
 
     def once(extra: Mapping[str, Any], negative: bool, latents: TensorType | None = None) -> Program:
         return recorder.run(request, extra, negative, latents)
@@ -216,16 +218,37 @@ def _record_variant(
     return request, programs, notices
 
 
+def _first_counted(recorder: CallRecorder, request: Request, negative: bool) -> tuple[Request, Program]:
+    """Makes the first recording of a variant, with the lengths of all texts fixed where the call reads their masks."""
+    if request.tokens is None:
+        return _first(recorder, request, negative)
+    try:
+        request, program = _first(recorder, request, negative)
+        if any(COUNTED in text for text in program.texts):
+            return request, program
+        raise RecordError(
+            "every prompt is padded to a length of its own here, whatever its tokens. Remove "
+            '"prompt_tokens" from the inputs'
+        )
+    except DataDependent:
+        with contextlib.suppress(RecordError):
+            return _first(recorder, replace(request, all_counted=True), negative)
+        raise
+
+
 def _first(recorder: CallRecorder, request: Request, negative: bool) -> tuple[Request, Program]:
-    """Makes the first recording of a variant, with a negative prompt where the pipeline cannot be called without."""
+    """Makes the first recording of a variant, with a negative prompt where the pipeline cannot be called without, or
+    with arrays as its results where it gives no tensors."""
     try:
         return request, recorder.run(request, {}, False, None)
     except (Failed, Refused):
-        if not negative:
-            raise
-        needing = replace(request, needs_negative=True)
+        if negative:
+            needing = replace(request, needs_negative=True)
+            with contextlib.suppress(RecordError):
+                return needing, recorder.run(needing, {}, True, None)
+        arrays = replace(request, output="np")
         with contextlib.suppress(RecordError):
-            return needing, recorder.run(needing, {}, True, None)
+            return arrays, recorder.run(arrays, {}, False, None)
         raise
 
 

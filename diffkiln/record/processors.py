@@ -1,4 +1,5 @@
-"""Attention processors that a pipeline gives to a component for the length of its call, and takes away after it."""
+"""Attention processors and hooks that a pipeline gives to a component for the length of its call, and takes away
+after it."""
 
 from __future__ import annotations
 
@@ -31,3 +32,29 @@ def with_processors(module: torch.nn.Module, processors: Mapping[str, Any]) -> I
     finally:
         for path, part in parts.items():
             part.processor = own[path]  # type: ignore[assignment]
+
+
+def hooks_of(module: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Returns the forward hooks of every part that has some, by its path; not those by which transformers collects
+    results."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for path, part in module.named_modules():
+        hooks = [hook for hook in part._forward_hooks.values() if not _is_collecting(hook)]
+        found |= {path: tuple(hooks)} if hooks else {}
+    return found
+
+
+def _is_collecting(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+@contextlib.contextmanager
+def with_hooks(module: torch.nn.Module, hooks: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
+    """Gives parts the forward hooks of a call inside the `with` block, as Qwen-Image 2.1 has its text encoder give what
+    its last norm takes."""
+    with contextlib.ExitStack() as stack:
+        for path, part in module.named_modules():
+            for hook in hooks.get(path, ()):
+                if hook not in part._forward_hooks.values():
+                    stack.enter_context(part.register_forward_hook(hook))  # type: ignore[arg-type]
+        yield

@@ -13,6 +13,7 @@ from diffkiln.record.keywords import (
     NEGATIVES,
     PROMPTS,
     encoded,
+    images_in,
     is_image,
     is_size,
     is_tensor,
@@ -27,6 +28,8 @@ from diffkiln.spec import Inputs, Spec, as_tuple, suggest
 
 _BY_THE_CALLER = {"generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback"}
 _SIDES = ("height", "width")
+#: Fields of the inputs that are no keywords of the call.
+_LENGTHS = ("prompt_tokens", "negative_prompt_tokens")
 #: What a spec has to say where the call has it, though most pipelines have a default: a bundle is for these values.
 _NEEDED = (*_SIDES, "num_inference_steps")
 
@@ -79,12 +82,25 @@ def _request(variant: Inputs, parameters: Parameters) -> Request:
         given,
         tuple(name for name, value in variant.call.items() if is_text(value)),
         frozenset(encoded(given)) | frozenset(withheld_by(variant.fixed_prompts or {})),
+        tokens=_lengths(variant),
     )
+
+
+def _lengths(variant: Inputs) -> dict[str, int] | None:
+    """Returns how many tokens each prompt has, by keyword; None where no length is fixed."""
+    if variant.prompt_tokens is None:
+        return None
+    texts = [name for name, value in variant.call.items() if is_text(value)]
+    found: dict[str, Any] = dict.fromkeys((*PROMPTS, *texts), variant.prompt_tokens)
+    if variant.negative_prompt_tokens is not None:
+        found |= dict.fromkeys(NEGATIVES, variant.negative_prompt_tokens)
+    return found
 
 
 def _fixed(variant: Inputs, images: Mapping[str, Sizes], parameters: Parameters) -> dict[str, Any]:
     given = variant.model_dump(mode="json", exclude_none=True)
     call, prompts = given.pop("call", {}), given.pop("fixed_prompts", {})
+    given = {name: value for name, value in given.items() if name not in _LENGTHS}
     given |= {name: text if variant.batch_size == 1 else [text] * variant.batch_size for name, text in prompts.items()}
     if "batch_size" not in parameters:  # which pipelines without prompts have
         del given["batch_size"]
@@ -103,11 +119,13 @@ def _fixed(variant: Inputs, images: Mapping[str, Sizes], parameters: Parameters)
 def _images(variant: Inputs, parameters: Parameters) -> dict[str, Sizes]:
     """Returns the width and height of each keyword's image or images; by default the variant's own."""
 
-    def size(value: Any) -> tuple[int, int]:
-        return value.get("width", variant.width), value.get("height", variant.height)
+    def size(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(size, value))
+        return None if value is None else (value.get("width", variant.width), value.get("height", variant.height))
 
     return {
-        name: tuple(map(size, value)) if isinstance(value, list | tuple) else size(value)
+        name: size(value)
         for name, value in variant.call.items()
         if is_image(value, parameters.get(name)) and not is_tensor(value)
     }
@@ -122,7 +140,7 @@ def _declaration_problems(variant: Inputs, where: str, parameters: Parameters) -
                 hint = f'Write {{"shape": [1, 77, 768], "dtype": "float32"}}; types are {", ".join(DTYPES)}'
                 yield Problem(path, "a tensor is declared by its shape, sizes from 1, and its type of elements", hint)
         elif is_image(value, parameters.get(name)):
-            listed = value if isinstance(value, list | tuple) else [value]
+            listed = images_in(value)
             if not listed or not all(map(is_size, listed)):
                 reason = "an image is given by the caller of the bundle, and is said here to come, with its size"
                 hint = f'Write "{name}": {{}}, "{name}": {{"height": 512, "width": 512}}, or a list of them'

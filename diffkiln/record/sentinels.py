@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -10,8 +11,18 @@ from PIL import Image
 from diffkiln.errors import DataDependent, RecordError
 from diffkiln.program.images import is_edits
 
-#: Width and height of one image, or of each in a list.
-Sizes = tuple[int, int] | tuple[tuple[int, int], ...]
+#: Width and height of one image, or of each in a list, which may be one of lists. None is a place without an image.
+Sizes = tuple[Any, ...]
+
+
+def each_size(sizes: Sizes) -> Iterator[tuple[int, int]]:
+    """Yields width and height of every image, in their order."""
+    if sizes and isinstance(sizes[0], int):
+        yield sizes  # type: ignore[misc]
+        return
+    for item in sizes:
+        if item is not None:
+            yield from each_size(item)
 
 
 class Sentinel(Image.Image):
@@ -101,6 +112,13 @@ def sentinels(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
 
 
 def _sentinels(keyword: str, sizes: Sizes) -> Any:
-    if isinstance(sizes[0], int):
-        return Sentinel(_Origin(keyword, 0, sizes), sizes)  # type: ignore[arg-type]
-    return [Sentinel(_Origin(keyword, index, size), size) for index, size in enumerate(sizes)]  # type: ignore[arg-type]
+    count = itertools.count()
+
+    def made(size: Any) -> Any:
+        if size is None:
+            return None
+        if isinstance(size[0], int):
+            return Sentinel(_Origin(keyword, next(count), size), size)
+        return [made(item) for item in size]
+
+    return made(sizes)

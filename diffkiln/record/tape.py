@@ -35,10 +35,26 @@ from diffkiln.interpreter.aten import dtype_name, type_of
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.interpreter.nests import map_tensors, same_geometry, tensors_in
 from diffkiln.interpreter.portable import evaluate, portable_numpy
-from diffkiln.program import Arg, Device, DType, Input, Layout, MemoryFormat, Op, Program, Ref, TensorType, prune
+from diffkiln.program import (
+    EXPONENTIAL,
+    NORMAL,
+    UNIFORM,
+    Arg,
+    Device,
+    DType,
+    Input,
+    Layout,
+    MemoryFormat,
+    Op,
+    Program,
+    Ref,
+    TensorType,
+    prune,
+)
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
 from diffkiln.record.constants import Constants
 from diffkiln.record.selecting import SELECTS, by_position
+from diffkiln.record.shadows import Shadow, moved
 
 #: Operators that turn a value into a Python number or choose a shape by it.
 _READS = {
@@ -47,6 +63,15 @@ _READS = {
     "aten.equal.default",
     "aten.is_nonzero.default",
     "aten.allclose.default",
+}
+#: What draws noise, and from which distribution.
+_DRAWN = {
+    "randn": NORMAL,
+    "randn_like": NORMAL,
+    "rand": UNIFORM,
+    "rand_like": UNIFORM,
+    "uniform_": UNIFORM,
+    "multinomial": EXPONENTIAL,
 }
 _PAST_THE_DISPATCHER = ("tolist", "numpy")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
@@ -92,10 +117,15 @@ class Tape(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
         #: What `Tensor.numpy` gives of a marked tensor; None where it stops the recording.
         self.as_array: Callable[[torch.Tensor], Any] | None = None
-        #: Marked noise of a shape and a type, by a generator or without one; None where drawing stops the recording.
-        self.noise: Callable[[Any, torch.dtype | None, Any], torch.Tensor] | None = None
+        #: Marked noise of a shape and a type, by a generator or without one, of a distribution; None where drawing
+        #: stops the recording.
+        self.noise: Callable[[Any, torch.dtype | None, Any, str], torch.Tensor] | None = None
         #: The first seed of the caller's generator, by which it is known. What others draw is the same in every call.
         self.callers_seed: int | None = None
+        #: Tells of two texts, by their places, whether they are made of one prompt by one tokenizer.
+        self.same_prompt: Callable[[int, int], bool] | None = None
+        #: What is known of tokens, by the id of their tensor.
+        self.shadows: dict[int, Shadow] = {}
         for name, tensor in weights:
             self._bind(tensor, f"@{name}")
 
@@ -197,8 +227,10 @@ class Tape(TorchDispatchMode):
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(is_traceable_wrapper_subclass(t) for t in tensors_in((args, kwargs))):
             return NotImplemented  # a quantized tensor: it lowers itself to plain operators, which come back here
-        if self.noise is not None and func._opname in ("randn", "randn_like"):
-            return self._drawn(self.noise, func, args, kwargs)
+        if self.noise is not None and func._opname in _DRAWN:
+            found = self._drawn(self.noise, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
         if func.namespace == "prim" or not self._touches_marked(args, kwargs):
             self._refuse_randomness(func, args)
             return evaluate(func, args, kwargs)
@@ -210,6 +242,10 @@ class Tape(TorchDispatchMode):
                 return result
         if name in _READS:
             return self._read(name, args)
+        if name == "aten.eq.Scalar" and (shadow := self.shadows.get(id(args[0]))) is not None:
+            known = shadow.equal(args[1])
+            if known is not None:
+                return known
         if name in SELECTS:
             func, name, args, kwargs = by_position(func, name, args, kwargs, self.is_marked)
         if name in _IDENTITY_WHEN_EVAL:
@@ -222,12 +258,36 @@ class Tape(TorchDispatchMode):
         self, noise: Callable[..., torch.Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records noise that is drawn past diffusers' function, and evaluates that of a generator made for it."""
-        generator = kwargs.get("generator")
+        name, names = func._opname, [item.name for item in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        generator = given.get("generator")
         if generator is not None and generator.initial_seed() != self.callers_seed:
-            return evaluate(func, args, kwargs)
-        alike = func._opname == "randn_like"
+            return NotImplemented if self._touches_marked(args, kwargs) else evaluate(func, args, kwargs)
+        if name == "multinomial":
+            return self._chosen(noise, given["self"], given["num_samples"], generator)
+        if name == "uniform_":
+            return self._filled(noise, given["self"], (given.get("from", 0.0), given.get("to", 1.0)), generator)
+        alike = name.endswith("_like")
         dtype = kwargs.get("dtype") or (args[0].dtype if alike else None)
-        return noise(args[0].shape if alike else args[0], dtype, generator)
+        return noise(args[0].shape if alike else args[0], dtype, generator, _DRAWN[name])
+
+    def _chosen(self, noise: Callable[..., torch.Tensor], weights: torch.Tensor, count: int, generator: Any) -> Any:
+        """Records the choice of one of several by their weights as torch makes it: the greatest of them, each divided
+        by exponential noise."""
+        if count != 1:
+            return NotImplemented
+        drawn = noise(weights.shape, weights.dtype, generator, EXPONENTIAL)
+        odds = self._dispatched(torch.ops.aten.div.Tensor, (weights, drawn), {})
+        return self._dispatched(torch.ops.aten.argmax.default, (odds, -1, True), {})
+
+    def _filled(
+        self, noise: Callable[..., torch.Tensor], target: torch.Tensor, ends: tuple[float, float], generator: Any
+    ) -> Any:
+        """Records a tensor that is filled with uniform noise."""
+        if ends != (0.0, 1.0):
+            return NotImplemented
+        self._store(target, noise(target.shape, target.dtype, generator, UNIFORM))
+        return target
 
     def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Records a library's composite operator as the operators that it consists of."""
@@ -255,7 +315,20 @@ class Tape(TorchDispatchMode):
         name = "aten.reshape.default" if name in RESHAPES else name
         self._check_allowed(name)
         self.emit(name, self.value(args), outputs, {key: self.value(arg) for key, arg in kwargs.items()})  # type: ignore[arg-type]
+        if self.shadows:
+            self._cast_shadows(func, args, kwargs, outputs)
         return result
+
+    def _cast_shadows(self, func: Any, args: Any, kwargs: Mapping[str, Any], outputs: list[torch.Tensor]) -> None:
+        """Notes what is known of tokens that an operation only moves."""
+        name = f"{func.namespace}.{func._opname}.{func._overloadname}" if hasattr(func, "_opname") else ""
+        found = moved(func, name, args, kwargs, self._shadow_of)
+        for tensor, shadow in zip(outputs, found if isinstance(found, list) else [found], strict=False):
+            if shadow is not None:
+                self.shadows[id(tensor)] = shadow
+
+    def _shadow_of(self, tensor: torch.Tensor) -> Shadow | None:
+        return self.shadows.get(id(tensor))
 
     def _write_in_place(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Records the functional form of an operator such as `add_`, and the storage's new content."""
@@ -289,7 +362,19 @@ class Tape(TorchDispatchMode):
     def _read(self, name: str, args: tuple[Any, ...]) -> Any:
         if name == "aten.equal.default" and args[0].shape != args[1].shape:
             return False
+        if name == "aten.equal.default" and self._are_cuts_of_one_prompt(*args):
+            return True
         raise self._data_dependent(name)
+
+    def _are_cuts_of_one_prompt(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        """Returns True for the tokens of one prompt with and without a cut, which pipelines compare to warn of it.
+
+        Whatever else they do then shows when the recording is verified, with prompts of both kinds.
+        """
+        sources = {item.name: item.source for item in self.inputs}
+        found = [sources.get(self._names.get(id(tensor), ("", 0))[0], {}) for tensor in (first, second)]
+        alike = all(source.get("kind") == "tokens" for source in found) and found[0]["key"] == found[1]["key"]
+        return alike and self.same_prompt is not None and self.same_prompt(found[0]["text"], found[1]["text"])
 
     # -- values, constants, storages --
 

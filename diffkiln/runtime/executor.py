@@ -20,6 +20,7 @@ from diffkiln.program import (
     ATTENTION,
     CALL,
     NOISE,
+    NORMAL,
     REGION,
     STEP,
     Module,
@@ -337,10 +338,10 @@ class Executor:
 
     def _noise_op(self, op: Op) -> Callable[..., Sequence[torch.Tensor]]:
         shape, dtype = op.attrs["shape"], dtype_of(op.attrs["dtype"])
-        seeded = op.attrs.get("seeded", True)
+        seeded, distribution = op.attrs.get("seeded", True), op.attrs.get("distribution", NORMAL)
 
         def drawn() -> Sequence[torch.Tensor]:
-            noise = draw(shape, dtype, self.run.generator if seeded else None, self.device)
+            noise = draw(shape, dtype, self.run.generator if seeded else None, self.device, distribution)
             # Every process draws, so that its generator moves on, and all take what the first one has drawn.
             return [noise if self.group is None else self.group.from_first(noise)]
 

@@ -25,6 +25,8 @@ def image_list(keyword: str, value: Any) -> list[Any]:
         CallError: none of these.
     """
     if isinstance(value, list | tuple):
+        if any(isinstance(item, list | tuple) for item in value):  # a place in one of several lists may have no image
+            value = [[each for each in item if each is not None] if isinstance(item, list) else item for item in value]
         return [image for item in value for image in image_list(keyword, item)]
     if isinstance(value, Image.Image):
         return [value]

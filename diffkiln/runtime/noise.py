@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffkiln.errors import CallError
+from diffkiln.program import NORMAL, UNIFORM
 
 #: What a caller may pass: nothing, one generator, or one for each image.
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -25,8 +26,14 @@ def check_generators(value: Any) -> None:
         )
 
 
-def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device: torch.device) -> torch.Tensor:
-    """Draws standard normal noise by the rules of `diffusers.utils.torch_utils.randn_tensor`.
+def draw(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    generator: Generators,
+    device: torch.device,
+    distribution: str = NORMAL,
+) -> torch.Tensor:
+    """Draws noise by the rules of `diffusers.utils.torch_utils.randn_tensor`.
 
     A CPU generator draws on the CPU and the noise is moved; a CUDA generator draws on its device; a list draws each
     image by itself and must have as many generators as images.
@@ -36,6 +43,7 @@ def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device
         dtype: of the noise.
         generator: see above.
         device: where the noise is needed.
+        distribution: "normal", "uniform" from 0 to 1, or "exponential" with rate 1.
 
     Raises:
         CallError: the number of generators, or a CUDA generator for a pipeline on the CPU.
@@ -46,7 +54,7 @@ def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device
         if len(generator) != shape[0]:
             raise CallError(f"generator: {len(generator)} generators for {shape[0]} images. Give one, or one each")
         one = (1, *shape[1:])
-        return torch.cat([draw(one, dtype, each, device) for each in generator])
+        return torch.cat([draw(one, dtype, each, device, distribution) for each in generator])
     source = device
     if generator is not None:
         if generator.device.type == "cuda" and device.type != "cuda":
@@ -54,4 +62,8 @@ def draw(shape: Sequence[int], dtype: torch.dtype, generator: Generators, device
                 f"generator: it draws on {generator.device}, the pipeline runs on {device}. Use a CPU generator"
             )
         source = generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    if distribution == NORMAL:
+        return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    empty = torch.empty(tuple(shape), device=source, dtype=dtype)
+    drawn = empty.uniform_ if distribution == UNIFORM else empty.exponential_
+    return drawn(generator=generator).to(device)

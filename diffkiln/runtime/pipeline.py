@@ -27,7 +27,7 @@ from diffkiln.runtime.image_end import image_list, pixels
 from diffkiln.runtime.images import OWN, check_output_type
 from diffkiln.runtime.noise import Generators, check_generators
 from diffkiln.runtime.results import form_of, output_of
-from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.text import Miscount, TextEnd, counts_refusal
 from diffkiln.runtime.turns import PATIENCE
 from diffkiln.runtime.variants import CompiledVariant, checks_of, no_variant
 
@@ -290,7 +290,7 @@ class CompiledPipeline(Adaptable):
         return call
 
     def _choose(self, call: _Call) -> tuple[CompiledVariant, Program]:
-        refused = ""
+        refused, miscounts = "", list[Miscount]()
         # Arrays compare by element, and are no word of an error.
         plain = {k: v.tolist() if isinstance(v, np.ndarray | torch.Tensor) else v for k, v in call.fixed.items()}
         others = {keyword: value for keyword, value in plain.items() if keyword != _STEP_INPUTS}
@@ -300,9 +300,27 @@ class CompiledPipeline(Adaptable):
                 reason = variant.text_refusal(call.texts)
                 reason = reason or variant.image_refusal(call.images) or variant.tensor_refusal(call.tensors)
                 if not reason:
-                    return variant, self._program(variant, call)
+                    program = self._program(variant, call)
+                    miscount = self._miscount(variant, program, call)
+                    if miscount is None:
+                        return variant, program
+                    miscounts.append(miscount)
                 refused = refused or reason
+        if miscounts:
+            raise CallError(counts_refusal(miscounts))
         raise CallError(refused or self._no_variant(call, others))
+
+    def _miscount(self, variant: CompiledVariant, program: Program, call: _Call) -> Miscount | None:
+        """Returns which prompt has another number of tokens than the variant takes; None if none has."""
+        if not variant.counts_tokens:
+            return None
+        complete = self._prompts(variant, program, call)
+        found = (self._text.miscounted(text, complete) for text in program.texts)
+        return next(filter(None, found), None)
+
+    def _prompts(self, variant: CompiledVariant, program: Program, call: _Call) -> dict[str, list[str]]:
+        own = {keyword: texts for keyword, texts in call.texts.items() if keyword not in variant.fixed}
+        return with_defaults(program, own, variant.batch_size)
 
     def _no_variant(self, call: _Call, others: Mapping[str, Any]) -> str:
         known = {name for variant in self.variants for name in variant.fixed if variant.fixed[name] is not None}
@@ -326,8 +344,7 @@ class CompiledPipeline(Adaptable):
     # -- inputs --
 
     def _inputs(self, variant: CompiledVariant, program: Program, call: _Call) -> Iterator[Any]:
-        own = {keyword: texts for keyword, texts in call.texts.items() if keyword not in variant.fixed}
-        complete = with_defaults(program, own, variant.batch_size)
+        complete = self._prompts(variant, program, call)
         tokens = [self._text.encode(text, complete) for text in program.texts]
         wanted = tensor_inputs(program.inputs)
         tensors = {keyword: tensor_list(keyword, call.tensors[keyword], items) for keyword, items in wanted.items()}
@@ -358,6 +375,11 @@ class CompiledPipeline(Adaptable):
             return changed.get("latents", latents)
 
         return end
+
+
+def text_end(pipe: CompiledPipeline) -> TextEnd:
+    """Returns what turns the prompts of a pipeline into tokens."""
+    return pipe._text
 
 
 def _texts(keyword: str, value: Any) -> list[str]:

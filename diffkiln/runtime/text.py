@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,53 @@ from diffkiln.guards.limits import active
 from diffkiln.guards.printable import get_logger
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.program import Program
-from diffkiln.program.text_rules import TRANSFORMS, Spelling, rules_of
+from diffkiln.program.text_rules import COUNTED, TRANSFORMS, Spelling, is_forbidden, rules_of
 from diffkiln.runtime.texts import check_texts
 
 log = get_logger(__name__)
+#: So many numbers of tokens are listed in an error.
+_FEW = 12
+
+
+@dataclass(frozen=True)
+class Miscount:
+    """A prompt of another number of tokens than a variant takes.
+
+    Attributes:
+        keyword: of the prompt.
+        found: its tokens, without those of the pipeline's own text.
+        wanted: those that the variant takes.
+    """
+
+    keyword: str
+    found: int
+    wanted: int
+
+    def __str__(self) -> str:
+        field = "negative_prompt_tokens" if self.keyword.startswith("negative") else "prompt_tokens"
+        return (
+            f"{self.keyword}: {self.found} tokens, this variant takes {self.wanted}. Add {self.found} to {field!r} of "
+            "the spec's inputs, or change the prompt"
+        )
+
+
+def counts_refusal(miscounts: Sequence[Miscount]) -> str:
+    """Returns what is said if no variant takes prompts of these numbers of tokens."""
+    first = miscounts[0]
+    wanted = sorted({each.wanted for each in miscounts if each.keyword == first.keyword})
+    if len(wanted) == 1:
+        return str(first)
+    field = "negative_prompt_tokens" if first.keyword.startswith("negative") else "prompt_tokens"
+    counts = ", ".join(map(str, wanted[:_FEW])) + (f" and {len(wanted) - _FEW} more" if len(wanted) > _FEW else "")
+    return (
+        f"{first.keyword}: {first.found} tokens. The bundle takes {counts}. Add {first.found} to {field!r} of the "
+        "spec's inputs, or change the prompt"
+    )
+
+
+def _unpadded(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a text as the pipeline cuts it, without padding."""
+    return {**text, "padding": "none", "truncation": text.get("cut") is not None, "max_length": text.get("cut")}
 
 
 class TextEnd:
@@ -59,7 +103,10 @@ class TextEnd:
         for row in rows:
             bounded.admit(row)
         rules = rules_of(text)
-        encodings = self._encode_pieces(text, rows, *rules) if rules else self._encode(text, rows)
+        if COUNTED in text:
+            encodings = self._encode_counted(text, rows)
+        else:
+            encodings = self._encode_pieces(text, rows, *rules) if rules else self._encode(text, rows)
         for row, source, encoding in zip(rows, text["rows"], encodings, strict=True):
             self._refuse_longer(text, source, len(encoding.ids))
             if encoding.overflowing:
@@ -76,6 +123,41 @@ class TextEnd:
             lambda: tokenizer.encode_batch(rows, add_special_tokens=text["add_special_tokens"])
         )
 
+    def miscounted(self, text: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]) -> Miscount | None:
+        """Returns the first prompt of a recorded text that has another number of tokens than the text; None if all fit.
+
+        Raises:
+            CallError: as `encode`.
+        """
+        if COUNTED not in text:
+            return None
+        rows = [self._row(row, text, prompts) for row in text["rows"]]
+        bounded = self._of(text["tokenizer"])
+        for row in rows:
+            bounded.admit(row)
+        found = [len(encoding.ids) for encoding in self._encode(_unpadded(text), rows)]
+        for row, count, wanted, around in zip(text["rows"], found, text[COUNTED], text["around"], strict=True):
+            if count != wanted:
+                return Miscount(row.get("keyword", "prompt"), count - around, wanted - around)
+        return None
+
+    def _encode_counted(self, text: Mapping[str, Any], rows: list[str]) -> list[Encoding]:
+        """Returns the tokens of rows that have the numbers of tokens that the text was recorded with."""
+        encodings = self._encode(_unpadded(text), rows)
+        for encoding, row, wanted, around in zip(encodings, text["rows"], text[COUNTED], text["around"], strict=True):
+            if len(encoding.ids) != wanted:
+                raise CallError(
+                    str(Miscount(row.get("keyword", "prompt"), len(encoding.ids) - around, wanted - around))
+                )
+            encoding.pad(
+                text["max_length"],
+                direction=text["padding_side"],
+                pad_id=text["pad_id"],
+                pad_type_id=text["pad_type_id"],
+                pad_token=text["pad_token"],
+            )
+        return encodings
+
     def _encode_pieces(self, text: Mapping[str, Any], rows: list[str], rule: Spelling) -> list[Encoding]:
         """Returns the tokens of each row's pieces, in order; too many are cut at the end."""
         tokenizer = self._tokenizer({**text, "padding": "none", "truncation": False})
@@ -85,7 +167,8 @@ class TextEnd:
                 lambda row=row: tokenizer.encode_batch(rule.pieces(row), add_special_tokens=False)
             )
             merged = Encoding.merge(parts, growing_offsets=False)
-            merged.truncate(text["max_length"])
+            if text["truncation"]:
+                merged.truncate(text["max_length"])
             merged.pad(
                 text["max_length"],
                 direction=text["padding_side"],
@@ -115,6 +198,11 @@ class TextEnd:
             if mark in prompt:
                 raise CallError(f"{row['keyword']}: {mark} stands for an image or a video. Take it out of the prompt")
         active().check("text_chars", len(prompt), row["keyword"])
+        if is_forbidden(text, prompt):
+            raise CallError(
+                f"{row['keyword']}: the pipeline shows what a prompt quotes to an encoder of its own, and this bundle "
+                "was recorded without it. Leave out the quotation marks, or run the pipeline as diffusers"
+            )
         for name in text["transforms"]:
             prompt = TRANSFORMS[name](prompt)
         return row["prefix"] + prompt + row["suffix"]

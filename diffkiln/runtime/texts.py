@@ -36,7 +36,7 @@ class _Row(_Strict):
 class _Text(_Strict):
     tokenizer: str
     rows: Annotated[list[_Row], Field(min_length=1)]
-    transforms: list[Literal["ftfy", "html_unescape", "strip", "collapse_whitespace", "lower"]]
+    transforms: list[Literal["ftfy", "html_unescape", "unquote", "strip", "collapse_whitespace", "lower"]]
     padding: Literal["max_length", "longest", "none", "do_not_pad"]
     max_length: Annotated[int, Field(ge=1)] | None
     truncation: bool
@@ -48,6 +48,10 @@ class _Text(_Strict):
     pad_type_id: _Id | None = 0
     marks: list[str] = []
     quotations: Literal["characters"] | None = None
+    glyphs: Literal["double", "all"] | None = None
+    prompt_tokens: list[Annotated[int, Field(ge=0)]] | None = None
+    around: list[Annotated[int, Field(ge=0)]] = []
+    cut: Annotated[int, Field(ge=1)] | None = None
 
 
 def check_texts(program: Program, tokenizers: Collection[str]) -> None:
@@ -68,9 +72,22 @@ def check_texts(program: Program, tokenizers: Collection[str]) -> None:
             raise ManifestInvalid(f"{where} names the tokenizer {text.tokenizer!r}, which the bundle does not have")
         if text.padding == "max_length" and None in (text.max_length, text.pad_id, text.pad_token, text.pad_type_id):
             raise ManifestInvalid(f"{where} pads to a length, but names neither length nor padding")
+        if reason := _miscounted(text):
+            raise ManifestInvalid(f"{where} {reason}")
         active().check("tokens", len(text.rows) * (text.max_length or 1), where)
         for row in text.rows:
             active().check("text_chars", sum(map(len, (row.text or "", row.prefix, row.suffix))), where)
     for item in program.inputs:
         if item.source.get("kind") == "tokens" and item.source["key"] not in KEYS:
             raise ManifestInvalid(f"input {item.name!r}: a tokenizer gives no {item.source['key']!r}")
+
+
+def _miscounted(text: _Text) -> str:
+    """Returns what is wrong with the numbers of tokens that a text fixes."""
+    if text.prompt_tokens is None:
+        return ""
+    if not len(text.rows) == len(text.prompt_tokens) == len(text.around):
+        return "does not say how many tokens each of its rows has"
+    if text.padding != "max_length" or text.max_length is None or max(text.prompt_tokens) > text.max_length:
+        return "has more tokens than its length"
+    return ""

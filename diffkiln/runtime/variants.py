@@ -14,7 +14,8 @@ from diffkiln.program import Input, Program, for_others
 from diffkiln.program.calls import text_keywords
 from diffkiln.program.images import IMAGES, image_keywords
 from diffkiln.program.narrowed import narrowed_of
-from diffkiln.runtime.given import LATENTS, is_prompt, tensor_inputs
+from diffkiln.program.text_rules import COUNTED
+from diffkiln.runtime.given import LATENTS, is_negative, is_prompt, tensor_inputs
 from diffkiln.runtime.image_end import refusal
 
 #: The result that says which images a safety checker objected to.
@@ -58,6 +59,11 @@ class CompiledVariant:
     def texts(self) -> list[str]:
         """Returns the keywords whose texts reach a tokenizer."""
         return text_keywords(tuple(self.programs.values()))
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Returns True if the prompt's number of tokens picks the variant."""
+        return any(COUNTED in text for program in self.programs.values() for text in program.texts)
 
     @property
     def tensors(self) -> dict[str, list[Input]]:
@@ -126,6 +132,12 @@ class CompiledVariant:
             encoded = [keyword for keyword in self.tensors if "embeds" in keyword or "hidden_states" in keyword]
             what = f"takes {encoded[0]} in its place" if encoded else "takes none"
             return f"prompt: this variant {what}"
+        given = [keyword for keyword, each in texts.items() if is_negative(keyword) and any(each)]
+        if self.counts_tokens and given and not any(map(is_negative, self.texts)):
+            return (
+                f"{given[0]}: this bundle was compiled for negative prompts of no length. Add "
+                '"negative_prompt_tokens" to the spec\'s inputs'
+            )
         if "negative_prompt" in required and "negative_prompt" not in texts:
             return 'negative_prompt: this pipeline needs one. Give "" if there is nothing to keep out'
         missing = [keyword for keyword in required if "prompt" not in keyword and keyword not in texts]

@@ -6,14 +6,15 @@ Docstrings and descriptions of fields are those of the JSON Schema, and of the h
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from diffkiln.spec.problems import refuse
-from diffkiln.spec.ranges import MAX_SIZES, Count, Range, Size, sizes_of
-from diffkiln.spec.strict import Conflict, Json, Strict
+from diffkiln.spec.ranges import MAX_SIZES, Count, Range, Size, Tokens, sizes_of
+from diffkiln.spec.strict import MAX_ITEMS, Conflict, Json, Strict, as_tuple
 
 
 class Inputs(Strict):
@@ -53,6 +54,15 @@ class Inputs(Strict):
         description="Prompts that never change, by the keyword of the call. Callers leave them out, and hoist computes "
         "once what the text encoders make of them.",
     )
+    prompt_tokens: Tokens | None = Field(
+        default=None,
+        description="Numbers of tokens that prompts may have, without the pipeline's own text around them. Each is a "
+        "variant. For pipelines whose shapes follow the prompt's length.",
+    )
+    negative_prompt_tokens: Tokens | None = Field(
+        default=None,
+        description="The same of negative prompts. Absent: callers give none.",
+    )
     call: dict[str, Json] = Field(
         default_factory=dict,
         description="Any other keyword of the pipeline's call. Prompts are examples, images and tensors are declared "
@@ -68,15 +78,23 @@ class Inputs(Strict):
         for name in prompts if isinstance(prompts, dict) and isinstance(call, dict) else ():
             if name in call:
                 yield ("call", name), refuse("is a fixed prompt, too", "Remove one of the two")
+        if "negative_prompt_tokens" in given and "prompt_tokens" not in given:
+            yield ("negative_prompt_tokens",), refuse("stands beside prompt_tokens alone", 'Add "prompt_tokens"')
+        lengths = [given.get(name) for name in ("prompt_tokens", "negative_prompt_tokens")]
+        if (pairs := math.prod(len(each) if isinstance(each, list | tuple) else 1 for each in lengths)) > MAX_ITEMS:
+            reason = f"the two give {pairs} pairs, and each is recorded; {MAX_ITEMS} are the most"
+            yield ("negative_prompt_tokens",), refuse(reason, "Name fewer")
         count = _count(given.get("height")) * _count(given.get("width"))
         if count > MAX_SIZES:
             reason = f"the ranges give {count} sizes, and each is recorded; {MAX_SIZES} are the most"
             yield ("height",), refuse(reason, "Choose larger steps")
 
     def each(self) -> tuple[Inputs, ...]:
-        """Returns one `Inputs` for each size of the ranges; only itself if there are no ranges."""
-        sizes = itertools.product(sizes_of(self.height), sizes_of(self.width))
-        return tuple(self.model_copy(update={"height": height, "width": width}) for height, width in sizes)
+        """Returns one `Inputs` for each size of the ranges and each length of prompts; only itself if there is one."""
+        names = ("height", "width", "prompt_tokens", "negative_prompt_tokens")
+        lengths = as_tuple(self.prompt_tokens), as_tuple(self.negative_prompt_tokens)
+        choices = itertools.product(sizes_of(self.height), sizes_of(self.width), *lengths)
+        return tuple(self.model_copy(update=dict(zip(names, choice, strict=True))) for choice in choices)
 
     @property
     def fixes_the_prompt(self) -> bool:

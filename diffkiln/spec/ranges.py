@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from diffkiln.spec.problems import refuse
-from diffkiln.spec.strict import Conflict, Strict
+from diffkiln.spec.strict import Conflict, OneOrMany, Strict
 
 # Far above what any pipeline or machine has; a slip of the finger is caught here and not by an allocation.
 Count = Annotated[int, Field(ge=1, le=65_536)]
@@ -46,6 +46,10 @@ Size = Annotated[
     Discriminator(lambda value: "range" if isinstance(value, (dict, Range)) else "size"),
 ]
 """A size, or a range of them."""
+
+
+Tokens = OneOrMany[Annotated[int, Field(ge=0, le=65_536)]]
+"""A number of tokens, or several."""
 
 
 def sizes_of(size: int | Range | None) -> tuple[int | None, ...]:

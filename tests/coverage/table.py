@@ -44,9 +44,10 @@ _CALLS = """
 Every class of a pipeline that diffusers {version} exports, on a tiny model with random weights (`tests/pipelines`,
 `tests/coverage/calls`): recorded without weights, packed into a bundle, loaded, and compared with diffusers for two
 prompts and two seeds. A *program* is within 1e-5 of diffusers in float32; its operations are counted over the call and
-all components. What cannot be recorded runs *as diffusers*, if the spec allows it (`runtime.on_unrecordable`); the
-reason is what diffkiln says of it. *Refused* is what diffkiln does not run at all. *Not built* has no tiny model here,
-and *not measured* has one and no result yet.
+all components. Where shapes follow the prompt's length, there is a program for each (`prompt_tokens`). What cannot be
+recorded runs *as diffusers*, if the spec allows it (`runtime.on_unrecordable`); the reason is what diffkiln says of it.
+*Refused* is what diffkiln does not run at all. *Not built* has no tiny model here, and *not measured* has one and no
+result yet.
 
 """
 _REASONS = """
@@ -157,6 +158,7 @@ def _calls() -> str:
 def _call_row(result: Mapping[str, Any]) -> str:
     given = ", ".join([*["text"] * result["text"], *(f"`{keyword}`" for keyword in result.get("takes", []))])
     told = str(result.get("refused") or result.get("diffusers") or result["operations"])
+    told += ", a program for each length of the prompt" if result.get("by_length") else ""
     told = told.replace("[", chr(92) + "[")  # brackets of code are no links
     return _row([f"`{result['class']}`", given, result["gives"], standing(result), told])
 

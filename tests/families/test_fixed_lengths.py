@@ -48,10 +48,11 @@ MORE = {
     "bria_fibo": 1e-5,
     "ernie_image": 1e-5,
     "longcat_image": 0.0,
+    "hidream": 1e-5,
 }
 LIMITS = ROUNDING | MORE
 #: They take longest, and are for `make test-long`.
-SLOW = ("bria_fibo", "cogview4", "ernie_image", "kandinsky3", "mochi")
+SLOW = ("bria_fibo", "cogview4", "ernie_image", "hidream", "kandinsky3", "mochi")
 
 
 def spec_for(family, root, padding_side=None, **settings):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.models.transformers import transformer_hidream_image  # noqa: F401  (its experts are not exported)
 from diffusers.pipelines.marigold import marigold_image_processing  # noqa: F401  (its processor is not exported)
 from diffusers.pipelines.stable_diffusion import safety_checker  # noqa: F401  (nor is its model)
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
@@ -21,9 +23,13 @@ from diffkiln.record import patches
 from diffkiln.record.patches import Patch, fingerprint, fixed_lengths, known_patches, outdated, paddings, resized
 from tests.coverage.calls import CALLS
 
-for blocks in ("ernie_image", "helios", "qwenimage", "wan", "wan_animate_2", "z_image"):
+for blocks in ("ernie_image", "helios", "hunyuan_video1_5", "qwenimage", "wan", "wan_animate_2", "z_image"):
     for module in ("before_denoise", "encoders"):
         importlib.import_module(f"diffusers.modular_pipelines.{blocks}.{module}")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch.jit, which it uses
+    importlib.import_module("diffusers.pipelines.kolors.text_encoder")
 
 
 def named(name):

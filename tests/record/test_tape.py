@@ -310,7 +310,7 @@ def test_noise_of_the_callers_generator_is_recorded_and_that_of_another_is_the_s
     tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants(), what="the function")
     shapes = []
 
-    def noise(shape, dtype, generator):
+    def noise(shape, dtype, generator, _distribution):
         shapes.append((tuple(shape), dtype, generator is None))
         return tape.blank(TensorType("float32", tuple(shape)))
 
@@ -324,6 +324,51 @@ def test_noise_of_the_callers_generator_is_recorded_and_that_of_another_is_the_s
     assert not tape.is_marked(own)
     assert tape.is_marked(marked)
     assert shapes == [((4,), torch.float32, False), ((4,), torch.float32, True)]
+
+
+def drawn(function):
+    """What the function draws: the distributions and shapes in order, and the operations that it needs besides."""
+    tape = Tape(FakeTensorMode(allow_non_fake_inputs=True), Constants(), what="the function")
+    kinds = []
+
+    def noise(shape, dtype, _generator, distribution):
+        kinds.append((distribution, tuple(shape)))
+        return tape.new_input("noise", TensorType("float32", tuple(shape)))
+
+    tape.noise, tape.callers_seed = noise, 11
+    marked = tape.new_input("x", TensorType("float32", (4, 3)))
+    with torch.inference_mode(), tape:
+        assert tape.is_marked(function(marked, torch.Generator().manual_seed(11)))
+    return kinds, [op.name for op in tape.ops if op.name != "aten.detach.default"]
+
+
+@pytest.mark.parametrize(
+    ("function", "kinds", "ops"),
+    [
+        (lambda x, g: torch.rand(2, 3, generator=g), [("uniform", (2, 3))], []),
+        (lambda x, g: torch.rand_like(x), [("uniform", (4, 3))], []),
+        (
+            lambda x, g: torch.zeros_like(x).uniform_(0, 1, generator=g),
+            [("uniform", (4, 3))],
+            ["aten.zeros_like.default"],
+        ),
+        (
+            lambda x, g: torch.multinomial(x, 1, generator=g),
+            [("exponential", (4, 3))],
+            ["aten.div.Tensor", "aten.argmax.default"],
+        ),
+    ],
+)
+def test_noise_of_other_distributions_is_recorded(function, kinds, ops):
+    assert drawn(function) == (kinds, ops)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, g: x.uniform_(-1, 1, generator=g), lambda x, g: torch.multinomial(x, 2, generator=g)]
+)
+def test_noise_that_is_not_recorded_is_refused(function):
+    with pytest.raises(RecordError, match="draws random numbers"):
+        drawn(function)
 
 
 def test_the_end_of_a_step_has_the_noisiest_timestep_where_each_frame_has_its_own():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from diffkiln.errors import CallError
 from diffkiln.runtime.images import convert
 from diffkiln.runtime.noise import draw
-from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.text import Miscount, TextEnd, counts_refusal
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,18 @@ def test_noise_is_that_of_diffusers(make, dtype):
     want = randn_tensor((2, 4, 8), generator=make(), device=CPU, dtype=dtype)
     torch.manual_seed(11)
     assert torch.equal(draw((2, 4, 8), dtype, make(), CPU), want)
+
+
+@pytest.mark.parametrize("make", [lambda: generator(3), lambda: None])
+def test_uniform_noise_and_choices_are_those_of_torch(make):
+    weights = torch.rand(5, 7, generator=generator(0))
+    torch.manual_seed(11)
+    want = torch.zeros(2, 3).uniform_(0, 1, generator=make()), torch.multinomial(weights, 1, generator=make())
+    torch.manual_seed(11)
+    uniform = draw((2, 3), torch.float32, make(), CPU, "uniform")
+    chosen = weights / draw((5, 7), torch.float32, make(), CPU, "exponential")
+    assert torch.equal(uniform, want[0])
+    assert torch.equal(chosen.argmax(-1, keepdim=True), want[1])
 
 
 def test_one_generator_in_a_list_is_one_generator():
@@ -137,6 +149,40 @@ def test_quotations_are_tokenized_by_character(end, caplog):
     assert "cut to 8 tokens" in caplog.text
     made = end.encode(text(**spelled), {"prompt": ["red 'a'"]})
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+COUNTED = {"prompt_tokens": [3], "around": [0], "cut": None, "max_length": 5, "truncation": False}
+
+
+def test_a_prompt_of_the_recorded_number_of_tokens_is_padded_as_it_was(end):
+    assert ids(end, "a red fox", **COUNTED) == [[2, 3, 4, 0, 0]]
+    assert ids(end, "a red fox", **COUNTED, padding_side="left") == [[0, 0, 2, 3, 4]]
+    assert ids(end, "a red fox of a photo", **COUNTED | {"cut": 3}) == [[2, 3, 4, 0, 0]]
+
+
+def test_a_prompt_of_another_number_of_tokens_is_refused(end):
+    told = "prompt: 2 tokens, this variant takes 3. Add 2 to 'prompt_tokens' of the spec's inputs"
+    with pytest.raises(CallError, match=told):
+        ids(end, "a fox", **COUNTED)
+    counted, around = text(**COUNTED), text(**COUNTED | {"prompt_tokens": [4], "around": [1]})
+    assert end.miscounted(counted, {"prompt": ["a red fox"]}) is None
+    assert end.miscounted(text(), {"prompt": ["a"]}) is None
+    assert end.miscounted(around, {"prompt": ["a red"]}) == Miscount("prompt", 1, 3)
+
+
+def test_what_no_variant_takes_is_said_with_what_they_take():
+    told = counts_refusal([Miscount("negative_prompt", 7, wanted) for wanted in (3, 5, 4)])
+    assert told.startswith("negative_prompt: 7 tokens. The bundle takes 3, 4, 5. Add 7 to 'negative_prompt_tokens'")
+
+
+@pytest.mark.parametrize(
+    ("marks", "prompt"), [("double", 'a "red" fox'), ("double", "\u201ca\u201d"), ("all", "a 'red' fox")]
+)
+def test_a_prompt_that_quotes_is_refused_where_another_encoder_would_see_it(end, marks, prompt):
+    with pytest.raises(CallError, match="Leave out the quotation marks"):
+        ids(end, prompt, glyphs=marks)
+    assert ids(end, "a red fox", glyphs=marks) == [[2, 3, 4, 0, 0]]
+    assert ids(end, "a 'red' fox", glyphs="double") == [[2, 1, 4, 0, 0]]
 
 
 def test_too_few_prompts_are_refused(end):

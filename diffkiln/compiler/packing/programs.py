@@ -15,9 +15,10 @@ from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.interpreter.aten import schemas
 from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_json
 from diffkiln.program.images import image_keywords
-from diffkiln.program.text_rules import RULES
+from diffkiln.program.text_rules import COUNTED, FORBIDDEN, RULES
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.sentinels import each_size
 
 
 def pack_programs(writer: BundleWriter, plan: Plan) -> Packed:
@@ -74,8 +75,10 @@ def _features(call: Program) -> Iterator[str]:
         yield "results"
     if not all(op.attrs.get("seeded", True) for op in call.ops if op.name == NOISE):
         yield "unseeded_noise"
+    if any("distribution" in op.attrs for op in call.ops if op.name == NOISE):
+        yield "distributions"
     for text in call.texts:
-        yield from RULES.keys() & text.keys()
+        yield from {*RULES, *FORBIDDEN, COUNTED} & text.keys()
 
 
 def every_program(recording: Recording) -> list[Program]:
@@ -104,11 +107,14 @@ def _variant_name(request: Request, taken: set[str]) -> str:
     fixed = request.fixed
     sizes = [str(fixed[key]) for key in ("height", "width", "num_frames") if fixed.get(key)]
     if not sizes and request.images:  # those of its images
-        width, height = next(size if isinstance(size[0], int) else size[0] for size in request.images.values())
+        width, height = next(size for sizes in request.images.values() for size in each_size(sizes))
         sizes = [str(height), str(width)]
     name = "-".join(["x".join(sizes)] * bool(sizes) + _steps(fixed)) or "call"
     if request.batch_size > 1:
         name += f"-batch-{request.batch_size}"
     if fixed.get("num_images_per_prompt", 1) > 1:
         name += f"-images-{fixed['num_images_per_prompt']}"
+    if request.tokens is not None:
+        counts = [request.tokens[keyword] for keyword in ("prompt", "negative_prompt") if keyword in request.tokens]
+        name += f"-tokens-{'-'.join(map(str, counts))}"
     return name if name not in taken else f"{name}-{len(taken) + 1}"

@@ -7,18 +7,18 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 
 from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.tokenizers import tokenizers_of
-from diffkiln.compiler.verify.cases import TEXTS, cases_of, noise_like
+from diffkiln.compiler.verify.cases import TEXTS, Lengths, cases_of, noise_like
 from diffkiln.compiler.verify.comparing import difference, same
 from diffkiln.compiler.verify.components import CPU, Given, compare_component, compare_lengths
 from diffkiln.compiler.verify.reduced import kept_blocks, shrunken
-from diffkiln.errors import CallError, VerifyError
+from diffkiln.errors import VerifyError
 from diffkiln.interpreter.aten import type_of
 from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.interpreter.portable import portable
@@ -54,7 +54,9 @@ class Verification:
 
     def __init__(self, pipe: Any, recording: Recording) -> None:
         self._pipe, self._recording = pipe, recording
-        self._keys = {callee.key: callee for callee in recording.callees.values()}
+        self._ways: dict[str, list[Callee]] = {}
+        for callee in recording.callees.values():
+            self._ways.setdefault(callee.key, []).append(callee)
         self._paddings: dict[str, Padding] = {}
         self._casts = Casts(pipe)
         self._case = 0
@@ -82,7 +84,7 @@ class Verification:
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
         with self._stand_ins(read), self._casts.watched(), _unheard(logging.getLogger("diffkiln.runtime.text")):
-            for case, (keywords, seed) in enumerate(cases_of(programs, request, partial(_is_taken, text, programs))):
+            for case, (keywords, seed) in enumerate(cases_of(programs, request, Lengths(text, programs))):
                 self._case = case
                 self._compare(compiled, request, keywords, seed)
 
@@ -91,9 +93,9 @@ class Verification:
             return torch.Generator().manual_seed(seed)
 
         given = dict(request.fixed) | keywords
-        # Z-Image writes to the caller's own list of prompts.
-        own = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
-        own |= {"output_type": "pt"} if "output_type" in parameters_of(self._pipe) else {}
+        # Z-Image writes to the caller's own list of prompts, and diffusion forcing of images into its latents.
+        own = {key: _apart(value) for key, value in given.items()}
+        own |= {"output_type": request.output} if "output_type" in parameters_of(self._pipe) else {}
         own |= {"generator": generator()} if "generator" in parameters_of(self._pipe) else {}
         # Both portably, as constants were: the smallest difference between them changes all that stand-ins give.
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), portable():
@@ -149,7 +151,8 @@ class Verification:
             leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
             # Some pipelines hand the generator on; recording refuses components that draw from it.
             leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
-            callee = self._keys.get(call_key(component, method, leaves, structure, self._casts.of(component)))
+            ways = self._ways.get(call_key(component, method, leaves, structure, self._casts.of(component)), [])
+            callee = next((way for way in ways if way.takes(leaves)), None)
             if callee is None:
                 raise VerifyError(
                     f"the pipeline calls {component}.{method} with arguments of types that were not recorded"
@@ -275,17 +278,9 @@ class _StandIn:
         return self._verification.give(self._name, self._program, tensors)
 
 
-def _is_taken(end: TextEnd, programs: Mapping[str, Program], prompt: str) -> bool:
-    """Returns True if the programs accept this text as every prompt."""
-    texts = [text for program in programs.values() for text in program.texts]
-    rows = [row for text in texts for row in text["rows"] if "keyword" in row]
-    prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
-    try:
-        for text in texts:
-            end.encode(text, prompts)
-    except CallError:
-        return False
-    return True
+def _apart(value: Any) -> Any:
+    """Returns a list or a tensor that may be written to."""
+    return list(value) if isinstance(value, list) else value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @contextmanager

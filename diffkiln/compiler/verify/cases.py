@@ -3,36 +3,125 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from diffkiln.errors import CallError, VerifyError
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import Program
 from diffkiln.program.calls import GIVEN, Given
+from diffkiln.program.text_rules import COUNTED
 from diffkiln.record.call import Request
 from diffkiln.record.keywords import NEGATIVES, PROMPTS, parameters_of
+from diffkiln.runtime.text import TextEnd
 
 _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &amp; cut" for index in range(120))
+#: Words, of one token in most vocabularies, by which a prompt becomes as long as it must be.
+_FILLERS = ("a", "the", "1", ",", "of")
 #: One token, a usual one with what transforms touch, and one that is cut, or of which as much is given as fits.
 TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
 
 
+class Lengths:
+    """The prompts that programs take: none that is too long, and where lengths are fixed those of that length.
+
+    Args:
+        end: turns prompts into tokens.
+        programs: of one variant.
+    """
+
+    def __init__(self, end: TextEnd, programs: Mapping[str, Program]) -> None:
+        self._end = end
+        self._fitted: dict[tuple[str, str], str] = {}
+        self._texts = [text for program in programs.values() for text in program.texts]
+
+    def shortened(self, text: str, suffix: str) -> str:
+        """Returns as many of the text's words as every prompt may have, with the suffix behind them."""
+        words = text.split(" ")
+        while len(words) > 1 and not self._is_taken(" ".join(words) + suffix):
+            words.pop()
+        return " ".join(words)
+
+    def _is_taken(self, prompt: str) -> bool:
+        rows = [row for text in self._texts for row in text["rows"] if "keyword" in row]
+        prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
+        try:
+            for text in self._texts:
+                if COUNTED not in text:
+                    self._end.encode(text, prompts)
+                self._end.miscounted(text, prompts)
+        except CallError:
+            return False
+        return True
+
+    def fitted(self, keyword: str, prompt: str) -> str:
+        """Returns the prompt, with words taken from it or added to it so that it has as many tokens as it must have.
+
+        Raises:
+            VerifyError: there is none.
+        """
+        if (keyword, prompt) not in self._fitted:
+            self._fitted[keyword, prompt] = self._filled(keyword, prompt)
+        return self._fitted[keyword, prompt]
+
+    def _filled(self, keyword: str, prompt: str) -> str:
+        own = self._of(keyword)
+        if not own or not any(self._missing(own, prompt)):
+            return prompt
+        words = prompt.split()
+        longest = bisect_left(range(len(words) + 1), True, key=lambda kept: self._is_long(own, words[:kept])) - 1
+        for kept in range(longest, -1, -1):
+            missing = max(self._missing(own, " ".join(words[:kept])))
+            for filler in _FILLERS:
+                filled = " ".join([*words[:kept], *[filler] * missing])
+                if not any(self._missing(own, filled)):
+                    return filled
+        raise VerifyError(f"no {keyword} was found that has the tokens of its variant, so it cannot be verified")
+
+    def _of(self, keyword: str) -> list[Mapping[str, Any]]:
+        """Returns the texts of fixed lengths that hold this prompt, or that stands for it where it is not given."""
+        base = NEGATIVES[0] if keyword in NEGATIVES else PROMPTS[0]
+        kinds = (*NEGATIVES, *PROMPTS)
+        same = {each for each in kinds if (each in NEGATIVES) == (keyword in NEGATIVES)}
+        alike = {keyword} | (same if keyword == base else set())
+        return [
+            {**text, "rows": [row], COUNTED: [count], "around": [around]}
+            for text in self._texts
+            if COUNTED in text
+            for row, count, around in zip(text["rows"], text[COUNTED], text["around"], strict=True)
+            if row.get("keyword") in alike
+        ]
+
+    def _is_long(self, texts: Sequence[Mapping[str, Any]], words: Sequence[str]) -> bool:
+        return min(self._missing(texts, " ".join(words))) < 0
+
+    def _missing(self, texts: Sequence[Mapping[str, Any]], prompt: str) -> list[int]:
+        """Returns how many tokens the prompt has too few, or too many below zero, for each of the texts."""
+        found = []
+        for text in texts:
+            row = text["rows"][0]
+            miscount = self._end.miscounted(text, {row["keyword"]: [prompt] * (row["index"] + 1)})
+            found.append(miscount.wanted - miscount.found if miscount else 0)
+        return found
+
+
 def cases_of(
-    programs: Mapping[str, Program], request: Request, fits: Callable[[str], bool]
+    programs: Mapping[str, Program], request: Request, lengths: Lengths
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields keywords of calls to compare, and a seed for each.
 
     Args:
         programs: of one variant.
         request: what they were recorded for.
-        fits: whether the programs take a prompt, and do not refuse it as too long.
+        lengths: which prompts the programs take.
     """
-    texts = [_shortened(text, lambda given: fits(f"{given}{request.batch_size}")) for text in TEXTS]
-    for case, (keywords, seed) in enumerate(_prompted(programs, request, texts)):
+    texts = [lengths.shortened(text, str(request.batch_size)) for text in TEXTS]
+    for case, (keywords, seed) in enumerate(_prompted(programs, request, texts, lengths)):
         yield keywords | _images(programs["call"], request, case) | _tensors(request, case), seed
 
 
@@ -55,16 +144,8 @@ def example_of(pipe: Any, request: Request, negative: bool) -> dict[str, Any]:
     return given
 
 
-def _shortened(text: str, fits: Callable[[str], bool]) -> str:
-    """Returns as many of the text's words as fit."""
-    words = text.split(" ")
-    while len(words) > 1 and not fits(" ".join(words)):
-        words.pop()
-    return " ".join(words)
-
-
 def _prompted(
-    programs: Mapping[str, Program], request: Request, texts: Sequence[str]
+    programs: Mapping[str, Program], request: Request, texts: Sequence[str], lengths: Lengths
 ) -> Iterator[tuple[dict[str, Any], int]]:
     call = programs["call"]
     always = [keyword for keyword in ("prompt", *request.texts) if _asks_for(call, keyword)]
@@ -72,7 +153,8 @@ def _prompted(
 
     def given(text: str, keyword: str) -> dict[str, Any]:
         rows = [f"{text}{index}" for index in range(request.batch_size)]
-        return {keyword: text if request.batch_size == 1 else rows}
+        rows = [lengths.fitted(keyword, row) for row in ([text] if request.batch_size == 1 else rows)]
+        return {keyword: rows[0] if request.batch_size == 1 else rows}
 
     def prompts(text: str) -> dict[str, Any]:
         found = {key: value for word in always for key, value in given(text, word).items()}
@@ -113,11 +195,12 @@ def _pictures(request: Request, seed: int, looked_at: Collection[str]) -> dict[s
         width, height = size if keyword in looked_at or seed % 2 else (size[0] + 13 * seed, size[1] + 7)
         return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
-    found: dict[str, Any] = {}
-    for keyword, sizes in request.images.items():
-        one = isinstance(sizes[0], int)
-        found[keyword] = image(keyword, sizes) if one else [image(keyword, size) for size in sizes]  # type: ignore
-    return found
+    def given(keyword: str, sizes: Any) -> Any:
+        if sizes is None or isinstance(sizes[0], int):
+            return None if sizes is None else image(keyword, sizes)
+        return [given(keyword, size) for size in sizes]
+
+    return {keyword: given(keyword, sizes) for keyword, sizes in request.images.items()}
 
 
 def _tensors(request: Request, case: int) -> dict[str, Any]:

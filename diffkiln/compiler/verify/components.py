@@ -26,7 +26,7 @@ from diffkiln.record.casts import casted
 from diffkiln.record.components import Callee, is_plain_call, tracing
 from diffkiln.record.marked import Marked
 from diffkiln.record.patches import Padding, fixed_lengths, whole
-from diffkiln.record.processors import with_processors
+from diffkiln.record.processors import with_hooks, with_processors
 from diffkiln.record.structure import flatten, unflatten
 
 CPU = torch.device("cpu")
@@ -67,6 +67,7 @@ def compare_component(
             _as_recorded(callee, module, leaves),
             tracing(),
             with_processors(module, callee.processors),
+            with_hooks(module, callee.hooks),
             casted(module, callee.cast),
             _blamed(callee, module),
         ):

@@ -35,7 +35,11 @@ def shrunken(module: torch.nn.Module, in_each_list: bool = False) -> torch.nn.Mo
     reduced = copy.deepcopy(module, memo)  # type: ignore[arg-type]
     for name, left in reduced_lists:
         home, _, leaf = name.rpartition(".")
-        setattr(reduced.get_submodule(home), leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
+        owner = reduced.get_submodule(home)
+        before = len(getattr(owner, leaf))
+        for count in (own for own, value in vars(owner).items() if own.startswith("num_") and value == before):
+            setattr(owner, count, len(left))  # ChatGLM counts its layers itself
+        setattr(owner, leaf, torch.nn.ModuleList(memo[id(child)] for child in left))  # type: ignore[misc]
     return reduced
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,9 +16,11 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 import diffkiln
 from diffkiln.interpreter.quiet import quiet_libraries
+from diffkiln.record.text import tokenizer_of
 from tests.coverage.calls import CALLS
 from tests.coverage.measure import RESULTS, told
 from tests.pipelines.registry import Family
@@ -49,9 +53,26 @@ def measure_call(name: str) -> dict[str, Any]:
         found = told(lambda: _replayed(family, root))
         if "failure" not in found:
             return result | found
+        if lengths := lengths_of(pipe, family):
+            counted = _counted(family, root, lengths)
+            if "failure" not in counted:
+                return result | counted | {"by_length": True}
         result["diffusers"] = found["failure"]
         refused = told(lambda: _as_diffusers(family, root)).get("failure")
         return result | ({"refused": refused} if refused else {})
+
+
+def _counted(family: Family, root: Path, lengths: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of the call with lengths of prompts. Beside the text around it a prompt may have another number of
+    tokens than alone, which the bundle says."""
+    found = told(lambda: _replayed(family, root, lengths))
+    for _ in REQUESTS:
+        another = re.match(r"prompt: (\d+) tokens", found.get("failure", ""))
+        if another is None:
+            break
+        lengths["prompt_tokens"] = sorted({*lengths["prompt_tokens"], int(another[1])})
+        found = told(lambda: _replayed(family, root, lengths))
+    return found
 
 
 def write_call(name: str, result: dict[str, Any]) -> None:
@@ -66,6 +87,24 @@ def spec_of(family: Family, model: Path) -> dict[str, Any]:
     images = dict(family.images) if "height" in call else {key: _sized(size) for key, size in family.images.items()}
     inputs = {key: call.pop(key) for key in FIELDS if key in call} | {"call": call | images}
     return {"spec_version": 1, "source": {"model": str(model)}, "target": {"device": "cpu"}, "inputs": inputs}
+
+
+def lengths_of(pipe: Any, family: Family) -> dict[str, Any]:
+    """What a spec's inputs say of the lengths of the prompts of all requests; nothing where none is known."""
+    parts = getattr(pipe, "components", {})
+    kinds = (part for part in map(tokenizer_of, parts.values()) if isinstance(part, PreTrainedTokenizerBase))
+    tokenizer = next(kinds, None)
+    if tokenizer is None or "prompt" not in _inputs(pipe):
+        return {}
+
+    def count(text: str) -> int:
+        return len(tokenizer(text).input_ids) - len(tokenizer("").input_ids)
+
+    template = family.call.get("prompt", "{}")
+    found: dict[str, Any] = {"prompt_tokens": sorted({count(template.replace("{}", text)) for _, text in REQUESTS})}
+    if negative := family.call.get("negative_prompt"):
+        found |= {"negative_prompt_tokens": count(negative)}
+    return found
 
 
 def _sized(size: Any) -> Any:
@@ -94,7 +133,8 @@ def drawn(
         like: the pipeline, or its class, whose call says which keywords there are; `pipe` by default.
     """
     inputs = spec["inputs"]
-    given = {key: value for key, value in inputs.items() if key != "call"} | inputs["call"]
+    lengths = ("prompt_tokens", "negative_prompt_tokens")
+    given = {key: value for key, value in inputs.items() if key not in ("call", *lengths)} | inputs["call"]
     given |= given_to(family, inputs.get("height", SIDE), inputs.get("width", SIDE), seed)
     given |= {key: value for key, value in family.call.items() if key == "negative_prompt"}
     given |= {"prompt": family.call.get("prompt", "{}").replace("{}", prompt), "output_type": family.output}
@@ -168,9 +208,13 @@ def _numbers(rng: np.random.Generator, shape: list[int], dtype: str) -> torch.Te
     return torch.from_numpy(drawn).to(getattr(torch, dtype))
 
 
-def _replayed(family: Family, root: Path) -> dict[str, Any]:
+def _replayed(family: Family, root: Path, lengths: Mapping[str, Any] | None = None) -> dict[str, Any]:
     spec = spec_of(family, root / "model")
-    built = diffkiln.compile(spec, root / "bundle")
+    if lengths:
+        spec["inputs"] |= lengths
+    bundle = root / ("by-length" if lengths else "bundle")
+    shutil.rmtree(bundle, ignore_errors=True)
+    built = diffkiln.compile(spec, bundle)
     with diffkiln.load(built.path) as pipe:
         failure = _compared(family, root, spec, pipe)
     if failure:

@@ -95,8 +95,22 @@ modular("ideogram4_modular", "Ideogram4ModularPipeline", "ideogram4", **SMALL, *
 modular("ernie_image_modular", "ErnieImageModularPipeline", "ernie_image", unenhanced, **SMALL)
 FRAMES = {"height": 64, "width": 64, "num_frames": 5}
 modular("hunyuan15_modular", "HunyuanVideo15ModularPipeline", "hunyuan15", **FRAMES, video=True)
-modular("qwen_image21_modular", "QwenImage21ModularPipeline", "qwen_image21", **SMALL, output_resolution=64)
-modular("qwen_image21_turbo_modular", "QwenImage21TurboModularPipeline", "qwen_image21", **SMALL, output_resolution=64)
+modular(
+    "qwen_image21_modular",
+    "QwenImage21ModularPipeline",
+    "qwen_image21",
+    **SMALL,
+    output_resolution=64,
+    use_kv_cache=False,
+)
+modular(
+    "qwen_image21_turbo_modular",
+    "QwenImage21TurboModularPipeline",
+    "qwen_image21",
+    **SMALL,
+    output_resolution=64,
+    use_kv_cache=False,
+)
 modular("cosmos3_modular", "Cosmos3OmniModularPipeline", "cosmos3", settings=UNGUARDED, **PLAIN, video=True)
 modular(
     "cosmos3_distilled_modular",
@@ -110,5 +124,7 @@ modular(
 modular("helios_modular", "HeliosModularPipeline", "helios", **CLIP, **CHUNKS, video=True)
 modular("helios_pyramid_modular", "HeliosPyramidModularPipeline", "helios_pyramid", **PYRAMID, video=True)
 modular("qwen_image_edit_modular", "QwenImageEditModularPipeline", "qwen_image_edit", images=IMAGE, **SMALL)
-modular("qwen_image_edit_plus_modular", "QwenImageEditPlusModularPipeline", "qwen_image_edit_plus", images=IMAGE)
+modular(
+    "qwen_image_edit_plus_modular", "QwenImageEditPlusModularPipeline", "qwen_image_edit_plus", images=IMAGE, **SMALL
+)
 modular("qwen_image_layered_modular", "QwenImageLayeredModularPipeline", "qwen_image_layered", images=IMAGE)

@@ -44,7 +44,7 @@ def krea2():
     return assembled("Krea2Pipeline", given, text_encoder_select_layers=(1, 2, 3))
 
 
-@call("qwen_image21", **SMALL, true_cfg_scale=2.0, negative_prompt=" ", output_resolution=64)
+@call("qwen_image21", **SMALL, true_cfg_scale=2.0, negative_prompt=" ", output_resolution=64, use_kv_cache=False)
 def qwen_image21():
     vae = model("AutoencoderKLQwenImage21", dim_mult=[1, 1, 1, 1, 1], temperal_downsample=[False] * 4)
     transformer = model("QwenImage21Transformer2DModel", in_channels=8, out_channels=8, context_in_dim=DIM)

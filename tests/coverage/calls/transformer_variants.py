@@ -172,7 +172,7 @@ def kolors():
         ffn_hidden_size=48,
         kv_channels=16,
         num_attention_heads=2,
-        seq_length=64,
+        seq_length=256,
         multi_query_attention=True,
         multi_query_group_num=1,
         add_qkv_bias=True,

@@ -141,7 +141,7 @@ def text_to_video_sd():
     )
 
 
-@call("kandinsky5_video", video=True, height=32, width=48, num_frames=5, max_sequence_length=32)
+@call("kandinsky5_video", video=True, height=32, width=48, num_frames=5, max_sequence_length=256)
 def kandinsky5_video():
     tokenizer, tokenizer_2 = tokenizers.qwen(), tokenizers.clip()
     return diffusers.Kandinsky5T2VPipeline(
