@@ -91,12 +91,12 @@ def _narrowed(recording: Recording, component: str, count: int) -> Recording:
     for programs in recording.calls:
         more = {}
         for name, program in full(programs).items():
-            twin = named_for(name, count)
+            named = named_for(name, count)
             before = narrowed_of(programs, name).get(count, program)
             given = tuple(_Value(_type_of(item)) for item in before.inputs)
             few, _ = _rewritten(before, given, {}, count, called)
             if few != before:
-                more[twin] = replace(few, name=twin, slots=count, instead_of=name)
+                more[named] = replace(few, name=named, slots=count, instead_of=name)
         calls.append({**programs, **more})
     return replace(recording, calls=calls, modules={**recording.modules, component: inside.module})
 
