@@ -117,7 +117,7 @@ class Slots:
         names = sorted({name for mix in rows for name in mix if mix[name]})
         self.check(names)
         mixes = tuple(tuple((name, mix[name]) for name in names if mix.get(name)) for mix in rows)
-        count = min((count for count in counts if count >= len(names)), default=self.count)
+        count = count_for(len(names), counts, self.count)
         if (mixes, count) == self._current:
             return count
         self._current = None
@@ -207,6 +207,11 @@ class _Table:
 
     def write(self, table: torch.Tensor) -> None:
         self.flat.copy_(table.reshape(-1)[self.indices].to(self.flat.dtype))
+
+
+def count_for(used: int, counts: Sequence[int], most: int) -> int:
+    """Returns how many slots a call computes that uses so many adapters, where every layer has `most` or more."""
+    return min((count for count in counts if used <= count < most), default=most)
 
 
 def slots_of(names: Sequence[str], count: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.errors import CallError
 from diffkiln.interpreter.quiet import quiet_libraries
-from diffkiln.runtime.adapters.slots import slots_of
+from diffkiln.runtime.adapters.slots import count_for, slots_of
 from diffkiln.runtime.adapters.targets import Room, rooms
 from diffkiln.runtime.tables import Entry
 from diffkiln.runtime.weights import Patch, WeightStore
@@ -306,3 +306,12 @@ def test_slots_on_a_gpu_are_filled_wherever_its_weights_come_from(roomy, to):
         store.fill({(key, "a"): with_all(0)})
         assert not now()[0].any()
         store.close()
+
+
+@pytest.mark.parametrize(
+    ("used", "counts", "count"),
+    [(0, [0, 1], 0), (1, [0, 1], 1), (2, [0, 1], 4), (1, [], 4), (2, [3, 2], 2), (3, [0, 5], 4)],
+    ids=["none", "one", "no program for two", "no programs", "the smallest", "more than every layer has"],
+)
+def test_a_call_computes_the_fewest_slots_that_there_is_a_program_for(used, counts, count):
+    assert count_for(used, counts, 4) == count
