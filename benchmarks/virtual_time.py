@@ -36,11 +36,13 @@ SHARES = (1.0, 0.7)
 
 FLUX = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5}
 WAN = {"num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
+HOIST = [{"name": "hoist", "component": "transformer"}]
 ENCODERS = ["text_encoder", "text_encoder_2"]
 #: By name: the architecture, its inputs, passes, how processes share the call, and how many times as fast it shall be.
 CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any], float]] = {
     "flux-guidance": ("flux.1-dev", FLUX | {"call": {"true_cfg_scale": 3.0}}, [], {"guidance": 2}, 1.8),
     "flux-sequence": ("flux.1-dev", FLUX, [], {"sequence": 4}, 3.0),
+    "flux-hoist-sequence": ("flux.1-dev", FLUX, HOIST, {"sequence": 4}, 3.0),
     "flux-sequence-first": ("flux.1-dev", FLUX, [], {"sequence": 4, "first": ENCODERS}, 3.0),
     "flux-both": ("flux.1-dev", FLUX | {"call": {"true_cfg_scale": 3.0}}, [], {"guidance": 2, "sequence": 2}, 3.0),
     "wan-480p-guidance": ("wan2.1-t2v-14b", WAN | {"height": 480, "width": 832}, [], {"guidance": 2}, 1.8),

@@ -108,6 +108,12 @@ def test_engines_and_tables_run_on_two_processes(families, tmp_path):
     compare(made, tmp_path, cache=engine_cache())
 
 
+def test_calls_that_are_made_ahead_are_shared_by_two_processes(families, tmp_path):
+    made = shared(families, "flux", {"sequence": 2}, 3)
+    made["passes"] = [{"name": "hoist", "component": "transformer"}]
+    compare(made, tmp_path)
+
+
 def test_the_command_starts_processes_and_the_first_writes(families, tmp_path):
     built = diffkiln.compile(shared(families, "sdxl", GUIDANCE), tmp_path / "bundle")
 

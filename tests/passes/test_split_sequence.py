@@ -9,7 +9,8 @@ import pytest
 from diffkiln.compiler.compile import check
 from diffkiln.errors import IllegalPlan, PassError
 from diffkiln.passes.sequencing.layout import Layout
-from tests.parallel.specs import exchange_of, shared
+from diffkiln.program import CALL, Program
+from tests.parallel.specs import exchange_of, shared, shared_calls_of
 from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
@@ -73,6 +74,24 @@ def test_what_is_sent_is_what_the_attentions_exchange(families):
     exchanged = 4 * 4 * (24 * 32 * 4 // 2)
     assert step.count == 4 * 2 + 1
     assert step.nbytes == exchanged + 8 * 64 * 4
+    assert (after.nbytes, after.count) == (0, 0)
+
+
+def test_calls_that_are_made_ahead_are_shared(families):
+    """FLUX: three steps, of whose calls each process makes one of two, and both make the third. Seven results of three
+    sizes are gathered in three exchanges before the first step."""
+    made = shared(families, "flux", TWO, 3)
+    made["passes"] = [{"name": "hoist", "component": "transformer"}]
+    (programs,) = shared_calls_of(made).values()
+    call = programs["call"]
+
+    def ahead(program: Program) -> int:
+        return sum(op.name == CALL and op.attrs["program"] == "transformer.timed" for op in program.ops)
+
+    assert (ahead(call.alone), ahead(call.call)) == (3, 2)
+    first, *others, after = call.exchanged
+    assert first.nbytes - others[0].nbytes == (4 * 192 + 2 * 96 + 64) * 4
+    assert first.count - others[0].count == 3
     assert (after.nbytes, after.count) == (0, 0)
 
 

@@ -14,6 +14,8 @@ from diffkiln.errors import Incompatible, Problem
 from diffkiln.models.context_parallel import processes_started, share_context
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, Restored, State
 from diffkiln.passes.sequencing import share_module
+from diffkiln.passes.tiling import spread_preambles
+from diffkiln.program import Mesh, Program
 from diffkiln.program.mesh import SEQUENCE
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Spec, Target
@@ -25,7 +27,9 @@ class SplitSequence(ProgramPass):
     Every process computes a share of the tokens. At an attention, each sends its tokens of other heads to the processes
     that have these heads, attends with all tokens of its own heads, and gets its tokens of all heads back. Blocks are
     split there, so that engines are built for the parts before and after. Attention to keys that every process has,
-    such as those of a prompt, exchanges nothing.
+    such as those of a prompt, exchanges nothing. Where `hoist` has a component called ahead once for each step, each
+    process makes every so many of these calls, and all get the results, if that spares reading more bytes of weights
+    than it sends.
 
     `"parallel": {"sequence": 4}` in the target adds this pass for the denoiser.
 
@@ -39,7 +43,7 @@ class SplitSequence(ProgramPass):
         "split_guidance": "branches are split before their tokens",
         "cache_schedule": "a schedule decides which blocks run",
         "attention_backend": "attention is exchanged around its kernel",
-        "hoist": "what is computed ahead is whole in every process",
+        "hoist": "calls that are made ahead are shared, too",
     }
     features: ClassVar = frozenset({PROCESSES})
     asked_at: ClassVar = "$.target.parallel.sequence"
@@ -111,7 +115,16 @@ class SplitSequence(ProgramPass):
                 f"no repeated block of {self.component} has an attention between its own tokens, so there is nothing "
                 'that processes could share. Remove "sequence" from "parallel"'
             )
-        return replace(recording, modules={**recording.modules, self.component: module}), ()
+        notes: dict[str, None] = {}
+
+        def spread(call: Program) -> Program:
+            shared, made = spread_preambles(call, module, Mesh({SEQUENCE: self.count}))
+            notes.update(dict.fromkeys(made))
+            return shared
+
+        calls = [{name: spread(call) for name, call in programs.items()} for programs in recording.calls]
+        modules = {**recording.modules, self.component: module}
+        return replace(recording, calls=calls, modules=modules), tuple(notes)
 
 
 PLUGIN = SplitSequence

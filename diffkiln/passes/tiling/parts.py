@@ -42,7 +42,7 @@ def parts_of(program: Program) -> list[Part]:
     found: dict[int, list[int]] = {}
     for at in sorted(works):
         found.setdefault(sets.first(at), []).append(at)
-    return [_part(program, positions) for positions in found.values()]
+    return [part_at(program, positions) for positions in found.values()]
 
 
 def _works(program: Program) -> set[int]:
@@ -90,11 +90,13 @@ class _Sets:
         self._above[self.first(one)] = self.first(other)
 
 
-def _part(program: Program, positions: Sequence[int]) -> Part:
+def part_at(program: Program, positions: Sequence[int]) -> Part:
+    """Returns the operations at some places as a part. Constants are inputs, so parts may differ in them."""
     chosen = set(positions)
     ops = [program.ops[at] for at in positions]
     made = {name for op in ops for name in op.outputs}
-    inputs = dict.fromkeys(ref.name for op in ops for ref in op.uses if ref.is_computed and ref.name not in made)
+    taken_in = (ref.name for op in ops for ref in op.uses if not ref.name.startswith("@"))
+    inputs = dict.fromkeys(name for name in taken_in if name not in made)
     others = (op for at, op in enumerate(program.ops) if at not in chosen)
     taken = {ref.name for op in others for ref in op.uses} | {ref.name for ref in program.outputs}
     outputs = tuple(name for op in ops for name in op.outputs if name in taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from diffkiln.passes.tiling.parts import Part
 from diffkiln.program import ALL_GATHER, OWN, Mesh, Op, Program, Ref, TensorType, map_refs, written_anew
@@ -13,8 +14,9 @@ def spread_parts(program: Program, parts: Sequence[Part], mesh: Mesh) -> tuple[P
     """Shares the parts of a program among all processes of a mesh, in rounds of one part for each.
 
     Args:
-        program: of a component.
-        parts: its own. Those that no other is equal to are computed by every process.
+        program: of a component, or a call of a pipeline.
+        parts: its own, none of which needs another. Those that no other is equal to are computed by every process, and
+            so is one that is left over.
         mesh: the processes.
 
     Returns:
@@ -39,18 +41,20 @@ class _Spreading:
     def run(self, groups: Sequence[Sequence[Part]]) -> tuple[Program, int]:
         size = self.mesh.size
         rounds = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
-        moved = {at for turn in rounds for part in turn for at in part.positions}
+        shared = [turn for turn in rounds if len(turn) > 1]
+        moved = {at for turn in shared for part in turn for at in part.positions}
+        last = max(moved, default=0)
         made = {name for at in moved for name in self.program.ops[at].outputs}
         before: list[Op] = []
         after: list[Op] = []
         for at, op in enumerate(self.program.ops):
             if at in moved:
                 continue
-            later = any(ref.name in made for ref in op.uses)
+            later = at > last or any(ref.name in made for ref in op.uses)
             (after if later else before).append(op)
             if later:
                 made.update(op.outputs)
-        lines = [op for turn in rounds for op in self._round(turn)]
+        lines = [op for turn in shared for op in self._round(turn)]
         program = written_anew(self.program, [*before, *lines, *after], self.types, self.program.outputs)
         return program, len(rounds)
 
@@ -66,9 +70,12 @@ class _Spreading:
             op = self.program.ops[at]
             names |= {name: self._new(f"{name}.own", self.program.types[name]) for name in op.outputs}
             yield _renamed(op, names)
+        alike: dict[TensorType, list[int]] = {}
         for index, name in enumerate(every[0].outputs):
-            wanted = [part.outputs[index] for part in turn]
-            yield from self._gathered(names[name], wanted)
+            alike.setdefault(self.types[names[name]], []).append(index)
+        for indices in alike.values():
+            own = [names[every[0].outputs[index]] for index in indices]
+            yield from self._given(own, [[part.outputs[index] for index in indices] for part in turn])
 
     def _own(self, values: Sequence[str]) -> Generator[Op, None, str]:
         """Yields what gives each process its own of so many values; the innermost axis first. Returns its name."""
@@ -80,10 +87,30 @@ class _Spreading:
             found: list[str] = []
             for at in range(0, len(values), count):
                 listed = values[at : at + count]
-                found.append(self._new(f"{listed[0]}.own", self.types[listed[0]]))
+                found.append(self._new(f"%{Ref(listed[0]).bare}.own", self.types[listed[0]]))
                 yield Op(OWN, tuple(map(Ref, listed)), (found[-1],), attrs=attrs)
             values = found
         return values[0]
+
+    def _given(self, own: Sequence[str], wanted: Sequence[Sequence[str]]) -> Iterator[Op]:
+        """Yields what gives every process the values of one type that all have, under the names that are wanted.
+
+        They come in one exchange: each has a latency.
+        """
+        type_ = self.types[own[0]]
+        if len(own) == 1 or not type_.shape:
+            for index, name in enumerate(own):
+                yield from self._gathered(name, [names[index] for names in wanted])
+            return
+        rows = type_.shape[0]
+        all_type = replace(type_, shape=(rows * len(own), *type_.shape[1:]))
+        together = self._new(f"{own[0]}.together", all_type)
+        yield Op("aten.cat.default", (tuple(map(Ref, own)), 0), (together,))
+        found = [self._new(f"{together}.of", all_type) for _ in wanted]
+        yield from self._gathered(together, found)
+        for whole, names in zip(found, wanted, strict=True):
+            for index, name in enumerate(names):
+                yield Op("aten.slice.Tensor", (Ref(whole), 0, index * rows, (index + 1) * rows), (name,))
 
     def _gathered(self, own: str, wanted: Sequence[str]) -> Iterator[Op]:
         """Yields what gives every process the values of all, under the names that are wanted."""
@@ -104,7 +131,8 @@ class _Spreading:
 
     def _new(self, stem: str, type_: TensorType) -> str:
         self._count += 1
-        name = f"{stem}.{self._count}"
+        while (name := f"{stem}.{self._count}") in self.types:
+            self._count += 1
         self.types[name] = type_
         return name
 
