@@ -138,14 +138,16 @@ def fixed_lengths(part: Any, counted: bool = False) -> Iterator[None]:
         yield
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def paddings(pipe: Any, fixed: Mapping[str, Any], counted: bool = False) -> dict[str, Padding]:
     """Returns how a pipeline's program calls components with other arguments than diffusers does, by their names.
 
     Args:
         pipe: the pipeline.
         fixed: the keywords of its call, with defaults.
+        counted: as `fixed_lengths` has it.
     """
-    found = (patch.paddings for _, patch in _fitting([pipe, *blocks_of(pipe)]) if patch.paddings)
+    fitting = (patch for _, patch in _fitting([pipe, *blocks_of(pipe)]) if not (counted and patch.uncounted))
+    found = (patch.paddings for patch in fitting if patch.paddings)
     padded = next(found, None)
     return padded(pipe, fixed) if padded else {}
 

@@ -79,7 +79,7 @@ class Verification:
         read = self._call_weights(programs.values())
         executor = _StandInExecutor(self, read)
         fixed = defaults(self._pipe, request)
-        self._paddings = paddings(self._pipe, fixed)
+        self._paddings = paddings(self._pipe, fixed, request.tokens is not None)
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
