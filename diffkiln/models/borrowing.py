@@ -1,5 +1,7 @@
-"""Modules that a pipeline gives from one of its components to another, as Z-Image gives its control net the embedders of
-its transformer. Alone such a component has nothing in their place."""
+"""Modules that a pipeline gives from one of its components to another.
+
+Z-Image gives its control net the embedders of its transformer: alone the control net has nothing in their place.
+"""
 
 from __future__ import annotations
 

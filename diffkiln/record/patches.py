@@ -152,9 +152,10 @@ def paddings(pipe: Any, fixed: Mapping[str, Any], counted: bool = False) -> dict
     return padded(pipe, fixed) if padded else {}
 
 
-def is_patched(module: torch.nn.Module) -> bool:
+def is_patched(module: torch.nn.Module, counted: bool = False) -> bool:
     """Returns True if `fixed_lengths` replaces a method of a component, or of an attention processor in it."""
-    return any(_fitting([module, *processors_of(module).values()]))
+    fitting = _fitting([module, *processors_of(module).values()])
+    return any(not (counted and patch.uncounted) for _, patch in fitting)
 
 
 def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:
