@@ -22,7 +22,8 @@ from diffkiln.compiler.plan import Plan
 from diffkiln.compiler.verify import Verification, check_batches
 from diffkiln.errors import PassError
 from diffkiln.interpreter.layers import repeated_blocks
-from diffkiln.models.meta import emptied, load_module, refuse_nonfinite
+from diffkiln.models.borrowing import borrow, borrowed, shares
+from diffkiln.models.meta import emptied, load_module, refuse_nonfinite, skeleton
 from diffkiln.models.shards import OUTSIDE, Shards, open_shards, unit_of
 from diffkiln.models.weights import weights_of
 from diffkiln.passes import manager
@@ -128,9 +129,11 @@ def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
     """Returns the way in shards if the component is large; a notice tells of a large one that must come whole."""
     size = plan.bytes_before[name]
     meta = plan.state.modules[name]
+    lenders = _lenders(plan, name)
     found: Shards | str = ""
     if size > WHOLE_UP_TO:
-        found = _needs_all(plan, name) or open_shards(plan.source, name, plan.dtype)
+        shared = f"it shares weights with {', '.join(lenders)}" if lenders else ""
+        found = shared or _needs_all(plan, name) or open_shards(plan.source, name, plan.dtype)
     origins = {} if isinstance(found, str) else _origins(found, plan)
     if isinstance(found, Shards) and not origins:
         found = "a pass replaces its blocks"
@@ -138,7 +141,22 @@ def _way(plan: Plan, name: str, needed: Collection[str]) -> _Way:
         return _in_shards(found, origins, needed)
     notices = (f"{name} is loaded whole, {size / 1e9:.1f} GB: {found}",) if found else ()
     units = [OUTSIDE, *(block for block, _ in repeated_blocks(meta))]
-    return _Way([units], lambda _: load_module(plan.source, name, plan.dtype), notices)
+
+    def loaded(_units: Collection[str]) -> torch.nn.Module:
+        module = load_module(plan.source, name, plan.dtype)
+        for lender in lenders:
+            borrow(module, meta, load_module(plan.source, lender, plan.dtype), plan.state.modules[lender])
+        return module
+
+    return _Way([units], loaded, notices)
+
+
+def _lenders(plan: Plan, name: str) -> list[str]:
+    """Returns the components whose modules the pipeline gives to this one, which has none in their place."""
+    modules = plan.state.modules
+    sharing = [key for key, other in modules.items() if key != name and shares(modules[name], other)]
+    module = skeleton(plan.source, name, plan.dtype) if sharing else None
+    return [key for key in sharing if module is not None and borrowed(module, modules[name], modules[key])]
 
 
 def _holding(plan: Plan, name: str) -> list[CompileRequest]:

@@ -162,6 +162,7 @@ PLUGIN = Family(
             {"_encode_prompt": "0669068957634578"},
             _encode_prompt,
             known_in="ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline",
+            uncounted=True,
             paddings=_paddings,
         ),
         Patch(
@@ -169,6 +170,7 @@ PLUGIN = Family(
             _get_qwen_prompt_embeds,
             known_in="ZImageTextEncoderStep",
             function=True,
+            uncounted=True,
             paddings=_paddings,
         ),
         Patch(
@@ -181,6 +183,7 @@ PLUGIN = Family(
             },
             _forward,
             known_in="ZImageTransformer2DModel",
+            uncounted=True,
         ),
     ),
 )

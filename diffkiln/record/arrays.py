@@ -16,9 +16,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils._device
 
 from diffkiln.errors import DataDependent
 from diffkiln.record.tokens import as_tensor, holds_tokens
+
+# torch remembers, when first asked, which functions `with torch.device("meta")` concerns. Asked while `torch.tensor` is
+# replaced here, it would leave out the real one for good, and transformers would load models without their tables.
+torch.utils._device._device_constructors()
 
 _UFUNCS: dict[Any, Callable[..., torch.Tensor]] = {
     np.add: torch.add,

@@ -189,6 +189,8 @@ class ImageRecorder:
     def _blank(self, images: Sequence[Sentinel]) -> np.ndarray[Any, Any]:
         """Returns pixels of the shape that `pil_to_numpy` would give."""
         self._now = list(images)
+        for image in images:
+            image.look()  # a processor that does not resize gives pixels of the caller's own size
         channels = () if images[0]._mode == "L" else (len(images[0]._mode),)
         width, height = images[0]._size
         return np.zeros((len(images), height, width, *channels), np.float32)

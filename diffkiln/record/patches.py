@@ -138,21 +138,24 @@ def fixed_lengths(part: Any, counted: bool = False) -> Iterator[None]:
         yield
 
 
-def paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
+def paddings(pipe: Any, fixed: Mapping[str, Any], counted: bool = False) -> dict[str, Padding]:
     """Returns how a pipeline's program calls components with other arguments than diffusers does, by their names.
 
     Args:
         pipe: the pipeline.
         fixed: the keywords of its call, with defaults.
+        counted: as `fixed_lengths` has it.
     """
-    found = (patch.paddings for _, patch in _fitting([pipe, *blocks_of(pipe)]) if patch.paddings)
+    fitting = (patch for _, patch in _fitting([pipe, *blocks_of(pipe)]) if not (counted and patch.uncounted))
+    found = (patch.paddings for patch in fitting if patch.paddings)
     padded = next(found, None)
     return padded(pipe, fixed) if padded else {}
 
 
-def is_patched(module: torch.nn.Module) -> bool:
+def is_patched(module: torch.nn.Module, counted: bool = False) -> bool:
     """Returns True if `fixed_lengths` replaces a method of a component, or of an attention processor in it."""
-    return any(_fitting([module, *processors_of(module).values()]))
+    fitting = _fitting([module, *processors_of(module).values()])
+    return any(not (counted and patch.uncounted) for _, patch in fitting)
 
 
 def of_fixed_length(pipe: Any, fixed: Mapping[str, Any]) -> set[str]:

@@ -223,17 +223,33 @@ def _first_counted(recorder: CallRecorder, request: Request, negative: bool) -> 
     if request.tokens is None:
         return _first(recorder, request, negative)
     try:
-        request, program = _first(recorder, request, negative)
-        if any(COUNTED in text for text in program.texts):
-            return request, program
-        raise RecordError(
-            "every prompt is padded to a length of its own here, whatever its tokens. Remove "
-            '"prompt_tokens" from the inputs'
-        )
+        counted, program = _first(recorder, request, negative)
     except DataDependent:
         with contextlib.suppress(RecordError):
             return _first(recorder, replace(request, all_counted=True), negative)
         raise
+    if not _reads_counted(program) and _records(recorder, replace(request, tokens=None), negative):
+        raise RecordError(
+            "every prompt is padded to a length of its own here, whatever its tokens. Remove "
+            '"prompt_tokens" from the inputs'
+        )
+    return counted, program
+
+
+def _records(recorder: CallRecorder, request: Request, negative: bool) -> bool:
+    """Returns True if the request can be recorded."""
+    try:
+        _first(recorder, request, negative)
+    except RecordError:
+        return False
+    return True
+
+
+def _reads_counted(program: Program) -> bool:
+    """Returns True if the tokens of a text of a fixed length are among what the program takes. The length of one that
+    is only measured, as for a warning, may decide nothing."""
+    tokens = (item.source for item in program.inputs if item.source.get("kind") == "tokens")
+    return any(COUNTED in program.texts[source["text"]] for source in tokens)
 
 
 def _first(recorder: CallRecorder, request: Request, negative: bool) -> tuple[Request, Program]:

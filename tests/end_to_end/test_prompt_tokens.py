@@ -3,7 +3,7 @@
 import pytest
 
 import diffkiln
-from diffkiln.errors import CallError, DataDependent, SpecError
+from diffkiln.errors import CallError, DataDependent, RecordError, SpecError
 from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import REQUESTS, TOLERANCE, spec_of
@@ -87,3 +87,12 @@ def test_lengths_that_make_no_sense_are_refused(saved, lengths, told):
     spec, _, _ = saved
     with pytest.raises(SpecError, match=told):
         diffkiln.check(spec | {"inputs": spec["inputs"] | lengths})
+
+
+def test_lengths_are_refused_where_every_prompt_is_padded(tmp_path):
+    with quiet_libraries():
+        CALLS["sd"].build().save_pretrained(tmp_path / "model", safe_serialization=True)
+    spec = spec_of(CALLS["sd"], tmp_path / "model")
+    spec["inputs"] |= {"prompt_tokens": 5}
+    with pytest.raises(RecordError, match='Remove "prompt_tokens" from the inputs'):
+        diffkiln.compile(spec, tmp_path / "bundle")

@@ -283,6 +283,13 @@ FITTING: dict[str, dict[str, Any]] = {
         "align_corners": True,
         "scale_factors": (2.0, 2.0, 2.0),
     },
+    "grid_sampler": {
+        "input": _IMAGE,
+        "grid": _t("1 5 7 2"),
+        "interpolation_mode": 0,
+        "padding_mode": 2,
+        "align_corners": False,
+    },
     "as_strided": {"self": _t("4 8"), "size": (4, 4), "stride": (8, 2), "storage_offset": 1},
     "as_strided_scatter": {
         "self": _t("4 8"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +130,13 @@ def test_other_arrays_are_numpys_own():
     with arrays_of(lambda _value: None):
         assert type(np.array([1, 2])) is np.ndarray
         assert torch.equal(torch.from_numpy(np.asarray([1.0], np.float32)), torch.tensor([1.0]))
+
+
+def test_torch_remembers_its_own_constructors_though_the_first_to_ask_is_a_recording():
+    """Z-Image: Qwen 3 was loaded with rotary tables of what memory held."""
+    code = (
+        "import torch\nfrom diffkiln.record.arrays import arrays_of\n"
+        "with arrays_of(lambda _: None), torch.device('meta'):\n    torch.zeros(1)\n"
+        "with torch.device('meta'):\n    assert torch.tensor([]).device.type == 'meta'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -59,6 +59,15 @@ def test_without_a_size_the_image_decides_it_and_has_to_keep_it(tape):
     assert source["size"] == [70, 48]
 
 
+def test_a_processor_that_does_not_resize_has_the_size_of_the_image(tape):
+    """PIA and VideoToVideoSD: other sizes reached the VAE."""
+    from diffusers.video_processor import VideoProcessor
+
+    shape, source = made(tape, VideoProcessor(do_resize=False), sentinels({"image": (64, 48)})["image"])
+    assert shape == (1, 3, 48, 64)
+    assert source["size"] == [64, 48]
+
+
 def test_a_list_is_one_batch(tape):
     from diffusers.image_processor import VaeImageProcessor
 

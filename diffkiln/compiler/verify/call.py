@@ -79,7 +79,7 @@ class Verification:
         read = self._call_weights(programs.values())
         executor = _StandInExecutor(self, read)
         fixed = defaults(self._pipe, request)
-        self._paddings = paddings(self._pipe, fixed)
+        self._paddings = paddings(self._pipe, fixed, request.tokens is not None)
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
@@ -192,6 +192,11 @@ class Verification:
 
     # -- components --
 
+    @property
+    def _counted(self) -> bool:
+        """Returns True if components were recorded for prompts of fixed numbers of tokens."""
+        return any(request.tokens is not None for request in self._recording.requests)
+
     def check_component(self, name: str, module: torch.nn.Module) -> None:
         """Compares a component with its programs, on the arguments that the call gave it.
 
@@ -209,7 +214,7 @@ class Verification:
             callee = self._recording.callees[name, program]
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
-            if is_patched(module) or seen[0].padding:
+            if is_patched(module, self._counted) or seen[0].padding:
                 compare_lengths(callee, module, seen)
 
     def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
@@ -225,7 +230,7 @@ class Verification:
             return frozenset()
         if nbytes(module) <= WHOLE_UP_TO:
             return frozenset(block for block, _ in repeated_blocks(module))
-        each = is_patched(module) or any(component == name for component, _ in recording.batches)
+        each = is_patched(module, self._counted) or any(component == name for component, _ in recording.batches)
         each = each or any(self._seen[name, program][0].padding for program in recorded.programs)
         return frozenset(kept_blocks(module)) | frozenset(kept_blocks(module, in_each_list=True) if each else ())
 
@@ -235,8 +240,8 @@ class Verification:
         Raises:
             VerifyError: they differ.
         """
-        each = is_patched(module)  # as its code joins what several lists of blocks give
-        with fixed_lengths(module):
+        each = is_patched(module, self._counted)  # as its code joins what several lists of blocks give
+        with fixed_lengths(module, self._counted):
             if nbytes(module) <= WHOLE_UP_TO:
                 compare_component(callee, module, recorded, leaves, self._recording.constants.tensors)
             else:
