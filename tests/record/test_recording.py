@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -131,7 +133,7 @@ def test_repeated_blocks_are_the_outermost_of_the_declared_classes():
 )
 def test_sentinels_show_which_transforms_were_applied(names):
     text = sentinel("prompt", 0)
-    recorder = TextRecorder(None, {text: ("prompt", 0)}, {})
+    recorder = TextRecorder(SimpleNamespace(), {text: ("prompt", 0)}, {})
     transforms, row = recorder._row("<before> " + apply(names, text) + " <after>")
     assert apply(transforms, text) == apply(names, text)
     assert row == {"keyword": "prompt", "index": 0, "prefix": "<before> ", "suffix": " <after>"}
@@ -148,6 +150,6 @@ def test_tokens_without_a_fixed_length_are_refused(changed):
 
 def test_other_changes_of_a_prompt_are_refused():
     text = sentinel("prompt", 0)
-    recorder = TextRecorder(None, {text: ("prompt", 0)}, {})
+    recorder = TextRecorder(SimpleNamespace(), {text: ("prompt", 0)}, {})
     with pytest.raises(RecordError, match="closed list"):
         recorder._row(text[::2] + " kiln")
