@@ -18,7 +18,7 @@ from measuring import machine, table
 
 from diffkiln.compiler.compile import shared_calls_of
 from diffkiln.compiler.planning import SharedCall
-from diffkiln.evaluate.ceilings import ceilings_of
+from diffkiln.evaluate.ceilings import ceilings_of, link_of
 from diffkiln.program.clocks import LATENCY, Link
 from diffkiln.program.work import Ceilings
 from diffkiln.spec import TARGETS
@@ -52,6 +52,10 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]
 }
 
 
+#: FLUX.1-dev with its layers on several GPUs, or on one to which weights come: sides of the image, and GB of memory.
+LAYERED, LAYERED_GPU, SIDES, COUNTS, MEMORY = "layers", "nvidia-rtx-4090", (1024, 512), (2, 4), (24, 16, 12, 8)
+
+
 def spec(architecture: str, inputs: dict[str, Any], passes: list[dict[str, Any]], shared: dict[str, Any]) -> Any:
     return {
         "spec_version": 1,
@@ -79,13 +83,41 @@ def rows(name: str, call: SharedCall, goal: float) -> Iterator[tuple[str, ...]]:
             )  # fmt: skip
 
 
+def layered() -> Iterator[tuple[str, ...]]:
+    """Yields, for each size of image, the least seconds on several GPUs, and on one within so much memory."""
+    target = TARGETS[LAYERED_GPU]
+    known, link = ceilings_of(target), link_of(target)
+    assert link is not None, "the link of a GPU is known"
+    for side in SIDES:
+        for count in COUNTS:
+            shared = {"layers": count, "first": ENCODERS}
+            made = spec("flux.1-dev", FLUX | {"height": side, "width": side}, [], shared)
+            made["target"]["gpu"] = LAYERED_GPU
+            (programs,) = shared_calls_of(made).values()
+            call = programs["call"]
+            _, together = call.clocks(known, link)
+            within = [call.streamed(known, int(size * 1e9)) for size in MEMORY]
+            yield (
+                f"{side} × {side}", f"{count}", f"{together.now:.2f}", f"{together.exchanging:.2f}",
+                f"{call.exchanged[1].nbytes / 1e6:,.1f}", ", ".join(f"{size / 1e9:.1f}" for size in call.held),
+                *("does not fit" if seconds is None else f"{seconds:.2f}" for seconds in within),
+            )  # fmt: skip
+
+
+def print_layered() -> None:
+    heads = ("image", "GPUs", "with layers, s", "exchanging, s", "MB sent in a step", "GB of weights held")
+    print(table((*heads, *(f"one of {size} GB, s" for size in MEMORY)), list(layered())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join(CASES)} (default: all).")
-    chosen = parser.parse_args().cases or list(CASES)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join([*CASES, LAYERED])} (default: all).")
+    chosen = parser.parse_args().cases or [*CASES, LAYERED]
     print(f"# Several GPUs in virtual time\n\n{machine()}\n\n{GPU}, {LATENCY * 1e6:.0f} µs for each exchange.\n")
     times, sent = [], []
     for name in chosen:
+        if name == LAYERED:
+            continue
         architecture, inputs, passes, shared, goal = CASES[name]
         began = time.perf_counter()
         (programs,) = shared_calls_of(spec(architecture, inputs, passes, shared)).values()
@@ -95,7 +127,7 @@ def main() -> None:
         times += rows(name, call, goal)
         alone, _ = call.clocks(ceilings(1.0), Link(450e9))
         first, one, last = call.exchanged[0], call.exchanged[1], call.exchanged[-1]
-        held = [f"{size / 1e9:.1f}" for size in call.held]
+        held = [f"{size / 1e9:.1f}" for size in call.held[:2]]
         amounts = [f"{each.nbytes / 1e6:,.1f}" for each in (first, one, last)]
         sent.append((name, f"{alone.step or 0:.4f}", *amounts, f"{one.count}", *held))
     heads = ("case", "arithmetic", "link", "one, s", "several, s", "times", "exchanging, s", "share", "goal")
@@ -106,6 +138,9 @@ def main() -> None:
         "GB of weights, first process", "each other",
     )  # fmt: skip
     print(table(heads, sent))
+    if LAYERED in chosen:
+        print()
+        print_layered()
 
 
 if __name__ == "__main__":

@@ -143,8 +143,8 @@ def _is_gpu(row: Any) -> bool:
     )
 
 
-#: What several processes share: the branches of guidance, and the tokens of a sequence.
-_AXES = ("guidance", "sequence")
+#: What several processes share: the branches of guidance, a denoiser's blocks, and the tokens of a sequence.
+_AXES = ("guidance", "layers", "sequence")
 
 
 def _is_mesh(value: Any) -> bool:
@@ -180,7 +180,7 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an object that says what the engines of each target hold",
         lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
-    "parallel": ("an object of the numbers of processes along guidance and sequence", _is_mesh),
+    "parallel": ("an object of the numbers of processes along guidance, layers and sequence", _is_mesh),
     "first": ("a list of components", _are_names),
     "cuda_graphs": ("step or program", lambda value: value in (None, "step", "program")),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),

@@ -123,7 +123,8 @@ def print_plan(plan: Plan, shared: Shared | None = None) -> None:
     for name, programs in (shared or {}).items():
         for program, call in programs.items():
             most = max(call.exchanged, key=lambda step: step.nbytes)
-            what = f"each process sends {size_of(most.nbytes)} in a step, in {most.count} exchanges"
+            who = "the processes together send" if "layers" in call.mesh.counts else "each process sends"
+            what = f"{who} {size_of(most.nbytes)} in a step, in {most.count} exchanges"
             show(_indented(f"{name}, {program}: {what}", 0))
             show(_indented(f"{name}, {program}: {_held_line(call)}", 0))
             for target, least in _least(plan, call).items():
@@ -136,7 +137,7 @@ def plan_json(plan: Plan, shared: Shared | None = None) -> Mapping[str, Any]:
     if shared is not None:
         together = {
             "bytes_sent_in_each_step": _of_calls(shared, lambda call: [step.nbytes for step in call.exchanged]),
-            "bytes_of_weights": _of_calls(shared, lambda call: dict(zip(("first", "others"), call.held, strict=True))),
+            "bytes_of_weights": _of_calls(shared, _held_json),
             "least_seconds": _of_calls(shared, lambda call: _least(plan, call)),
         }
     return {
@@ -171,8 +172,12 @@ def _of_calls(shared: Shared, what: Callable[[SharedCall], Any]) -> dict[str, di
 
 
 def _least(plan: Plan, call: SharedCall) -> dict[str, dict[str, float]]:
-    """Returns the least seconds of a call on one GPU and on several, by target; of these the seconds of exchanges."""
+    """Returns the least seconds of a call on one GPU and on several, by target; of these the seconds of exchanges.
+
+    Where processes hold layers, also the least seconds on one GPU to which the weights come that it has no room for.
+    """
     from diffkiln.evaluate.ceilings import ceilings_of, link_of
+    from diffkiln.program.mesh import LAYERS
 
     found: dict[str, dict[str, float]] = {}
     for target in plan.targets:
@@ -180,18 +185,34 @@ def _least(plan: Plan, call: SharedCall) -> dict[str, dict[str, float]]:
         if ceilings.flops and link is not None:
             alone, together = call.clocks(ceilings, link)
             found[target.name] = {"alone": alone.now, "together": together.now, "exchanging": together.exchanging}
+            if LAYERS in call.mesh.counts and target.memory_bytes is not None:
+                streamed = call.streamed(ceilings, target.memory_bytes)
+                found[target.name] |= {} if streamed is None else {"streaming_on_one": streamed}
     return found
 
 
 def _held_line(call: SharedCall) -> str:
-    first, other = call.held
-    if first == other:
+    first, *others = call.held
+    if len({first, *others}) == 1:
         return f"each process holds {size_of(first)} of weights"
-    return f"the first process holds {size_of(first)} of weights, and each other {size_of(other)}"
+    if len(set(others)) == 1:
+        return f"the first process holds {size_of(first)} of weights, and each other {size_of(others[0])}"
+    return f"the processes hold {', '.join(map(size_of, call.held))} of weights"
+
+
+def _held_json(call: SharedCall) -> dict[str, Any]:
+    """Returns the bytes of weights of the first process, the most of another one, and those of each."""
+    first, *others = call.held
+    return {"first": first, "others": max(others), "each": [first, *others]}
 
 
 def _least_line(target: str, call: SharedCall, least: Mapping[str, float]) -> str:
     alone, together, exchanging = least["alone"], least["together"], least["exchanging"]
+    if (streaming := least.get("streaming_on_one")) is not None:
+        return (
+            f"{target}: at least {together:.3g} s on {call.mesh.size}, {exchanging:.3g} s of them in exchanges; on one "
+            f"{streaming:.3g} s, with weights that come in where there is no room for all"
+        )
     return (
         f"{target}: at least {alone:.3g} s on one, and {together:.3g} s on {call.mesh.size} ({alone / together:.2f} "
         f"times as fast), {exchanging:.3g} s of them in exchanges"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffkiln.bundle.layout import UNUSED
@@ -12,9 +13,11 @@ from diffkiln.compiler.packing.uses import Uses, uses_of
 from diffkiln.compiler.packing.weights import groups_of
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import IllegalPlan, Problem
-from diffkiln.program import CALL, Mesh, Module, Program, for_others
+from diffkiln.program import CALL, Mesh, Module, Program, owner_of
 from diffkiln.program.clocks import Clock, Link, clocks_of
 from diffkiln.program.exchange import Exchanged, exchanged
+from diffkiln.program.layers import own_call, own_modules, sizes_of
+from diffkiln.program.mesh import LAYERS
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
 from diffkiln.program.residency import TooSmall
@@ -34,6 +37,7 @@ class SharedCall:
         call, modules: of each process.
         alone, alone_modules: of one process.
         weights: bytes of each component's weights.
+        within: gives the plan of the call in one process, within a limit of memory in bytes.
     """
 
     mesh: Mesh
@@ -42,12 +46,19 @@ class SharedCall:
     alone: Program
     alone_modules: Mapping[str, Module]
     weights: Mapping[str, int]
+    within: Callable[[int], PlannedCall]
 
     @property
-    def held(self) -> tuple[int, int]:
-        """Returns the bytes of weights that the first process holds, and those that each other one holds."""
-        first, other = (_called(call) for call in (self.call, for_others(self.call)))
-        return sum(self.weights.get(name, 0) for name in first), sum(self.weights.get(name, 0) for name in other)
+    def held(self) -> tuple[int, ...]:
+        """Returns the bytes of weights that each process holds, by rank."""
+        return tuple(map(self._held, range(self.mesh.size)))
+
+    def _held(self, rank: int) -> int:
+        called = _called(own_call(self.call, rank))
+        own = own_modules(self.modules, self.mesh, rank)
+        # What stands around the blocks is one file, which is held whole.
+        left = sum(_in_blocks(self.modules[name]) - _in_blocks(own[name]) for name in called & self.modules.keys())
+        return sum(self.weights.get(name, 0) for name in called) - left
 
     @property
     def exchanged(self) -> list[Exchanged]:
@@ -59,6 +70,16 @@ class SharedCall:
         (alone,) = clocks_of(self.alone, self.alone_modules, ceilings)
         together = clocks_of(self.call, self.modules, ceilings, self.mesh, link)
         return alone, max(together, key=lambda clock: clock.now)
+
+    def streamed(self, ceilings: Ceilings, memory: int) -> float | None:
+        """Returns the least seconds of the call in one process on a device with so much memory, to which weights come
+        that it does not hold; None where it does not fit at all."""
+        try:
+            least = self.within(memory).seconds(ceilings)
+        except TooSmall:
+            return None
+        (alone,) = clocks_of(self.alone, self.alone_modules, ceilings)
+        return max(alone.now, least["call"]) if least else None
 
 
 def check_memory(plan: Plan) -> None:
@@ -78,6 +99,9 @@ def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, 
         plan: recorded, its programs as the passes leave them.
         max_memory: the most memory that a call may take, as bytes or such as "8GiB"; by default what the spec says.
 
+    Returns:
+        Of processes that run a range of layers each, the plan of the one that takes the most.
+
     Raises:
         SpecError: `max_memory` is no amount of memory.
         IllegalPlan: a call needs more.
@@ -85,11 +109,17 @@ def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, 
     policy = _policy(plan)
     if max_memory is not None:
         policy = {**(policy or {}), STRATEGY: AUTO, MAX_MEMORY: limit_of(max_memory)}
-    planner = _planner(plan, policy)
     try:
-        return {name: {key: planner(call) for key, call in calls.items()} for name, calls in _calls(plan)}
+        found = [
+            {name: {key: planned(call) for key, call in calls.items()} for name, calls in _calls(plan)}
+            for planned in _planners(plan, policy)
+        ]
     except TooSmall as error:
         raise IllegalPlan(problems=[_too_small(error)]) from None
+    return {
+        name: {key: max((each[name][key] for each in found), key=lambda one: one.residency.peak) for key in calls}
+        for name, calls in found[0].items()
+    }
 
 
 def shared_calls(plan: Plan, alone: Plan) -> dict[str, dict[str, SharedCall]]:
@@ -100,13 +130,29 @@ def shared_calls(plan: Plan, alone: Plan) -> dict[str, dict[str, SharedCall]]:
         alone: the same without the passes that share work among processes.
     """
     mesh = Mesh(plan.spec.parallel)
+
+    def within(call: Program, limit: int) -> PlannedCall:
+        return _planner(alone, {STRATEGY: AUTO, MAX_MEMORY: limit}, Mesh({}), 0)(call)
+
     found: dict[str, dict[str, SharedCall]] = {}
     for (name, calls), (_, others) in zip(_calls(plan), _calls(alone), strict=True):
         found[name] = {
-            key: SharedCall(mesh, call, plan.recording.modules, others[key], alone.recording.modules, plan.bytes_after)
+            key: SharedCall(
+                mesh,
+                call,
+                plan.recording.modules,
+                others[key],
+                alone.recording.modules,
+                plan.bytes_after,
+                partial(within, others[key]),
+            )
             for key, call in calls.items()
         }
     return found
+
+
+def _in_blocks(module: Module) -> int:
+    return sum(sizes_of(module).values())
 
 
 def _called(call: Program) -> set[str]:
@@ -117,11 +163,11 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     policy = _policy(plan)
     if (policy is None or MAX_MEMORY not in policy) and all(target.memory_bytes is None for target in plan.targets):
         return
-    planner = _planner(plan, policy)
+    planners = _planners(plan, policy)
     for name, calls in _calls(plan):
         for call in calls.values():
             try:
-                peak = planner(call).residency.peak
+                peak = max(planned(call).residency.peak for planned in planners)
             except TooSmall as error:
                 yield _too_small(error)
                 continue
@@ -142,10 +188,18 @@ def _policy(plan: Plan) -> dict[str, Any] | None:
     return smallest | offload.model_dump(mode="json", exclude_none=True)
 
 
-def _planner(plan: Plan, policy: Mapping[str, Any] | None) -> Planner:
+def _planners(plan: Plan, policy: Mapping[str, Any] | None) -> list[Callable[[Program], PlannedCall]]:
+    """Returns what plans a call for each range of layers; one for the whole where there are none."""
+    mesh = Mesh(plan.spec.parallel)
+    return [_planner(plan, policy, mesh, rank) for rank in range(mesh.count(LAYERS))]
+
+
+def _planner(plan: Plan, policy: Mapping[str, Any] | None, mesh: Mesh, rank: int) -> Callable[[Program], PlannedCall]:
     recording = plan.recording
+    modules = own_modules(recording.modules, mesh, rank)
+    parts = {id(call): own_call(call, rank) for listed in recording.calls for call in listed.values()}
     held = frozenset(request.component for request in plan.state.compile if request.holds_weights)
-    inside = {(name, region) for name in held & recording.modules.keys() for region in recording.modules[name].regions}
+    inside = {(name, region) for name in held & modules.keys() for region in modules[name].regions}
     sizes: dict[Key, int] = {}
     keys: dict[tuple[str, str], Key] = {}
     uses = uses_of(recording, held)
@@ -155,9 +209,15 @@ def _planner(plan: Plan, policy: Mapping[str, Any] | None) -> Planner:
                 sizes[name, group] = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
                 keys |= {(name, weight): (name, group) for weight in tensors}
     constants = sum(tensor.numel() * tensor.itemsize for tensor in recording.constants.tensors.values())
-    groups = Groups(recording.modules, lambda component, weight: keys[component, weight], inside)
-    calls = [call for listed in recording.calls for call in listed.values()]
-    return Planner(groups, sizes, policy, constants, inside, calls)
+    if mesh.count(LAYERS) > 1:
+        read = [(name, weight) for name, module in modules.items() for weight, _ in module.weight_types()]
+        read += [owner_of(weight) for call in parts.values() for weight in call.weights]
+        called = {name for call in parts.values() for name in _called(call)}
+        needed = {keys[each] for each in read if each in keys}
+        sizes = {key: size for key, size in sizes.items() if key in needed and key[0] in called}
+    groups = Groups(modules, lambda component, weight: keys[component, weight], inside)
+    planner = Planner(groups, sizes, policy, constants, inside, [*parts.values()])
+    return lambda call: planner(parts[id(call)])
 
 
 def _too_small(error: TooSmall) -> Problem:

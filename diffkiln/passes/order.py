@@ -14,7 +14,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "how a component computes": ("attention_backend", "channels_last", "vae"),
     "the run": ("scheduler", "guidance", "split_guidance", "calibrate", "cache_schedule"),
     "what is computed ahead": ("hoist",),
-    "several processes": ("split_sequence", "split_tiles", "run_on_first"),
+    "several processes": ("split_sequence", "split_layers", "split_tiles", "run_on_first"),
     "engines": ("compile",),
 }
 

@@ -13,7 +13,7 @@ gets a number, so that no value hides another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -218,18 +218,22 @@ def rename(program: Program, names: Mapping[str, str]) -> Program:
     )
 
 
-def prune(program: Program) -> Program:
+def prune(program: Program, kept: Collection[str] = (NOISE, STEP)) -> Program:
     """Returns the program without operations whose results nothing uses, and without the types of what they alone used.
 
     Noise and the ends of steps stay: the first moves the generator, the second is seen by the caller.
+
+    Args:
+        program: any.
+        kept: names of operations that stay.
     """
     live = {ref.name for ref in program.outputs}
-    kept: list[Op] = []
+    left: list[Op] = []
     for op in reversed(program.ops):
-        if op.name in (NOISE, STEP) or not live.isdisjoint(op.outputs):
-            kept.append(op)
+        if op.name in kept or not live.isdisjoint(op.outputs):
+            left.append(op)
             live.update(ref.name for ref in op.uses)
-    return _with_types_in_use(replace(program, ops=tuple(reversed(kept))))
+    return _with_types_in_use(replace(program, ops=tuple(reversed(left))))
 
 
 def split_off(program: Program, positions: Sequence[int], outputs: tuple[Ref, ...] | None = None) -> Program:

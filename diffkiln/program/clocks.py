@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from diffkiln.program.exchange import sent
-from diffkiln.program.first import for_others
 from diffkiln.program.ir import CALL, EXCHANGES, REGION, STEP, Module, Op, Program
-from diffkiln.program.mesh import Mesh
+from diffkiln.program.layers import own_call, own_module
+from diffkiln.program.mesh import LAYERS, Mesh
 from diffkiln.program.work import Ceilings, work_of
 
 #: Seconds that an exchange takes before its first byte comes. NCCL's small ones are reported at 6 µs for two H100 of
@@ -96,11 +96,8 @@ def clocks_of(
         link: between their devices; needed where they exchange tensors.
     """
     mesh = mesh or Mesh({})
-    components = _Components(modules, ceilings)
-    first = list(components.line(call))
-    others = list(components.line(for_others(call))) if mesh.size > 1 else []
     clocks = [Clock() for _ in range(mesh.size)]
-    for stretches in zip(first, *[others] * (mesh.size - 1), strict=True):
+    for stretches in zip(*_lines(call, modules, ceilings, mesh), strict=True):
         for clock, own in zip(clocks, stretches, strict=True):
             clock.compute(own.seconds)
         end = stretches[0]
@@ -110,6 +107,22 @@ def clocks_of(
         for clock in clocks if end.is_step else ():
             clock.steps.append(clock.now)
     return clocks
+
+
+def _lines(
+    call: Program, modules: Mapping[str, Module], ceilings: Ceilings, mesh: Mesh
+) -> Iterator[Sequence[_Stretch]]:
+    """Yields the stretches of each process; those that run the same have one list."""
+    parts: dict[int, _Components] = {}
+    known: dict[tuple[bool, int], list[_Stretch]] = {}
+    for rank in range(mesh.size):
+        index = mesh.index(rank, LAYERS)
+        if index not in parts:
+            parts[index] = _Components({name: own_module(module, index) for name, module in modules.items()}, ceilings)
+        key = rank == 0, index
+        if key not in known:
+            known[key] = list(parts[index].line(own_call(call, rank)))
+        yield known[key]
 
 
 def _exchange(clocks: Sequence[Clock], mesh: Mesh, axis: str, seconds: float) -> None:

@@ -23,9 +23,9 @@ class Exchanged:
 def exchanged(call: Program, modules: Mapping[str, Module]) -> list[Exchanged]:
     """Returns what one process sends in each denoising step of a call, and last what it sends after the last step.
 
-    Every process sends as much, but for what the first one alone gives to all, which counts as well. What is drawn once
-    for all, which is noise, is not counted, nor is the check at the beginning that all processes were asked for the
-    same.
+    Every process sends as much, but for what one alone gives to all, the first or one that runs a range of layers,
+    which counts as well. What is drawn once for all, which is noise, is not counted, nor is the check at the beginning
+    that all processes were asked for the same.
 
     Args:
         call: of a pipeline. One that does not mark its steps has one entry.
@@ -40,8 +40,8 @@ def exchanged(call: Program, modules: Mapping[str, Module]) -> list[Exchanged]:
 
 
 def sent(op: Op, program: Program) -> int:
-    """Returns the bytes that one process, of FROM_FIRST the first one, sends to others in one of EXCHANGES."""
-    count, size = op.attrs["count"], nbytes(program.types[op.args[0].name])  # type: ignore[union-attr]
+    """Returns the bytes that one process sends to others in one of EXCHANGES, where it is one that sends."""
+    count, size = op.attrs["count"], sum(nbytes(program.types[ref.name]) for ref in op.uses)
     return size // count * (count - 1) if op.name == ALL_TO_ALL else size * (count - 1)
 
 

@@ -6,11 +6,11 @@ the value there, so what leads to it alone is left out of their program, and the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from diffkiln.program.builder import Builder, prune
-from diffkiln.program.ir import CALL, FROM_FIRST, Device, DType, Op, Program, Ref, owner_of
+from diffkiln.program.ir import CALL, EXCHANGES, FROM_FIRST, NOISE, STEP, Device, DType, Op, Program, Ref, owner_of
 
 
 def by_first(call: Program, components: Collection[str], count: int) -> Program:
@@ -44,11 +44,28 @@ def by_first(call: Program, components: Collection[str], count: int) -> Program:
 
 def for_others(call: Program) -> Program:
     """Returns what a process runs of a call that is not the first one."""
-    edit = Builder(call)
-    for at, op in enumerate(call.ops):
-        if op.name == FROM_FIRST:
-            type_ = call.types[op.outputs[0]]
-            options = {"dtype": DType(type_.dtype), "device": Device()}
-            room = edit.op("aten.zeros.default", (type_.shape,), {f"{op.outputs[0]}.room": type_}, options)
-            edit.replace(at, room, replace(op, args=room.results))
-    return prune(edit.build())
+    return taken(call, lambda op: op.name == FROM_FIRST)
+
+
+def taken(program: Program, given: Callable[[Op], bool]) -> Program:
+    """Returns what is left of a program for a process that takes some values from another one.
+
+    Exchanges stay, also those whose results this process does not need: all take part in them.
+
+    Args:
+        program: a call, or a component's.
+        given: whether an operation is one in which the process takes values.
+    """
+    edit = Builder(program)
+    for at, op in enumerate(program.ops):
+        if op.name in EXCHANGES and given(op):
+            rooms = [_room(edit, name) for name in op.outputs]
+            edit.replace(at, *rooms, replace(op, args=tuple(ref for room in rooms for ref in room.results)))
+    return prune(edit.build(), kept=(NOISE, STEP, *EXCHANGES))
+
+
+def _room(edit: Builder, name: str) -> Op:
+    """Returns what makes room for a value that comes from another process."""
+    type_ = edit.type_of(Ref(name))
+    options = {"dtype": DType(type_.dtype), "device": Device()}
+    return edit.op("aten.zeros.default", (type_.shape,), {f"{name}.room": type_}, options)

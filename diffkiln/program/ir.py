@@ -21,9 +21,10 @@ from typing import Any
 DISTRIBUTIONS = NORMAL, UNIFORM, EXPONENTIAL = "normal", "uniform", "exponential"
 CALL, REGION, NOISE, STEP, ATTENTION = "call", "region", "noise", "step_end", "attention"
 #: Operations of a program that several processes run together.
-OWN, SHARD, ALL_GATHER, ALL_TO_ALL, FROM_FIRST = "own", "shard", "all_gather", "all_to_all", "from_first"
+OWN, SHARD, ALL_GATHER, ALL_TO_ALL = "own", "shard", "all_gather", "all_to_all"
+FROM_FIRST, FROM_ONE = "from_first", "from_one"
 #: Those in which processes exchange tensors, and all of them.
-EXCHANGES = frozenset({ALL_GATHER, ALL_TO_ALL, FROM_FIRST})
+EXCHANGES = frozenset({ALL_GATHER, ALL_TO_ALL, FROM_FIRST, FROM_ONE})
 SHARED = EXCHANGES | {OWN, SHARD}
 
 
@@ -142,6 +143,8 @@ class Op:
     ALL_TO_ALL attrs {"axis", "count", "split", "join"}, args = (value,): each process parts `split` in `count` equal
                parts, sends one to each, and joins those that it is given along `join`, in the order of the processes
     FROM_FIRST attrs {"count"}, args = (value,): gives the first process's value to all `count` processes of the mesh
+    FROM_ONE   attrs {"axis", "count", "index"}, args = any values: gives those of the axis's process of this index to
+               all of the axis, in one exchange
     """
 
     name: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: The axes of a mesh, the outermost first: neighbours in rank share the sequence.
-GUIDANCE, SEQUENCE = "guidance", "sequence"
-AXES = (GUIDANCE, SEQUENCE)
+GUIDANCE, LAYERS, SEQUENCE = "guidance", "layers", "sequence"
+AXES = (GUIDANCE, LAYERS, SEQUENCE)
 
 #: Most processes along one axis.
 MAX_COUNT = 64
@@ -26,7 +27,7 @@ class Mesh:
     @property
     def size(self) -> int:
         """Returns the number of all processes."""
-        return self.count(GUIDANCE) * self.count(SEQUENCE)
+        return math.prod(map(self.count, AXES))
 
     def count(self, axis: str) -> int:
         """Returns the number of processes along an axis."""
@@ -34,14 +35,14 @@ class Mesh:
 
     def index(self, rank: int, axis: str) -> int:
         """Returns which process along an axis has this rank, from 0."""
-        inner = self.count(SEQUENCE)
-        return rank // inner if axis == GUIDANCE else rank % inner
+        inner = math.prod(map(self.count, AXES[AXES.index(axis) + 1 :]))
+        return rank // inner % self.count(axis)
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
         """Returns the ranks of the processes along an axis that a process exchanges with, itself among them."""
-        other = SEQUENCE if axis == GUIDANCE else GUIDANCE
-        alike = [each for each in range(self.size) if self.index(each, other) == self.index(rank, other)]
-        return tuple(alike)
+        others = [other for other in AXES if other != axis]
+        own = [self.index(rank, other) for other in others]
+        return tuple(each for each in range(self.size) if [self.index(each, other) for other in others] == own)
 
     def __str__(self) -> str:
         """Returns the axes that have several processes, such as "guidance 2 x sequence 2"."""

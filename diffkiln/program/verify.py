@@ -15,6 +15,7 @@ from diffkiln.program.ir import (
     CALL,
     DISTRIBUTIONS,
     FROM_FIRST,
+    FROM_ONE,
     NOISE,
     NORMAL,
     OWN,
@@ -100,6 +101,7 @@ _ATTRS: dict[str, dict[str, Callable[[Any], bool]]] = {
     ALL_GATHER: _MESH,
     ALL_TO_ALL: {**_MESH, "split": _index, "join": _index},
     FROM_FIRST: {"count": _processes},
+    FROM_ONE: {**_MESH, "index": _index},
 }
 _SOURCES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokens": {"text": _index, "key": _text},
@@ -232,6 +234,11 @@ def _verify_kind(op: Op, where: str) -> None:
         raise VerifyError(f"{where}: it draws from no distribution that is known")
     if op.name in _COUNTS:
         _verify_counts(op, *_COUNTS[op.name], where, op.name)
+    elif op.name == FROM_ONE:
+        if op.attrs["index"] >= op.attrs["count"]:
+            raise VerifyError(f"{where}: there is no process {op.attrs['index']} of {op.attrs['count']}")
+        many = max(len(op.args), 1)
+        _verify_counts(op, many, many, where, op.name)
     elif op.name in SHARED:
         count = op.attrs["count"]
         _verify_counts(op, count if op.name == OWN else 1, count if op.name == ALL_GATHER else 1, where, op.name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from diffkiln.bundle import Progress, Readers, Verified
+from diffkiln.bundle import GroupEntry, Progress, Readers, Verified
 from diffkiln.errors import DiffkilnError
 from diffkiln.program.streaming import Arena
 from diffkiln.runtime.weights import WeightStore
@@ -27,7 +27,7 @@ class Arrival:
         offload: the spec's offload policy as JSON, or None.
         progress: called with the number of bytes hashed or read since its last call.
         share: whether resident weights of a CPU are shared with other processes.
-        absent: components whose weights this process does not need.
+        groups: the weights that this process needs, as the manifest lists them; by default all.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Arrival:
         offload: Mapping[str, Any] | None,
         progress: Progress | None,
         share: bool = False,
-        absent: Collection[str] = (),
+        groups: Mapping[str, Sequence[GroupEntry]] | None = None,
     ) -> None:
         self._verified, self._device, self._offload, self._share = verified, device, offload, share
-        self._groups = {name: rows for name, rows in verified.manifest.weights.items() if name not in absent}
+        self._groups = verified.manifest.weights if groups is None else groups
         self._readers = Readers(progress)
         self._pool = ThreadPoolExecutor(1, "diffkiln-arrival")
         # In the load's own context, which holds its limits.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,10 +31,10 @@ from diffkiln.guards.gate import gated
 from diffkiln.guards.limits import Limits, active, applied
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import check_schemas
-from diffkiln.program import Mesh
+from diffkiln.program import Mesh, Module
 from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
-from diffkiln.runtime.checking import check_budget, check_stored, without
+from diffkiln.runtime.checking import check_budget, check_stored
 from diffkiln.runtime.compatibility import check_manifest
 from diffkiln.runtime.current_device import current
 from diffkiln.runtime.engines import holds_weights
@@ -41,10 +42,10 @@ from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.graphs import check_addresses, graphs_for
 from diffkiln.runtime.memory import decided, limit_of, offload_policy
 from diffkiln.runtime.opening import open_engines, read_constants, read_json, read_modules, read_text, read_variant
+from diffkiln.runtime.parts import Part, part_of
 from diffkiln.runtime.pipeline import CompiledPipeline
 from diffkiln.runtime.processes import (
     Group,
-    absent_of,
     check_mesh,
     check_started,
     is_one_of_several,
@@ -53,6 +54,7 @@ from diffkiln.runtime.processes import (
 )
 from diffkiln.runtime.targets import check_device, device_for, fitting_targets
 from diffkiln.runtime.text import TextEnd
+from diffkiln.runtime.variants import CompiledVariant
 
 log = get_logger(__name__)
 
@@ -192,6 +194,20 @@ def _own_device(mesh: Mesh, manifest: Manifest, device: str | torch.device | Non
     return f"cuda:{local_rank()}" if wanted == "cuda" else device
 
 
+def _programs(verified: Verified) -> tuple[Mapping[str, Module], Sequence[CompiledVariant]]:
+    """Returns all of a bundle's programs, verified."""
+    modules = read_modules(verified)
+    count = len(verified.manifest.pipeline.variants)
+    return modules, [read_variant(verified, index, modules) for index in range(count)]
+
+
+def _part_of(verified: Verified, group: Group | None) -> Part | None:
+    """Returns what this process of several needs; None for one that runs alone."""
+    if group is None:
+        return None
+    return part_of(verified, *_programs(verified), group.mesh, group.rank)
+
+
 def load_verified(verified: Verified, policy: Policy | None, device: Any, options: LoadOptions) -> CompiledPipeline:
     """Loads a bundle that has been opened; the arguments are those of `load`."""
     manifest, limits = verified.manifest, active()
@@ -205,27 +221,24 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
     chosen = device_for(manifest, device)
     graphs = graphs_for(manifest, chosen)
     offload = offload_policy(manifest, chosen, options.max_memory)
-    absent = absent_of(manifest, options.group)
-    with Arrival(verified, chosen, offload, options.progress, options.share_weights, absent) as arrival:
-        modules = read_modules(verified)
+    part = _part_of(verified, options.group)
+    groups = part.groups if part is not None else manifest.weights
+    with Arrival(verified, chosen, offload, options.progress, options.share_weights, groups) as arrival:
+        modules, variants = (part.modules, part.variants) if part is not None else _programs(verified)
         check_kernels(kernels_of(modules), chosen)
         check_schemas(read_json(verified, SCHEMAS))
         constants = read_constants(verified)
-        variants = [read_variant(verified, index, modules) for index in range(len(manifest.pipeline.variants))]
         calls = [program for variant in variants for program in variant.programs.values()]
         check_budget(modules, calls, limits, chosen)
         every = [program for module in modules.values() for program in module.programs.values()]
         check_mesh(mesh_of(manifest), [*calls, *every])
-    if absent:
-        variants = [variant.for_others() for variant in variants]
-        calls = [program for variant in variants for program in variant.programs.values()]
-        modules = without(absent, modules, calls)
+    absent = part.absent if part is not None else ()
     # By now every file has been hashed, so native code may be loaded.
     engines = open_engines(
         verified, modules, constants, chosen, options.allow_native, policy, options.check_engines, absent
     )
     tf32: Any = manifest.runtime.get("tf32")
-    kept = decided(verified, modules, offload, variants)
+    kept = decided(verified, modules, offload, variants, groups)
     check_addresses(graphs, kept.policy)
     store = arrival.store(kept.policy, kept.arena)
     inside = {key for key, engine in engines.items() if holds_weights(engine)}

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffkiln.bundle import Manifest, Verified, open_bundle
+from diffkiln.bundle import GroupEntry, Manifest, Verified, open_bundle
 from diffkiln.bundle.layout import CONSTANTS
 from diffkiln.errors import Incompatible, IntegrityError, SpecError
 from diffkiln.guards.amounts import bytes_of
 from diffkiln.guards.gate import gated
 from diffkiln.program import REGION, Module, Program, weight_in
+from diffkiln.program.mesh import LAYERS
 from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, STREAM, PlannedCall, Planner
 from diffkiln.program.residency import Residency, TooSmall
@@ -22,6 +23,8 @@ from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.checking import total_memory
 from diffkiln.runtime.groups import keys_by_weight, read_groups
 from diffkiln.runtime.opening import read_modules, read_variant
+from diffkiln.runtime.parts import part_of
+from diffkiln.runtime.processes import mesh_of
 from diffkiln.runtime.variants import CompiledVariant
 
 
@@ -49,11 +52,18 @@ def plan_memory(
         modules = read_modules(verified)
         count = len(verified.manifest.pipeline.variants)
         variants = [read_variant(verified, index, modules) for index in range(count)]
-        planner = planner_of(verified, modules, _policy(verified.manifest, most), variants)
-        return {
-            variant.name: {name: _planned(planner, variant, program) for name, program in variant.programs.items()}
-            for variant in variants
-        }
+        policy, mesh = _policy(verified.manifest, most), mesh_of(verified.manifest)
+        found: dict[str, dict[str, PlannedCall]] = {variant.name: {} for variant in variants}
+        # Of processes that run a range of layers each, the plan of the one that takes the most.
+        for rank in range(mesh.count(LAYERS) if mesh is not None else 1):
+            part = part_of(verified, modules, variants, mesh, rank)
+            planner = planner_of(verified, part.modules, policy, part.variants, part.groups)
+            for variant in part.variants:
+                for name, program in variant.programs.items():
+                    plan, known = _planned(planner, variant, program), found[variant.name].get(name)
+                    if known is None or plan.residency.peak > known.residency.peak:
+                        found[variant.name][name] = plan
+        return found
 
 
 def limit_of(max_memory: str | int | None) -> int | None:
@@ -86,9 +96,10 @@ def planner_of(
     modules: Mapping[str, Module],
     policy: Mapping[str, Any] | None,
     variants: Sequence[CompiledVariant],
+    groups: Mapping[str, Sequence[GroupEntry]],
 ) -> Planner:
-    """Returns the planner of a bundle's calls."""
-    stored = read_groups(verified, verified.manifest.weights)
+    """Returns the planner of a bundle's calls; the arguments are those of `decided`."""
+    stored = read_groups(verified, groups)
     keys = keys_by_weight(stored)
 
     def key_of(component: str, weight: str) -> Key:
@@ -138,8 +149,15 @@ def decided(
     modules: Mapping[str, Module],
     policy: dict[str, Any] | None,
     variants: Sequence[CompiledVariant],
+    groups: Mapping[str, Sequence[GroupEntry]],
 ) -> Decision:
     """Returns how weights are kept. Where all calls fit into `auto`'s limit, they are not offloaded.
+
+    Args:
+        verified: the bundle.
+        modules, variants: what this process runs.
+        policy: how weights are offloaded.
+        groups: the weights that this process needs, as the manifest lists them.
 
     Raises:
         Incompatible: a call needs more than the policy's limit.
@@ -147,7 +165,7 @@ def decided(
     strategy = policy.get(STRATEGY) if policy is not None else None
     if strategy not in (AUTO, STREAM):
         return Decision(policy)
-    planner = planner_of(verified, modules, policy, variants)
+    planner = planner_of(verified, modules, policy, variants, groups)
     plans = [_planned(planner, variant, program) for variant in variants for program in variant.programs.values()]
     if strategy == STREAM:
         return Decision(policy, arena=planner.arena)

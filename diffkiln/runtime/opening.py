@@ -125,18 +125,18 @@ def open_engines(
     allow_native: bool,
     policy: Policy | None,
     check_engines: bool | None,
-    absent: Collection[str] = (),
+    absent: Collection[tuple[str, str]] = (),
 ) -> dict[tuple[str, str], Engine]:
     """Opens the engines of the target that fits; none if the bundle may be replayed on other machines.
 
-    Those of `absent` components are left alone.
+    Those of `absent` regions, each of a component, are left alone.
     """
     manifest = verified.manifest
     if not manifest.engines:
         return {}
     try:
         target = choose_target(manifest, device, verified.targets)
-        rows = [row for row in manifest.engines if row.target == target and row.component not in absent]
+        rows = [row for row in manifest.engines if row.target == target and (row.component, row.region) not in absent]
         trials = Trials(verified, rows, modules, device, check_engines)
         permit = authorise_native(verified, allow_native, policy)
         opened: dict[str, Engine] = {}  # by path: one engine may be for several regions

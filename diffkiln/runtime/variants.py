@@ -6,11 +6,11 @@ import json
 import math
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.guards.spelling import suggest
-from diffkiln.program import Input, Program, for_others
+from diffkiln.program import Input, Program
 from diffkiln.program.calls import text_keywords
 from diffkiln.program.images import IMAGES, image_keywords
 from diffkiln.program.narrowed import narrowed_of
@@ -39,10 +39,6 @@ class CompiledVariant:
     name: str
     fixed: Mapping[str, Any]
     programs: Mapping[str, Program]
-
-    def for_others(self) -> CompiledVariant:
-        """Returns the variant with what a process runs of its programs that is not the first one."""
-        return replace(self, programs={name: for_others(program) for name, program in self.programs.items()})
 
     @property
     def batch_size(self) -> int:

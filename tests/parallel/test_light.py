@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from diffkiln.runtime.processes import Group, Pretended, check_mesh, shared_oper
 from diffkiln.runtime.processes.threads import in_threads
 from diffkiln.runtime.processes.watch import name_of
 from tests.parallel.processes import end, ended, start
-from tests.parallel.programs import MESH, SENT, SENT_BY_FIRST, light, wanted
+from tests.parallel.programs import MESH, SENT, SENT_BY_EACH, SENT_BY_FIRST, SENT_BY_ONE, light, wanted
 
 
 def test_a_mesh_names_the_processes_along_each_axis():
@@ -26,6 +27,10 @@ def test_a_mesh_names_the_processes_along_each_axis():
     assert mesh.peers(6, "sequence") == (4, 5, 6, 7)
     assert mesh.peers(6, "guidance") == (2, 6)
     assert (mesh.index(6, "guidance"), mesh.index(6, "sequence")) == (1, 2)
+    three = Mesh({"guidance": 2, "layers": 3})
+    assert (three.size, str(three), three.peers(4, "layers"), three.index(4, "layers")) == (
+        6, "guidance 2 x layers 3", (3, 4, 5), 1,
+    )  # fmt: skip
     assert name_of(mesh, 6) == "process 6 (guidance 1, sequence 2)"
 
 
@@ -52,6 +57,14 @@ def test_a_malformed_operation_is_refused(change, reason):
     ops[at] = type(ops[at])(ALL_GATHER, ops[at].args, ops[at].outputs, attrs={**ops[at].attrs, **change})
     changed = type(program)(program.name, program.inputs, tuple(ops), program.outputs, program.types)
     with pytest.raises(VerifyError, match=reason):
+        verify(changed, regions={})
+
+
+def test_what_no_process_of_the_axis_gives_is_refused():
+    program = light()
+    last = program.ops[-1]
+    changed = replace(program, ops=(*program.ops[:-1], replace(last, attrs={**last.attrs, "index": 2})))
+    with pytest.raises(VerifyError, match="there is no process 2 of 2"):
         verify(changed, regions={})
 
 
@@ -82,8 +95,8 @@ def test_threads_compute_what_one_process_would_and_send_what_is_predicted():
         assert all(map(torch.equal, found, wanted(value)))
         return group.sent
 
-    assert in_threads(Mesh(MESH), run) == [SENT + SENT_BY_FIRST, *[SENT] * 3]
-    assert sum(sent(op, light()) for op in light().ops if op.name in EXCHANGES) == SENT + SENT_BY_FIRST
+    assert in_threads(Mesh(MESH), run) == SENT_BY_EACH
+    assert sum(sent(op, light()) for op in light().ops if op.name in EXCHANGES) == SENT + SENT_BY_FIRST + SENT_BY_ONE
 
 
 def test_an_error_in_one_thread_ends_the_others():
@@ -99,14 +112,14 @@ def test_an_error_in_one_thread_ends_the_others():
 def test_one_process_can_stand_for_all_where_types_alone_matter():
     group = Pretended(Mesh(MESH), 0)
     found = Interpreter(light(), special=shared_operations(group), paranoid=True)([torch.zeros(1, 4, 8)] * 2)
-    assert [tuple(item.shape) for item in found] == [(1, 4, 8)] * 3
+    assert [tuple(item.shape) for item in found] == [(1, 4, 8)] * 5
 
 
 @pytest.mark.more
 def test_200_runs_with_random_delays_end():
     for rank, (code, output, errors) in enumerate(ended(start(4, "tests.parallel.light", "200"))):
         assert code == 0, errors
-        assert output == f"sent {200 * (SENT + (0 if rank else SENT_BY_FIRST))}\n"
+        assert output == f"sent {200 * SENT_BY_EACH[rank]}\n"
 
 
 @pytest.mark.more

@@ -14,10 +14,13 @@ import torch
 
 import diffkiln
 from diffkiln.interpreter.layers import decode_in_parts
+from diffkiln.program import ALL_GATHER
+from diffkiln.program.exchange import sent
+from diffkiln.program.layers import sizes_of
 from diffkiln.program.mesh import Mesh
 from tests.exporters.regions import engine_cache
 from tests.parallel.processes import ROOT, ended, start
-from tests.parallel.specs import exchange_of, shared, tiled
+from tests.parallel.specs import exchange_of, shared, shared_calls_of, tiled
 from tests.passes.test_cache_schedule import draw, eager, keywords
 from tests.pipelines import WARNING_FILTERS
 
@@ -61,6 +64,41 @@ def test_tiles_are_shared_and_the_first_process_alone_encodes(families, tmp_path
     first, *others = compare(made, tmp_path)
     assert first["held"] == [*encoders, "transformer", "vae"]
     assert [process["held"] for process in others] == [["transformer", "vae"]] * 3
+
+
+def test_layers_on_two_processes_draw_what_one_draws(families, tmp_path):
+    layered(shared(families, "flux", {"layers": 2}), tmp_path)
+
+
+def test_guided_layers_of_engines_draw_what_one_draws_with_tables(families, tmp_path):
+    made = shared(families, "flux", {"guidance": 2, "layers": 2})
+    made["passes"] = [
+        {"name": "hoist", "component": "transformer"},
+        {"name": "compile", "component": "transformer"},
+    ]
+    layered(made, tmp_path, cache=engine_cache())
+
+
+def layered(made: dict[str, Any], folder: Path, **more: Any) -> None:
+    """Each process sends what its range gives, and holds no weights of other blocks."""
+    built = diffkiln.compile(made, folder / "bundle", **more)
+    wanted = draw(eager(made), made, **NEGATIVE)
+    (programs,) = shared_calls_of(made).values()
+    call = programs["call+negative"]
+    processes = drawn(built.path, folder / "drawn", made, call.mesh.size)
+    unread: set[int] = set()
+    for process, held in zip(processes, call.held, strict=True):
+        assert float((process["picture"] - wanted).abs().max()) <= 1e-5
+        unread.add(held - process["nbytes"])  # of all processes, such as the decoder's other half
+    assert len(unread) == 1
+    blocks = sum(sizes_of(call.modules["transformer"]).values())
+    assert min(process["nbytes"] for process in processes) <= sum(call.weights.values()) - unread.pop() - blocks // 2
+    rows = call.mesh.count("guidance")
+    given = [op for op in call.call.ops if op.name == ALL_GATHER]
+    gathered = sum(sent(op, call.call) for op in given)
+    own = sum(step.nbytes for step in call.exchanged) - gathered
+    assert own > 0
+    assert sum(process["all"] for process in processes) == rows * own + call.mesh.size * gathered
 
 
 def test_diffusers_shares_the_tokens_in_its_own_way(families, tmp_path):

@@ -3,7 +3,7 @@
     python -m tests.parallel.worker BUNDLE OUTPUT KEYWORDS
 
 KEYWORDS is JSON. OUTPUT.<rank>.pt gets the picture, the bytes that the process has sent in each step, and the names of
-the components whose weights it holds. With "as_diffusers": true it gets the picture alone.
+the components whose weights it holds, with the bytes of these. With "as_diffusers": true it gets the picture alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main(bundle: str, output: str, text: str) -> None:
     result = pipe(**keywords, generator=generator, output_type="pt", **shown)
     picture = next(iter(result.values()))
     held = sorted({component for component, _ in pipe.executor.store.groups})
-    found = {"picture": picture, "sent": sent, "all": pipe.executor.group.sent, "held": held}
+    nbytes = sum(group.nbytes for group in pipe.executor.store.groups.values())
+    found = {"picture": picture, "sent": sent, "all": pipe.executor.group.sent, "held": held, "nbytes": nbytes}
     torch.save(found, f"{output}.{pipe.rank}.pt")
     pipe.close()
 

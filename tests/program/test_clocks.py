@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
-from diffkiln.program import ALL_GATHER, CALL, STEP, Input, Mesh, Module, Op, Program, Ref, TensorType
+from diffkiln.program import ALL_GATHER, CALL, REGION, STEP, Input, Mesh, Module, Op, Program, Ref, TensorType
 from diffkiln.program.clocks import Clock, Link, clocks_of
 from diffkiln.program.first import by_first
+from diffkiln.program.layers import by_ranges
 from diffkiln.program.work import Ceilings
 
 TWO = {"axis": "sequence", "count": 2}
@@ -70,6 +73,29 @@ def test_processes_wait_for_what_the_first_one_runs():
     assert (first.waiting, other.waiting) == (0, PRODUCT)
     assert (first.computing, other.computing) == (3 * PRODUCT, 2 * PRODUCT)
     assert first.now == other.now == 3 * PRODUCT + 1 + 1
+
+
+def test_a_process_waits_while_another_one_runs_its_layers():
+    """Two products, one for each process, each followed by an exchange of 24 bytes."""
+    product = Program(
+        "block",
+        (Input("%x", ROWS),),
+        (Op("aten.mm.default", (Ref("%x"), Ref("@w")), ("%y",)),),
+        (Ref("%y"),),
+        {"%x": ROWS, "@w": SQUARE, "%y": ROWS},
+    )
+    names = ["%x", "%a", "%b"]
+    ops = tuple(
+        Op(REGION, (Ref(x),), (y,), attrs={"region": "block", "instance": f"blocks.{index}"})
+        for index, (x, y) in enumerate(pairwise(names))
+    )
+    program = Program("denoiser", (Input("%x", ROWS),), ops, (Ref("%b"),), dict.fromkeys(names, ROWS))
+    program = by_ranges(program, {"blocks.0": 0, "blocks.1": 1}, 2)
+    modules = {"denoiser": Module("denoiser", {"denoiser": program}, {"block": product})}
+    first, second = clocks_of(call(1), modules, SLOW, Mesh({"layers": 2}), Link(bandwidth=24.0, latency=0.0))
+    assert (first.computing, first.waiting, first.exchanging) == (PRODUCT, PRODUCT, 2)
+    assert (second.computing, second.waiting, second.exchanging) == (PRODUCT, PRODUCT, 2)
+    assert first.now == second.now == 2 * PRODUCT + 2
 
 
 def test_a_call_of_one_step_has_no_time_between_steps():

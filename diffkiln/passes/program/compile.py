@@ -88,6 +88,12 @@ class Compile(ProgramPass):
         """Returns True if the component is one region."""
         return self.scope == "whole" or (self.scope is None and self.exporter.whole)
 
+    @property
+    def engines_hold_weights(self) -> bool:
+        """Returns True if an engine has the weights of all blocks that it runs."""
+        lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
+        return self.exporter.holds_weights(lowered)
+
     def packages(self) -> dict[str, str]:
         """Returns what the backend's engines need, and the distribution that brings what runs them."""
         engine = plugins.plugins("engines").get(self.backend)
@@ -116,8 +122,7 @@ class Compile(ProgramPass):
                 f"{where}.backend", reason, "Install the torch that does: engines are tried when they are built."
             )
         facts = {fact.name for fact in state.facts if fact.component == self.component}
-        lowered: dict[str, Any] = self.lowered()  # pyright: ignore[reportAttributeAccessIssue]: the options have it
-        if "slotted" in facts and self.exporter.holds_weights(lowered):
+        if "slotted" in facts and self.engines_hold_weights:
             reason = f"the engines of {self.backend} hold their weights, so no adapter can be put into their slots"
             yield Problem(where, reason, 'Choose another backend, or remove "adapters" from "runtime".')
         yield from self.exporter.problems(self.component, module, facts, target, where, self)

@@ -13,7 +13,7 @@ from diffkiln.errors import Problem
 from diffkiln.passes.base import Outcome, Pass, ProgramPass, State
 from diffkiln.passes.tiling import parts_of, spread_parts
 from diffkiln.program import Mesh, Program
-from diffkiln.program.mesh import GUIDANCE, SEQUENCE
+from diffkiln.program.mesh import GUIDANCE, LAYERS, SEQUENCE
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Spec
 
@@ -39,6 +39,7 @@ class SplitTiles(ProgramPass):
     examples: ClassVar = ({"name": "split_tiles", "component": "vae", "sequence": 2},)
 
     guidance: int = Field(1, ge=1, le=2, description="Number of processes along `guidance`, as in the target.")
+    layers: int = Field(1, ge=1, le=64, description="Number of processes along `layers`, as in the target.")
     sequence: int = Field(1, ge=1, le=64, description="Number of processes along `sequence`, as in the target.")
 
     @classmethod
@@ -52,7 +53,7 @@ class SplitTiles(ProgramPass):
     @property
     def mesh(self) -> Mesh:
         """Returns the processes."""
-        counts = {GUIDANCE: self.guidance, SEQUENCE: self.sequence}
+        counts = {GUIDANCE: self.guidance, LAYERS: self.layers, SEQUENCE: self.sequence}
         return Mesh({axis: count for axis, count in counts.items() if count > 1})
 
     def check_beside(self, spec: Spec, others: Sequence[Pass], where: str) -> Iterable[Problem]:

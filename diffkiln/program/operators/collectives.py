@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffkiln.program.ir import ALL_GATHER, FROM_FIRST, OWN, SHARD, TensorType
+from diffkiln.program.ir import ALL_GATHER, FROM_FIRST, FROM_ONE, OWN, SHARD, TensorType
 from diffkiln.program.operators.table import require
 
 
@@ -14,7 +14,7 @@ def shared_results(name: str, given: Sequence[TensorType], attrs: Mapping[str, A
     """Returns the types of an operation's results.
 
     Args:
-        name: OWN, SHARD, ALL_GATHER, ALL_TO_ALL or FROM_FIRST.
+        name: OWN, SHARD, ALL_GATHER, ALL_TO_ALL, FROM_FIRST or FROM_ONE.
         given: the types of its arguments.
         attrs: the operation's, which are well formed.
 
@@ -27,6 +27,8 @@ def shared_results(name: str, given: Sequence[TensorType], attrs: Mapping[str, A
         return (first,)
     if name == FROM_FIRST:
         return (first,)
+    if name == FROM_ONE:
+        return tuple(given)
     if name == ALL_GATHER:
         return (first,) * count
     if name == SHARD:

@@ -18,6 +18,7 @@ from diffkiln.guards.printable import get_logger
 from diffkiln.guards.spelling import suggest
 from diffkiln.program import REGION, owner_of, weight_in
 from diffkiln.program.calls import follows_noise
+from diffkiln.program.mesh import LAYERS
 from diffkiln.program.narrowed import full
 from diffkiln.runtime.adapters.adding import patches_of
 from diffkiln.runtime.adapters.moved import check_folded, check_moved
@@ -73,6 +74,11 @@ class Shelf:
             Busy: Calls took longer than `timeout`.
         """
         self._check_free(name)
+        if self._executor.group is not None and self._executor.group.mesh.count(LAYERS) > 1:
+            raise CallError(
+                "load_lora: each process of this bundle holds weights of a range of layers, and an adapter changes all "
+                "of them. Add it with the pass fuse_lora, and compile anew"
+            )
         scale = checked_scale(name, given)
         adapter = read_adapter(path, wanted, self._layers_of, self._executor.store.patched_on)
         self._check_reachable(adapter)

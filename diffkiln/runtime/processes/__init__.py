@@ -2,7 +2,7 @@
 one process (`threads`), the watch over the others' lives (`watch`), and the operations that they share
 (`operations`)."""
 
-from diffkiln.runtime.processes.agreement import absent_of, check_mesh, digest_of, mesh_of, together
+from diffkiln.runtime.processes.agreement import check_mesh, digest_of, mesh_of, together
 from diffkiln.runtime.processes.group import Group, Pretended
 from diffkiln.runtime.processes.operations import shared_operations
 from diffkiln.runtime.processes.started import check_started, is_one_of_several, local_rank
@@ -10,7 +10,6 @@ from diffkiln.runtime.processes.started import check_started, is_one_of_several,
 __all__ = [
     "Group",
     "Pretended",
-    "absent_of",
     "check_mesh",
     "check_started",
     "digest_of",

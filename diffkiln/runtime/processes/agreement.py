@@ -46,12 +46,6 @@ def _processes(op: Op, mesh: Mesh) -> tuple[int, str]:
     return mesh.count(op.attrs["axis"]), f" along {op.attrs['axis']}"
 
 
-def absent_of(manifest: Manifest, group: Group | None) -> frozenset[str]:
-    """Returns the components that the first process alone holds, where this process is another one."""
-    first: Any = manifest.runtime.get("first")
-    return frozenset(first) if first and group is not None and group.rank else frozenset()
-
-
 def digest_of(program: Program, inputs: Sequence[Any]) -> bytes:
     """Returns 32 bytes that differ for other programs and other inputs."""
     digest = hashlib.sha256(program.name.encode())

@@ -85,6 +85,14 @@ class Distributed(Group):
         self._wait(lambda: dist.all_to_all_single(found, data, group=self._groups[axis], async_op=True))
         return [_typed(item, parts[0]) for item in found]
 
+    def _by_one(self, tensors: list[torch.Tensor], axis: str, index: int) -> list[torch.Tensor]:
+        flat = list(map(_bytes, tensors))
+        data, source = torch.cat(flat), self.mesh.peers(self.rank, axis)[index]
+        self._wait(lambda: dist.broadcast(data, source, group=self._groups[axis], async_op=True))
+        # Copies, since a type's values begin at a multiple of their size.
+        parts = (part.clone() for part in data.split([len(each) for each in flat]))
+        return [_typed(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the tensor of the process of rank 0."""
         data = _bytes(tensor.contiguous()).clone()

@@ -55,11 +55,24 @@ class Group(ABC):
             self.sent += tensor.numel() * tensor.itemsize * (self.mesh.size - 1)
         return self.from_first(tensor)
 
+    def by_one(self, tensors: Sequence[torch.Tensor], axis: str, index: int) -> list[torch.Tensor]:
+        """Returns the tensors of one process along an axis, which take the place of everyone's own of their types.
+
+        Raises:
+            PeerLost: another process ended.
+        """
+        if self.index(axis) == index:
+            self.sent += sum(tensor.numel() * tensor.itemsize for tensor in tensors) * (self.mesh.count(axis) - 1)
+        return self._by_one([tensor.contiguous() for tensor in tensors], axis, index)
+
     @abstractmethod
     def _gather(self, tensor: torch.Tensor, axis: str) -> list[torch.Tensor]: ...
 
     @abstractmethod
     def _exchange(self, parts: list[torch.Tensor], axis: str) -> list[torch.Tensor]: ...
+
+    @abstractmethod
+    def _by_one(self, tensors: list[torch.Tensor], axis: str, index: int) -> list[torch.Tensor]: ...
 
     @abstractmethod
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -113,6 +126,9 @@ class Pretended(Group):
 
     def _exchange(self, parts: list[torch.Tensor], axis: str) -> list[torch.Tensor]:
         return [part.clone() for part in parts]
+
+    def _by_one(self, tensors: list[torch.Tensor], axis: str, index: int) -> list[torch.Tensor]:
+        return tensors
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the tensor."""

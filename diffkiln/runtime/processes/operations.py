@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from diffkiln.interpreter.aten import Special
-from diffkiln.program import ALL_GATHER, ALL_TO_ALL, FROM_FIRST, OWN, SHARD, Op
+from diffkiln.program import ALL_GATHER, ALL_TO_ALL, FROM_FIRST, FROM_ONE, OWN, SHARD, Op
 from diffkiln.runtime.processes.group import Group
 
 _Run = Callable[..., Sequence[torch.Tensor]]
@@ -37,4 +37,15 @@ def shared_operations(group: Group | None) -> Mapping[str, Special]:
     def first(_op: Op) -> _Run:
         return lambda value: [group.by_first(value)]
 
-    return {FROM_FIRST: first, OWN: own, SHARD: shard, ALL_GATHER: gather, ALL_TO_ALL: exchange}
+    def one(op: Op) -> _Run:
+        axis, index = op.attrs["axis"], op.attrs["index"]
+        return lambda *values: group.by_one(values, axis, index)
+
+    return {
+        FROM_FIRST: first,
+        FROM_ONE: one,
+        OWN: own,
+        SHARD: shard,
+        ALL_GATHER: gather,
+        ALL_TO_ALL: exchange,
+    }

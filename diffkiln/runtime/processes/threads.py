@@ -61,6 +61,9 @@ class Threaded(Group):
         own = self.index(axis)
         return [given[own] for given in self._meet(self.mesh.peers(self.rank, axis), parts)]
 
+    def _by_one(self, tensors: list[torch.Tensor], axis: str, index: int) -> list[torch.Tensor]:
+        return self._meet(self.mesh.peers(self.rank, axis), tensors)[index]
+
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the first thread's tensor."""
         return self._meet(tuple(range(self.mesh.size)), tensor)[0]
