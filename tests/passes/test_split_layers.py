@@ -61,7 +61,7 @@ def test_it_is_for_a_denoiser_that_is_not_compiled_whole(families):
 def test_slots_for_adapters_are_refused(families):
     made = shared(families, "flux", TWO)
     made["runtime"] = {"adapters": {"rank": 4, "slots": 1}}
-    assert "no process holds all of transformer" in refused(made)
+    assert "split_layers cannot follow add_slots: adapters are put into the slots of all blocks" in refused(made)
 
 
 def test_more_processes_than_blocks_are_refused_with_the_numbers(families):

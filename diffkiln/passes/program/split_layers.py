@@ -38,6 +38,10 @@ class SplitLayers(ProgramPass):
         "attention_backend": "a block runs on one device, with its kernel",
         "hoist": "what is computed ahead is shared out, too",
     }
+    requires_not: ClassVar = {
+        "slotted": "adapters are put into the slots of all blocks, and no process holds all of these. Remove the slots, "
+        "or add a LoRA with the pass fuse_lora"
+    }
     features: ClassVar = frozenset({PROCESSES})
     asked_at: ClassVar = "$.target.parallel.layers"
     examples: ClassVar = ({"name": "split_layers", "component": "transformer", "count": 2},)
@@ -68,9 +72,6 @@ class SplitLayers(ProgramPass):
             if getattr(other, "engines_hold_weights", False):
                 reason = f"the engines of {other.name} hold the weights of all blocks, so that every process would"
                 yield Problem(where, reason, f'Choose another "backend" for {other.name}.')
-            if other.name == "add_slots":
-                reason = f"adapters are put into the slots of all blocks, and no process holds all of {self.component}"
-                yield Problem(where, reason, "Remove add_slots, or add a LoRA with the pass fuse_lora.")
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
         if self.component not in state.denoisers:
