@@ -104,22 +104,22 @@ for _name, _rank in (
 
 @operator("grid_sampler")
 def _grid_sampler(input: Any, grid: Any, interpolation_mode: Any, padding_mode: Any, align_corners: Any) -> TensorType:
-    """Returns the type of an image or a volume read at the places of a grid.
+    """Returns the type of an image or a volume read at the positions of a grid.
 
     Modes are torch's numbers: bilinear, nearest, bicubic; and zeros, border, reflection.
     """
-    given, places = tensor(input), tensor(grid)
+    given, positions = tensor(input), tensor(grid)
     rank = len(given.shape) - 2
     require(rank in (2, 3), f"{given} is neither an image nor a volume")
-    require(given.dtype == places.dtype, f"{given} and {places} are of two types")
+    require(given.dtype == positions.dtype, f"{given} and {positions} are of two types")
     require(category(given.dtype) == FLOAT, f"{given} is not of floating-point numbers")
-    require(len(places.shape) == rank + 2 and places.shape[-1] == rank, f"{places} names no places in {given}")
-    require(places.shape[0] == given.shape[0], f"{places} is not for {given.shape[0]} inputs")
+    require(len(positions.shape) == rank + 2 and positions.shape[-1] == rank, f"{positions} names no positions in {given}")
+    require(positions.shape[0] == given.shape[0], f"{positions} is not for {given.shape[0]} inputs")
     require(min(given.shape[2:]) > 0, f"{given} has no elements to read")
     integer(interpolation_mode, 0, 2 if rank == 2 else 1)
     integer(padding_mode, 0, 2)
     flag(align_corners)
-    return TensorType(given.dtype, (*given.shape[:2], *places.shape[1:-1]))
+    return TensorType(given.dtype, (*given.shape[:2], *positions.shape[1:-1]))
 
 
 # -- Fourier transforms --
