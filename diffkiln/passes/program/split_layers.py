@@ -39,8 +39,8 @@ class SplitLayers(ProgramPass):
         "hoist": "what is computed ahead is shared out, too",
     }
     requires_not: ClassVar = {
-        "slotted": "adapters are put into the slots of all blocks, and no process holds all of these. Remove the slots, "
-        "or add a LoRA with the pass fuse_lora"
+        "slotted": "adapters are put into the slots of all blocks, and no process holds all of these. Remove the "
+        "slots, or add a LoRA with the pass fuse_lora"
     }
     features: ClassVar = frozenset({PROCESSES})
     asked_at: ClassVar = "$.target.parallel.layers"

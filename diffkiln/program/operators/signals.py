@@ -113,7 +113,7 @@ def _grid_sampler(input: Any, grid: Any, interpolation_mode: Any, padding_mode: 
     require(rank in (2, 3), f"{given} is neither an image nor a volume")
     require(given.dtype == positions.dtype, f"{given} and {positions} are of two types")
     require(category(given.dtype) == FLOAT, f"{given} is not of floating-point numbers")
-    require(len(positions.shape) == rank + 2 and positions.shape[-1] == rank, f"{positions} names no positions in {given}")
+    require(len(positions.shape) == rank + 2 and positions.shape[-1] == rank, f"{positions} names nothing in {given}")
     require(positions.shape[0] == given.shape[0], f"{positions} is not for {given.shape[0]} inputs")
     require(min(given.shape[2:]) > 0, f"{given} has no elements to read")
     integer(interpolation_mode, 0, 2 if rank == 2 else 1)
