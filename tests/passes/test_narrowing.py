@@ -77,7 +77,7 @@ def test_the_spec_chooses_the_numbers(adapters, counts, families):
 
 
 def test_they_give_what_the_full_programs_give(families, tmp_path, monkeypatch):
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     spec = slotted("flux", families)
     with quiet_libraries():
