@@ -145,6 +145,7 @@ def trial(path: Path, manifest: Manifest, call: Program | None) -> str:
     """Returns a `diffkiln run` that the bundle at `path` serves; `call` is the program of its first variant."""
     from diffkiln.program.calls import text_keywords
     from diffkiln.program.images import image_keywords
+    from diffkiln.runtime.processes import mesh_of
 
     words = ["diffkiln", "run", str(path)]
     for keyword in text_keywords([call]) if call else ["prompt"]:
@@ -153,6 +154,8 @@ def trial(path: Path, manifest: Manifest, call: Program | None) -> str:
     for keyword, count in image_keywords(call.inputs).items() if call else ():
         words += ["--image", f"{keyword}={keyword}.png"] * count
     words += ["--seed", "7"] + ["--as-diffusers"] * (call is None)
+    if mesh := mesh_of(manifest):
+        words += ["--processes", str(mesh.size)]
     return shlex.join([*words, "-o", _TRIED[what_it_makes(call) if call else "pictures"]])
 
 

@@ -16,6 +16,15 @@ def processes_started() -> int:
     return int(text) if text.isdecimal() else 1
 
 
+def check_alone(what: str) -> None:
+    """Raises `Incompatible` in one of several processes, for what diffusers cannot do there."""
+    if (count := processes_started()) > 1:
+        raise Incompatible(
+            f"{count} processes were started, and diffusers has no way to {what}. "
+            "Load the bundle without as_diffusers, or in one process"
+        )
+
+
 def share_context(module: Any, name: str, count: int) -> None:
     """Has several processes share a model's tokens, as `enable_parallelism` of diffusers does. Each makes every call.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkiln.errors import DataDependent, RecordError
+from diffkiln.errors import DataDependent, Problem, RecordError, SpecError
 from diffkiln.models.meta import make_fake
 from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
 from diffkiln.program.calls import GIVEN, Given
@@ -229,10 +229,8 @@ def _first_counted(recorder: CallRecorder, request: Request, negative: bool) -> 
             return _first(recorder, replace(request, all_counted=True), negative)
         raise
     if not _reads_counted(program) and _records(recorder, replace(request, tokens=None), negative):
-        raise RecordError(
-            "every prompt is padded to a length of its own here, whatever its tokens. Remove "
-            '"prompt_tokens" from the inputs'
-        )
+        reason = "every prompt is padded to a length of its own here, whatever its tokens"
+        raise SpecError(problems=[Problem("$.inputs.prompt_tokens", reason, "Remove it.")])
     return counted, program
 
 

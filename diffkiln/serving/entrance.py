@@ -172,7 +172,7 @@ class _Visit:
 
     @property
     def unread(self) -> bool:
-        """Whether a part of the body may still come."""
+        """Returns True if a part of the body may still come."""
         announced = self.header("content-length") not in ("", "0") or self.header("transfer-encoding") != ""
         return announced and not self.whole
 

@@ -3,7 +3,7 @@
 import pytest
 
 import diffkiln
-from diffkiln.errors import CallError, DataDependent, RecordError, SpecError
+from diffkiln.errors import CallError, DataDependent, SpecError
 from diffkiln.interpreter.quiet import quiet_libraries
 from tests.coverage.calls import CALLS
 from tests.coverage.calls.measure import REQUESTS, TOLERANCE, spec_of
@@ -94,5 +94,5 @@ def test_lengths_are_refused_where_every_prompt_is_padded(tmp_path):
         CALLS["sd"].build().save_pretrained(tmp_path / "model", safe_serialization=True)
     spec = spec_of(CALLS["sd"], tmp_path / "model")
     spec["inputs"] |= {"prompt_tokens": 5}
-    with pytest.raises(RecordError, match='Remove "prompt_tokens" from the inputs'):
+    with pytest.raises(SpecError, match=r"\$\.inputs\.prompt_tokens: every prompt is padded .*Remove it"):
         diffkiln.compile(spec, tmp_path / "bundle")

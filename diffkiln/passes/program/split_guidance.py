@@ -10,7 +10,7 @@ import torch
 
 from diffkiln.bundle.manifest import PROCESSES
 from diffkiln.errors import Incompatible, Problem
-from diffkiln.models.context_parallel import processes_started
+from diffkiln.models.context_parallel import check_alone
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, Restored, State
 from diffkiln.passes.caching import call_sites_of
 from diffkiln.passes.guiding import are_pairs, no_second_evaluation, part, rebatched, spread
@@ -83,11 +83,7 @@ class SplitGuidance(ProgramPass):
 
     @classmethod
     def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
-        if (count := processes_started()) > 1:
-            raise Incompatible(
-                f"{count} processes were started, and diffusers has no way to run the branches of guidance on two. "
-                "Load the bundle without as_diffusers, or in one process"
-            )
+        check_alone("run the branches of guidance on two")
 
     # -- the programs --
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from diffkiln.bundle.manifest import PROCESSES
-from diffkiln.errors import Incompatible, Problem
-from diffkiln.models.context_parallel import processes_started
+from diffkiln.errors import Problem
+from diffkiln.models.context_parallel import check_alone
 from diffkiln.passes.base import Fact, Outcome, Pass, ProgramPass, State
 from diffkiln.program.layers import by_ranges, shared_out, sizes_of
 from diffkiln.program.mesh import LAYERS
@@ -83,11 +83,7 @@ class SplitLayers(ProgramPass):
 
     @classmethod
     def restore_run(cls, pipe: Any, options: Mapping[str, Any]) -> None:
-        if (count := processes_started()) > 1:
-            raise Incompatible(
-                f"{count} processes were started, and diffusers has no way to run a denoiser's blocks on several. "
-                "Load the bundle without as_diffusers, or in one process"
-            )
+        check_alone("run a denoiser's blocks on several")
 
     # -- the programs --
 

@@ -63,8 +63,10 @@ def measure_call(name: str) -> dict[str, Any]:
 
 
 def _counted(family: Family, root: Path, lengths: dict[str, Any]) -> dict[str, Any]:
-    """What becomes of the call with lengths of prompts. Beside the text around it a prompt may have another number of
-    tokens than alone, which the bundle says."""
+    """Returns what becomes of the call with lengths of prompts.
+
+    Beside the text around it a prompt may have another number of tokens than alone, which the bundle says.
+    """
     found = told(lambda: _replayed(family, root, lengths))
     for _ in REQUESTS:
         another = re.match(r"prompt: (\d+) tokens", found.get("failure", ""))
@@ -90,7 +92,7 @@ def spec_of(family: Family, model: Path) -> dict[str, Any]:
 
 
 def lengths_of(pipe: Any, family: Family) -> dict[str, Any]:
-    """What a spec's inputs say of the lengths of the prompts of all requests; nothing where none is known."""
+    """Returns what a spec's inputs say of the lengths of the prompts of all requests; nothing where none is known."""
     parts = getattr(pipe, "components", {})
     kinds = (part for part in map(tokenizer_of, parts.values()) if isinstance(part, PreTrainedTokenizerBase))
     tokenizer = next(kinds, None)
