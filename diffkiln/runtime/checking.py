@@ -10,7 +10,7 @@ import torch
 from diffkiln.errors import ManifestInvalid
 from diffkiln.guards.limits import Limits
 from diffkiln.interpreter.aten import type_of
-from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, owner_of
+from diffkiln.program import CALL, REGION, Module, Op, Program, TensorType, owner_of, refs
 from diffkiln.program.inference import infer_types
 from diffkiln.program.memory import peak_memory
 from diffkiln.program.verify import verify_call_types, verify_types
@@ -41,6 +41,28 @@ def check_call(program: Program, modules: Mapping[str, Module]) -> None:
     """
     verify_call_types(program, modules)
     infer_types(program)
+
+
+def check_narrowed(programs: Mapping[str, Program]) -> None:
+    """Checks that calls in the place of others take and give the same: a caller's inputs are made for the others.
+
+    Raises:
+        ManifestInvalid: one does not, or there is no such other.
+    """
+    for name, program in programs.items():
+        if program.slots is None:
+            continue
+        other = programs.get(program.instead_of)
+        if other is None or other.slots is not None or _interface(other) != _interface(program):
+            instead = program.instead_of[:60]
+            raise ManifestInvalid(f"program {name!r} runs in the place of {instead!r}, which takes or gives another")
+
+
+def _interface(call: Program) -> tuple[object, ...]:
+    """Returns what a call takes and gives; results by their types, whatever their names."""
+    results = list(call.result_types("").values())
+    signature = {key: value for key, value in call.signature.items() if not any(refs(value))}
+    return call.inputs, call.texts, results, signature
 
 
 def without(absent: Collection[str], modules: Mapping[str, Module], calls: Sequence[Program]) -> dict[str, Module]:

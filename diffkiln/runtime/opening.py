@@ -17,7 +17,7 @@ from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import dtype_of
 from diffkiln.program import Module, Program, module_from_json, program_from_json, verify, verify_module
 from diffkiln.runtime.accelerator import accelerator
-from diffkiln.runtime.checking import check_call, check_module
+from diffkiln.runtime.checking import check_call, check_module, check_narrowed
 from diffkiln.runtime.engines import engine as engine_class
 from diffkiln.runtime.executor import Engine
 from diffkiln.runtime.self_test import self_test
@@ -80,6 +80,7 @@ def read_variant(verified: Verified, index: int, modules: Mapping[str, Module]) 
         active().check("operations", len(programs[name].ops), repr(path))
         verify(programs[name], modules=modules)
         check_call(programs[name], modules)
+    check_narrowed(programs)
     return CompiledVariant(variant.name, variant.fixed, programs)
 
 

@@ -65,6 +65,16 @@ def _unpadded(text: Mapping[str, Any]) -> dict[str, Any]:
     return {**text, "padding": "none", "truncation": text.get("cut") is not None, "max_length": text.get("cut")}
 
 
+def _pad(encoding: Encoding, text: Mapping[str, Any]) -> None:
+    encoding.pad(
+        text["max_length"],
+        direction=text["padding_side"],
+        pad_id=text["pad_id"],
+        pad_type_id=text["pad_type_id"],
+        pad_token=text["pad_token"],
+    )
+
+
 class TextEnd:
     """The encoder of prompts into the token tensors that a call program takes.
 
@@ -149,13 +159,7 @@ class TextEnd:
                 raise CallError(
                     str(Miscount(row.get("keyword", "prompt"), len(encoding.ids) - around, wanted - around))
                 )
-            encoding.pad(
-                text["max_length"],
-                direction=text["padding_side"],
-                pad_id=text["pad_id"],
-                pad_type_id=text["pad_type_id"],
-                pad_token=text["pad_token"],
-            )
+            _pad(encoding, text)
         return encodings
 
     def _encode_pieces(self, text: Mapping[str, Any], rows: list[str], rule: Spelling) -> list[Encoding]:
@@ -169,13 +173,7 @@ class TextEnd:
             merged = Encoding.merge(parts, growing_offsets=False)
             if text["truncation"]:
                 merged.truncate(text["max_length"])
-            merged.pad(
-                text["max_length"],
-                direction=text["padding_side"],
-                pad_id=text["pad_id"],
-                pad_type_id=text["pad_type_id"],
-                pad_token=text["pad_token"],
-            )
+            _pad(merged, text)
             encodings.append(merged)
         return encodings
 

@@ -274,3 +274,36 @@ def test_limits_of_the_load_hold_for_the_calls(tmp_path) -> None:
         pipe("a kiln at night")
     with diffkiln.load(FROZEN) as pipe:
         assert pipe("a kiln at night").images
+
+
+def in_the_place_of_another(bundle: Path, **changed: Any) -> Path:
+    """Gives the frozen bundle a program that runs in the place of its call, with some fields of its own."""
+    data = json.loads((bundle / CALL).read_bytes())
+    data["programs"]["few"] = data["programs"]["call"] | {"name": "few", "slots": 0, "instead_of": "call"} | changed
+    (bundle / CALL).write_text(json.dumps(data))
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    manifest["pipeline"]["variants"][0]["programs"]["few"] = CALL
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    rehash(bundle, CALL)
+    return bundle
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["other", "inputs", "signature", "texts"],
+)
+def test_a_program_in_the_place_of_another_takes_and_gives_what_that_does(change, tmp_path):
+    """A caller's inputs are made for the other one: of another type they would be taken for what they are not."""
+    bundle = shutil.copytree(FROZEN, tmp_path / "bundle")
+    with diffkiln.load(in_the_place_of_another(bundle)) as pipe:
+        assert list(pipe.variants[0].narrowed(pipe.variants[0].programs["call"])) == [0]
+    call = json.loads((bundle / CALL).read_bytes())["programs"]["call"]
+    longer = [{**call["inputs"][0], "source": {**call["inputs"][0]["source"], "key": "attention_mask"}}]
+    changed = {
+        "other": {"instead_of": "none"},
+        "inputs": {"inputs": [*longer, *call["inputs"][1:]]},
+        "signature": {"signature": {"result": {"str": "frames"}}},
+        "texts": {"texts": [{**text, "max_length": 31} for text in call["texts"]]},
+    }[change]
+    with pytest.raises(ManifestInvalid, match="'few' runs in the place of"):
+        diffkiln.load(in_the_place_of_another(bundle, **changed))
