@@ -31,7 +31,7 @@ from diffkiln.serving.logs import set_up
 from diffkiln.serving.offer import Offer, read_offer
 from diffkiln.serving.orders import Accepted, Event, Finished, Order, Preview
 from diffkiln.serving.ray_metrics import RayMetrics
-from diffkiln.serving.ray_processes import load_together, processes_of
+from diffkiln.serving.ray_processes import fetched, load_together, processes_of
 from diffkiln.serving.refusals import Refusal, late
 from diffkiln.serving.service import LocalService
 from diffkiln.serving.settings import Settings, read_tokens
@@ -53,6 +53,8 @@ class Options(BaseModel):
         fronts: Processes that speak HTTP.
         gpus: GPUs of a replica; a fraction shares one among several. Of a bundle for several processes: of each.
         cpus: CPUs of a replica, or of each of its processes.
+        processes: Processes of a replica, which run each call together; by default as many as the bundle says, where
+            the machine that deploys has it, else one.
         ongoing: Requests in a replica at once, those in its pipeline included.
         queue: Requests that wait before a front at most; those beyond get 429.
         loaded: Bundles that a replica holds at once, where there are several.
@@ -74,6 +76,7 @@ class Options(BaseModel):
     fronts: Annotated[int, Field(ge=1)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0.0
     cpus: Annotated[float, Field(ge=0)] = 1.0
+    processes: Annotated[int, Field(ge=1)] | None = None
     ongoing: Annotated[int, Field(ge=1)] = 16
     queue: Annotated[int, Field(ge=1)] = 64
     loaded: Annotated[int, Field(ge=1)] = 1
@@ -102,16 +105,15 @@ class Options(BaseModel):
             raise ValueError("a replica runs on one GPU: give 1, or a fraction, so that several replicas share one")
         return gpus
 
-    @property
-    def processes(self) -> int:
+    def processes_of_replica(self) -> int:
         """Returns the number of processes that run each call together.
 
         Raises:
             Incompatible: a bundle for several processes is not alone.
         """
-        counts = {name: processes_of(path) for name, path in self.bundles.items()}
+        counts = {name: self.processes or processes_of(path) for name, path in self.bundles.items()}
         several = [name for name, count in counts.items() if count > 1]
-        if several and len(counts) > 1:
+        if several and len(self.bundles) > 1:
             raise Incompatible(
                 f"{several[0]} runs in {counts[several[0]]} processes, which a replica has for one bundle. Serve it in "
                 "an application of its own"
@@ -186,7 +188,9 @@ class Replica(ABC):
         )
         # While an application is updated, fronts of the old one still ask for its bundles.
         metrics = RayMetrics(next((name for name, known in options.bundles.items() if known == path), Path(path).name))
-        service = LocalService(read_offer(path, Path(path).name), opening, self._settings, metrics)
+        service = LocalService(
+            read_offer(fetched(path, options.device), Path(path).name), opening, self._settings, metrics
+        )
         self._opened[service] = metrics
         service.start()
         return service
@@ -198,7 +202,9 @@ class Front:
     def __init__(self, options: Options, handle: Any) -> None:
         set_up(options.log_json, "info")
         tokens = read_tokens(Path(options.tokens)) if options.tokens else ()
-        offers = [read_offer(path, name) for name, path in options.bundles.items()]
+        offers = [
+            read_offer(fetched(path, options.device, engines=False), name) for name, path in options.bundles.items()
+        ]
         services = {
             offer.name: RayService(offer, path, handle, options.deadline)
             for offer, path in zip(offers, options.bundles.values(), strict=True)
@@ -329,7 +335,7 @@ def replica_class(loaded: int) -> type[Replica]:
 
 def _together(args: Options) -> dict[str, Any]:
     """Returns the place of a replica whose processes run each call together: one machine, a share for each of them."""
-    size = args.processes
+    size = args.processes_of_replica()
     if size == 1:
         return {}
     share = {name: amount for name, amount in (("CPU", args.cpus), ("GPU", args.gpus)) if amount}

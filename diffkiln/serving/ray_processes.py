@@ -17,9 +17,11 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from diffkiln.bundle import open_bundle
-from diffkiln.errors import PeerLost
+from diffkiln.errors import Incompatible, PeerLost
+from diffkiln.hub import cached
 from diffkiln.runtime.loading import load
 from diffkiln.runtime.processes import mesh_of
+from diffkiln.runtime.targets import fitting_targets
 
 #: Arguments of a call that the first process alone is given.
 _OWN = frozenset({"callback_on_step_end"})
@@ -29,12 +31,19 @@ _ALONE = 1
 
 
 def processes_of(path: str) -> int:
-    """Returns how many processes run a bundle's calls together. One at the Hub is looked at when it is loaded."""
-    if path.startswith("hf://"):
+    """Returns how many processes run a bundle's calls together: one, where this machine does not have the bundle."""
+    if not os.path.isdir(path):
         return _ALONE
     with open_bundle(path, ignore_signature=True) as bundle:
         mesh = mesh_of(bundle.manifest)
     return _ALONE if mesh is None else mesh.size
+
+
+def fetched(path: str, device: str | None, engines: bool = True) -> str:
+    """Returns a bundle's folder. One at the Hub is fetched once, with the engines of this machine or without any."""
+    if not path.startswith("hf://"):
+        return path
+    return str(cached(path, lambda manifest: fitting_targets(manifest, device) if engines else ()))
 
 
 def load_together(path: str, *, cpus: float, gpus: float, **options: Any) -> Any:
@@ -44,14 +53,24 @@ def load_together(path: str, *, cpus: float, gpus: float, **options: Any) -> Any
         path: of the bundle.
         cpus, gpus: of each process.
         **options: of `load`.
+
+    Raises:
+        Incompatible: the replica has another number of processes than the bundle runs in.
     """
+    path = fetched(path, options["device"])
     size = processes_of(path)
+    group = get_current_placement_group()
+    held = _ALONE if group is None else group.bundle_count
+    if held != size:
+        raise Incompatible(
+            f'{path} runs in {size} process(es), and a replica has {held} here. Say "processes": {size} in the options '
+            "of the application"
+        )
     if size == _ALONE:
         return load(path, **options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    group = get_current_placement_group()
     others = [
         ray.remote(Process)
         .options(

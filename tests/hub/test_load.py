@@ -203,3 +203,19 @@ def test_bundle_without_a_note_is_compared_with_the_hub_once(
 def test_importing_diffkiln_imports_nothing_of_the_hub() -> None:
     code = "import sys, diffkiln, diffkiln.cli; sys.exit(bool({'huggingface_hub', 'diffkiln.hub'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_front_fetches_programs_and_a_replica_the_engines_of_its_machine(
+    hub: Server, bundle: Path, published: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffkiln.serving import ray_processes
+
+    address = f"hf://{REPO}@{published}"
+    monkeypatch.setattr(ray_processes, "fitting_targets", lambda manifest, device: {"cpu": (V3,)}[device])
+    place = ray_processes.fetched(address, "cpu", engines=False)
+    assert open_bundle(place).targets == ()
+    assert ray_processes.fetched(address, "cpu") == place
+    assert open_bundle(place).targets == (V3,)
+    assert ray_processes.fetched(str(bundle), "cpu") == str(bundle)

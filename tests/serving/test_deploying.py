@@ -79,6 +79,8 @@ def test_what_is_deployed_has_the_options_that_were_given():
     fixed = app("bundle", replicas=3, gpus=1)._bound_deployment.init_args[1]._bound_deployment
     assert (fixed.num_replicas, fixed._deployment_config.autoscaling_config) == (3, None)
     assert fixed.ray_actor_options["num_gpus"] == 1
+    shared = app("bundle", processes=2, gpus=1, cpus=4)._bound_deployment.init_args[1]._bound_deployment
+    assert shared._replica_config.placement_group_bundles == [{"CPU": 4, "GPU": 1}] * 2
 
 
 @pytest.mark.more

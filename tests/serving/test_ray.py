@@ -181,6 +181,13 @@ def test_a_bundle_of_several_processes_is_alone_in_its_application(drawing, toge
         app({"one": together, "two": drawing})
 
 
+def test_a_replica_with_too_few_processes_says_what_to_write(ray, together):
+    from diffkiln.serving.ray_processes import load_together
+
+    with pytest.raises(diffkiln.errors.Incompatible, match=r'2 process\(es\), and a replica has 1.*"processes": 2'):
+        load_together(str(together), cpus=1, gpus=0, device="cpu")
+
+
 def exported() -> str:
     """What Ray tells Prometheus of all processes of this machine."""
     import ray
