@@ -66,20 +66,19 @@ def load_together(path: str, *, cpus: float, gpus: float, **options: Any) -> Any
             f'{path} runs in {size} process(es), and a replica has {held} here. Say "processes": {size} in the options '
             "of the application"
         )
-    if size == _ALONE:
+    if group is None or size == _ALONE:
         return load(path, **options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
+    actor: Any = ray.remote(Process)
     others = [
-        ray.remote(Process)
-        .options(
+        actor.options(
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        )
-        .remote(path, environment(rank, size, port), options)
+        ).remote(path, environment(rank, size, port), options)
         for rank in range(1, size)
     ]
     os.environ.update(environment(0, size, port))
