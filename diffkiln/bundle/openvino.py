@@ -24,6 +24,8 @@ _Count = Annotated[int, Field(ge=1, le=4096)]
 Holder = Literal["input", "engine"]
 Precision = Literal["f32", "bf16"]
 Mode = Literal["latency", "throughput"]
+#: Of weights in an engine: eight or four bits, with scales and zero points.
+WeightFormat = Literal["int8", "int4"]
 
 
 class Facts(BaseModel):
@@ -38,6 +40,8 @@ class Facts(BaseModel):
         weights: where the engine's weights are: in itself, or among its inputs.
         inference_precision: the type that the engine computes in.
         performance_mode, threads, streams: as the spec has them; None for OpenVINO's or torch's own choice.
+        weight_format: of the weights that the engine holds; None for the bundle's own.
+        group_size: weights of a row that share a scale, where they have four bits.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore", frozen=True)
@@ -51,6 +55,8 @@ class Facts(BaseModel):
     performance_mode: Mode = "latency"
     threads: _Count | None = None
     streams: _Count | None = None
+    weight_format: WeightFormat | None = None
+    group_size: _Count | None = None
 
     def settings(self, threads: int) -> dict[str, str | int]:
         """Returns OpenVINO's properties for this engine.
@@ -96,11 +102,20 @@ def import_openvino() -> Any:
     Raises:
         ImportError: OpenVINO is not installed.
     """
+    return import_without_telemetry(PACKAGE)
+
+
+def import_without_telemetry(package: str) -> Any:
+    """Returns OpenVINO or a package of its makers, which then reports no usage.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     with _IMPORTING:
-        if PACKAGE in sys.modules or _TELEMETRY in sys.modules:
-            return import_module(PACKAGE)
+        if package in sys.modules or _TELEMETRY in sys.modules:
+            return import_module(package)
         sys.modules[_TELEMETRY] = None  # type: ignore[assignment]: what Python takes for "cannot be imported"
         try:
-            return import_module(PACKAGE)
+            return import_module(package)
         finally:
             del sys.modules[_TELEMETRY]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,20 @@ from diffkiln.exporters.artefact import Artefact, Lowering
 from diffkiln.exporters.base import input_specs
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.exporters.held import digest_of, held_weights
-from diffkiln.exporters.openvino.check import Openvino
+from diffkiln.exporters.openvino import compressing
+from diffkiln.exporters.openvino.check import NNCF, Openvino
 from diffkiln.exporters.openvino.comparing import compare
 from diffkiln.interpreter.aten import in_pairs
 
+#: Options of an engine that say how its weights are compressed.
+_COMPRESSED = frozenset({"weight_format", "group_size"})
 _HINT = "Compile the component with another backend, or leave it out of `compile`"
 
 
 def tools(lowering: Lowering) -> dict[str, str]:
     """Returns what decides an engine's bytes besides region, target and options: versions, and the weights."""
-    return exporting_tools() | {PACKAGE: _version(), "weights": digest_of(_weights(lowering))}
+    found = exporting_tools() | {PACKAGE: _version(), "weights": digest_of(_weights(lowering))}
+    return found | ({NNCF: compressing.version()} if lowering.options.get("weight_format") else {})
 
 
 def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
@@ -52,20 +57,11 @@ def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
         model = _read(openvino, staged / ONNX_MODEL, written)
         _hold(openvino, model, {written.inputs[position]: tensor for position, tensor in held.items()})
         _clamp(openvino, model)
-        _name(model)
         model.set_friendly_name(lowering.region.name)
-        openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
-    taken = {item.get_any_name() for item in model.inputs}
-    names = tuple(name if name in taken else None for name in written.inputs)
-    facts = Facts(
-        version=_version(),
-        digest=_digest(folder),
-        sizes=((folder / MODEL).stat().st_size, (folder / WEIGHTS).stat().st_size),
-        inputs=names,
-        **lowering.options,
-    )
-    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
-    compare(openvino, folder, facts, lowering)
+        _write(openvino, model, folder, written, _uncompressed(lowering))
+        if lowering.options.get("weight_format"):
+            compressing.compress(model, lowering.options)
+            _write(openvino, model, folder, written, lowering)
     return Artefact(
         Openvino.name,
         folder,
@@ -74,6 +70,27 @@ def build(lowering: Lowering, folder: Path, cache: EngineCache) -> Artefact:
         dict(lowering.options),
         packages={PACKAGE: f"=={_version()}"},
     )
+
+
+def _uncompressed(lowering: Lowering) -> Lowering:
+    options = {name: value for name, value in lowering.options.items() if name not in _COMPRESSED}
+    return replace(lowering, options=options)
+
+
+def _write(openvino: Any, model: Any, folder: Path, written: Written, lowering: Lowering) -> None:
+    """Writes an engine, and compares it with the replay."""
+    _name(model)
+    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    taken = {item.get_any_name() for item in model.inputs}
+    facts = Facts(
+        version=_version(),
+        digest=_digest(folder),
+        sizes=((folder / MODEL).stat().st_size, (folder / WEIGHTS).stat().st_size),
+        inputs=tuple(name if name in taken else None for name in written.inputs),
+        **lowering.options,
+    )
+    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
+    compare(openvino, folder, facts, lowering)
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from diffkiln.bundle.openvino import INSTALL, PACKAGE, Holder, Mode, Precision
+from diffkiln.bundle.openvino import INSTALL, PACKAGE, Holder, Mode, Precision, WeightFormat
 from diffkiln.errors import Problem
 from diffkiln.exporters._onnx.needs import EXPORTING
 from diffkiln.exporters._onnx.types import refused_of
@@ -26,6 +26,8 @@ from diffkiln.program import Program
 from diffkiln.spec import Conflict, Runtime, refuse
 from diffkiln.spec.targets import Target
 
+#: The distribution that compresses weights, and the extra that installs it beside the compiler and OpenVINO.
+NNCF, NNCF_INSTALL = "nncf", "pip install 'diffkiln[nncf]'"
 #: Types that a region's values may have.
 TYPES = ("float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 #: The only level of the psABI whose CPUs may compute in bfloat16 (AVX512-BF16 or AMX; neither is part of the level).
@@ -39,7 +41,9 @@ _Threads = Annotated[int, Field(ge=1, le=4096)]
 class OpenvinoOptions(Options):
     """Precision, threads and streams of an engine, and the place of its weights."""
 
-    lowers: ClassVar = ("weights", "inference_precision", "performance_mode", "threads", "streams")
+    lowers: ClassVar = (
+        "weights", "inference_precision", "performance_mode", "threads", "streams", "weight_format", "group_size",
+    )  # fmt: skip
 
     fullgraph: Annotated[bool, UNBROKEN] = True
     flags: Annotated[Flags | None, _FLAGLESS] = None
@@ -59,12 +63,28 @@ class OpenvinoOptions(Options):
     threads: _Threads | None = Field(None, description="For openvino: threads of an engine. Absent: as many as torch.")
     streams: _Threads | None = Field(None, description="For openvino: calls that run at a time. Absent: 1 for latency.")
 
+    weight_format: WeightFormat | None = Field(
+        None,
+        description="For openvino. int8 or int4: NNCF stores the weights that the engine holds in so many bits. "
+        "Absent: as they are.",
+    )
+    group_size: Annotated[int, Field(ge=32, le=4096)] | None = Field(
+        None, description="For openvino, int4: weights of a row that share a scale. Absent: 128."
+    )
+
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[Conflict]:
-        """Yields weights in an engine for several blocks."""
+        """Yields weights in an engine for several blocks, and fewer bits for weights that are in no engine."""
         yield from super().conflicts(given)
-        if given.get("scope") == "blocks" and given.get("weights") == "engine":
+        blocks = given.get("scope") == "blocks"
+        if blocks and given.get("weights") == "engine":
             yield ("weights",), refuse("one engine serves every block of a class, and each has its own", "Remove it")
+        if given.get("weight_format") and (blocks or given.get("weights") == "input"):
+            reason = "the bundle passes the weights to the engine, and NNCF compresses those that an engine holds"
+            yield ("weight_format",), refuse(reason, "Remove it, or compile the whole component with its weights")
+        if given.get("group_size") and given.get("weight_format") != "int4":
+            reason = "only weights of four bits share scales by groups"
+            yield ("group_size",), refuse(reason, 'Remove it, or write "weight_format": "int4"')
 
     def lowered(self) -> dict[str, Any]:
         """Returns the options that the spec states, and the place of the weights."""
@@ -82,6 +102,8 @@ class OpenvinoOptions(Options):
             reason = f"found bf16 for {target.name}, whose CPUs compute in no bfloat16, required f32"
             hint = f'Remove it, or choose the target {{"device": "cpu", "isa": "{_WITH_BFLOAT16}"}}.'
             yield Problem(f"{where}.inference_precision", reason, hint)
+        if self.weight_format and find_spec(NNCF) is None:
+            yield Problem(f"{where}.weight_format", f"{NNCF} is not installed, and compresses weights", NNCF_INSTALL)
 
 
 def _exactly() -> str:
@@ -114,7 +136,11 @@ class Openvino(Exporter):
 
     def refused_facts(self, options: Options) -> Mapping[str, Problem]:
         reason = "OpenVINO computes attention in its own way, and ignores attention_backend"
-        return {"attention_chosen": Problem("", reason, "Remove one of the two, or choose aot_inductor.")}
+        refused = {"attention_chosen": Problem("", reason, "Remove one of the two, or choose aot_inductor.")}
+        if options.lowered().get("weight_format"):
+            reason = "another pass has already stored the weights in fewer bits"
+            refused["quantized"] = Problem(".weight_format", reason, "Remove one of the two.")
+        return refused
 
     def machine_problems(self, target: Target) -> Iterator[Problem]:
         if missing := [name for name in (*EXPORTING, PACKAGE) if find_spec(name) is None]:

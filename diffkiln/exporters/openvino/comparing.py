@@ -22,6 +22,8 @@ from diffkiln.program import Program, TensorType
 LIMITS = {"f32": 1e-4, "bf16": 0.1}
 #: The same for a region that rounds, which quantizing activations does: a last bit decides between two steps of int8.
 ROUNDS = 2e-2
+#: The same where weights have fewer bits. The engine as it was before them has kept the limit above.
+COMPRESSED = {"int8": 0.1, "int4": 0.7}
 #: Between two compilations of one engine, whose kernels may add in another order.
 AGAIN = 1e-5
 
@@ -48,6 +50,8 @@ def compare(openvino: Any, folder: Path, facts: Facts, lowering: Lowering) -> No
     limit = LIMITS[facts.inference_precision]
     if any(op.name.startswith("aten.round.") for op in region.ops):
         limit = max(limit, ROUNDS)
+    if facts.weight_format is not None:
+        limit = max(limit, COMPRESSED[facts.weight_format])
     _same(expected, found, limit, "the replay")
     _same(found, again, AGAIN, "itself, once it was compiled and kept")
 

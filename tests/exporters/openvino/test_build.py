@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,55 @@ class TestBuilding:
         told = json.loads((artefact.directory / FACTS).read_text())
         assert artefact.packages == Openvino.packages == {"openvino": f"=={told['version']}"}
         assert str(Path.cwd()).encode() not in (artefact.directory / MODEL).read_bytes()
+
+
+def wide() -> Program:
+    """Two layers whose rows are groups of 128 and of 64. In ONNX an operation of its own transposes their weights."""
+    w = Writer()
+    inner = w.op("linear.default", w.value("%x", 2, 8, 128), w.value("@first", 192, 128))
+    return w.program("Wide", w.op("linear.default", w.op("gelu.default", inner), w.value("@second", 128, 192)))
+
+
+class TestCompressing:
+    @pytest.mark.parametrize(("options", "most", "error"), [
+        ({"weight_format": "int8"}, 0.3, 0.03),
+        ({"weight_format": "int4"}, 0.27, 0.2),
+        ({"weight_format": "int4", "group_size": 32}, 0.27, 0.2),
+    ])  # fmt: skip
+    def test_weights_are_smaller_and_nearly_the_same(self, options, most, error, tmp_path: Path, capfd) -> None:
+        lowering = given(wide(), weights="engine", **options)
+        artefact = Openvino().export(lowering, EngineCache(tmp_path))
+        size = 4 * sum(tensor.numel() for tensor in lowering.weights.values())
+        assert (artefact.directory / WEIGHTS).stat().st_size < most * size
+        facts = Facts.model_validate_json((artefact.directory / FACTS).read_bytes())
+        assert facts.weight_format == options["weight_format"]
+        flat = tensors(lowering.region)
+        (found,), (wanted,) = PLUGIN(artefact.directory, artefact.inputs)(flat), interpreted(lowering.region, flat)
+        assert 0 < (found - wanted).norm() / wanted.norm() < error
+        assert capfd.readouterr().out == ""  # NNCF draws bars
+
+    def test_same_bytes_every_time(self, tmp_path: Path) -> None:
+        lowering = given(wide(), weights="engine", weight_format="int4")
+        first, again = (Openvino().export(lowering, EngineCache(tmp_path / name)) for name in ("one", "two"))
+        for name in (MODEL, WEIGHTS, FACTS):
+            assert (first.directory / name).read_bytes() == (again.directory / name).read_bytes()
+
+    def test_a_graph_that_is_wrong_before_weights_are_compressed(self, monkeypatch, tmp_path: Path) -> None:
+        replayed = comparing._replayed
+        monkeypatch.setattr(comparing, "_replayed", lambda *args: [tensor / 0.99 for tensor in replayed(*args)])
+        with pytest.raises(ExportError, match=r"differs from the replay by 1\.0e-02"):
+            Openvino().export(given(wide(), weights="engine", weight_format="int4"), EngineCache(tmp_path))
+
+    def test_no_usage_is_reported(self) -> None:
+        code = "import sys; from diffkiln.exporters.openvino.compressing import _imported; _imported(); print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "nncf" in done.stdout.split()
+        assert "openvino_telemetry" not in done.stdout.split()
+
+    def test_without_nncf(self, monkeypatch, tmp_path: Path) -> None:
+        monkeypatch.setitem(sys.modules, "nncf", None)
+        with pytest.raises(MissingDependency, match=r"pip install 'diffkiln\[nncf\]'"):
+            Openvino().export(given(wide(), weights="engine", weight_format="int8"), EngineCache(tmp_path))
 
 
 class TestRefusing:

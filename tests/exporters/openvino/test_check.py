@@ -57,6 +57,11 @@ def test_options_are_lowered_as_they_are_stated():
         ({"performance_mode": "fast"}, "performance_mode"),
         ({"threads": 0}, "threads"),
         ({"streams": 2.5}, "streams"),
+        ({"weight_format": "int2"}, "weight_format"),
+        ({"weight_format": "int8", "scope": "blocks"}, "weight_format"),
+        ({"weight_format": "int4", "weights": "input"}, "weight_format"),
+        ({"weight_format": "int8", "group_size": 64}, "group_size"),
+        ({"weight_format": "int4", "group_size": 16}, "group_size"),
         ({"backend": "onnx", "threads": 2}, "threads"),
     ],
 )
@@ -83,6 +88,12 @@ def test_a_choice_of_kernel_is_refused():
         checked(ghost("flux"), chosen, COMPILE)
 
 
+def test_weights_are_stored_in_fewer_bits_once():
+    quantize = {"name": "quantize", "component": "transformer", "type": "int8_weight_only"}
+    with pytest.raises(IllegalPlan, match=r"weight_format: another pass has already stored .*Remove one of the two"):
+        checked(ghost("flux"), quantize, COMPILE | {"weight_format": "int8"})
+
+
 def test_arithmetic_without_weights_is_refused():
     plan = State("Pipeline", {}, scheduler=object())
     with pytest.raises(IllegalPlan, match=r"backend: scheduler has no weights.*Choose aot_inductor"):
@@ -95,6 +106,13 @@ def test_without_its_packages_says_what_installs_them(monkeypatch):
     )
     with pytest.raises(IllegalPlan, match=r"openvino: not installed.*pip install 'diffkiln\[openvino\]'"):
         checked(ghost("flux"), COMPILE)
+
+
+def test_fewer_bits_without_nncf_say_what_installs_it(monkeypatch):
+    monkeypatch.setattr("diffkiln.exporters.openvino.check.find_spec", lambda name: None if name == "nncf" else name)
+    with pytest.raises(IllegalPlan, match=r"nncf is not installed.*pip install 'diffkiln\[nncf\]'"):
+        checked(ghost("flux"), COMPILE | {"weight_format": "int8"})
+    assert checked(ghost("flux"), COMPILE)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
