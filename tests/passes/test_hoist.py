@@ -20,6 +20,8 @@ from tests.pipelines import WARNING_FILTERS
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 HOIST = {"name": "hoist", "component": "transformer"}
+#: One step after the other, which gives the very bits.
+APART = HOIST | {"batch": False}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_nothing_to_compute_ahead_is_an_error(flux):
 
 
 def test_a_layer_that_is_kept_stays_in_every_block_of_its_class(flux):
-    found = flux.rewritten(HOIST | {"keep": ["transformer_blocks.1.norm1.linear"]})
+    found = flux.rewritten(APART | {"keep": ["transformer_blocks.1.norm1.linear"]})
     loop = dict(found.modules["transformer"].regions["FluxTransformerBlock"].types)
     assert "@norm1.linear.weight" in loop
     assert "@norm1_context.linear.weight" not in loop
@@ -115,16 +117,27 @@ BESIDE: dict[str, tuple[str, tuple[dict[str, Any], ...], dict[str, Any]]] = {
 def test_it_changes_no_bit_beside(name, folders):
     family, passes, inputs = BESIDE[name]
     made = recorded(family, folders, *passes, **inputs)
-    before, after = made.rewritten(), made.rewritten(*hoisting(made))
+    before, after = made.rewritten(), made.rewritten(*hoisting(made, batch=False))
     assert torch.equal(made.draws(after), made.draws(before))
     assert any(program.ahead for program in after.modules["transformer"].programs.values())
 
 
-def test_preambles_are_evaluated_once_for_a_request(flux):
-    call = flux.rewritten(HOIST).calls[0]["call"]
+@pytest.mark.parametrize(
+    ("entry", "timed"), [(HOIST, ["transformer.timed.3-calls"]), (APART, ["transformer.timed"] * 3)]
+)
+def test_preambles_are_evaluated_once_for_a_request(flux, entry, timed):
+    call = flux.rewritten(entry).calls[0]["call"]
     programs = [op.attrs["program"] for op in call.ops if op.name == "call"]
     own = [name for name in programs if name.startswith("transformer")]
-    assert own == ["transformer.preamble", *["transformer.timed"] * 3, *["transformer"] * 3]
+    assert own == ["transformer.preamble", *timed, *["transformer"] * 3]
+
+
+def test_both_calls_of_a_step_are_in_the_batch(folders):
+    halves = {"name": "guidance", "component": "transformer", "batch": "halved"}
+    made = recorded("sd3", folders, halves)
+    steps = made.spec["inputs"]["num_inference_steps"]
+    programs = made.rewritten(HOIST).modules["transformer"].programs
+    assert f"transformer.halved.timed.{2 * steps}-calls" in programs
 
 
 # -- the bundle --
@@ -136,7 +149,7 @@ def bundles(flux, tmp_path_factory):
     root = tmp_path_factory.mktemp("bundles")
     inputs = [flux.spec["inputs"], flux.spec["inputs"] | {"num_inference_steps": 5}]
     offload = {"strategy": "group", "type": "block_level", "num_blocks_per_group": 1, "to": "disk"}
-    left = flux.spec | {"passes": [HOIST], "inputs": inputs, "runtime": {"offload": offload}}
+    left = flux.spec | {"passes": [APART], "inputs": inputs, "runtime": {"offload": offload}}
     kept = flux.spec | {"passes": [HOIST | {"keep_originals": True}]}
     return [diffkiln.compile(spec, root / name).path for name, spec in (("left", left), ("kept", kept))]
 

@@ -81,7 +81,7 @@ def test_calls_that_are_made_ahead_are_shared(families):
     """FLUX: three steps, of whose calls each process makes one of two, and both make the third. Seven results of three
     sizes are gathered in three exchanges before the first step."""
     made = shared(families, "flux", TWO, 3)
-    made["passes"] = [{"name": "hoist", "component": "transformer"}]
+    made["passes"] = [{"name": "hoist", "component": "transformer", "batch": False}]
     (programs,) = shared_calls_of(made).values()
     call = programs["call"]
 

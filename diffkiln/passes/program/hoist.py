@@ -25,7 +25,8 @@ class Hoist(ProgramPass):
 
     Values that depend on weights and timesteps alone become tables of the bundle, and the weights that only they need
     leave it. Values that depend on the request, such as keys and values of its prompt, are computed before the first
-    step. A value whose table would be larger than its weights stays in the loop.
+    step. What depends on both is computed for all steps in one batch if each of its rows is computed by itself. A value
+    whose table would be larger than its weights stays in the loop.
 
     Of a text encoder, what it makes of prompts that are fixed becomes a table: of the empty negative prompt, and of
     those in `fixed_prompts` of the inputs. If all its prompts are fixed, it leaves the bundle.
@@ -54,6 +55,12 @@ class Hoist(ProgramPass):
     keep: tuple[str, ...] = Field((), description="Patterns of the layers that stay in the denoising loop.")
     keep_originals: bool = Field(
         False, description="Also keep the weights that nothing reads any more, which as_diffusers needs."
+    )
+
+    batch: bool = Field(
+        True,
+        description="Compute what follows timestep and request for all steps at once, within rounding. false: one step "
+        "after the other, to the bit.",
     )
 
     def provides(self) -> Iterable[Fact]:
@@ -97,7 +104,7 @@ class Hoist(ProgramPass):
         module = recording.modules[self.component]
         if _may_encode(recording.pipe.components[self.component]):
             return self._encoded(recording)
-        found = hoisted(recording.calls, module, recording.constants, self.keep, self.keep_originals)
+        found = hoisted(recording.calls, module, recording.constants, self.keep, self.keep_originals, self.batch)
         if found.is_empty:
             why = "what does not follow the latents is kept, or would be larger than its weights"
             raise ValueError(f"nothing of {self.component} is computed ahead: {why}. Remove hoist")

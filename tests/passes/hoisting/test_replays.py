@@ -1,4 +1,5 @@
-"""What is computed ahead has the bits that the loop gave, for every kind of pipeline, with another prompt and seed."""
+"""What is computed ahead has the bits that the loop gave, for every kind of pipeline, with another prompt and seed.
+In a batch for all steps it differs by rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def folders(tmp_path_factory):
 
 def _same(name, folders):
     made = recorded(name, folders)
-    assert torch.equal(made.draws(made.rewritten(*hoisting(made))), made.draws(made.recording))
+    wanted = made.draws(made.recording)
+    assert torch.equal(made.draws(made.rewritten(*hoisting(made, batch=False))), wanted)
+    torch.testing.assert_close(made.draws(made.rewritten(*hoisting(made))), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FIRST)
