@@ -151,10 +151,12 @@ class Verification:
         padding = self._paddings.get(component) if method == "forward" else None
 
         def called(*args: Any, **kwargs: Any) -> Any:
+            own, shape = flatten((args, kwargs))
+            arrays = [leaf.shape for leaf in own if isinstance(leaf, np.ndarray)]
+            args, kwargs = unflatten(list(map(_as_tensor, own)), shape)
             leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
             # Some pipelines hand the generator on; recording refuses components that draw from it.
-            arrays = [leaf.shape for leaf in leaves if isinstance(leaf, np.ndarray)]
-            leaves = [None if isinstance(leaf, torch.Generator) else _as_tensor(leaf) for leaf in leaves]
+            leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
             now = self._casts.of(component), self._switches.of(component)
             ways = self._ways.get(call_key(component, method, leaves, structure, *now), [])
             callee = next((way for way in ways if way.takes(leaves)), None)
