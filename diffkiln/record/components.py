@@ -161,7 +161,8 @@ def record_component(
     programs: dict[str, Program] = {}
     with with_processors(first.module, first.processors):
         table = _Regions(first.component, first.module, fake, constants, regions)
-        for callee in callees:
+        # Those that the component is loaded for come first: as diffusers, a block takes the first engine that fits.
+        for callee in sorted(callees, key=lambda callee: bool(callee.settings)):
             base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
             callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
             programs[callee.program] = _record_one(callee, table, fake, constants)

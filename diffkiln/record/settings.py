@@ -44,9 +44,7 @@ class Switches:
 
     def __init__(self, pipe: Any) -> None:
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._places = {
-            part: (name, path) for name, module in modules.items() for path, part in module.named_modules()
-        }
+        self._places = {part: (name, path) for name, module in modules.items() for path, part in module.named_modules()}
         self._own: dict[tuple[torch.nn.Module, str], Any] = {}
         self._asleep = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -94,9 +95,11 @@ def test_each_setting_has_a_program_and_regions_of_its_own(net):
     make_fake(net, fake)
     with fake:
         leaves, structure = flatten(((torch.zeros(2),), {}))
-    ways = [Callee("unet", "forward", net, net.forward, leaves, structure, ([], None), settings=own) for own in ((), OFF)]
+    way = Callee("unet", "forward", net, net.forward, leaves, structure, ([], None))
+    ways = [way, replace(way, settings=OFF)]
     assert ways[0].key != ways[1].key
-    recorded = record_component(ways, fake, Constants())
+    recorded = record_component(ways[::-1], fake, Constants())
+    assert [way.program for way in ways] == list(recorded.programs) == ["unet", "unet-2"]
     regions = [{op.attrs["region"] for op in recorded.programs[way.program].ops} for way in ways]
     assert [len(names) for names in regions] == [1, 1]
     on, off = ([op.name for op in recorded.regions[names.pop()].ops] for names in regions)

@@ -223,7 +223,7 @@ class Verification:
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
             if is_patched(module, self._counted) or seen[0].padding:
-                compare_lengths(callee, module, seen)
+                compare_lengths(callee, module, seen, self._counted)
 
     def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
         """Returns the blocks that must have data to check a component, besides the weights outside of blocks.

@@ -85,8 +85,14 @@ def compare_component(
             )
 
 
-def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Given]) -> None:
+def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Given], counted: bool = False) -> None:
     """Compares a component at the fixed length with the component as diffusers calls it.
+
+    Args:
+        callee: the way in which it is called.
+        module: with its weights.
+        seen: what the call gave it.
+        counted: it was recorded for prompts of fixed numbers of tokens.
 
     Raises:
         VerifyError: what the call uses of the results differs by more than rounding.
@@ -98,7 +104,7 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
         settings = with_settings(reduced, callee.settings)
         with torch.inference_mode(), row_scales(), _blamed(callee, module), settings:
             expected = getattr(reduced, callee.method)(*args, **kwargs)
-            with fixed_lengths(reduced), tracing():
+            with fixed_lengths(reduced, counted), tracing():
                 found = getattr(reduced, callee.method)(*padded[0], **padded[1])
         for index, pair in enumerate(zip(_tensors(_counted(expected)), _tensors(found), strict=True)):
             used = given.padding.used if given.padding else whole
