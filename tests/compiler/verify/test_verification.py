@@ -116,10 +116,12 @@ def test_the_last_bits_of_a_folded_table_are_found(checked, recording):
 
 def test_methods_that_counted_prompts_do_not_need_replaced_are_left_alone(checked, recording, monkeypatch):
     module = load_module(checked.source, "unet")
+
+    def doubled(original):
+        return lambda *args, **kwargs: (original(*args, **kwargs)[0] * 2,)
+
     prints = {"forward": fingerprint(type(module).forward)}
-    spoiled = Patch(
-        prints, lambda own: lambda *args, **kwargs: (own(*args, **kwargs)[0] * 2,), around=True, uncounted=True
-    )
+    spoiled = Patch(prints, doubled, around=True, uncounted=True)
     monkeypatch.setattr(patches, "known_patches", lambda: (spoiled,))
     with quiet_libraries(), pytest.raises(VerifyError, match="component 'unet'"):
         verified(checked, recording).check_component("unet", module)
