@@ -295,7 +295,8 @@ def _decided(leaf: Any, tape: Tape) -> Any:
 def _within(block: str, settings: Settings) -> Settings:
     """Returns the settings of a block's parts, by their paths within it."""
     start = f"{block}."
-    return tuple((path[len(start) :], *rest) for path, *rest in settings if f"{path}.".startswith(start))
+    inside = (each for each in settings if f"{each[0]}.".startswith(start))
+    return tuple((path[len(start) :], name, value) for path, name, value in inside)
 
 
 def is_plain_call(args: Any, kwargs: Any) -> bool:

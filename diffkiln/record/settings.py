@@ -44,7 +44,10 @@ class Switches:
 
     def __init__(self, pipe: Any) -> None:
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._places = {part: (name, path) for name, module in modules.items() for path, part in module.named_modules()}
+        self._places: dict[torch.nn.Module, dict[str, str]] = {}
+        for name, module in modules.items():
+            for path, part in module.named_modules():
+                self._places.setdefault(part, {})[name] = path
         self._own: dict[tuple[torch.nn.Module, str], Any] = {}
         self._asleep = False
 
@@ -52,15 +55,15 @@ class Switches:
         """Returns the settings that a component has at present."""
         found = []
         for (part, attribute), own in self._own.items():
-            component, path = self._places[part]
-            if component == name and vars(part)[attribute] != own:
-                found.append((path, attribute, vars(part)[attribute]))
+            path, value = self._places[part].get(name), vars(part)[attribute]
+            if path is not None and value != own:
+                found.append((path, attribute, value))
         return tuple(sorted(found, key=lambda each: each[:2]))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Notices what is set inside the `with` block; afterwards all parts have their own attributes."""
-        original = torch.nn.Module.__setattr__
+        original: Any = torch.nn.Module.__setattr__
 
         def noticing(part: torch.nn.Module, attribute: str, value: Any) -> None:
             if not self._asleep and part in self._places and isinstance(value, _PLAIN):
