@@ -44,10 +44,10 @@ class Switches:
 
     def __init__(self, pipe: Any) -> None:
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._places: dict[torch.nn.Module, dict[str, str]] = {}
+        self._paths: dict[torch.nn.Module, dict[str, str]] = {}
         for name, module in modules.items():
             for path, part in module.named_modules():
-                self._places.setdefault(part, {})[name] = path
+                self._paths.setdefault(part, {})[name] = path
         self._own: dict[tuple[torch.nn.Module, str], Any] = {}
         self._asleep = False
 
@@ -55,7 +55,7 @@ class Switches:
         """Returns the settings that a component has at present."""
         found = []
         for (part, attribute), own in self._own.items():
-            path, value = self._places[part].get(name), vars(part)[attribute]
+            path, value = self._paths[part].get(name), vars(part)[attribute]
             if path is not None and value != own:
                 found.append((path, attribute, value))
         return tuple(sorted(found, key=lambda each: each[:2]))
@@ -66,7 +66,7 @@ class Switches:
         original: Any = torch.nn.Module.__setattr__
 
         def noticing(part: torch.nn.Module, attribute: str, value: Any) -> None:
-            if not self._asleep and part in self._places and isinstance(value, _PLAIN):
+            if not self._asleep and part in self._paths and isinstance(value, _PLAIN):
                 before = vars(part).get(attribute, self)
                 if isinstance(before, _PLAIN):
                     self._own.setdefault((part, attribute), before)
