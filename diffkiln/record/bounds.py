@@ -12,21 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffkiln.program import Input, Op, Ref, TensorType
+from diffkiln.record.shadows import MOVES
 
 #: The least and the greatest number that there can be.
 Bounds = tuple[float, float]
 _BOOL = "bool"
-#: Operators whose results are among the numbers of their tensors.
-_MOVES = frozenset(
-    f"aten.{name}"
-    for name in (
-        "select.int", "slice.Tensor", "index_select.default", "unsqueeze.default", "squeeze.default", "squeeze.dim",
-        "view.default", "reshape.default", "expand.default", "cat.default", "stack.default", "repeat.default",
-        "clone.default", "contiguous.default", "permute.default", "transpose.int", "min.default", "max.default",
-        "amin.default", "amax.default",
-    )
-)  # fmt: skip
-#: Casts to types that hold every number between small whole ones in their order.
+#: Operators that choose one of a tensor's numbers, besides those that move them.
+_CHOOSES = frozenset(f"aten.{name}.default" for name in ("min", "max", "amin", "amax"))
+#: Casts, which keep the order of numbers where they are to these types.
 _CASTS = frozenset(("aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten._to_copy.default"))
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
@@ -64,8 +57,7 @@ class Known:
         maker = makers.get(ref.name)
         if maker is None:
             return next((_of_image(item) for item in self.inputs if item.name == ref.name), None)
-        cast = maker.name in _CASTS and self.types[ref.name].dtype in _FLOATS
-        if not cast and maker.name not in _MOVES:
+        if maker.name not in MOVES | _CHOOSES or (maker.name in _CASTS and self.types[ref.name].dtype not in _FLOATS):
             return None
         found = [self._bounds(each, makers) for each in _tensors(maker)]
         ends = [bounds for bounds in found if bounds is not None]
