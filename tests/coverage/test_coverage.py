@@ -122,7 +122,7 @@ def test_a_call_that_swaps_attention_processors_is_a_program():
 
 
 @pytest.mark.more
-@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # which TextToVideoZero calls as it used to be
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning", "ignore:Default grid_sample:UserWarning")
 @pytest.mark.parametrize(
     "name",
     [
