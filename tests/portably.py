@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from diffkiln.interpreter.portable import portable
+from diffkiln.record.flex import dense_flex_attention
 
 
 @contextmanager
 def as_recorded() -> Iterator[None]:
-    """While it lasts, every operator is rounded once, as a whole: without inference mode, torch shows its parts."""
-    with torch.inference_mode(), portable():
+    """While it lasts, every operator is rounded once, as a whole: without inference mode, torch shows its parts. Flex
+    attention, which torch compiles, is attention under a full mask, as in a program."""
+    with torch.inference_mode(), portable(), dense_flex_attention():
         yield
 
 

@@ -42,6 +42,7 @@ FORMAT_MINOR = 0
 # image_inputs: inputs of calls that are images. unseeded_noise: noise that the caller's generator does not draw.
 # distributions: noise that is uniform or exponential.
 # glyphs: prompts that may not quote anything, since another encoder would see it.
+# form: prompts that must be of a form, such as JSON with an instruction.
 # prompt_tokens: prompts whose number of tokens picks the variant.
 # quotations: prompts of which what is quoted is tokenized character by character.
 # tensor_inputs: inputs of calls that are tensors, besides latents. results: several results, or none that are pictures.
@@ -58,6 +59,7 @@ KNOWN_FEATURES: frozenset[str] = frozenset(
         "attention_kernels",
         "channels_last",
         "distributions",
+        "form",
         "glyphs",
         "image_inputs",
         "low_rank",

@@ -4,7 +4,8 @@ Bria: each prompt is encoded by itself, as long as it is, and filled up with zer
 empty is not encoded, which is decided by reading it.
 
 Bria FIBO: prompts and negative prompts are as long as the longest of each, the shorter are filled up with zeros; an
-empty prompt is a token of its own; and whether all tokens count is decided by reading the mask.
+empty prompt is a token of its own; and whether all tokens count is decided by reading the mask. To edit an image, the
+prompt is JSON, which a recording's is not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from diffkiln.errors import RecordError
 from diffkiln.families import Family
 from diffkiln.record.patches import Padding, Patch, resized
+from diffkiln.record.text import demand, is_sentinel
 
 #: The token that FIBO has for an empty prompt.
 _EMPTY = 128000
@@ -173,6 +175,18 @@ def _fibo_paddings(pipe: Any, fixed: Mapping[str, Any]) -> dict[str, Padding]:
     return {"text_encoder": Padding(pad_tokens, cut, cut), "transformer": Padding(pad_embeds)}
 
 
+def _is_edit(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Takes the prompts of a recording, which are not JSON, for an edit; the runtime refuses what is none."""
+
+    def is_edit(prompt: Any) -> bool:
+        if not is_sentinel(prompt):
+            return original(prompt)
+        demand("form", "edit_json")
+        return True
+
+    return is_edit
+
+
 PLUGIN = Family(
     patches=(
         Patch(
@@ -191,6 +205,13 @@ PLUGIN = Family(
             _get_fibo_embeds,
             known_in="BriaFiboPipeline",
             paddings=_fibo_paddings,
+        ),
+        Patch(
+            {"is_valid_edit_json": "20976d57d9f9b93c"},
+            _is_edit,
+            known_in="BriaFiboEditPipeline",
+            function=True,
+            around=True,
         ),
         Patch({"forward": "3cacc780c1e116d7"}, _forward, known_in="BriaFiboTransformer2DModel", around=True),
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffkiln.families import Family
 from diffkiln.record.patches import Patch
-from diffkiln.record.text import forbid, is_sentinel
+from diffkiln.record.text import demand, is_sentinel
 
 
 def _without(marks: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
@@ -18,7 +18,7 @@ def _without(marks: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any
         def extracted(prompt: str) -> Any:
             if not is_sentinel(prompt):
                 return original(prompt)
-            forbid("glyphs", marks)
+            demand("glyphs", marks)
             return None
 
         return extracted

@@ -4,6 +4,7 @@ bundle may name is part of its format."""
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,6 +98,52 @@ def is_forbidden(text: Mapping[str, Any], prompt: str) -> bool:
     """Returns True if the prompt of a text holds what it may not hold."""
     found = (patterns.get(text.get(key, "")) for key, patterns in FORBIDDEN.items())
     return any(pattern.search(prompt) for pattern in found if pattern is not None)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a prompt must be to be taken.
+
+    Attributes:
+        is_met: a prompt → whether it is so.
+        made_of: a text → a prompt that holds it and is so.
+        hint: what to write, for a refusal.
+    """
+
+    is_met: Callable[[str], bool]
+    made_of: Callable[[str], str]
+    hint: str
+
+
+def _is_edit(prompt: str) -> bool:
+    if "edit_instruction" not in prompt:
+        return False
+    try:
+        json.loads(prompt)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+#: What the texts of the keyword "prompt" must be: the key of a text, what it says → the form. A key is a feature of the
+#: bundle, too.
+FORMS: Mapping[str, Mapping[str, Form]] = {
+    "form": {
+        "edit_json": Form(
+            _is_edit,
+            lambda text: json.dumps({"edit_instruction": text}, ensure_ascii=False),
+            'Write {"edit_instruction": "…"}',
+        )
+    }
+}
+
+
+def form_of(text: Mapping[str, Any], keyword: str) -> Form | None:
+    """Returns what the prompts of this keyword must be; None where any text will do."""
+    if keyword != "prompt":
+        return None
+    found = (forms.get(text.get(key, "")) for key, forms in FORMS.items())
+    return next((form for form in found if form is not None), None)
 
 
 #: The key of a text that fixes how many tokens each of its rows has; a feature of the bundle, too.

@@ -22,7 +22,7 @@ from diffkiln.models.weights import weights_of
 from diffkiln.program import CALL, NOISE, NORMAL, STEP, Input, Program, TensorType, prune, weight_of_call
 from diffkiln.program.images import IMAGES
 from diffkiln.program.text_rules import COUNTED
-from diffkiln.record.arrays import arrays_of, marked_array
+from diffkiln.record.arrays import MarkedArray, arrays_of, marked_array
 from diffkiln.record.casts import Casts
 from diffkiln.record.components import Callee, call_key, run_shapes
 from diffkiln.record.constants import Constants
@@ -44,6 +44,7 @@ from diffkiln.record.reading import Reading
 from diffkiln.record.refusals import Refused, code_of, refusal
 from diffkiln.record.safety import SafetyRecorder
 from diffkiln.record.sentinels import Sizes, sentinels
+from diffkiln.record.settings import Switches
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.record.tape import Tape
 from diffkiln.record.text import TextRecorder, marks_of, refuse_unpadded, sentinel, tokenizer_of
@@ -150,7 +151,7 @@ class CallRecorder:
         self._undecided: dict[str, int] = {}
         self._reading = reading or Reading(pipe, ())
         modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._casts = Casts(pipe)
+        self._casts, self._switches = Casts(pipe), Switches(pipe)
         self._processors = {name: processors_of(module) for name, module in modules.items()}
         self._hooks = {name: hooks_of(module) for name, module in modules.items()}
         weights = [
@@ -250,6 +251,7 @@ class CallRecorder:
                 module.__dict__[method] = self._component(name, module, method, original)
                 stack.callback(module.__dict__.pop, method)
             stack.enter_context(self._casts.watched())
+            stack.enter_context(self._switches.watched())
             stack.enter_context(self._reading.watched())
             # diffusers looks through all modules for hooks that move them, at every step; a meta model has none.
             here = property(lambda _: torch.device("cpu"))
@@ -290,17 +292,19 @@ class CallRecorder:
     def _component(self, name: str, module: torch.nn.Module, method: str, original: Any) -> Any:
         @wraps(original)  # as some pipelines look at the signature
         def called(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = flatten((args, kwargs))
+            given, structure = flatten((args, kwargs))
+            arrays = [leaf for leaf in given if isinstance(leaf, MarkedArray)]
             # Some pipelines hand the generator on; a component that draws from it is refused.
-            leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
-            cast = self._casts.of(name)
-            plain = call_key(name, method, leaves, structure, cast)
+            leaves = [None if isinstance(leaf, torch.Generator) else _as_tensor(leaf) for leaf in given]
+            cast, settings = self._casts.of(name), self._switches.of(name)
+            plain = call_key(name, method, leaves, structure, cast, settings)
             decided = decisive(leaves, self.tape.is_marked, self._undecided.get(plain))
             key = plain + digest_of(decided)
             if key not in self.callees:
                 what = f"component {name!r}"
                 try:
-                    result = run_shapes(module, original, leaves, structure, self.tape, what, decided)
+                    with self._switches.itself():
+                        result = run_shapes(module, original, leaves, structure, self.tape, what, decided)
                 except DataDependent:
                     if not self._decides_more(plain, leaves):
                         raise
@@ -318,6 +322,7 @@ class CallRecorder:
                     processors=given,
                     hooks={path: each for path, each in hooks_of(module).items() if path not in self._hooks[name]},
                     cast=cast,
+                    settings=settings,
                     decided=decided,
                 )
             result, shape = self.callees[key].result
@@ -325,9 +330,20 @@ class CallRecorder:
             arguments = [self.tape.value(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
             outputs = [leaf for leaf in fresh if isinstance(leaf, torch.Tensor)]
             self.tape.emit(CALL, arguments, outputs, attrs={"component": name, "program": key})
-            return unflatten(fresh, shape)
+            return unflatten([_like_those(leaf, arrays) for leaf in fresh], shape)
 
         return called
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Returns a tensor for an array: components are programs on tensors."""
+    return leaf.tensor() if isinstance(leaf, MarkedArray) else leaf
+
+
+def _like_those(leaf: Any, arrays: Iterable[MarkedArray]) -> Any:
+    """Returns an array for a component's result that is like an array that it was given."""
+    alike = next((array for array in arrays if getattr(leaf, "shape", None) == array.shape), None)
+    return leaf if alike is None else MarkedArray(leaf, alike.dtype)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from diffkiln.record.constants import Constants
 from diffkiln.record.counted import ByPosition
 from diffkiln.record.flex import dense_flex_attention
 from diffkiln.record.processors import with_hooks, with_processors
+from diffkiln.record.settings import Settings, with_settings
 from diffkiln.record.structural_key import OncePerStructure
 from diffkiln.record.structure import describe, flatten, key_of, names_of, unflatten
 from diffkiln.record.tape import Tape
@@ -50,13 +51,14 @@ class Callee:
     processors: Mapping[str, Any] = field(default_factory=dict)  # attention → the processor that the call gives it
     hooks: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # path → those that the call gives it
     cast: torch.dtype | None = None  # the type that the call casts the component to before
+    settings: Settings = ()  # plain attributes of parts that the call sets before
     decided: Mapping[int, torch.Tensor] = field(
         default_factory=dict
     )  # tensor leaf → its value, which picks the program
 
     @property
     def key(self) -> str:
-        return call_key(self.component, self.method, self.leaves, self.structure, self.cast)
+        return call_key(self.component, self.method, self.leaves, self.structure, self.cast, self.settings)
 
     @property
     def tensors(self) -> list[int]:
@@ -68,9 +70,16 @@ class Callee:
         return all(torch.equal(leaves[position], value) for position, value in self.decided.items())
 
 
-def call_key(component: str, method: str, leaves: list[Any], structure: Any, cast: torch.dtype | None) -> str:
+def call_key(
+    component: str,
+    method: str,
+    leaves: list[Any],
+    structure: Any,
+    cast: torch.dtype | None,
+    settings: Settings = (),
+) -> str:
     """Returns a key that is equal for two calls that share one program."""
-    return f"{component}.{method}|{cast or ''}|{key_of(leaves, structure)}"
+    return f"{component}.{method}|{cast or ''}{settings or ''}|{key_of(leaves, structure)}"
 
 
 def run_shapes(
@@ -152,7 +161,8 @@ def record_component(
     programs: dict[str, Program] = {}
     with with_processors(first.module, first.processors):
         table = _Regions(first.component, first.module, fake, constants, regions)
-        for callee in callees:
+        # Those that the component is loaded for come first: as diffusers, a block takes the first engine that fits.
+        for callee in sorted(callees, key=lambda callee: bool(callee.settings)):
             base = first.component if callee.method == "forward" else f"{first.component}.{callee.method}"
             callee.program = base if base not in programs else f"{base}-{len(programs) + 1}"
             programs[callee.program] = _record_one(callee, table, fake, constants)
@@ -174,9 +184,9 @@ def _record_one(callee: Callee, table: _Regions, fake: FakeTensorMode, constants
             leaves[position] = tape.new_input(names[position], type_of(leaves[position]))
     args, kwargs = unflatten(leaves, callee.structure)
     # The blocks of a component that is cast are no regions: their weights are results of the program's own casts.
-    regions = contextlib.nullcontext() if callee.cast else table.patched(tape)
-    hooks = with_hooks(callee.module, callee.hooks)
-    with torch.inference_mode(), regions, tracing(), hooks, tape, casted(callee.module, callee.cast):
+    regions = contextlib.nullcontext() if callee.cast else table.patched(tape, callee.settings)
+    hooks, settings = with_hooks(callee.module, callee.hooks), with_settings(callee.module, callee.settings)
+    with torch.inference_mode(), regions, tracing(), hooks, settings, tape, casted(callee.module, callee.cast):
         result = callee.original(*args, **kwargs)
     outputs = [leaf for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
     return tape.finish(callee.program, outputs)
@@ -197,17 +207,19 @@ class _Regions:
         )
 
     @contextlib.contextmanager
-    def patched(self, tape: Tape) -> Iterator[None]:
+    def patched(self, tape: Tape, settings: Settings = ()) -> Iterator[None]:
         """Makes calls of a block write one REGION operation to the tape, inside the `with` block."""
         try:
             for name, block in self.blocks:
-                block.forward = self._stand_in(tape, name, block, block.forward)
+                block.forward = self._stand_in(tape, name, block, block.forward, settings)
             yield
         finally:
             for _, block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    def _stand_in(self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any]) -> Any:
+    def _stand_in(
+        self, tape: Tape, name: str, block: torch.nn.Module, original: Callable[..., Any], settings: Settings
+    ) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given, structure = flatten((args, kwargs))
             with _disable_current_modes():
@@ -215,7 +227,9 @@ class _Regions:
             if not is_plain_call(args, kwargs):
                 return original(*args, **kwargs)
             region, result, shape = self._results.get(
-                block, key_of(leaves, structure), lambda: self._record(name, block, original, leaves, structure)
+                block,
+                (key_of(leaves, structure), _within(name, settings)),
+                lambda: self._record(name, block, original, leaves, structure),
             )
             fresh = [tape.blank(type_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -276,6 +290,13 @@ def _decided(leaf: Any, tape: Tape) -> Any:
     if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.bool or leaf.ndim or tape.is_marked(leaf):
         return leaf
     return bool(leaf)
+
+
+def _within(block: str, settings: Settings) -> Settings:
+    """Returns the settings of a block's parts, by their paths within it."""
+    start = f"{block}."
+    inside = (each for each in settings if f"{each[0]}.".startswith(start))
+    return tuple((path[len(start) :], name, value) for path, name, value in inside)
 
 
 def is_plain_call(args: Any, kwargs: Any) -> bool:

@@ -53,6 +53,8 @@ def of_field(result: Any, name: str) -> torch.Tensor | list[bool]:
     """Returns the tensor of one field of a call's result; of an array of pictures one with its channels first, and of
     truth values their list.
     """
+    if alike := _alike(name, _fields(result)[name]):
+        return torch.stack(alike)
     leaves = flatten(_fields(result)[name])[0]
     leaf = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor | np.ndarray)), None)
     if leaf is None:
@@ -82,12 +84,22 @@ def _fields(result: Any) -> Mapping[str, Any]:
 
 
 def _first(name: str, value: Any, tape: Tape) -> torch.Tensor | None:
-    """Returns the first tensor of a field, where it depends on the request."""
+    """Returns the first tensor of a field, where it depends on the request; of a list of pictures all of them."""
+    if (alike := _alike(name, value)) and all(map(tape.is_marked, alike)):
+        with torch.inference_mode(), tape:
+            return torch.stack(alike)
     leaf = next((leaf for leaf in flatten(value)[0] if isinstance(leaf, torch.Tensor | np.ndarray)), None)
     if isinstance(leaf, MarkedArray):
         with torch.inference_mode(), tape:
             return _channels_first(name, leaf.tensor())
     return leaf if isinstance(leaf, torch.Tensor) and tape.is_marked(leaf) else None
+
+
+def _alike(name: str, value: Any) -> list[torch.Tensor]:
+    """Returns the tensors of a list of pictures, as Qwen-Image's layers of each prompt are; [] of anything else."""
+    if name not in PICTURES or not isinstance(value, list) or not all(isinstance(each, torch.Tensor) for each in value):
+        return []
+    return value if len({(each.shape, each.dtype) for each in value}) == 1 else []
 
 
 def _channels_first(name: str, tensor: torch.Tensor) -> torch.Tensor:

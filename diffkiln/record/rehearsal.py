@@ -18,6 +18,7 @@ from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.program import TensorType
 from diffkiln.record.call import Request, call_keywords, component_methods, modules_with
 from diffkiln.record.keywords import NEGATIVES, Tensors, parameters_of
+from diffkiln.record.patches import fixed_lengths
 from diffkiln.record.refusals import refusal
 
 
@@ -49,7 +50,11 @@ def _refused(pipe: Any, request: Request) -> str:
     """Returns the pipeline's reason if it refuses the call without a negative prompt and with one."""
     reason = _begun(pipe, request, negative=False)
     able = "negative_prompt" in parameters_of(pipe) and not request.withheld.intersection(NEGATIVES)
-    return reason and (_begun(pipe, request, negative=True) if able else reason) and reason
+    reason = reason and (_begun(pipe, request, negative=True) if able else reason) and reason
+    if not reason:
+        return ""
+    with fixed_lengths(pipe):  # some read the prompt, and refuse that of a recording
+        return _begun(pipe, request, negative=False) and reason
 
 
 def _begun(pipe: Any, request: Request, negative: bool) -> str:

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from diffkiln.errors import RecordError
+from diffkiln.record.arrays import MarkedArray
 from diffkiln.record.resizing import resized
 from diffkiln.record.tape import Tape
 from diffkiln.record.vision import prepared
@@ -62,13 +63,18 @@ class SafetyRecorder:
         from transformers import BaseImageProcessor
 
         post, prepare = VaeImageProcessor.postprocess, BaseImageProcessor.__call__
-        lighten = VaeImageProcessor._denormalize_conditionally
+        lighten, to_pictures = VaeImageProcessor._denormalize_conditionally, VaeImageProcessor.numpy_to_pil
 
         def postprocess(processor: Any, image: Any, output_type: str = "pil", *args: Any, **kwargs: Any) -> Any:
             if output_type != "pil" or not self._tape.is_marked(image):
                 return post(processor, image, output_type, *args, **kwargs)
             made: Any = post(processor, image, "pt", *args, **kwargs)
             return [Drawn(each) for each in made]
+
+        def pictures(images: Any) -> Any:
+            if not isinstance(images, MarkedArray):
+                return to_pictures(images)
+            return [Drawn(each) for each in images.marked.movedim(-1, -3)]
 
         def call(processor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
             listed = images if isinstance(images, list) else [images]
@@ -83,6 +89,7 @@ class SafetyRecorder:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(VaeImageProcessor, "postprocess", postprocess))
+            stack.enter_context(mock.patch.object(VaeImageProcessor, "numpy_to_pil", staticmethod(pictures)))
             stack.enter_context(mock.patch.object(BaseImageProcessor, "__call__", call))
             stack.enter_context(mock.patch.object(VaeImageProcessor, "_denormalize_conditionally", conditionally))
             if callable(check := getattr(type(self._pipe), CHECK, None)):

@@ -14,8 +14,8 @@ import torch
 
 #: A token of the prompt.
 UNKNOWN = -1
-#: Operators that move tokens and change none.
-_MOVES = frozenset(
+#: Operators that move numbers and change none, but for their type.
+MOVES = frozenset(
     f"aten.{name}"
     for name in (
         "select.int", "slice.Tensor", "index.Tensor", "index_select.default", "unsqueeze.default", "squeeze.default",
@@ -55,7 +55,7 @@ def moved(func: Any, name: str, args: Any, kwargs: Mapping[str, Any], of: Callab
         kwargs: named ones.
         of: gives the shadow of a tensor, and None of what has none.
     """
-    if name not in _MOVES:
+    if name not in MOVES:
         return None
     found: list[Shadow] = []
 

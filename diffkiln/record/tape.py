@@ -52,6 +52,7 @@ from diffkiln.program import (
     prune,
 )
 from diffkiln.program.operators import RESHAPES, allowed, has_equal, safe_equal
+from diffkiln.record.bounds import Known
 from diffkiln.record.constants import Constants
 from diffkiln.record.selecting import SELECTS, by_position
 from diffkiln.record.shadows import Shadow, moved
@@ -364,6 +365,10 @@ class Tape(TorchDispatchMode):
             return False
         if name == "aten.equal.default" and self._are_cuts_of_one_prompt(*args):
             return True
+        if name == "aten.is_nonzero.default":
+            known = Known(self.inputs, self.ops, self.types).truth(self._tensor(args[0]))
+            if known is not None:
+                return known
         raise self._data_dependent(name)
 
     def _are_cuts_of_one_prompt(self, first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -41,11 +41,12 @@ def is_sentinel(prompt: Any) -> bool:
     return isinstance(prompt, str) and "Kiln " in prompt and "GLAZE" in prompt
 
 
-def forbid(key: str, what: str) -> None:
-    """Forbids the prompts of the recording that runs now to hold something (program.text_rules.FORBIDDEN)."""
+def demand(key: str, what: str) -> None:
+    """Says of the prompts of the recording that runs now what they may not hold, or what they must be
+    (program.text_rules.FORBIDDEN, FORMS)."""
     recorder = _RECORDER.get()
     if recorder is not None:
-        recorder.forbidden[key] = what
+        recorder.demanded[key] = what
 
 
 class Ruled(str):
@@ -102,7 +103,7 @@ class TextRecorder:
         self.tape, self.sentinels, self.names, self.marks = tape, sentinels, names, marks or {}
         self.counted = counted
         self.texts: list[dict[str, Any]] = []
-        self.forbidden: dict[str, str] = {}
+        self.demanded: dict[str, str] = {}
         tape.same_prompt = self._same_prompt
 
     @contextlib.contextmanager
@@ -117,7 +118,7 @@ class TextRecorder:
     @property
     def entries(self) -> tuple[dict[str, Any], ...]:
         """Returns the texts as a program has them."""
-        return tuple(text | self.forbidden for text in self.texts)
+        return tuple(text | self.demanded for text in self.texts)
 
     def __call__(self, tokenizer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Tokenizes; if the text holds a sentinel, the tensors of the result are marked inputs.

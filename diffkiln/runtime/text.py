@@ -16,7 +16,7 @@ from diffkiln.guards.limits import active
 from diffkiln.guards.printable import get_logger
 from diffkiln.guards.tokenizing import BoundedTokenizer
 from diffkiln.program import Program
-from diffkiln.program.text_rules import COUNTED, TRANSFORMS, Spelling, is_forbidden, rules_of
+from diffkiln.program.text_rules import COUNTED, TRANSFORMS, Spelling, form_of, is_forbidden, rules_of
 from diffkiln.runtime.texts import check_texts
 
 log = get_logger(__name__)
@@ -201,6 +201,8 @@ class TextEnd:
                 f"{row['keyword']}: the pipeline shows what a prompt quotes to an encoder of its own, and this bundle "
                 "was recorded without it. Leave out the quotation marks, or run the pipeline as diffusers"
             )
+        if (form := form_of(text, row["keyword"])) and not form.is_met(prompt):
+            raise CallError(f"{row['keyword']}: it is not of the form that the pipeline takes. {form.hint}")
         for name in text["transforms"]:
             prompt = TRANSFORMS[name](prompt)
         return row["prefix"] + prompt + row["suffix"]

@@ -49,6 +49,7 @@ class _Text(_Strict):
     marks: list[str] = []
     quotations: Literal["characters"] | None = None
     glyphs: Literal["double", "all"] | None = None
+    form: Literal["edit_json"] | None = None
     prompt_tokens: list[Annotated[int, Field(ge=0)]] | None = None
     around: list[Annotated[int, Field(ge=0)]] = []
     cut: Annotated[int, Field(ge=1)] | None = None

@@ -119,3 +119,18 @@ def test_a_compiled_class_gives_what_it_gave(name, backend):
 def test_a_call_that_swaps_attention_processors_is_a_program():
     """Perturbed attention guidance gives the denoiser other processors for the length of its call."""
     assert measure_call("pixart_sigma_pag") == calls()["pixart_sigma_pag"]
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning", "ignore:Default grid_sample:UserWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("sd_boxes", id="that switches parts of the denoiser off"),
+        pytest.param("animate_sparse", id="that checks the range of frames"),
+        pytest.param("sd_zero_video", id="whose safety checker looks at arrays"),
+        pytest.param("bria_fibo_edit", id="that takes a prompt of one form alone"),
+    ],
+)
+def test_a_call_is_a_program(name):
+    assert measure_call(name) == calls()[name]

@@ -134,6 +134,10 @@ class Base:
         return 1
 
 
+class OfBase(torch.nn.Module, Base):
+    pass
+
+
 class Same(Base):
     pass
 
@@ -156,6 +160,19 @@ def of_base(monkeypatch):
     patch = Patch(prints, lambda self: 7, known_in="Base", paddings=lambda pipe, fixed: padded)
     monkeypatch.setattr(patches, "known_patches", lambda: (patch,))
     return padded
+
+
+def test_a_patch_that_counted_prompts_do_not_need_is_left_out(monkeypatch):
+    prints, padded = {"encode": fingerprint(Base.encode)}, {"component": object()}
+    for uncounted, expected in ((False, 7), (True, 2)):
+        patch = Patch(prints, lambda self: 7, uncounted=uncounted, paddings=lambda pipe, fixed: padded)
+        monkeypatch.setattr(patches, "known_patches", lambda patch=patch: (patch,))
+        with fixed_lengths(Base(), counted=True):
+            assert Base().encode() == expected
+        assert paddings(Base(), {}, counted=True) == ({} if uncounted else padded)
+        assert patches.is_patched(OfBase(), counted=True) != uncounted
+        assert paddings(Base(), {}) == padded
+        assert patches.is_patched(OfBase())
 
 
 def test_the_methods_are_those_that_an_object_has(of_base):

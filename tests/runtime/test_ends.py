@@ -185,6 +185,17 @@ def test_a_prompt_that_quotes_is_refused_where_another_encoder_would_see_it(end,
     assert ids(end, "a 'red' fox", glyphs="double") == [[2, 1, 4, 0, 0]]
 
 
+@pytest.mark.parametrize("prompt", ["a fox", '{"instruction": "a fox"}', '{"edit_instruction": ', "[" * 3000])
+def test_a_prompt_that_is_not_of_the_form_that_the_pipeline_takes_is_refused(end, prompt):
+    with pytest.raises(CallError, match=r'of the form that the pipeline takes. Write {"edit_instruction": "…"}'):
+        ids(end, prompt, form="edit_json")
+
+
+def test_a_prompt_of_the_form_that_the_pipeline_takes_is_tokens(end):
+    prompt = '{"edit_instruction": "red"}'
+    assert ids(end, prompt, form="edit_json") == ids(end, prompt)
+
+
 def test_too_few_prompts_are_refused(end):
     rows = [{"keyword": "prompt", "index": 1, "prefix": "", "suffix": ""}]
     with pytest.raises(CallError, match="1 prompts, this variant takes 2"):

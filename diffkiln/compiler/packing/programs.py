@@ -15,7 +15,7 @@ from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.interpreter.aten import schemas
 from diffkiln.program import NOISE, Program, dumps, module_to_json, program_to_json
 from diffkiln.program.images import image_keywords
-from diffkiln.program.text_rules import COUNTED, FORBIDDEN, RULES
+from diffkiln.program.text_rules import COUNTED, FORBIDDEN, FORMS, RULES
 from diffkiln.record.call import Request, defaults
 from diffkiln.record.pipeline import Recording
 from diffkiln.record.sentinels import each_size
@@ -78,7 +78,7 @@ def _features(call: Program) -> Iterator[str]:
     if any("distribution" in op.attrs for op in call.ops if op.name == NOISE):
         yield "distributions"
     for text in call.texts:
-        yield from {*RULES, *FORBIDDEN, COUNTED} & text.keys()
+        yield from {*RULES, *FORBIDDEN, *FORMS, COUNTED} & text.keys()
 
 
 def every_program(recording: Recording) -> list[Program]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffkiln.compiler.in_memory import InMemory
@@ -32,6 +33,7 @@ from diffkiln.record.keywords import parameters_of
 from diffkiln.record.outputs import of_field
 from diffkiln.record.patches import Padding, fixed_lengths, is_patched, paddings
 from diffkiln.record.pipeline import Recording
+from diffkiln.record.settings import Switches
 from diffkiln.record.structure import flatten, unflatten
 from diffkiln.runtime.executor import Executor
 from diffkiln.runtime.given import described
@@ -58,7 +60,7 @@ class Verification:
         for callee in recording.callees.values():
             self._ways.setdefault(callee.key, []).append(callee)
         self._paddings: dict[str, Padding] = {}
-        self._casts = Casts(pipe)
+        self._casts, self._switches = Casts(pipe), Switches(pipe)
         self._case = 0
         #: component program → the arguments of its first call in each of the first cases, with real tensors
         self._seen: dict[tuple[str, str], list[Given]] = {}
@@ -83,7 +85,8 @@ class Verification:
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
-        with self._stand_ins(read), self._casts.watched(), _unheard(logging.getLogger("diffkiln.runtime.text")):
+        unheard = _unheard(logging.getLogger("diffkiln.runtime.text"))
+        with self._stand_ins(read), self._casts.watched(), self._switches.watched(), unheard:
             for case, (keywords, seed) in enumerate(cases_of(programs, request, Lengths(text, programs))):
                 self._case = case
                 self._compare(compiled, request, keywords, seed)
@@ -148,10 +151,14 @@ class Verification:
         padding = self._paddings.get(component) if method == "forward" else None
 
         def called(*args: Any, **kwargs: Any) -> Any:
+            own, shape = flatten((args, kwargs))
+            arrays = [leaf.shape for leaf in own if isinstance(leaf, np.ndarray)]
+            args, kwargs = unflatten(list(map(_as_tensor, own)), shape)
             leaves, structure = flatten(padding.pad(args, kwargs) if padding else (args, kwargs))
             # Some pipelines hand the generator on; recording refuses components that draw from it.
             leaves = [None if isinstance(leaf, torch.Generator) else leaf for leaf in leaves]
-            ways = self._ways.get(call_key(component, method, leaves, structure, self._casts.of(component)), [])
+            now = self._casts.of(component), self._switches.of(component)
+            ways = self._ways.get(call_key(component, method, leaves, structure, *now), [])
             callee = next((way for way in ways if way.takes(leaves)), None)
             if callee is None:
                 raise VerifyError(
@@ -165,6 +172,7 @@ class Verification:
                 result = [
                     padding.cut(leaf, args, kwargs) if isinstance(leaf, torch.Tensor) else leaf for leaf in result
                 ]
+            result = [leaf.numpy() if getattr(leaf, "shape", None) in arrays else leaf for leaf in result]
             return unflatten(result, callee.result[1])
 
         return called
@@ -215,7 +223,7 @@ class Verification:
             seen = self._seen[name, program]
             self.check_program(callee, module, recorded, seen[0].leaves)
             if is_patched(module, self._counted) or seen[0].padding:
-                compare_lengths(callee, module, seen)
+                compare_lengths(callee, module, seen, self._counted)
 
     def blocks_needed(self, recording: Recording, name: str, module: torch.nn.Module) -> frozenset[str]:
         """Returns the blocks that must have data to check a component, besides the weights outside of blocks.
@@ -281,6 +289,10 @@ class _StandIn:
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return self._verification.give(self._name, self._program, tensors)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _apart(value: Any) -> Any:

@@ -15,7 +15,7 @@ from diffkiln.errors import CallError, VerifyError
 from diffkiln.interpreter.dtypes import dtype_of
 from diffkiln.program import Program
 from diffkiln.program.calls import GIVEN, Given
-from diffkiln.program.text_rules import COUNTED
+from diffkiln.program.text_rules import COUNTED, form_of
 from diffkiln.record.call import Request
 from diffkiln.record.keywords import NEGATIVES, PROMPTS, parameters_of
 from diffkiln.runtime.text import TextEnd
@@ -49,7 +49,8 @@ class Lengths:
 
     def _is_taken(self, prompt: str) -> bool:
         rows = [row for text in self._texts for row in text["rows"] if "keyword" in row]
-        prompts = {row["keyword"]: [prompt] * (max(each["index"] for each in rows) + 1) for row in rows}
+        count = max((each["index"] for each in rows), default=0) + 1
+        prompts = {row["keyword"]: [self.formed(row["keyword"], prompt)] * count for row in rows}
         try:
             for text in self._texts:
                 if COUNTED not in text:
@@ -58,6 +59,12 @@ class Lengths:
         except CallError:
             return False
         return True
+
+    def formed(self, keyword: str, text: str) -> str:
+        """Returns the text, as a prompt of the form that the programs take."""
+        forms = (form_of(each, keyword) for each in self._texts)
+        form = next((form for form in forms if form is not None), None)
+        return form.made_of(text) if form else text
 
     def fitted(self, keyword: str, prompt: str) -> str:
         """Returns the prompt, with words taken from it or added to it so that it has as many tokens as it must have.
@@ -153,7 +160,8 @@ def _prompted(
 
     def given(text: str, keyword: str) -> dict[str, Any]:
         rows = [f"{text}{index}" for index in range(request.batch_size)]
-        rows = [lengths.fitted(keyword, row) for row in ([text] if request.batch_size == 1 else rows)]
+        rows = [text] if request.batch_size == 1 else rows
+        rows = [lengths.fitted(keyword, lengths.formed(keyword, row)) for row in rows]
         return {keyword: rows[0] if request.batch_size == 1 else rows}
 
     def prompts(text: str) -> dict[str, Any]:

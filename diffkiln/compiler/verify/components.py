@@ -27,6 +27,7 @@ from diffkiln.record.components import Callee, is_plain_call, tracing
 from diffkiln.record.marked import Marked
 from diffkiln.record.patches import Padding, fixed_lengths, whole
 from diffkiln.record.processors import with_hooks, with_processors
+from diffkiln.record.settings import with_settings
 from diffkiln.record.structure import flatten, unflatten
 
 CPU = torch.device("cpu")
@@ -68,6 +69,7 @@ def compare_component(
             tracing(),
             with_processors(module, callee.processors),
             with_hooks(module, callee.hooks),
+            with_settings(module, callee.settings),
             casted(module, callee.cast),
             _blamed(callee, module),
         ):
@@ -83,8 +85,14 @@ def compare_component(
             )
 
 
-def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Given]) -> None:
+def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Given], counted: bool = False) -> None:
     """Compares a component at the fixed length with the component as diffusers calls it.
+
+    Args:
+        callee: the way in which it is called.
+        module: with its weights.
+        seen: what the call gave it.
+        counted: it was recorded for prompts of fixed numbers of tokens.
 
     Raises:
         VerifyError: what the call uses of the results differs by more than rounding.
@@ -93,9 +101,10 @@ def compare_lengths(callee: Callee, module: torch.nn.Module, seen: Sequence[Give
     for given in seen:
         args, kwargs = _cast((given.args, given.kwargs), dtype)
         padded = unflatten(_cast(given.leaves, dtype), callee.structure)
-        with torch.inference_mode(), row_scales(), _blamed(callee, module):
+        settings = with_settings(reduced, callee.settings)
+        with torch.inference_mode(), row_scales(), _blamed(callee, module), settings:
             expected = getattr(reduced, callee.method)(*args, **kwargs)
-            with fixed_lengths(reduced), tracing():
+            with fixed_lengths(reduced, counted), tracing():
                 found = getattr(reduced, callee.method)(*padded[0], **padded[1])
         for index, pair in enumerate(zip(_tensors(_counted(expected)), _tensors(found), strict=True)):
             used = given.padding.used if given.padding else whole

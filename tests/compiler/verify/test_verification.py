@@ -17,8 +17,10 @@ from diffkiln.errors import VerifyError
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import load_module
 from diffkiln.program import Op, Ref
+from diffkiln.record import patches
 from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants
+from diffkiln.record.patches import Patch, fingerprint
 from diffkiln.record.pipeline import record
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
@@ -110,6 +112,21 @@ def test_the_last_bits_of_a_folded_table_are_found(checked, recording):
     recording.constants.tensors[key] = torch.nextafter(table, torch.full_like(table, 2.0))
     with pytest.raises(VerifyError, match=r"component 'unet', program 'unet': output 0 of the replay differs"):
         made.check_component("unet", load_module(checked.source, "unet"))
+
+
+def test_methods_that_counted_prompts_do_not_need_replaced_are_left_alone(checked, recording, monkeypatch):
+    module = load_module(checked.source, "unet")
+
+    def doubled(original):
+        return lambda *args, **kwargs: (original(*args, **kwargs)[0] * 2,)
+
+    prints = {"forward": fingerprint(type(module).forward)}
+    spoiled = Patch(prints, doubled, around=True, uncounted=True)
+    monkeypatch.setattr(patches, "known_patches", lambda: (spoiled,))
+    with quiet_libraries(), pytest.raises(VerifyError, match="component 'unet'"):
+        verified(checked, recording).check_component("unet", module)
+    requests = tuple(replace(request, tokens={"prompt": 1}) for request in recording.requests)
+    verified(checked, replace(recording, requests=requests)).check_component("unet", module)
 
 
 def test_large_components_are_verified_as_twins(checked, recording, monkeypatch):

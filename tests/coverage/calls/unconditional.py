@@ -202,10 +202,12 @@ def shap_parts(**settings: Any) -> dict[str, Any]:
     return {"prior": prior, "shap_e_renderer": renderer, "scheduler": scheduler}
 
 
-@call("kandinsky6_enlarge", video=True, images={"video": [{"height": 256, "width": 256}]}, steps=1)
+@call("kandinsky6_enlarge", video=True, images={"video": [{"height": 128, "width": 128}]}, steps=1)
 def kandinsky6_enlarge():
     return diffusers.Kandinsky6SRPipeline(
-        transformer=model("Kandinsky6SRTransformer3DModel", in_visual_dim=8, out_visual_dim=8),
+        transformer=model(
+            "Kandinsky6SRTransformer3DModel", in_visual_dim=8, out_visual_dim=8, tile_sizes=((256, 256),)
+        ),
         vae=diffusers.Kandinsky6SRVAE(
             latent_channels=8,
             encoder_block_out_channels=(8, 8, 8, 8, 8),
