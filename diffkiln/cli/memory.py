@@ -49,10 +49,10 @@ MAX_MEMORY = click.option(
 def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
     """Show how much memory BUNDLE or SPEC takes.
 
-    Lists the largest moment of each phase of a call: weights with constants, results, and both together. Nothing runs.
-    Of a spec the call is recorded, and no weight is read. Not counted are libraries, a GPU's context, and what
-    operators take for themselves. For GPUs whose numbers are known it prints the least time that their arithmetic,
-    memory and link allow.
+    Lists the largest moment of each phase of a call: weights with constants, results, and all together. Nothing runs.
+    Of a spec the call is recorded, and no weight is read. On a CPU the total has what libraries and operators take for
+    themselves, as the build measured it. Not counted are a GPU's context and what its operators take. For GPUs whose
+    numbers are known it prints the least time that their arithmetic, memory and link allow.
 
     \b
     diffkiln memory bundle --max-memory 8GiB
@@ -116,6 +116,8 @@ def _print_largest(variant: str, plan: PlannedCall) -> None:
     """Prints the call of a variant that takes the most."""
     residency = plan.residency
     show(f"{variant}: {size_of(residency.peak)}, {_STRATEGIES[residency.strategy]}")
+    if plan.working is not None:
+        show(f"{size_of(plan.working.nbytes)} of it are working memory, {plan.working.origin}")
     rows = [
         [row.phase, row.component, size_of(row.weights), size_of(row.results), size_of(row.total)] for row in plan.rows
     ]

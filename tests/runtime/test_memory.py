@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -11,8 +12,9 @@ import torch
 import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import Incompatible, SpecError
-from diffkiln.program import STEP
+from diffkiln.program import CALL, STEP
 from diffkiln.program.moments import moments
+from diffkiln.program.working import ESTIMATE, WorkingMemory
 from diffkiln.runtime.memory import plan_memory
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
@@ -36,6 +38,17 @@ def loaded(bundle, limit: int | None = None):
 def drawn(pipe, seed: int = 1, **keywords) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return pipe("a handwritten seven", generator=generator, output_type="pt", **keywords).images
+
+
+def with_observer(pipe, seen) -> None:
+    """Has `seen` called with the name of each component before it runs."""
+
+    @contextlib.contextmanager
+    def observer(component: str):
+        seen(component)
+        yield
+
+    pipe.executor.observer = observer
 
 
 def plan_of(bundle, limit: int | None = None):
@@ -107,6 +120,34 @@ class TestCalls:
             assert pipe.executor.store.bytes_peak < limit
         assert len([picture for picture in shown if picture is not None]) == 1
 
+    def test_an_interrupted_call_keeps_within_the_limit(self, digits_bundle, resident) -> None:
+        """The denoiser's weights, of which some would stay until the next step, make room for the decoder's."""
+
+        def stop(pipe, step: int, *_: object) -> None:
+            if step == 1:
+                pipe.interrupt()
+
+        limit = plan_of(digits_bundle, LIMITS[0]).residency.peak
+        with loaded(digits_bundle, limit) as pipe:
+            store, held = pipe.executor.store, []
+            with_observer(pipe, lambda component: held.append((component, store.held())))
+            drawn(pipe, callback_on_step_end=stop)
+            (after,) = [groups for component, groups in held if component == "vae"]
+            assert not {key for key in after if key[0] == "transformer"}
+            assert torch.equal(drawn(pipe), resident)
+            assert store.bytes_peak < limit
+
+    @pytest.mark.parametrize("limit", [None, 4_000_000, 10**9])
+    def test_within_a_limit_memory_goes_back_between_components(
+        self, digits_bundle, monkeypatch, limit: int | None
+    ) -> None:
+        returned: list[int] = []
+        monkeypatch.setattr("diffkiln.runtime.executor.return_memory", lambda: returned.append(1))
+        with loaded(digits_bundle, limit) as pipe:
+            drawn(pipe)
+            components = {op.attrs["component"] for op in pipe.variants[0].programs["call"].ops if op.name == CALL}
+        assert len(returned) == (len(components) if limit else 0)
+
 
 class TestPlans:
     def test_moments_come_in_the_phases_of_a_call(self, digits_bundle) -> None:
@@ -121,6 +162,17 @@ class TestPlans:
                 listed = [moment.enters for moment in moments(program, pipe.executor.groups) if moment.enters]
                 assert listed == pipe.executor._call(program).schedule
             assert any(op.name == STEP for op in pipe.variants[0].programs["call"].ops)
+
+    def test_a_large_bundle_that_was_not_measured_has_an_estimate(self, digits_bundle, monkeypatch, capsys) -> None:
+        assert plan_of(digits_bundle).working is None
+        before = plan_of(digits_bundle).residency.peak
+        monkeypatch.setattr("diffkiln.program.working.PLANNED_FROM", 1)
+        plan = plan_of(digits_bundle)
+        assert plan.working == WorkingMemory(ESTIMATE, measured=False)
+        assert plan.residency.peak == before + ESTIMATE
+        assert plan.as_json()["working_memory"] == {"bytes": ESTIMATE, "measured": False}
+        assert main(["memory", str(digits_bundle)]) == 0
+        assert "134 MB of it are working memory, estimated" in capsys.readouterr().out
 
     def test_a_bundle_without_a_limit_plans_what_its_spec_says(self, digits_bundle) -> None:
         assert plan_of(digits_bundle).residency.strategy == "group"
