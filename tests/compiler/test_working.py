@@ -82,8 +82,9 @@ def bundle(tmp_path_factory) -> Path:
 
 def test_the_manifest_has_what_was_measured_and_plans_count_it(bundle: Path) -> None:
     with open_bundle(bundle) as opened:
-        ((target, row),) = opened.manifest.runtime["working_memory"].items()  # type: ignore[union-attr]
-        assert target in opened.manifest.runtime["targets"]  # type: ignore[operator]
+        runtime: Any = opened.manifest.runtime
+    ((target, row),) = runtime["working_memory"].items()
+    assert target in runtime["targets"]
     (calls,) = diffkiln.plan_memory(bundle).values()
     found = calls["call"]
     assert found.working is not None

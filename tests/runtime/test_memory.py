@@ -241,6 +241,29 @@ class TestCommand:
         assert step.startswith("each of 2 steps: ")
         assert re.fullmatch(r"nvidia-l4: at least [\d.e-]+ s, [\d.e-]+ ms for each step", least)
 
+    def test_weights_that_come_over_a_link_are_a_part_of_the_step(self, tmp_path, capsys) -> None:
+        spec = {
+            "spec_version": 1,
+            "source": {"model": str(DIGITS / "model")},
+            "target": {"device": "cuda", "gpu": "nvidia-l4"},
+            "inputs": {"height": 32, "width": 32, "num_inference_steps": 2, "call": {"max_sequence_length": 16}},
+            "runtime": {"offload": {"strategy": "stream"}},
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        assert main(["memory", str(tmp_path / "spec.json")]) == 0
+        least = capsys.readouterr().out.splitlines()[-1]
+        found = re.search(
+            r"([\d.e-]+) ms for each step \(([\d.e-]+) ms of arithmetic and memory, ([\d.e-]+) ms of weights over the "
+            r"link, at the same time\)",
+            least,
+        )
+        assert found is not None
+        step, computing, coming = map(float, found.groups())
+        assert step == max(computing, coming)
+        assert main(["memory", str(tmp_path / "spec.json"), "--json"]) == 0
+        (calls,) = json.loads(capsys.readouterr().out).values()
+        assert calls["call"]["least_seconds"]["nvidia-l4"]["step"] * 1e3 == pytest.approx(step, rel=0.01)
+
     def test_what_is_not_there(self, capsys) -> None:
         assert main(["memory", "spec.jsn"]) == 2
         assert "there is no bundle and no spec at spec.jsn" in capsys.readouterr().err
