@@ -17,6 +17,7 @@ from diffkiln.compiler import working
 from diffkiln.compiler.working import Measured, measured_here
 from diffkiln.errors import IllegalPlan, Incompatible
 from diffkiln.program.working import PLANNED_FROM
+from tests.bundle.making import make
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
 
@@ -59,14 +60,34 @@ def test_nothing_is_measured_of_what_has_no_plan_of_it(other: dict[str, Any], mo
         (OSError("no room"), "no process can measure it here: no room"),
     ],
 )
-def test_what_fails_is_a_notice(failure: Exception, reason: str, monkeypatch) -> None:
+def test_what_fails_is_a_notice(failure: Exception, reason: str, tmp_path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise failure
 
     monkeypatch.setattr(subprocess, "run", fail)
-    (notice,) = measured_here(Path("bundle"), plan()).notices
+    make(tmp_path / "bundle")
+    (notice,) = measured_here(tmp_path / "bundle", plan()).notices
     assert notice.startswith("plans of memory use an estimate of the working memory: ")
     assert reason in notice
+
+
+def test_what_was_measured_of_a_bundle_is_measured_once(tmp_path, monkeypatch) -> None:
+    asked: list[Path] = []
+
+    def answer(root: Path) -> dict[str, Any]:
+        asked.append(root)
+        return {"target": "cpu", **ROW}
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(working, "_answer", answer)
+    root = tmp_path / "bundle"
+    make(root)
+    assert measured_here(root, plan()) == measured_here(root, plan()) == Measured({"cpu": ROW})
+    assert asked == [root]
+    (kept,) = (tmp_path / "state" / "diffkiln" / "measured").iterdir()
+    kept.write_text("{")
+    assert measured_here(root, plan()) == Measured({"cpu": ROW})
+    assert len(asked) == 2
 
 
 @pytest.fixture(scope="module")
