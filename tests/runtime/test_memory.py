@@ -172,7 +172,7 @@ class TestPlans:
         assert plan.residency.peak == before + ESTIMATE
         assert plan.as_json()["working_memory"] == {"bytes": ESTIMATE, "measured": False}
         assert main(["memory", str(digits_bundle)]) == 0
-        assert "134 MB of it are working memory, estimated" in capsys.readouterr().out
+        assert "168 MB of it are working memory, estimated" in capsys.readouterr().out
 
     def test_a_bundle_without_a_limit_plans_what_its_spec_says(self, digits_bundle) -> None:
         assert plan_of(digits_bundle).residency.strategy == "group"
