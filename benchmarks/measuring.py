@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from diffkiln.evaluate import machine as machines
-from diffkiln.evaluate.memory import Peak, highest
+from diffkiln.evaluate.memory import Peak
 from diffkiln.evaluate.numbers import NOT_MEASURED, Spread
+from diffkiln.guards.host_memory import highest
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "digits"

@@ -13,6 +13,7 @@ from diffkiln.guards.amounts import bytes_of
 
 if TYPE_CHECKING:
     from diffkiln.program.planner import PlannedCall
+    from diffkiln.program.work import Ceilings
     from diffkiln.spec import Target
 
 #: What a call's plan is called.
@@ -49,10 +50,10 @@ MAX_MEMORY = click.option(
 def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
     """Show how much memory BUNDLE or SPEC takes.
 
-    Lists the largest moment of each phase of a call: weights with constants, results, and both together. Nothing runs.
-    Of a spec the call is recorded, and no weight is read. Not counted are libraries, a GPU's context, and what
-    operators take for themselves. For GPUs whose numbers are known it prints the least time that their arithmetic,
-    memory and link allow.
+    Lists the largest moment of each phase of a call: weights with constants, results, and all together. Nothing runs.
+    Of a spec the call is recorded, and no weight is read. On a CPU the total has what libraries and operators take for
+    themselves, as the build measured it. Not counted are a GPU's context and what its operators take. For GPUs whose
+    numbers are known it prints the least time that their arithmetic, memory and link allow.
 
     \b
     diffkiln memory bundle --max-memory 8GiB
@@ -61,10 +62,10 @@ def memory_(bundle: Path, max_memory: int | None, as_json: bool) -> None:
     if not bundle.exists():
         raise click.BadParameter(f"there is no bundle and no spec at {bundle}", param_hint="BUNDLE|SPEC")
     plans = _of_spec(bundle, max_memory) if bundle.is_file() else _of_bundle(bundle, max_memory)
-    if as_json:
-        print_json({name: {key: plan.as_json() for key, plan in calls.items()} for name, calls in plans.items()})
-        return
     targets = _targets(bundle)
+    if as_json:
+        print_json({name: {key: _json(plan, targets) for key, plan in calls.items()} for name, calls in plans.items()})
+        return
     for name, calls in plans.items():
         plan = max(calls.values(), key=lambda plan: plan.residency.peak)
         _print_largest(name, plan)
@@ -107,15 +108,37 @@ def _print_least(plan: PlannedCall, targets: list[Target]) -> None:
             brought = f", {size_of(phase.brought // phase.steps)} of weights" if phase.brought else ""
             show(f"each of {phase.steps} steps: {phase.work.total / phase.steps / 1e9:,.3g} GFLOP{brought}")
     for target in targets:
-        if found := plan.seconds(ceilings_of(target)):
+        ceilings = ceilings_of(target)
+        if found := plan.seconds(ceilings):
             step = f", {found['step'] * 1e3:,.3g} ms for each step" if "step" in found else ""
-            show(f"{target.name}: at least {found['call']:.3g} s{step}")
+            show(f"{target.name}: at least {found['call']:.3g} s{step}{_bound(plan, ceilings)}")
+
+
+def _bound(plan: PlannedCall, ceilings: Ceilings) -> str:
+    """Returns what the time of a step is made of, where weights come over a link that is known."""
+    for phase in plan.phases:
+        if phase.steps and phase.brought and ceilings.link:
+            computing, coming = phase.computing(ceilings), ceilings.arrival(phase.brought)
+            parts = [f"{seconds / phase.steps * 1e3:,.3g} ms" for seconds in (computing, coming)]
+            how = "at the same time" if phase.ahead else "one after the other"
+            return f" ({parts[0]} of arithmetic and memory, {parts[1]} of weights over the link, {how})"
+    return ""
+
+
+def _json(plan: PlannedCall, targets: list[Target]) -> dict[str, Any]:
+    """Returns a plan with the least seconds of each GPU whose numbers are known, as a JSON value."""
+    from diffkiln.evaluate.ceilings import ceilings_of
+
+    least = {target.name: plan.seconds(ceilings_of(target)) for target in targets}
+    return {**plan.as_json(), "least_seconds": {name: found for name, found in least.items() if found}}
 
 
 def _print_largest(variant: str, plan: PlannedCall) -> None:
     """Prints the call of a variant that takes the most."""
     residency = plan.residency
     show(f"{variant}: {size_of(residency.peak)}, {_STRATEGIES[residency.strategy]}")
+    if plan.working is not None:
+        show(f"{size_of(plan.working.nbytes)} of it are working memory, {plan.working.origin}")
     rows = [
         [row.phase, row.component, size_of(row.weights), size_of(row.results), size_of(row.total)] for row in plan.rows
     ]

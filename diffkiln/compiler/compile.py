@@ -44,12 +44,13 @@ from diffkiln.compiler.packing import (
     uses_of,
 )
 from diffkiln.compiler.plan import Plan
-from diffkiln.compiler.planning import SharedCall, check_memory, planned_calls, shared_calls
+from diffkiln.compiler.planning import SharedCall, check_memory, planned_calls, shared_calls, working_of
 from diffkiln.compiler.recover import recover
 from diffkiln.compiler.stages import Progress, Stages
 from diffkiln.compiler.trial import try_bundle
 from diffkiln.compiler.verify import Verification
 from diffkiln.compiler.weights import stream_weights
+from diffkiln.compiler.working import Measured, measured_here
 from diffkiln.errors import DataDependent, RecordError, VerifyError
 from diffkiln.exporters.cache import EngineCache
 from diffkiln.guards.gate import gated
@@ -143,14 +144,14 @@ def _compiled(
     with stages("publish"):
         trial = _Trial(plan, rows, home, own, timed)
         identity = writer.publish(
-            lambda files: manifest_of(files, plan),
+            lambda files: manifest_of(files, plan, trial.working.rows),
             lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
             trial,
         )
     if timed is None:
         write_receipt(identity)
         remember_source(identity, plan.spec.source, home, plan.spec.as_json()["passes"])
-    return Built(writer.output, identity, plan.notices, dict(stages.seconds))
+    return Built(writer.output, identity, (*plan.notices, *trial.working.notices), dict(stages.seconds))
 
 
 @gated()
@@ -208,7 +209,7 @@ def shared_calls_of(
 
 
 class _Trial:
-    """The trial of a bundle that is complete, which adds the bundle's own row to the ledger."""
+    """The trial of a bundle that is complete: it adds the bundle's own row to the ledger, and measures memory."""
 
     def __init__(
         self,
@@ -219,13 +220,18 @@ class _Trial:
         timed: Callable[[Plan, Path], None] | None,
     ) -> None:
         self.ledger, self._plan, self._base, self._own, self._timed = ledger, plan, base, own, timed
+        self.working = Measured()
 
-    def __call__(self, root: Path) -> None:
+    def __call__(self, root: Path) -> bool:
+        """Tries the bundle in a directory. Returns True if its manifest has more to say now."""
         if self._timed is not None:
             self._timed(self._plan, root)
-            return
+            return False
         try_bundle(root, self._plan)
         self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
+        self.working = measured_here(root, self._plan)
+        check_memory(self._plan, working_of(self._plan, self.working.rows))
+        return bool(self.working.rows)
 
 
 def _recorded(plan: Plan) -> Plan:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 
+from diffkiln.guards import host_memory
+
 #: mallopt's name for the size from which on memory is mapped by itself, in glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 
@@ -21,8 +23,6 @@ def keep_large_tensors_apart() -> None:
 
 
 def return_memory() -> None:
-    """Returns free memory to the system. The C library keeps the memory of freed tensors."""
+    """Returns free memory to the system, once what refers to itself is freed."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    host_memory.return_memory()

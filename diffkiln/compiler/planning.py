@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from diffkiln.bundle.layout import UNUSED
 from diffkiln.compiler.packing.programs import variant_names
 from diffkiln.compiler.packing.uses import Uses, uses_of
@@ -22,6 +24,7 @@ from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, PlannedCall, Planner
 from diffkiln.program.residency import TooSmall
 from diffkiln.program.work import Ceilings
+from diffkiln.program.working import WorkingMemory, working_memory
 from diffkiln.runtime.memory import limit_of
 from diffkiln.spec import Target
 
@@ -82,14 +85,30 @@ class SharedCall:
         return max(alone.now, least["call"]) if least else None
 
 
-def check_memory(plan: Plan) -> None:
+def check_memory(plan: Plan, working: WorkingMemory | None = None) -> None:
     """Compares what the calls of a recorded plan take with the spec's limit, and with the memory of its GPUs.
+
+    Args:
+        plan: recorded, its programs as the passes leave them.
+        working: the working memory of a process, which counts once it is known.
 
     Raises:
         IllegalPlan: a call needs more; says how much, and what would make it fit.
     """
-    if problems := tuple(dict.fromkeys(_problems(plan))):
+    if problems := tuple(dict.fromkeys(_problems(plan, working))):
         raise IllegalPlan(problems=problems)
+
+
+def working_of(plan: Plan, rows: Mapping[str, Mapping[str, int]] | None = None) -> WorkingMemory | None:
+    """Returns the working memory of a process that makes a plan's calls; None where it is not planned, as on GPUs.
+
+    Args:
+        plan: with its targets and the bytes of its weights.
+        rows: what was measured, by target; without it the working memory is an estimate.
+    """
+    if any(target.device != "cpu" for target in plan.targets):
+        return None
+    return working_memory(sum(plan.bytes_after.values()), rows or {}, torch.get_num_threads())
 
 
 def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, dict[str, PlannedCall]]:
@@ -106,16 +125,16 @@ def planned_calls(plan: Plan, max_memory: str | int | None = None) -> dict[str, 
         SpecError: `max_memory` is no amount of memory.
         IllegalPlan: a call needs more.
     """
-    policy = _policy(plan)
+    policy, working = _policy(plan), working_of(plan)
     if max_memory is not None:
         policy = {**(policy or {}), STRATEGY: AUTO, MAX_MEMORY: limit_of(max_memory)}
     try:
         found = [
             {name: {key: planned(call) for key, call in calls.items()} for name, calls in _calls(plan)}
-            for planned in _planners(plan, policy)
+            for planned in _planners(plan, policy, working)
         ]
     except TooSmall as error:
-        raise IllegalPlan(problems=[_too_small(error)]) from None
+        raise IllegalPlan(problems=[_too_small(error, working)]) from None
     return {
         name: {key: max((each[name][key] for each in found), key=lambda one: one.residency.peak) for key in calls}
         for name, calls in found[0].items()
@@ -159,17 +178,17 @@ def _called(call: Program) -> set[str]:
     return {op.attrs["component"] for op in call.ops if op.name == CALL}
 
 
-def _problems(plan: Plan) -> Iterator[Problem]:
+def _problems(plan: Plan, working: WorkingMemory | None) -> Iterator[Problem]:
     policy = _policy(plan)
     if (policy is None or MAX_MEMORY not in policy) and all(target.memory_bytes is None for target in plan.targets):
         return
-    planners = _planners(plan, policy)
+    planners = _planners(plan, policy, working)
     for name, calls in _calls(plan):
         for call in calls.values():
             try:
                 peak = max(planned(call).residency.peak for planned in planners)
             except TooSmall as error:
-                yield _too_small(error)
+                yield _too_small(error, working)
                 continue
             yield from (_beyond(target, name, peak) for target in plan.targets if _lacks(target, peak))
 
@@ -188,13 +207,17 @@ def _policy(plan: Plan) -> dict[str, Any] | None:
     return smallest | offload.model_dump(mode="json", exclude_none=True)
 
 
-def _planners(plan: Plan, policy: Mapping[str, Any] | None) -> list[Callable[[Program], PlannedCall]]:
+def _planners(
+    plan: Plan, policy: Mapping[str, Any] | None, working: WorkingMemory | None
+) -> list[Callable[[Program], PlannedCall]]:
     """Returns what plans a call for each range of layers; one for the whole where there are none."""
     mesh = Mesh(plan.spec.parallel)
-    return [_planner(plan, policy, mesh, rank) for rank in range(mesh.count(LAYERS))]
+    return [_planner(plan, policy, mesh, rank, working) for rank in range(mesh.count(LAYERS))]
 
 
-def _planner(plan: Plan, policy: Mapping[str, Any] | None, mesh: Mesh, rank: int) -> Callable[[Program], PlannedCall]:
+def _planner(
+    plan: Plan, policy: Mapping[str, Any] | None, mesh: Mesh, rank: int, working: WorkingMemory | None = None
+) -> Callable[[Program], PlannedCall]:
     recording = plan.recording
     modules = own_modules(recording.modules, mesh, rank)
     parts = {id(call): own_call(call, rank) for listed in recording.calls for call in listed.values()}
@@ -216,13 +239,14 @@ def _planner(plan: Plan, policy: Mapping[str, Any] | None, mesh: Mesh, rank: int
         needed = {keys[each] for each in read if each in keys}
         sizes = {key: size for key, size in sizes.items() if key in needed and key[0] in called}
     groups = Groups(modules, lambda component, weight: keys[component, weight], inside)
-    planner = Planner(groups, sizes, policy, constants, inside, [*parts.values()])
+    planner = Planner(groups, sizes, policy, constants, inside, [*parts.values()], working)
     return lambda call: planner(parts[id(call)])
 
 
-def _too_small(error: TooSmall) -> Problem:
+def _too_small(error: TooSmall, working: WorkingMemory | None) -> Problem:
     hint = "Give that much, or use smaller inputs, tiles of the VAE, or weights in fewer bits."
-    return Problem(f"{_WHERE}.{MAX_MEMORY}", f"{error}, most of it {error.where}", hint)
+    besides = f", beside {working}" if working else ""
+    return Problem(f"{_WHERE}.{MAX_MEMORY}", f"{error}, most of it {error.where}{besides}", hint)
 
 
 def _lacks(target: Target, peak: int) -> bool:

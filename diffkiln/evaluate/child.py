@@ -47,8 +47,8 @@ def _serve(job: Mapping[str, Any], answer: Callable[..., None]) -> None:
     keywords = taken(pipe, keywords_of(call, job["prompts"], job["seeds"]))
     answer(event="image", bytes=_bytes(pipe(**keywords)), load=loaded)
     from diffkiln.evaluate.energy import Meter
-    from diffkiln.evaluate.memory import highest
     from diffkiln.evaluate.phases import Stopwatch
+    from diffkiln.guards.host_memory import highest
     from diffkiln.runtime.accelerator import peak
 
     stopwatch = Stopwatch(pipe)

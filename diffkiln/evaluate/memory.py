@@ -9,15 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def highest() -> int:
-    """Returns the most memory that this process has had, in bytes.
-
-    The number that getrusage gives would count the parent's memory before `exec`, too.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
-
-
 def resident(pid: int) -> int:
     """Returns the memory of a process now, in bytes; 0 if it has ended."""
     try:

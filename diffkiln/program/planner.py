@@ -1,7 +1,7 @@
 """Plans of memory: what the calls of a bundle take, phase by phase, and which weights stay to keep within a limit.
 
-`max_memory` bounds weights, constants and results. What a process needs besides is not counted: libraries, a GPU's
-context, and what operators take for themselves.
+`max_memory` bounds weights, constants and results, and the working memory of a process on a CPU. What a GPU needs
+besides is not counted: its context, and what operators take for themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from diffkiln.program.operators import nbytes
 from diffkiln.program.residency import Residencies, Residency
 from diffkiln.program.streaming import Arena
 from diffkiln.program.work import Ceilings, Phase, phases_of_work
+from diffkiln.program.working import WorkingMemory
 
 #: The policy's fields: how weights move, and the bytes that a call may take.
 STRATEGY, MAX_MEMORY, AUTO, STREAM = "strategy", "max_memory", "auto", "stream"
@@ -30,13 +31,14 @@ class Peak:
     component: str
     weights: int
     results: int
+    working: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.results
+        return self.weights + self.results + self.working
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the row as a JSON value; sizes in bytes."""
+        """Returns the row as a JSON value; sizes in bytes, without working memory."""
         return {"phase": self.phase, "component": self.component, "weights": self.weights, "results": self.results}
 
 
@@ -47,12 +49,19 @@ class PlannedCall:
         moments: of the call.
         residency: which weights stay in memory.
         coming: bytes of weights that come in for each moment.
+        working: the process's working memory, which every moment has; None where it is not planned.
     """
 
     def __init__(
-        self, call: Program, groups: Groups, listed: list[Moment], residency: Residency, coming: list[int]
+        self,
+        call: Program,
+        groups: Groups,
+        listed: list[Moment],
+        residency: Residency,
+        coming: list[int],
+        working: WorkingMemory | None = None,
     ) -> None:
-        self.moments, self.residency, self.coming = listed, residency, coming
+        self.moments, self.residency, self.coming, self.working = listed, residency, coming, working
         self._call, self._groups = call, groups
 
     @cached_property
@@ -77,8 +86,9 @@ class PlannedCall:
     def rows(self) -> tuple[Peak, ...]:
         """Returns the largest moment of each phase; weights with constants."""
         most: dict[str, Peak] = {}
+        working = self.working.nbytes if self.working else 0
         for moment, total in zip(self.moments, self.residency.memory, strict=True):
-            row = Peak(moment.phase, moment.component, total - moment.results, moment.results)
+            row = Peak(moment.phase, moment.component, total - moment.results - working, moment.results, working)
             if moment.phase not in most or row.total > most[moment.phase].total:
                 most[moment.phase] = row
         return tuple(most[phase] for phase in PHASES if phase in most)
@@ -89,6 +99,7 @@ class PlannedCall:
             "strategy": self.residency.strategy,
             "peak_bytes": self.residency.peak,
             "weights_brought_bytes": self.residency.brought,
+            "working_memory": self.working.as_json() if self.working else None,
             "phases": [row.as_json() for row in self.rows],
             "work": [
                 {
@@ -113,6 +124,7 @@ class Planner:
         constants: bytes of folded tensors.
         inside: (component, region) of engines that hold their weights themselves.
         calls: all calls of the bundle, which share the slots of weights that stream.
+        working: the process's working memory; None where it is not planned.
     """
 
     def __init__(
@@ -123,10 +135,11 @@ class Planner:
         constants: int = 0,
         inside: Collection[tuple[str, str]] = (),
         calls: Sequence[Program] = (),
+        working: WorkingMemory | None = None,
     ) -> None:
-        self._groups, self._policy, self._calls = groups, policy, calls
+        self._groups, self._policy, self._calls, self.working = groups, policy, calls, working
         held = sum(_held(groups, component, region) for component, region in inside)
-        self._residencies = Residencies(sizes, constants + held)
+        self._residencies = Residencies(sizes, constants + held + (working.nbytes if working else 0))
         self._known: dict[int, tuple[Program, PlannedCall]] = {}
         self._moments: dict[int, list[Moment]] = {}
 
@@ -140,7 +153,7 @@ class Planner:
             listed = self._listed(call)
             plan = self._planned(listed)
             coming = self._residencies.coming(listed, plan, self.arena)
-            self._known[id(call)] = call, PlannedCall(call, self._groups, listed, plan, coming)
+            self._known[id(call)] = call, PlannedCall(call, self._groups, listed, plan, coming, self.working)
         return self._known[id(call)][1]
 
     def residency(self, call: Program) -> Residency:

@@ -92,8 +92,12 @@ class Phase:
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Returns the least time that the phase takes."""
-        computing, coming = sum(map(ceilings.seconds, self.parts)), ceilings.arrival(self.brought)
+        computing, coming = self.computing(ceilings), ceilings.arrival(self.brought)
         return max(computing, coming) if self.ahead else computing + coming
+
+    def computing(self, ceilings: Ceilings) -> float:
+        """Returns the least time of arithmetic and memory traffic alone."""
+        return sum(map(ceilings.seconds, self.parts))
 
 
 def summed(works: Iterable[Work]) -> Work:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 
 from diffkiln.errors import CallError, LimitExceeded
 from diffkiln.guards import forks
+from diffkiln.guards.host_memory import return_memory
 from diffkiln.interpreter.aten import CutShort, Interpreter, Special, dtype_of
 from diffkiln.interpreter.gpu_decompositions import gpu_decompositions
 from diffkiln.program import (
@@ -70,6 +72,7 @@ class Executor:
         paranoid: compares the type of every result with the declared one.
         planned: gives the plan of a call's weights; without it groups that are offloaded come and go.
         group: the processes that run each call together; None for this one alone.
+        frugal: returns to the system what the C library keeps of freed memory, before another component runs.
 
     Attributes:
         turns: whose call runs, and who waits.
@@ -91,8 +94,9 @@ class Executor:
         paranoid: bool = False,
         planned: Callable[[Program], Residency] | None = None,
         group: Group | None = None,
+        frugal: bool = False,
     ) -> None:
-        self._planned, self.group = planned, group
+        self._planned, self.group, self._frugal = planned, group, frugal
         self._seconds, self._ends, self._paranoid = seconds, 0.0, paranoid or PARANOID
         self.modules, self.store, self.engines, self.device = modules, store, engines, device
         self.tf32, self.graphs = tf32, graphs
@@ -210,10 +214,14 @@ class Executor:
             raise CallError("preview: several processes decode an image together, and one cannot do so by itself")
         call = self._call(run.call)
         run_last = call.run.as_if_last if self.graphs is None else self.graphs.as_if_last
-        # Within a limit of memory, the denoiser's weights make room for the decoder's.
-        alone = COMES_AND_GOES if call.residency is not None and call.residency.strategy == "auto" else None
-        with run.aside(self.store.follow(self._order(call.listed.ops[last_step(call.listed) + 1 :]), alone)):
+        with run.aside(self._after_steps(call)):
             return run.call, run_last(run.latents[0])
+
+    def _after_steps(self, call: _Call) -> Cursor | SlotCursor:
+        """Begins what follows the last step by itself. Within a limit of memory, the denoiser's weights make room."""
+        plan = call.residency
+        alone = replace(COMES_AND_GOES, ahead=plan.ahead) if plan is not None and plan.strategy == "auto" else None
+        return self.store.follow(self._order(call.listed.ops[last_step(call.listed) + 1 :]), alone)
 
     def _why_whole(self, call: Program | None) -> str:
         if call is None:
@@ -328,6 +336,9 @@ class Executor:
             return component  # what is launched again runs nothing here: graphs have their results looked at
 
         def call(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+            if self._frugal and self.run.component != name:
+                return_memory()
+            self.run.component = name
             with self.observer(name) if self.observer is not None else contextlib.nullcontext():
                 given = component(*inputs)
             if self.run.watched and (outputs := outputs_of(name, given)) is not None:
@@ -375,6 +386,9 @@ class Executor:
         """Returns the latents at the end of a step, unless the caller wants no further one."""
         run = self.run
         if run.turn.interrupted:
+            call = self._call(run.call) if run.call is not None else None
+            if call is not None and call.residency is not None:
+                run.cursor = self._after_steps(call)  # the plan is that of a call that goes on
             raise CutShort(run.latents[0])
         return run.latents
 
@@ -406,6 +420,7 @@ class _Run:
         self.watched = False
         self.outputs: list[Outputs] = []
         self.block: Key | None = None
+        self.component = ""
         self.latents: list[torch.Tensor] = []
         self.shown = False
 

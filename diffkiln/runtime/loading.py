@@ -32,6 +32,7 @@ from diffkiln.guards.limits import Limits, active, applied
 from diffkiln.guards.printable import get_logger
 from diffkiln.interpreter.aten import check_schemas
 from diffkiln.program import Mesh, Module
+from diffkiln.program.planner import MAX_MEMORY
 from diffkiln.runtime.arrival import Arrival
 from diffkiln.runtime.attention import check_kernels, kernels_of
 from diffkiln.runtime.checking import check_budget, check_stored
@@ -92,9 +93,9 @@ def load(
         limits: the memory, time and text that the bundle may use; `diffkiln.Limits()` has the defaults.
         paranoid: compare the type of every result with the declared type, at each call. This costs some microseconds
             an operation.
-        max_memory: the most memory that a call may take on the device for weights, constants and results, as bytes or
-            such as "8GiB". Weights that do not fit beside the others are brought in as they are needed. By default what
-            the bundle says.
+        max_memory: the most memory that a call may take on the device for weights, constants and results, and on a CPU
+            for the process's working memory; as bytes or such as "8GiB". Weights that do not fit beside the others are
+            brought in as they are needed. By default what the bundle says.
         share_weights: keep one copy of the weights in memory for all processes of this user that ask for it, on a CPU
             and where the bundle keeps its weights resident. It lies in the cache directory, in files that nobody else
             can write to, and takes as much disk. Elsewhere this changes nothing.
@@ -238,7 +239,7 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
         verified, modules, constants, chosen, options.allow_native, policy, options.check_engines, absent
     )
     tf32: Any = manifest.runtime.get("tf32")
-    kept = decided(verified, modules, offload, variants, groups)
+    kept = decided(verified, modules, offload, variants, groups, chosen)
     check_addresses(graphs, kept.policy)
     store = arrival.store(kept.policy, kept.arena)
     inside = {key for key, engine in engines.items() if holds_weights(engine)}
@@ -255,6 +256,7 @@ def load_verified(verified: Verified, policy: Policy | None, device: Any, option
         options.paranoid,
         kept.residency,
         options.group,
+        frugal=chosen.type == "cpu" and offload is not None and MAX_MEMORY in offload,
     )
     tokenizers = {
         Path(row.path).stem: read_text(verified, row.path)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffkiln.bundle import GroupEntry, Manifest, Verified, open_bundle
+from diffkiln.bundle import GroupEntry, Manifest, Verified, device_of, open_bundle
 from diffkiln.bundle.layout import CONSTANTS
 from diffkiln.errors import Incompatible, IntegrityError, SpecError
 from diffkiln.guards.amounts import bytes_of
@@ -19,6 +19,7 @@ from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, STREAM, PlannedCall, Planner
 from diffkiln.program.residency import Residency, TooSmall
 from diffkiln.program.streaming import Arena
+from diffkiln.program.working import WORKING_MEMORY, WorkingMemory, working_memory
 from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.checking import total_memory
 from diffkiln.runtime.groups import keys_by_weight, read_groups
@@ -36,8 +37,8 @@ def plan_memory(
 
     Args:
         path: the bundle's directory.
-        max_memory: the most memory that a call may take for weights, constants and results, as bytes or such as
-            "8GiB". By default what the bundle says.
+        max_memory: the most memory that a call may take for weights, constants and results, and on a CPU for the
+            process's working memory; as bytes or such as "8GiB". By default what the bundle says.
 
     Returns:
         The plan of each variant's programs, by the variant's name and the program's. Sizes are in bytes.
@@ -53,11 +54,12 @@ def plan_memory(
         count = len(verified.manifest.pipeline.variants)
         variants = [read_variant(verified, index, modules) for index in range(count)]
         policy, mesh = _policy(verified.manifest, most), mesh_of(verified.manifest)
+        device = torch.device(str(verified.manifest.runtime.get("device", "cpu")))
         found: dict[str, dict[str, PlannedCall]] = {variant.name: {} for variant in variants}
         # Of processes that run a range of layers each, the plan of the one that takes the most.
         for rank in range(mesh.count(LAYERS) if mesh is not None else 1):
             part = part_of(verified, modules, variants, mesh, rank)
-            planner = planner_of(verified, part.modules, policy, part.variants, part.groups)
+            planner = planner_of(verified, part.modules, policy, part.variants, part.groups, device)
             for variant in part.variants:
                 for name, program in variant.programs.items():
                     plan, known = _planned(planner, variant, program), found[variant.name].get(name)
@@ -97,6 +99,7 @@ def planner_of(
     policy: Mapping[str, Any] | None,
     variants: Sequence[CompiledVariant],
     groups: Mapping[str, Sequence[GroupEntry]],
+    device: torch.device,
 ) -> Planner:
     """Returns the planner of a bundle's calls; the arguments are those of `decided`."""
     stored = read_groups(verified, groups)
@@ -112,7 +115,18 @@ def planner_of(
     streams = policy is not None and policy.get(STRATEGY) == STREAM
     sizes = {key: group.layout.nbytes if streams else group.nbytes for key, group in stored.items()}
     constants = sum(row.size for row in verified.manifest.files if row.path == CONSTANTS)
-    return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside, _calls(variants))
+    working = working_on(device, verified.manifest)
+    return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside, _calls(variants), working)
+
+
+def working_on(device: torch.device, manifest: Manifest) -> WorkingMemory | None:
+    """Returns the working memory of a process that runs a bundle on a device; None where it is not planned."""
+    if device.type != "cpu":
+        return None
+    rows: Any = manifest.runtime.get(WORKING_MEMORY, {})
+    own = {name: row for name, row in rows.items() if device_of(manifest, name) == "cpu"}
+    weights = sum(group.bytes for groups in manifest.weights.values() for group in groups)
+    return working_memory(weights, own, torch.get_num_threads())
 
 
 def _calls(variants: Sequence[CompiledVariant]) -> list[Program]:
@@ -150,6 +164,7 @@ def decided(
     policy: dict[str, Any] | None,
     variants: Sequence[CompiledVariant],
     groups: Mapping[str, Sequence[GroupEntry]],
+    device: torch.device,
 ) -> Decision:
     """Returns how weights are kept. Where all calls fit into `auto`'s limit, they are not offloaded.
 
@@ -158,6 +173,7 @@ def decided(
         modules, variants: what this process runs.
         policy: how weights are offloaded.
         groups: the weights that this process needs, as the manifest lists them.
+        device: where they are used.
 
     Raises:
         Incompatible: a call needs more than the policy's limit.
@@ -165,7 +181,7 @@ def decided(
     strategy = policy.get(STRATEGY) if policy is not None else None
     if strategy not in (AUTO, STREAM):
         return Decision(policy)
-    planner = planner_of(verified, modules, policy, variants, groups)
+    planner = planner_of(verified, modules, policy, variants, groups, device)
     plans = [_planned(planner, variant, program) for variant in variants for program in variant.programs.values()]
     if strategy == STREAM:
         return Decision(policy, arena=planner.arena)
@@ -178,7 +194,8 @@ def _planned(planner: Planner, variant: CompiledVariant, program: Program) -> Pl
     try:
         return planner(program)
     except TooSmall as error:
+        besides = f", beside {planner.working}" if planner.working else ""
         raise Incompatible(
-            f"max_memory: {error}, for variant {variant.name!r}. Most of it is needed {error.where}. Give that much, "
-            "or compile smaller inputs, tiles of the VAE, or quantized weights"
+            f"max_memory: {error}, for variant {variant.name!r}. Most of it is needed {error.where}{besides}. Give "
+            "that much, or compile smaller inputs, tiles of the VAE, or quantized weights"
         ) from None

@@ -332,8 +332,9 @@ class Offload(Strict):
     )
     max_memory: Amount | None = Field(
         default=None,
-        description="For auto and stream: the most memory of a call for weights, constants and results, as bytes or "
-        "such as 8GiB. Absent: the GPU's for auto, and as little as there can be for stream.",
+        description="For auto and stream: the most memory of a call for weights, constants and results, and on a CPU "
+        "for working memory; as bytes or such as 8GiB. Absent: the GPU's for auto, and as little as there can be for "
+        "stream.",
     )
     type: Literal["block_level"] = Field(default="block_level", description="Unit of a group: whole blocks.")
     num_blocks_per_group: Count = Field(default=1, description="Number of blocks that move together.")

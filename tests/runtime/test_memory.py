@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -11,8 +12,9 @@ import torch
 import diffkiln
 from diffkiln.cli import main
 from diffkiln.errors import Incompatible, SpecError
-from diffkiln.program import STEP
+from diffkiln.program import CALL, STEP
 from diffkiln.program.moments import moments
+from diffkiln.program.working import ESTIMATE, WorkingMemory
 from diffkiln.runtime.memory import plan_memory
 from tests.conftest import DIGITS
 from tests.pipelines import WARNING_FILTERS
@@ -36,6 +38,17 @@ def loaded(bundle, limit: int | None = None):
 def drawn(pipe, seed: int = 1, **keywords) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return pipe("a handwritten seven", generator=generator, output_type="pt", **keywords).images
+
+
+def with_observer(pipe, seen) -> None:
+    """Has `seen` called with the name of each component before it runs."""
+
+    @contextlib.contextmanager
+    def observer(component: str):
+        seen(component)
+        yield
+
+    pipe.executor.observer = observer
 
 
 def plan_of(bundle, limit: int | None = None):
@@ -107,6 +120,34 @@ class TestCalls:
             assert pipe.executor.store.bytes_peak < limit
         assert len([picture for picture in shown if picture is not None]) == 1
 
+    def test_an_interrupted_call_keeps_within_the_limit(self, digits_bundle, resident) -> None:
+        """The denoiser's weights, of which some would stay until the next step, make room for the decoder's."""
+
+        def stop(pipe, step: int, *_: object) -> None:
+            if step == 1:
+                pipe.interrupt()
+
+        limit = plan_of(digits_bundle, LIMITS[0]).residency.peak
+        with loaded(digits_bundle, limit) as pipe:
+            store, held = pipe.executor.store, []
+            with_observer(pipe, lambda component: held.append((component, store.held())))
+            drawn(pipe, callback_on_step_end=stop)
+            (after,) = [groups for component, groups in held if component == "vae"]
+            assert not {key for key in after if key[0] == "transformer"}
+            assert torch.equal(drawn(pipe), resident)
+            assert store.bytes_peak < limit
+
+    @pytest.mark.parametrize("limit", [None, 4_000_000, 10**9])
+    def test_within_a_limit_memory_goes_back_between_components(
+        self, digits_bundle, monkeypatch, limit: int | None
+    ) -> None:
+        returned: list[int] = []
+        monkeypatch.setattr("diffkiln.runtime.executor.return_memory", lambda: returned.append(1))
+        with loaded(digits_bundle, limit) as pipe:
+            drawn(pipe)
+            components = {op.attrs["component"] for op in pipe.variants[0].programs["call"].ops if op.name == CALL}
+        assert len(returned) == (len(components) if limit else 0)
+
 
 class TestPlans:
     def test_moments_come_in_the_phases_of_a_call(self, digits_bundle) -> None:
@@ -121,6 +162,17 @@ class TestPlans:
                 listed = [moment.enters for moment in moments(program, pipe.executor.groups) if moment.enters]
                 assert listed == pipe.executor._call(program).schedule
             assert any(op.name == STEP for op in pipe.variants[0].programs["call"].ops)
+
+    def test_a_large_bundle_that_was_not_measured_has_an_estimate(self, digits_bundle, monkeypatch, capsys) -> None:
+        assert plan_of(digits_bundle).working is None
+        before = plan_of(digits_bundle).residency.peak
+        monkeypatch.setattr("diffkiln.program.working.PLANNED_FROM", 1)
+        plan = plan_of(digits_bundle)
+        assert plan.working == WorkingMemory(ESTIMATE, measured=False)
+        assert plan.residency.peak == before + ESTIMATE
+        assert plan.as_json()["working_memory"] == {"bytes": ESTIMATE, "measured": False}
+        assert main(["memory", str(digits_bundle)]) == 0
+        assert "168 MB of it are working memory, estimated" in capsys.readouterr().out
 
     def test_a_bundle_without_a_limit_plans_what_its_spec_says(self, digits_bundle) -> None:
         assert plan_of(digits_bundle).residency.strategy == "group"
@@ -188,6 +240,29 @@ class TestCommand:
         *_, step, least = capsys.readouterr().out.splitlines()
         assert step.startswith("each of 2 steps: ")
         assert re.fullmatch(r"nvidia-l4: at least [\d.e-]+ s, [\d.e-]+ ms for each step", least)
+
+    def test_weights_that_come_over_a_link_are_a_part_of_the_step(self, tmp_path, capsys) -> None:
+        spec = {
+            "spec_version": 1,
+            "source": {"model": str(DIGITS / "model")},
+            "target": {"device": "cuda", "gpu": "nvidia-l4"},
+            "inputs": {"height": 32, "width": 32, "num_inference_steps": 2, "call": {"max_sequence_length": 16}},
+            "runtime": {"offload": {"strategy": "stream"}},
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        assert main(["memory", str(tmp_path / "spec.json")]) == 0
+        least = capsys.readouterr().out.splitlines()[-1]
+        found = re.search(
+            r"([\d.e-]+) ms for each step \(([\d.e-]+) ms of arithmetic and memory, ([\d.e-]+) ms of weights over the "
+            r"link, at the same time\)",
+            least,
+        )
+        assert found is not None
+        step, computing, coming = map(float, found.groups())
+        assert step == max(computing, coming)
+        assert main(["memory", str(tmp_path / "spec.json"), "--json"]) == 0
+        (calls,) = json.loads(capsys.readouterr().out).values()
+        assert calls["call"]["least_seconds"]["nvidia-l4"]["step"] * 1e3 == pytest.approx(step, rel=0.01)
 
     def test_what_is_not_there(self, capsys) -> None:
         assert main(["memory", "spec.jsn"]) == 2

@@ -27,12 +27,13 @@ from diffkiln.compiler.plan import Plan
 from diffkiln.errors import MissingDependency
 from diffkiln.models.card import read_card
 from diffkiln.passes.base import Pass
+from diffkiln.program.working import WORKING_MEMORY
 from diffkiln.record.pipeline import Recording
 from diffkiln.version import __version__
 
 
-def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
-    """Returns the manifest of the packed files."""
+def manifest_of(rows: tuple[FileEntry, ...], plan: Plan, working: Mapping[str, Mapping[str, int]]) -> Manifest:
+    """Returns the manifest of the packed files, with the working memory that was measured, by target."""
     import diffusers
 
     packed, asked = plan.packed, plan.spec.runtime
@@ -49,6 +50,8 @@ def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
     for name in ("cuda_graphs", "tf32"):
         if (value := getattr(asked, name)) is not None:
             runtime[name] = value
+    if working:
+        runtime[WORKING_MEMORY] = {name: dict(row) for name, row in working.items()}
     if plan.spec.parallel:
         runtime["parallel"] = plan.spec.parallel
         if plan.spec.shared is not None and plan.spec.shared.first:
