@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffkiln.bundle import strict_json
+from diffkiln.bundle import safe_open, strict_json
 from diffkiln.bundle.evidence import costs_of
+from diffkiln.bundle.layout import BUILD
 from diffkiln.bundle.manifest import Manifest
 from diffkiln.bundle.partial import engine_targets
+from diffkiln.errors import IntegrityError
 from diffkiln.guards.printable import markdown, markdown_code
 
 MAX_BUILD_BYTES = 1 << 20
@@ -31,6 +33,14 @@ def read_build(data: bytes) -> Mapping[str, Any]:
     except strict_json.StrictJSONError:
         return {}
     return build if isinstance(build, dict) else {}
+
+
+def build_in(root: int) -> Mapping[str, Any]:
+    """Returns the content of the `build.json` in an open directory; an empty mapping if it cannot be read."""
+    try:
+        return read_build(safe_open.read_small(root, BUILD, MAX_BUILD_BYTES))
+    except IntegrityError:
+        return {}
 
 
 def card(manifest: Manifest, build: Mapping[str, Any], repo: str | None = None, identity: str | None = None) -> str:

@@ -1,6 +1,7 @@
-"""Reads what each pass cost and saved when a bundle was built from `build.json`, which strangers may have written.
+"""Reads what was measured when a bundle was built from `build.json`, which strangers may have written.
 
-What is not as expected is left out. Nothing depends on it: the file is outside the bundle's id.
+What is not as expected is left out. The file is outside the bundle's id, and decides nothing but what plans of memory
+say: a wrong number there has a limit refused, or passed over.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+#: The key of what was measured of a process's memory, by target, and the most that is taken for a measurement.
+WORKING_MEMORY = "working_memory"
+_MOST = {"bytes": 2**40, "threads": 4096}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ def sizes_of(build: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             now[component] = size
             found[f"{number}: {name}"] = dict(now)
     return found
+
+
+def working_memory_of(build: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns the working memory that was measured, by target: its `bytes`, and the `threads` that computed."""
+    rows = build.get(WORKING_MEMORY)
+    return {
+        str(target): {name: row[name] for name in _MOST}
+        for target, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, dict) and all(_is_amount(row.get(name), most) for name, most in _MOST.items())
+    }
+
+
+def _is_amount(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _tables(build: Mapping[str, Any]) -> Iterator[Costs]:

@@ -1,7 +1,7 @@
 """What a bundle says about itself: `manifest.json`, whose SHA-256 is the bundle's id.
 
 The manifest names every file with its size and digest, so whoever knows the id knows every byte. It holds no
-time and no host name: the same inputs give the same id, but where working memory is measured, which may differ.
+time and no host name: the same inputs give the same id.
 
 Numbers: canonical JSON (RFC 8785) writes 1.0 as `1` and -0.0 as `0`, so in the free-form parts (`options`,
 `fixed`, `source`, `runtime`) a float that happens to be whole comes back as an int. Integers beyond
@@ -159,15 +159,6 @@ def _is_mesh(value: Any) -> bool:
     )
 
 
-def _are_measured(value: Any) -> bool:
-    """Returns True if the value has, by target, the bytes that were measured and the threads that computed."""
-    return isinstance(value, dict) and all(isinstance(row, dict) and _are_amounts(row) for row in value.values())
-
-
-def _are_amounts(row: dict[str, Any]) -> bool:
-    return all(type(row.get(name)) is int and row[name] > 0 for name in ("bytes", "threads"))
-
-
 def _is_offload(value: Any) -> bool:
     """Returns True if the policy of offloading is an object whose limit of memory, if it has one, is a whole number."""
     limit = value.get("max_memory", 1) if isinstance(value, dict) else None
@@ -192,7 +183,6 @@ _POLICY: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, dict) and all(map(_is_gpu, value.values())),
     ),
     "parallel": ("an object of the numbers of processes along guidance, layers and sequence", _is_mesh),
-    "working_memory": ("an object of the bytes and threads of each target", _are_measured),
     "first": ("a list of components", _are_names),
     "cuda_graphs": ("step or program", lambda value: value in (None, "step", "program")),
     "tf32": ("true, false or null", lambda value: value is None or isinstance(value, bool)),

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from diffkiln.bundle import hashed, safe_open
-from diffkiln.bundle.card import MAX_BUILD_BYTES, read_build
+from diffkiln.bundle.card import build_in
 from diffkiln.bundle.digest import Progress
-from diffkiln.bundle.layout import BUILD, MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
+from diffkiln.bundle.layout import MANIFEST, MANIFEST_DIGEST, PARTIAL, SIGNATURE
 from diffkiln.bundle.manifest import MAX_MANIFEST_BYTES, RESERVED, FileEntry, Manifest, Role, bundle_id, parse_manifest
 from diffkiln.bundle.partial import MAX_PARTIAL_BYTES, engine_targets, left_out, parse_partial
 from diffkiln.bundle.readers import Readers
@@ -102,11 +102,8 @@ class Bundle:
 
     @property
     def build(self) -> Mapping[str, Any]:
-        """Returns the content of `build.json`; empty if it cannot be read, since nothing depends on it."""
-        try:
-            return read_build(safe_open.read_small(self._root, BUILD, MAX_BUILD_BYTES))
-        except IntegrityError:
-            return {}
+        """Returns the content of `build.json`; empty if it cannot be read, since no call depends on it."""
+        return build_in(self._root)
 
     def close(self) -> None:
         self._finalizer()

@@ -16,10 +16,11 @@ import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from diffkiln.bundle import safe_open
 from diffkiln.bundle.bytes_read import AGAIN, check_digest, check_unwritten, chunks_of, mismatch
+from diffkiln.bundle.card import build_in
 from diffkiln.bundle.digest import Progress, sha256_bytes
 from diffkiln.bundle.hashed import Receipt, Stamp, stamp_of
 from diffkiln.bundle.layout import PARTIAL
@@ -85,6 +86,11 @@ class Verified:
         self._held = _Held()
         self._held.descriptors.append(root)
         self._finalizer = weakref.finalize(self, self._held.release)
+
+    @property
+    def build(self) -> Mapping[str, Any]:
+        """Returns the content of `build.json`, which is outside the digests; empty if it cannot be read."""
+        return build_in(self._root)
 
     def read(self, path: str) -> bytes:
         """Returns the bytes of a config, program, doc or (small) weights file, hashed again here.

@@ -148,25 +148,22 @@ class BundleWriter:
         self,
         build: Callable[[tuple[FileEntry, ...]], Manifest],
         report: Callable[[Manifest], None] | None = None,
-        trial: Callable[[Path], bool] | None = None,
+        trial: Callable[[Path], None] | None = None,
     ) -> str:
         """Writes the manifest that `build` makes of `rows`, syncs all files, and takes the output's place.
 
-        `trial` is called with the directory, complete but for what is outside the digests, and may still refuse. It
-        returns True if `build` makes another manifest now, which takes the place of the first. `report` is called with
-        the validated manifest after that, and may still `write_unhashed`.
+        `trial` is called with the directory, complete but for what is outside the digests, and may still refuse.
+        `report` is called with the validated manifest after that, and may still `write_unhashed`.
 
         Returns the bundle's id. Raises `BuildError`, with the output as it was before.
         """
         self._check_staged()
         data, manifest = self._manifest(build)
         root = self._staging.root
-        _write_manifest(root, data)
-        if trial is not None and trial(root):
-            data, manifest = self._manifest(build)
-            for name in (MANIFEST, MANIFEST_DIGEST):
-                (root / name).unlink()
-            _write_manifest(root, data)
+        _write(root / MANIFEST, data)
+        _write(root / MANIFEST_DIGEST, digest_line(data))
+        if trial is not None:
+            trial(root)
         if report is not None:
             report(manifest)
         with explained(root, "sync"):
@@ -235,11 +232,6 @@ class BundleWriter:
             return None
         written = sum(file.lstat().st_size for _, files in walk(root) for file in files)
         return explain(error, root, "write to", f"more than the {written} bytes written so far are needed")
-
-
-def _write_manifest(root: Path, data: bytes) -> None:
-    _write(root / MANIFEST, data)
-    _write(root / MANIFEST_DIGEST, digest_line(data))
 
 
 def _write(target: Path, data: bytes) -> None:

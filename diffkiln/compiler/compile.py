@@ -144,8 +144,10 @@ def _compiled(
     with stages("publish"):
         trial = _Trial(plan, rows, home, own, timed)
         identity = writer.publish(
-            lambda files: manifest_of(files, plan, trial.working.rows),
-            lambda manifest: pack_report(writer, manifest, plan, stages.seconds, trial.ledger.as_json()),
+            lambda files: manifest_of(files, plan),
+            lambda manifest: pack_report(
+                writer, manifest, plan, stages.seconds, trial.ledger.as_json(), trial.working.rows
+            ),
             trial,
         )
     if timed is None:
@@ -222,16 +224,15 @@ class _Trial:
         self.ledger, self._plan, self._base, self._own, self._timed = ledger, plan, base, own, timed
         self.working = Measured()
 
-    def __call__(self, root: Path) -> bool:
-        """Tries the bundle in a directory. Returns True if its manifest has more to say now."""
+    def __call__(self, root: Path) -> None:
+        """Tries the bundle in a directory."""
         if self._timed is not None:
             self._timed(self._plan, root)
-            return False
+            return
         try_bundle(root, self._plan)
         self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
         self.working = measured_here(root, self._plan)
         check_memory(self._plan, working_of(self._plan, self.working.rows))
-        return bool(self.working.rows)
 
 
 def _recorded(plan: Plan) -> Plan:

@@ -1,7 +1,7 @@
 """The memory that a process takes in a call besides weights, constants and results: its *working memory*.
 
 That is code of libraries that the call touches, programs as objects, and what kernels and the C library keep for
-themselves. It does not follow from a program, so a build measures it in a process of its own and the manifest has it.
+themselves. It does not follow from a program, so a build measures it in a process of its own and notes it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: The key of the manifest's `runtime` that has, by target, what was measured.
-WORKING_MEMORY = "working_memory"
 #: A bundle with fewer bytes of weights is planned without working memory, which would be most of its plan.
 PLANNED_FROM = 64 * 2**20
 #: What is planned where nothing was measured, in bytes: more than any pipeline of benchmarks/results/memory.md takes.

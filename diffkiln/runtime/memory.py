@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffkiln.bundle import GroupEntry, Manifest, Verified, device_of, open_bundle
+from diffkiln.bundle.evidence import working_memory_of
 from diffkiln.bundle.layout import CONSTANTS
 from diffkiln.errors import Incompatible, IntegrityError, SpecError
 from diffkiln.guards.amounts import bytes_of
@@ -19,7 +20,7 @@ from diffkiln.program.moments import Groups, Key
 from diffkiln.program.planner import AUTO, MAX_MEMORY, STRATEGY, STREAM, PlannedCall, Planner
 from diffkiln.program.residency import Residency, TooSmall
 from diffkiln.program.streaming import Arena
-from diffkiln.program.working import WORKING_MEMORY, WorkingMemory, working_memory
+from diffkiln.program.working import WorkingMemory, working_memory
 from diffkiln.runtime.accelerator import accelerator
 from diffkiln.runtime.checking import total_memory
 from diffkiln.runtime.groups import keys_by_weight, read_groups
@@ -115,16 +116,18 @@ def planner_of(
     streams = policy is not None and policy.get(STRATEGY) == STREAM
     sizes = {key: group.layout.nbytes if streams else group.nbytes for key, group in stored.items()}
     constants = sum(row.size for row in verified.manifest.files if row.path == CONSTANTS)
-    working = working_on(device, verified.manifest)
+    working = working_on(device, verified)
     return Planner(Groups(modules, key_of, inside), sizes, policy, constants, inside, _calls(variants), working)
 
 
-def working_on(device: torch.device, manifest: Manifest) -> WorkingMemory | None:
+def working_on(device: torch.device, verified: Verified) -> WorkingMemory | None:
     """Returns the working memory of a process that runs a bundle on a device; None where it is not planned."""
     if device.type != "cpu":
         return None
-    rows: Any = manifest.runtime.get(WORKING_MEMORY, {})
-    own = {name: row for name, row in rows.items() if device_of(manifest, name) == "cpu"}
+    manifest = verified.manifest
+    rows = working_memory_of(verified.build)
+    targets: Any = manifest.runtime.get("targets", {})
+    own = {name: row for name, row in rows.items() if name in targets and device_of(manifest, name) == "cpu"}
     weights = sum(group.bytes for groups in manifest.weights.values() for group in groups)
     return working_memory(weights, own, torch.get_num_threads())
 

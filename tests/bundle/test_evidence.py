@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffkiln.bundle.card import card
-from diffkiln.bundle.evidence import costs_of, sizes_of
+from diffkiln.bundle.evidence import costs_of, sizes_of, working_memory_of
 from tests.bundle.making import manifest_of
 
 ROWS = [{"pass": "quantize", "value": 35.5}, {"pass": "bundle", "value": None}]
@@ -82,3 +82,17 @@ def test_what_tells_no_sizes_gives_none(build):
 @pytest.mark.parametrize("row", [3, None, {}, {"component": ["vae"], "bytes": 1}, {"component": "vae", "bytes": True}])
 def test_a_strange_pass_is_left_out(row):
     assert sizes_of({"weights": {"vae": 80}, "passes": [row]}) == {"source": {"vae": 80}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [3, None, {"bytes": 3}, {"bytes": 3, "threads": True}, {"bytes": -3, "threads": 2}, {"bytes": 2**41, "threads": 2}],
+)
+def test_working_memory_that_nobody_can_have_measured_is_left_out(row):
+    good = {"bytes": 3, "threads": 2}
+    assert working_memory_of({"working_memory": {"mine": good | {"more": 1}, "other": row}}) == {"mine": good}
+
+
+@pytest.mark.parametrize("build", [{}, {"working_memory": 3}, {"working_memory": []}])
+def test_without_working_memory_there_is_none(build):
+    assert working_memory_of(build) == {}

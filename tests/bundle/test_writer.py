@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffkiln.bundle import BundleWriter, FileEntry, Manifest, open_bundle, parse_manifest, staging, writer
+from diffkiln.bundle import BundleWriter, open_bundle, parse_manifest, staging, writer
 from diffkiln.errors import BuildError, PathEscape, SpecError
 from tests.bundle.making import CONTENT, DOC, WEIGHTS, fill, left_beside, make, manifest_of
 
@@ -88,25 +88,6 @@ def test_force_replaces_a_bundle_at_publish_and_not_before(made: Path) -> None:
         bundle.publish(manifest_of)
     assert (made / DOC).read_bytes() == b"read menew"
     assert left_beside(made) == []
-
-
-def test_a_trial_may_have_the_manifest_written_anew(output: Path) -> None:
-    tried: list[bytes] = []
-
-    def build(rows: tuple[FileEntry, ...]) -> Manifest:
-        return manifest_of(rows).model_copy(update={"runtime": {"tries": len(tried)}})
-
-    def trial(root: Path) -> bool:
-        tried.append((root / "manifest.json").read_bytes())
-        return True
-
-    with BundleWriter(output) as bundle:
-        fill(bundle, b"new")
-        identity = bundle.publish(build, None, trial)
-    with open_bundle(output) as opened:
-        assert opened.id == identity
-        assert opened.manifest.runtime == {"tries": 1}
-        opened.verify().close()
 
 
 def test_force_works_where_names_cannot_be_exchanged(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A build measures the working memory of a bundle in a process of its own, and the manifest has it."""
+"""A build measures the working memory of a bundle in a process of its own, and notes it."""
 
 from __future__ import annotations
 
@@ -71,25 +71,6 @@ def test_what_fails_is_a_notice(failure: Exception, reason: str, tmp_path, monke
     assert reason in notice
 
 
-def test_what_was_measured_of_a_bundle_is_measured_once(tmp_path, monkeypatch) -> None:
-    asked: list[Path] = []
-
-    def answer(root: Path) -> dict[str, Any]:
-        asked.append(root)
-        return {"target": "cpu", **ROW}
-
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(working, "_answer", answer)
-    root = tmp_path / "bundle"
-    make(root)
-    assert measured_here(root, plan()) == measured_here(root, plan()) == Measured({"cpu": ROW})
-    assert asked == [root]
-    (kept,) = (tmp_path / "state" / "diffkiln" / "measured").iterdir()
-    kept.write_text("{")
-    assert measured_here(root, plan()) == Measured({"cpu": ROW})
-    assert len(asked) == 2
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     """The digits without engines, whose working memory is planned although they are small."""
@@ -101,10 +82,11 @@ def bundle(tmp_path_factory) -> Path:
     return made
 
 
-def test_the_manifest_has_what_was_measured_and_plans_count_it(bundle: Path) -> None:
+def test_what_was_measured_is_no_part_of_the_id_and_plans_count_it(bundle: Path) -> None:
     with open_bundle(bundle) as opened:
         runtime: Any = opened.manifest.runtime
-    ((target, row),) = runtime["working_memory"].items()
+        ((target, row),) = opened.build["working_memory"].items()
+    assert "working_memory" not in runtime
     assert target in runtime["targets"]
     (calls,) = diffkiln.plan_memory(bundle).values()
     found = calls["call"]

@@ -21,19 +21,19 @@ from diffkiln.bundle import (
     device_policy,
 )
 from diffkiln.bundle.card import card
+from diffkiln.bundle.evidence import WORKING_MEMORY
 from diffkiln.bundle.layout import BUILD, CARD
 from diffkiln.compiler.packed import as_json
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import MissingDependency
 from diffkiln.models.card import read_card
 from diffkiln.passes.base import Pass
-from diffkiln.program.working import WORKING_MEMORY
 from diffkiln.record.pipeline import Recording
 from diffkiln.version import __version__
 
 
-def manifest_of(rows: tuple[FileEntry, ...], plan: Plan, working: Mapping[str, Mapping[str, int]]) -> Manifest:
-    """Returns the manifest of the packed files, with the working memory that was measured, by target."""
+def manifest_of(rows: tuple[FileEntry, ...], plan: Plan) -> Manifest:
+    """Returns the manifest of the packed files."""
     import diffusers
 
     packed, asked = plan.packed, plan.spec.runtime
@@ -50,8 +50,6 @@ def manifest_of(rows: tuple[FileEntry, ...], plan: Plan, working: Mapping[str, M
     for name in ("cuda_graphs", "tf32"):
         if (value := getattr(asked, name)) is not None:
             runtime[name] = value
-    if working:
-        runtime[WORKING_MEMORY] = {name: dict(row) for name, row in working.items()}
     if plan.spec.parallel:
         runtime["parallel"] = plan.spec.parallel
         if plan.spec.shared is not None and plan.spec.shared.first:
@@ -110,11 +108,13 @@ def pack_report(
     plan: Plan,
     seconds: Mapping[str, float],
     ledger: Mapping[str, Any],
+    working: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Writes `build.json` and `README.md`, which differ between builds and are outside the id and the digests.
 
     Args:
         ledger: what each pass cost, where the spec has gates of quality.
+        working: the working memory that was measured, by target.
     """
     import diffusers
 
@@ -140,6 +140,7 @@ def pack_report(
         "notices": list(plan.notices),
         "source": read_card(plan.source.folder, plan.source.origin),
         **({"ledger": ledger} if ledger else {}),
+        **({WORKING_MEMORY: {name: dict(row) for name, row in working.items()}} if working else {}),
     }
     writer.write_unhashed(BUILD, as_json(build))
     writer.write_unhashed(CARD, card(manifest, build).encode())

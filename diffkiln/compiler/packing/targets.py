@@ -14,11 +14,7 @@ from diffkiln.errors import ManifestInvalid
 from diffkiln.passes.base import CompileRequest
 from diffkiln.program import Module
 from diffkiln.program.sizes import Family, families
-from diffkiln.program.working import WORKING_MEMORY
 from diffkiln.spec import Target, TargetSpec, resolve_target
-
-#: Fields of the manifest's `runtime` that follow the targets.
-_BY_TARGET = ("devices", "gpus", WORKING_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -89,13 +85,10 @@ def retargeted(
     requires = manifest.requires.model_copy(update={"cpu_isa": min(isas.values()), **asked})
     before: Any = manifest.runtime.get("gpus", {})
     gpus = {**before, **packed.gpus}
-    kept = {name: value for name, value in manifest.runtime.items() if name not in _BY_TARGET}
+    kept = {name: value for name, value in manifest.runtime.items() if name not in ("devices", "gpus")}
     runtime: dict[str, Any] = {**kept, **device_policy(devices), "targets": dict(isas)}
     if used := {name: gpus[name] for name in isas if name in gpus}:
         runtime["gpus"] = used
-    measured: Any = manifest.runtime.get(WORKING_MEMORY, {})
-    if left := {name: measured[name] for name in isas if name in measured}:
-        runtime[WORKING_MEMORY] = left
     features = device_features(manifest.features_required, devices)
     changed = {"files": files, "engines": ordered, "requires": requires, "runtime": runtime}
     return manifest.model_copy(update={**changed, "features_required": features})
