@@ -12,6 +12,7 @@ from typing import Any
 
 from diffkiln.compiler.choosing import choices_of, open_to_measurement, settled
 from diffkiln.compiler.decoding import too_large
+from diffkiln.compiler.fitting import open_to_memory
 from diffkiln.compiler.gates import ready_gates
 from diffkiln.compiler.plan import Plan
 from diffkiln.errors import Problem, SpecError, gather_problems
@@ -60,7 +61,8 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
     """
     parsed, home = parsed_of(spec), base_of(spec, base)
     choices = choices_of(parsed, lambda one: checked(one, home, metrics))
-    return checked(settled(parsed, choices), home, metrics).noting(open_to_measurement(choices))
+    plan = checked(settled(parsed, choices), home, metrics)
+    return plan.noting(open_to_measurement(choices)).noting(open_to_memory(parsed))
 
 
 def checked(parsed: Spec, home: Path, metrics: Collection[str]) -> Plan:

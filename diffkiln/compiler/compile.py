@@ -27,8 +27,9 @@ from diffkiln.compiler.check import (
     collection_paused,
     parsed_of,
 )
-from diffkiln.compiler.choosing import choices_of, measure
+from diffkiln.compiler.choosing import choices_of, measure, settled
 from diffkiln.compiler.dry_run import dry_run
+from diffkiln.compiler.fitting import fitted
 from diffkiln.compiler.ledger import Ledger, Mode, ledger_of, with_bundle
 from diffkiln.compiler.memory import keep_large_tensors_apart
 from diffkiln.compiler.origin import remember_source
@@ -109,9 +110,10 @@ def compile(
                 _compiled(one, beside, home, Stages(), engines, own, ledger, timed)
 
         choices = choices_of(parsed, lambda one: checked(one, home, own))
+        parsed, fits = fitted(parsed, lambda one: _foreseen(settled(one, choices), home, own, stages))
         parsed, notices = measure(parsed, choices, measured, writer.output.parent, stages)
         built = _compiled(parsed, writer, home, stages, engines, own, ledger)
-    return replace(built, notices=(*built.notices, *notices))
+    return replace(built, notices=(*built.notices, *fits, *notices))
 
 
 def _compiled(
@@ -179,10 +181,10 @@ def plan_memory_of(
         RecordError: the call cannot be recorded.
     """
     with applied(limits), quiet_libraries():
-        with collection_paused():
-            plan = check_with(spec, base)
-            plan = _recorded(plan)
-        return planned_calls(_rewritten(plan), max_memory)
+        parsed, home = parsed_of(spec), base_of(spec, base)
+        choices = choices_of(parsed, lambda one: checked(one, home, ()))
+        parsed, _ = fitted(settled(parsed, choices), lambda one: _foreseen(one, home, {}, Stages()))
+        return planned_calls(_foreseen(parsed, home, {}, Stages()), max_memory)
 
 
 @gated()
@@ -233,6 +235,12 @@ class _Trial:
         self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
         self.working = measured_here(root, self._plan)
         check_memory(self._plan, working_of(self._plan, self.working.rows))
+
+
+def _foreseen(spec: Spec, home: Path, own: Mapping[str, Metric], stages: Stages) -> Plan:
+    """Returns the plan of a spec that leaves nothing to measurement, its programs as the passes leave them."""
+    with stages("plan the memory"), quiet_libraries(), collection_paused():
+        return _rewritten(_recorded(checked(spec, home, own)))
 
 
 def _recorded(plan: Plan) -> Plan:

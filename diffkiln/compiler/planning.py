@@ -85,6 +85,12 @@ class SharedCall:
         return max(alone.now, least["call"]) if least else None
 
 
+def is_bounded(plan: Plan) -> bool:
+    """Returns True if the spec or a GPU says how much memory a call may take."""
+    policy = _policy(plan)
+    return (policy is not None and MAX_MEMORY in policy) or any(t.memory_bytes is not None for t in plan.targets)
+
+
 def check_memory(plan: Plan, working: WorkingMemory | None = None) -> None:
     """Compares what the calls of a recorded plan take with the spec's limit, and with the memory of its GPUs.
 
@@ -179,10 +185,9 @@ def _called(call: Program) -> set[str]:
 
 
 def _problems(plan: Plan, working: WorkingMemory | None) -> Iterator[Problem]:
-    policy = _policy(plan)
-    if (policy is None or MAX_MEMORY not in policy) and all(target.memory_bytes is None for target in plan.targets):
+    if not is_bounded(plan):
         return
-    planners = _planners(plan, policy, working)
+    planners = _planners(plan, _policy(plan), working)
     for name, calls in _calls(plan):
         for call in calls.values():
             try:

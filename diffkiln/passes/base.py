@@ -197,6 +197,11 @@ class Pass(Strict):
         return {}
 
     @classmethod
+    def within_memory(cls, options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Returns, by name, the options of which a build takes the first that fit the memory; none for others."""
+        return {}
+
+    @classmethod
     def implied(cls, spec: Spec, state: State) -> Iterable[Pass]:
         """Returns passes that the spec asks for elsewhere than in its list; most are asked for there alone."""
         return ()

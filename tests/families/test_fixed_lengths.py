@@ -275,7 +275,7 @@ def test_a_token_of_the_padding_that_counts_is_found(tmp_path, monkeypatch):
         embeds, layers, none = right(*args, **kwargs)
         return torch.cat([embeds[..., :-1], torch.ones_like(embeds[..., :1])], dim=-1), layers, none
 
-    *_, embeds, forward = bria.PLUGIN.patches
+    *_, embeds, _, forward = bria.PLUGIN.patches
     right = embeds.replacement
     only(monkeypatch, replace(embeds, replacement=all_count), forward)
     with pytest.raises(VerifyError, match="the recorded call of BriaFiboPipeline differs"):

@@ -16,12 +16,17 @@ from diffkiln.program import CALL, Program
 from diffkiln.record.pipeline import Recording
 from diffkiln.spec import Conflict, Target, refuse
 
+AUTO = "auto"
+#: Sides of tiles that are tried, in pixels of the image, the largest first: what is cut least differs least.
+SIDES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 32)
+
 
 class VAE(ModelPass):
     """Decode the images of a batch one after the other (`slicing`), or each in overlapping tiles (`tiling`).
 
     Both need less memory at once, and are diffusers' own. Tiles are blended where they overlap, so an image differs a
-    little from one that is decoded as a whole. The program has a fixed number of tiles.
+    little from one that is decoded as a whole. The program has a fixed number of tiles. With `auto` the build plans the
+    memory of the calls, and takes the largest tiles that fit, or none.
     """
 
     name: ClassVar[str] = "vae"
@@ -29,7 +34,10 @@ class VAE(ModelPass):
     examples: ClassVar = ({"name": "vae", "component": "vae", "tiling": True, "tile": 512},)
 
     slicing: bool = Field(False, description="Decode the images of a batch one by one.")
-    tiling: bool = Field(False, description="Decode each image in overlapping tiles.")
+    tiling: bool | Literal["auto"] = Field(
+        False,
+        description="Decode each image in overlapping tiles. auto: the largest that fit the memory, or none.",
+    )
     tile: int | None = Field(None, ge=8, description="Side of a tile in pixels of the image.")
 
     @classmethod
@@ -38,13 +46,29 @@ class VAE(ModelPass):
             yield ("tiling",), refuse("neither slicing nor tiling is asked for", "Set one of them to true")
         if "tile" in given and not given.get("tiling"):
             yield ("tile",), refuse("says nothing without tiling", "Remove it")
+        if "tile" in given and given.get("tiling") == AUTO:
+            yield ("tile",), refuse("the memory decides it", 'Remove it, or write "tiling": true')
+
+    @classmethod
+    def within_memory(cls, options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        if options.get("tiling") != AUTO:
+            return {}
+        tiles = {f"tiles of {side} pixels": {**options, "tiling": True, "tile": side} for side in SIDES}
+        return {"no tiles": options, **tiles, "tiles of the decoder's own size": {**options, "tiling": True}}
 
     @property
-    def decodes(self) -> Literal["one", "tiles"]:
-        return "tiles" if self.tiling else "one"
+    def tiled(self) -> bool:
+        """Returns True if images are decoded in tiles; what the memory would decide is none until it did."""
+        return self.tiling is True
+
+    @property
+    def decodes(self) -> Literal["", "one", "tiles"]:
+        if self.tiled:
+            return "tiles"
+        return "one" if self.slicing else ""
 
     def check_module(self, module: torch.nn.Module, state: State, target: Target, where: str) -> Iterable[Problem]:
-        if reason := parts_problem(module, self.slicing, self.tiling, self.tile):
+        if reason := parts_problem(module, self.slicing, bool(self.tiling), self.tile):
             yield Problem(where, reason, "Remove it.")
             return
         fits = tile_unit(module)
@@ -54,7 +78,7 @@ class VAE(ModelPass):
             return
         side = tile_side(module, self.tile)
         sides = [max(v.get("height") or 0, v.get("width") or 0) for v in state.variants]
-        if self.tiling and side is not None and all(0 < largest <= side for largest in sides):
+        if self.tiled and side is not None and all(0 < largest <= side for largest in sides):
             reason = f"no variant is larger than a tile of {side} pixels, so there would be one tile"
             yield Problem(f"{where}.tiling", reason, "Set a smaller tile, or remove it.")
         many = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
@@ -87,11 +111,12 @@ class VAE(ModelPass):
                 yield call.types[op.outputs[0]].shape[-2:]
 
     def apply(self, module: torch.nn.Module) -> Sequence[str]:
-        return decode_in_parts(module, self.slicing, self.tiling, self.tile)
+        notes = decode_in_parts(module, self.slicing, self.tiled, self.tile)
+        return [*notes, "no tiles, unless the memory needs them"] if self.tiling == AUTO else notes
 
     @classmethod
     def restore(cls, module: torch.nn.Module, options: Mapping[str, Any]) -> None:
-        decode_in_parts(module, options["slicing"], options["tiling"], options["tile"])
+        decode_in_parts(module, options["slicing"], options["tiling"] is True, options["tile"])
 
 
 PLUGIN = VAE
