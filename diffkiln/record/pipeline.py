@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkiln.errors import DataDependent, Problem, RecordError, SpecError
+from diffkiln.interpreter.quiet import heard
 from diffkiln.models.meta import make_fake
 from diffkiln.program import CALL, NOISE, STEP, Builder, Module, Op, Program, Ref, TensorType, owner_of, prune, verify
 from diffkiln.program.calls import GIVEN, Given
@@ -26,6 +27,9 @@ from diffkiln.record.keywords import NEGATIVES, parameters_of
 from diffkiln.record.patches import fixed_lengths, outdated
 from diffkiln.record.reading import Reading
 from diffkiln.record.refusals import Refused
+
+#: The logger by which torch shows the traceback of an operator that refuses its arguments' shapes.
+_SHAPES = "torch._subclasses.fake_tensor"
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def _record(pipe: Any, requests: Sequence[Request], constants: Constants, readin
             make_fake(module, fake)
     callees: dict[str, Callee] = {}
     recorder = CallRecorder(pipe, fake, constants, callees, reading)
-    variants = [_record_variant(recorder, request, constants) for request in requests]
+    with heard(_SHAPES):  # what cannot be recorded is refused below, or tried in another way
+        variants = [_record_variant(recorder, request, constants) for request in requests]
     requests = [request for request, _, _ in variants]
     notices = tuple(dict.fromkeys(notice for _, _, each in variants for notice in each))
     calls = [programs for _, programs, _ in variants]

@@ -170,7 +170,8 @@ def _resized(source: Mapping[str, Any], shape: Sequence[int], image: torch.Tenso
         raise CallError(f"{keyword}: numbers of shape {tuple(image.shape)} (channels, height, width) are no image")
     low, high = float(image.min()), float(image.max())
     if not (low >= 0 and high <= 1):  # which NaN is not either
-        raise CallError(f"{keyword}: numbers from {low:g} to {high:g}, required from 0 to 1")
+        hint = ". Divide them by 255" if low >= 0 and 1 < high <= 255 else ""
+        raise CallError(f"{keyword}: numbers from {low:g} to {high:g}, required from 0 to 1{hint}")
     sizes = {tuple(edit[1:3]) for edit in source["edits"] if edit[0] == "resize"}
     if len(sizes) > 1 or any(edit[0] == "crop" for edit in source["edits"]):
         raise CallError(f"{keyword}: this pipeline resizes or crops in several steps. Give a PIL image, not numbers")

@@ -31,7 +31,7 @@ from diffkiln.serving.logs import set_up
 from diffkiln.serving.offer import Offer, read_offer
 from diffkiln.serving.orders import Accepted, Event, Finished, Order, Preview
 from diffkiln.serving.ray_metrics import RayMetrics
-from diffkiln.serving.ray_processes import fetched, load_together, processes_of
+from diffkiln.serving.ray_processes import fetched, load_together, processes_of, require_processes
 from diffkiln.serving.refusals import Refusal, late
 from diffkiln.serving.service import LocalService
 from diffkiln.serving.settings import Settings, read_tokens
@@ -42,6 +42,8 @@ log = get_logger(__name__)
 _GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 #: Seconds between two tries.
 _PAUSE = 0.2
+#: Processes of a replica, which are all on one machine.
+MOST = 1024
 
 
 class Options(BaseModel):
@@ -76,7 +78,7 @@ class Options(BaseModel):
     fronts: Annotated[int, Field(ge=1)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0.0
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    processes: Annotated[int, Field(ge=1)] | None = None
+    processes: Annotated[int, Field(ge=1, le=MOST)] | None = None
     ongoing: Annotated[int, Field(ge=1)] = 16
     queue: Annotated[int, Field(ge=1)] = 64
     loaded: Annotated[int, Field(ge=1)] = 1
@@ -109,9 +111,10 @@ class Options(BaseModel):
         """Returns the number of processes that run each call together.
 
         Raises:
-            Incompatible: a bundle for several processes is not alone.
+            Incompatible: a bundle for several processes is not alone, or a bundle that this machine has runs in another
+                number of processes than the options say.
         """
-        counts = {name: self.processes or processes_of(path) for name, path in self.bundles.items()}
+        counts = {name: self._processes(path) for name, path in self.bundles.items()}
         several = [name for name, count in counts.items() if count > 1]
         if several and len(self.bundles) > 1:
             raise Incompatible(
@@ -119,6 +122,13 @@ class Options(BaseModel):
                 "an application of its own"
             )
         return max(counts.values())
+
+    def _processes(self, path: str) -> int:
+        if self.processes is None:
+            return processes_of(path)
+        if os.path.isdir(path):
+            require_processes(path, self.processes)
+        return self.processes
 
     def settings(self, **changed: Any) -> Settings:
         """Returns the limits that one process keeps."""
@@ -339,6 +349,8 @@ def _together(args: Options) -> dict[str, Any]:
     if size == 1:
         return {}
     share = {name: amount for name, amount in (("CPU", args.cpus), ("GPU", args.gpus)) if amount}
+    if not share:
+        raise Incompatible(f"each of {size} processes has a share of its machine. Give cpus or gpus above 0")
     return {"placement_group_bundles": [share] * size, "placement_group_strategy": "STRICT_PACK"}
 
 

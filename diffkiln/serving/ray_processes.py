@@ -39,6 +39,15 @@ def processes_of(path: str) -> int:
     return _ALONE if mesh is None else mesh.size
 
 
+def require_processes(path: str, held: int) -> None:
+    """Raises `Incompatible` if a bundle runs in another number of processes than a replica has."""
+    if (size := processes_of(path)) != held:
+        raise Incompatible(
+            f'{path} runs in {size} process(es), and a replica has {held}. Say "processes": {size} in the options of '
+            "the application"
+        )
+
+
 def fetched(path: str, device: str | None, engines: bool = True) -> str:
     """Returns a bundle's folder. One at the Hub is fetched once, with the engines of this machine or without any."""
     if not path.startswith("hf://"):
@@ -61,11 +70,7 @@ def load_together(path: str, *, cpus: float, gpus: float, **options: Any) -> Any
     size = processes_of(path)
     group = get_current_placement_group()
     held = _ALONE if group is None else group.bundle_count
-    if held != size:
-        raise Incompatible(
-            f'{path} runs in {size} process(es), and a replica has {held} here. Say "processes": {size} in the options '
-            "of the application"
-        )
+    require_processes(path, held)
     if group is None or size == _ALONE:
         return load(path, **options)
     with socket.socket() as free:

@@ -142,8 +142,9 @@ def _describe(owner: type[BaseModel] | None, name: str) -> str:
 
 def _no_such_field(owner: type[BaseModel] | None, name: str) -> tuple[str, str]:
     """Returns the reason and the hint; a model may have words of its own for it."""
-    if words := getattr(owner, "no_such_field", None):
-        return words(name)
+    words = getattr(owner, "no_such_field", None)
+    if words and (said := words(name)):
+        return said
     return "there is no such field", _hint_field(owner, name)
 
 

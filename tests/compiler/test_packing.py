@@ -14,13 +14,15 @@ import diffkiln
 from diffkiln.bundle import open_bundle
 from diffkiln.compiler.packed import Packed
 from diffkiln.compiler.packing import engines as packing_engines
-from diffkiln.compiler.packing.engines import _untried, demands
+from diffkiln.compiler.packing.engines import _alone, _untried, demands
 from diffkiln.compiler.packing.programs import _features
 from diffkiln.compiler.packing.targets import retargeted, spec_for, targets_in
 from diffkiln.errors import IllegalPlan, PassError, VerifyError
 from diffkiln.exporters.artefact import Artefact
+from diffkiln.passes.base import CompileRequest
 from diffkiln.passes.model.quantize import Quantize
 from diffkiln.program import NOISE, Input, Op, Program, TensorType
+from diffkiln.program.sizes import Family
 from diffkiln.spec import TARGETS
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
@@ -52,6 +54,16 @@ def test_waiting_in_host_memory_means_nothing_on_a_cpu_and_is_refused():
     spec = digits(runtime={"offload": {"num_blocks_per_group": 1, "to": "host"}})
     with pytest.raises(IllegalPlan, match=r"\$\.runtime\.offload\.to"):
         diffkiln.check(spec, base=DIGITS)
+
+
+def test_regions_that_were_to_share_an_engine_and_cannot_are_told():
+    regions = [Program(name, (), (), (), {}, recorded_from="Block") for name in ("Block", "Block-2", "Block-3")]
+    request = CompileRequest("transformer", "aot_inductor", {}, dynamic=True)
+    families = [Family((region,), {}, {}) for region in regions]
+    (notice,) = _alone(request, families)
+    assert notice.startswith("transformer: each of Block, Block-2, Block-3 has an engine of its own: they differ by")
+    assert not list(_alone(replace(request, dynamic=False), families))
+    assert not list(_alone(request, families[:1]))
 
 
 def test_variants_are_named_by_what_tells_them_apart(tmp_path):

@@ -47,6 +47,18 @@ def test_gpu_target_needs_a_torch_with_cuda_and_no_gpu(monkeypatch):
     assert after.compile[0].options == {"max_autotune": True}
 
 
+@pytest.mark.parametrize(("name", "value"), [("weight_format", "int8"), ("threads", 4)])
+def test_an_option_of_another_backend_names_that_backend(name, value):
+    hint = r'aot_inductor has no such option\. Remove it, or choose "backend": "openvino"'
+    with pytest.raises(SpecError, match=hint):
+        placed(COMPILE | {name: value})
+
+
+def test_a_field_of_no_backend_is_told_the_nearest():
+    with pytest.raises(SpecError, match=r'there is no such field. Did you mean "scope"'):
+        placed(COMPILE | {"scop": "whole"})
+
+
 def test_twice_for_one_component_is_refused():
     plan = ghost("flux")
     with pytest.raises(IllegalPlan, match="stands twice"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from diffkiln.record.constants import Constants
 from diffkiln.record.pipeline import record
 from diffkiln.record.refusals import Refused
 from diffkiln.record.text import TextRecorder, apply, refuse_unpadded, sentinel
+from tests.passes.hoisting.replays import recorded
 from tests.passes.plans import source
 from tests.pipelines import FAMILIES, WARNING_FILTERS
 
@@ -153,3 +155,20 @@ def test_other_changes_of_a_prompt_are_refused():
     recorder = TextRecorder(SimpleNamespace(), {text: ("prompt", 0)}, {})
     with pytest.raises(RecordError, match="closed list"):
         recorder._row(text[::2] + " kiln")
+
+
+def test_torch_shows_no_traceback_of_a_way_that_was_tried(tmp_path):
+    """LongCat-Image packs its latents, and takes none in the shape that the noise is drawn in."""
+    shown: list[logging.LogRecord] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.append(record)
+
+    logger, ear = logging.getLogger("torch._subclasses.fake_tensor"), Ear()
+    logger.addHandler(ear)
+    try:
+        recorded("longcat_image", tmp_path)
+    finally:
+        logger.removeHandler(ear)
+    assert not shown

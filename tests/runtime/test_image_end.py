@@ -177,6 +177,11 @@ def test_numbers_beyond_zero_and_one_are_refused(low, high):
         pixels(source(), (1, 3, 2, 2), [torch.tensor([low, high]).repeat(3, 2, 1)])
 
 
+def test_bytes_as_numbers_are_told_what_scales_them():
+    with pytest.raises(CallError, match=r"numbers from 0 to 255, required from 0 to 1\. Divide them by 255"):
+        pixels(source(), (1, 3, 2, 2), [np.array([[0, 255], [7, 9]], np.uint8)[..., None].repeat(3, 2)])
+
+
 @pytest.mark.parametrize("side", [6, 8])
 def test_numbers_that_would_be_cropped_are_refused(side):
     with pytest.raises(CallError, match="Give a PIL image"):

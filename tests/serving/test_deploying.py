@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffkiln.errors import Incompatible
+
 FOLDER = Path(__file__).parents[2] / "examples" / "serving"
 MANIFEST = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())
 CONFIGURATIONS = (
@@ -86,7 +88,16 @@ def test_what_is_deployed_has_the_options_that_were_given():
 @pytest.mark.more
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 @pytest.mark.parametrize(
-    "wrong", [{"replicas": (4, 2)}, {"replicas": 0}, {"gpus": -0.5}, {"gpus": 1.5}, {"ongoing": 0}]
+    "wrong",
+    [
+        {"replicas": (4, 2)},
+        {"replicas": 0},
+        {"gpus": -0.5},
+        {"gpus": 1.5},
+        {"ongoing": 0},
+        {"processes": 0},
+        {"processes": 10**9},
+    ],
 )
 def test_options_that_cannot_be_are_refused(wrong):
     from pydantic import ValidationError
@@ -127,3 +138,23 @@ def test_the_demo_draws(drawing, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "10 digits by 2 replicas" in done.stdout
     assert len(list((tmp_path / "build" / "served-digits").glob("*.png"))) == 10
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_processes_without_a_share_of_their_machine_are_refused():
+    from diffkiln.serving.ray import app
+
+    with pytest.raises(Incompatible, match="Give cpus or gpus above 0"):
+        app("bundle", processes=2, cpus=0)
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_bundle_that_is_here_is_asked_how_many_processes_it_has(tmp_path, monkeypatch):
+    from diffkiln.serving import ray, ray_processes
+
+    monkeypatch.setattr(ray_processes, "processes_of", lambda _: 1)
+    assert ray.app(tmp_path, processes=1)
+    with pytest.raises(Incompatible, match=r'runs in 1 process\(es\), and a replica has 2\. Say "processes": 1'):
+        ray.app(tmp_path, processes=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -60,7 +60,8 @@ class EnginesPacker:
         """
         module = self.recording.modules.get(request.component)
         families = _families(module, request.dynamic) if module else []
-        return total(self.family(request, target, each, weights) for each in families for target in targets)
+        packed = total(self.family(request, target, each, weights) for each in families for target in targets)
+        return packed + Packed(notices=tuple(_alone(request, families)))
 
     def family(self, request: CompileRequest, target: Target, family: Family, weights: Weights = _NONE) -> Packed:
         """Writes the engines of regions that may share one, for one target."""
@@ -135,6 +136,18 @@ def _families(module: Module, dynamic: bool) -> list[Family]:
     ours = loop_regions(module)  # what runs once a request is replayed
     regions = [region for name, region in module.regions.items() if name in ours]
     return families(regions) if dynamic else [Family((region,), {}, {}) for region in regions]
+
+
+def _alone(request: CompileRequest, families: Sequence[Family]) -> Iterator[str]:
+    """Yields a notice for each class whose regions were to share an engine, and differ by more than their sizes."""
+    by_class: dict[str, list[str]] = {}
+    for family in families:
+        if request.dynamic and not family.ranges:
+            by_class.setdefault(family.members[0].recorded_from, []).append(family.members[0].name)
+    for names in by_class.values():
+        if len(names) > 1:
+            shown = ", ".join(names)
+            yield f"{request.component}: each of {shown} has an engine of its own: they differ by more than their sizes"
 
 
 def _origin(component: torch.nn.Module | None, region: Program) -> str:

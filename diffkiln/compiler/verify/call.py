@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 
 from diffkiln.compiler.in_memory import InMemory
 from diffkiln.compiler.tokenizers import tokenizers_of
-from diffkiln.compiler.verify.cases import TEXTS, Lengths, cases_of, noise_like
+from diffkiln.compiler.verify.cases import TEXTS, Lengths, cases_of, cuts_unheard, noise_like
 from diffkiln.compiler.verify.comparing import difference, same
 from diffkiln.compiler.verify.components import CPU, Given, compare_component, compare_lengths
 from diffkiln.compiler.verify.reduced import kept_blocks, shrunken
@@ -85,8 +84,7 @@ class Verification:
         variant = CompiledVariant("verified", fixed, programs)
         text = TextEnd(tokenizers_of(self._recording, self._pipe))
         compiled = CompiledPipeline(type(self._pipe).__name__, [variant], executor, text, None)
-        unheard = _unheard(logging.getLogger("diffkiln.runtime.text"))
-        with self._stand_ins(read), self._casts.watched(), self._switches.watched(), unheard:
+        with self._stand_ins(read), self._casts.watched(), self._switches.watched(), cuts_unheard():
             for case, (keywords, seed) in enumerate(cases_of(programs, request, Lengths(text, programs))):
                 self._case = case
                 self._compare(compiled, request, keywords, seed)
@@ -298,16 +296,6 @@ def _as_tensor(leaf: Any) -> Any:
 def _apart(value: Any) -> Any:
     """Returns a list or a tensor that may be written to."""
     return list(value) if isinstance(value, list) else value.clone() if isinstance(value, torch.Tensor) else value
-
-
-@contextmanager
-def _unheard(logger: logging.Logger) -> Iterator[None]:
-    """Silences a logger: prompts are cut here on purpose."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _shown(keywords: Mapping[str, Any]) -> str:

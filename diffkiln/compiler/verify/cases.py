@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,17 @@ _LONG = " ".join(f"word{index} of a Prompt, longer than any TEXT encoder reads &
 _FILLERS = ("a", "the", "1", ",", "of")
 #: One token, a usual one with what transforms touch, and one that is cut, or of which as much is given as fits.
 TEXTS = ("a", "  A red   Fox; &lt;b&gt; \u201cjumps\u201d over schÃ¶n snow\n", _LONG)
+
+
+@contextmanager
+def cuts_unheard() -> Iterator[None]:
+    """Hides the warnings of prompts that are cut, inside the `with` block: these are cut on purpose."""
+    logger = logging.getLogger("diffkiln.runtime.text")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class Lengths:
@@ -52,13 +65,17 @@ class Lengths:
         count = max((each["index"] for each in rows), default=0) + 1
         prompts = {row["keyword"]: [self.formed(row["keyword"], prompt)] * count for row in rows}
         try:
-            for text in self._texts:
-                if COUNTED not in text:
-                    self._end.encode(text, prompts)
-                self._end.miscounted(text, prompts)
+            with cuts_unheard():
+                self._encode(prompts)
         except CallError:
             return False
         return True
+
+    def _encode(self, prompts: Mapping[str, list[str]]) -> None:
+        for text in self._texts:
+            if COUNTED not in text:
+                self._end.encode(text, prompts)
+            self._end.miscounted(text, prompts)
 
     def formed(self, keyword: str, text: str) -> str:
         """Returns the text, as a prompt of the form that the programs take."""

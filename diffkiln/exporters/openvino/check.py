@@ -137,6 +137,8 @@ class Openvino(Exporter):
     def refused_facts(self, options: Options) -> Mapping[str, Problem]:
         reason = "OpenVINO computes attention in its own way, and ignores attention_backend"
         refused = {"attention_chosen": Problem("", reason, "Remove one of the two, or choose aot_inductor.")}
+        reason = "another pass has stored the weights in a type of eight bits that OpenVINO does not take"
+        refused["stored_smaller"] = Problem(".backend", reason, "Remove one of the two, or choose aot_inductor.")
         if options.lowered().get("weight_format"):
             reason = "another pass has already stored the weights in fewer bits"
             refused["quantized"] = Problem(".weight_format", reason, "Remove one of the two.")

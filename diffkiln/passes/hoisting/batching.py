@@ -33,9 +33,14 @@ _ALONG = {
     "aten.split.Tensor": 2, "aten.split_with_sizes.default": 2, "aten.squeeze.dim": 1, "aten.unbind.int": 1,
     "aten.unflatten.int": 1, "aten.unsqueeze.default": 1,
 }  # fmt: skip
+#: The same along several dimensions, where they are given, and of the last ones of a shape.
+_ALONG_SEVERAL = frozenset(
+    f"aten.{name}" for name in ("amax.default", "amin.default", "mean.dim", "softmax.int", "sum.dim_IntList")
+)
+_NORMALIZED = frozenset(("aten.layer_norm.default", "aten.rms_norm.default"))
 #: Operators whose second argument is the shape of the result.
 _SHAPED = frozenset(("aten._unsafe_view.default", "aten.expand.default", "aten.reshape.default", "aten.view.default"))
-_LINEAR = "aten.linear.default"
+_LINEAR, _EXPAND = "aten.linear.default", "aten.expand.default"
 
 
 class RowsMeet(Exception):
@@ -103,6 +108,8 @@ class Batch:
         shape = types[result].shape
         if not shape or types[source.name].shape[:1] != shape[:1]:
             raise RowsMeet(f"{op.name} has other rows than its argument")
+        if op.name == _EXPAND and len(types[source.name].shape) != len(shape):
+            raise RowsMeet(f"{op.name} puts dimensions before the rows")
         return replace(op, args=(source, (shape[0] * self._count, *shape[1:]), *op.args[2:]))
 
     def _grown(self, type_: TensorType) -> TensorType:

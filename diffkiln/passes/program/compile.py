@@ -19,7 +19,7 @@ from diffkiln.interpreter.layers import repeated_blocks
 from diffkiln.passes.base import CompileRequest, Fact, Outcome, Pass, ProgramPass, State
 from diffkiln.passes.outlining import SCHEDULER, between_blocks, between_calls, whole
 from diffkiln.record.pipeline import Recording
-from diffkiln.spec import DEFAULT_BACKEND, Conflict, Spec, Target, refuse, resolve_targets
+from diffkiln.spec import DEFAULT_BACKEND, Conflict, Spec, Strict, Target, refuse, resolve_targets
 
 _BACKEND = "Backend that compiles the regions; auto: the fastest of those whose engines compile nothing at load."
 #: The choice of the backend by measurement.
@@ -82,6 +82,16 @@ class Compile(ProgramPass):
             for name in ("scope", "between"):
                 if given.get(name):
                     yield (name,), refuse("a scheduler has no blocks", "Remove it")
+
+    @classmethod
+    def no_such_field(cls, name: str) -> tuple[str, str] | None:
+        """Returns the reason and the hint for an option that only other backends have; None for one that none has."""
+        exporters = (plugins.load("exporters", each) for each in plugins.plugins("exporters"))
+        having = [f'"{each.name}"' for each in exporters if _has(each.options, name)]
+        if not having:
+            return None
+        hint = f'Remove it, or choose "backend": {" or ".join(having)}'
+        return f"the backend {cls.exporter.name} has no such option", hint
 
     @property
     def whole(self) -> bool:
@@ -162,6 +172,12 @@ class Compile(ProgramPass):
             outlined = whole(module) if self.whole else between_blocks(module)
             recording = replace(recording, modules={**recording.modules, self.component: outlined})
         return recording, ()
+
+
+def _has(options: type[Strict], name: str) -> bool:
+    """Returns True if a backend has an option, and does not only refuse its name."""
+    field = options.model_fields.get(name)
+    return field is not None and bool(field.description)
 
 
 @cache

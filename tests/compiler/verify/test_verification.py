@@ -11,8 +11,10 @@ from torch import nn
 
 import diffkiln
 from diffkiln.compiler.compile import check
+from diffkiln.compiler.tokenizers import tokenizers_of
 from diffkiln.compiler.verify import Verification, difference, same, shrunken
 from diffkiln.compiler.verify import call as calls
+from diffkiln.compiler.verify.cases import Lengths, cases_of
 from diffkiln.errors import VerifyError
 from diffkiln.interpreter.quiet import quiet_libraries
 from diffkiln.models.meta import load_module
@@ -22,6 +24,7 @@ from diffkiln.record.components import repeated_blocks
 from diffkiln.record.constants import Constants
 from diffkiln.record.patches import Patch, fingerprint
 from diffkiln.record.pipeline import record
+from diffkiln.runtime.text import TextEnd
 from tests.conftest import DIGITS
 from tests.end_to_end.test_families import spec_of
 from tests.pipelines import WARNING_FILTERS
@@ -62,6 +65,13 @@ def test_a_true_recording_passes(checked, recording):
     with quiet_libraries():
         for name in checked.state.modules:
             made.check_component(name, load_module(checked.source, name))
+
+
+def test_prompts_that_are_made_to_be_compared_warn_of_no_cut(checked, recording, caplog):
+    end = TextEnd(tokenizers_of(recording, checked.pipe))
+    (programs,) = recording.calls
+    assert len(list(cases_of(programs, checked.requests[0], Lengths(end, programs)))) > 1
+    assert not caplog.records
 
 
 def test_one_wrong_number_in_the_call_is_found(checked, recording):

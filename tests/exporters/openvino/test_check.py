@@ -94,6 +94,11 @@ def test_weights_are_stored_in_fewer_bits_once():
         checked(ghost("flux"), quantize, COMPILE | {"weight_format": "int8"})
 
 
+def test_weights_in_eight_bits_without_a_form_in_openvino_are_refused():
+    with pytest.raises(IllegalPlan, match=r"backend: another pass has stored the weights .*Remove one of the two"):
+        checked(ghost("flux"), {"name": "layerwise_cast", "component": "transformer"}, COMPILE)
+
+
 def test_arithmetic_without_weights_is_refused():
     plan = State("Pipeline", {}, scheduler=object())
     with pytest.raises(IllegalPlan, match=r"backend: scheduler has no weights.*Choose aot_inductor"):

@@ -65,6 +65,7 @@ def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> Program:
         _of("unsqueeze.default", 0),
         _of("view.default", (12,)),
         _of("transpose.int", 0, 1),
+        _of("expand.default", (1, 3, 6), shape=(1, 6)),
         _broadcast((1, 6), (2, 6)),
         _broadcast((2,), (6, 2)),
         _broadcast((6,), (2, 6)),
