@@ -27,20 +27,20 @@ _POINTWISE = frozenset(
         "tanh.default", "to.dtype", "to.dtype_layout",
     )
 )  # fmt: skip
-#: Operators along one dimension, by the position of the argument that names it.
+#: Operators along dimensions, by the position of the argument that names one or several.
 _ALONG = {
-    "aten.cat.default": 1, "aten.chunk.default": 2, "aten.select.int": 1, "aten.slice.Tensor": 1,
-    "aten.split.Tensor": 2, "aten.split_with_sizes.default": 2, "aten.squeeze.dim": 1, "aten.unbind.int": 1,
+    "aten.amax.default": 1, "aten.amin.default": 1, "aten.cat.default": 1, "aten.chunk.default": 2, "aten.mean.dim": 1,
+    "aten.select.int": 1, "aten.slice.Tensor": 1, "aten.softmax.int": 1, "aten.split.Tensor": 2,
+    "aten.split_with_sizes.default": 2, "aten.squeeze.dim": 1, "aten.sum.dim_IntList": 1, "aten.unbind.int": 1,
     "aten.unflatten.int": 1, "aten.unsqueeze.default": 1,
 }  # fmt: skip
-#: The same along several dimensions, where they are given, and of the last ones of a shape.
-_ALONG_SEVERAL = frozenset(
-    f"aten.{name}" for name in ("amax.default", "amin.default", "mean.dim", "softmax.int", "sum.dim_IntList")
-)
+#: Operators on the last dimensions, as many as their second argument has.
 _NORMALIZED = frozenset(("aten.layer_norm.default", "aten.rms_norm.default"))
 #: Operators whose second argument is the shape of the result.
 _SHAPED = frozenset(("aten._unsafe_view.default", "aten.expand.default", "aten.reshape.default", "aten.view.default"))
-_LINEAR, _EXPAND = "aten.linear.default", "aten.expand.default"
+_EXPAND = "aten.expand.default"
+#: Products of rows and a matrix of weights.
+_LAYERS = frozenset(("aten.linear.default", "aten.matmul.default", "aten.mm.default"))
 
 
 class RowsMeet(Exception):
@@ -131,12 +131,16 @@ def _keeps_rows(op: Op, types: Mapping[str, TensorType], rows: set[str]) -> bool
     values = list(op.uses)
     given = [ref for ref in values if ref.name in rows]
     rank = len(types[given[0].name].shape)
-    if op.name == _LINEAR:
-        return rank > 1 and given == [op.args[0]]
+    if op.name in _LAYERS:
+        return rank > 1 and given == [op.args[0]] and len(types[values[1].name].shape) == 2
+    if op.name in _NORMALIZED:
+        normalized: Any = op.args[1]
+        return given == [op.args[0]] and len(normalized) < rank
     if op.name not in _ALONG or len(given) != len(values) or len(op.args) <= _ALONG[op.name]:
         return False
-    dim: Any = op.args[_ALONG[op.name]]
-    return dim % (rank + (op.name == "aten.unsqueeze.default")) > 0
+    named: Any = op.args[_ALONG[op.name]]
+    dims = named if isinstance(named, list | tuple) else (named,)
+    return bool(dims) and all(dim % (rank + (op.name == "aten.unsqueeze.default")) > 0 for dim in dims)
 
 
 def _require_types(op: Op, types: Mapping[str, TensorType]) -> None:
