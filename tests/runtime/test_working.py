@@ -33,6 +33,14 @@ def test_what_is_no_bundle_is_a_reason(tmp_path) -> None:
     assert "manifest.json" in working.answer(str(tmp_path))["reason"]
 
 
+def test_a_kernel_that_does_not_tell_is_a_reason(digits_bundle, monkeypatch) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "/proc/self/clear_refs")
+
+    monkeypatch.setattr(working, "forget_highest", refuse)
+    assert "/proc/self/clear_refs" in working.answer(str(digits_bundle))["reason"]
+
+
 def test_of_the_steps_the_first_is_run(digits_bundle, monkeypatch) -> None:
     ends: list[int] = []
     step = Executor._goes_on
