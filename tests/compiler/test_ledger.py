@@ -74,6 +74,7 @@ def test_tables_that_are_computed_once_cost_nothing(folder):
     assert dict(table.cumulative)["hoist transformer"] > 100
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_what_recover_regains_stands_in_the_ledger_and_keeps_a_floor(folder, monkeypatch):
     monkeypatch.setenv("DIFFKILN_CACHE_DIR", str(folder / "cache"))

@@ -75,6 +75,7 @@ def weights(bundle: Path) -> dict[str, tuple[int, int, bytes]]:
     return {f.name + f.parent.name: (f.stat().st_ino, f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
 
+@pytest.mark.more
 def test_one_by_one_gives_the_id_of_all_at_once_and_leaves_the_weights(one: Path, tmp_path: Path, borrowed) -> None:
     before, (old,) = weights(one), {open_bundle(one).id}
     added = diffkiln.add_target(one, V4, cache=engine_cache())

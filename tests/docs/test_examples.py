@@ -37,6 +37,8 @@ from tests.pipelines import WARNING_FILTERS
 __all__ = ["hub"]
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in (*WARNING_FILTERS, UPLOAD_WARNING)]
+#: Documents whose examples build or train for half a minute.
+LONGEST = ("evaluate", "recipes", "tune")
 RUN = [path for path in DOCUMENTS if any(block.language in ("bash", "python") for block in blocks(path))]
 
 
@@ -190,7 +192,11 @@ def _names(world: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", RUN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=pytest.mark.more) if path.stem in LONGEST else path for path in RUN],
+    ids=lambda path: path.stem,
+)
 def test_shell_and_python_run(document, world, hub: Server, digits_bundle, monkeypatch):
     GIVEN.get(document.stem, lambda *_: None)(world, digits_bundle)
     names = _names(world)

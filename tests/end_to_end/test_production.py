@@ -102,7 +102,12 @@ def test_memory_does_not_grow_over_a_hundred_calls(digits_bundle, production):
 
 
 @pytest.mark.parametrize(
-    ("kind", "digits"), [("int8_weight_only", 100), ("int8_dynamic", 40), ("float8_weight_only", 40)]
+    ("kind", "digits"),
+    [
+        ("int8_weight_only", 100),
+        pytest.param("int8_dynamic", 40, marks=pytest.mark.more),
+        pytest.param("float8_weight_only", 40, marks=pytest.mark.more),
+    ],
 )
 def test_quantized_digits_are_recognised_as_well_as_eager(
     kind, digits, digits_int8_bundle, production, tmp_path, judge

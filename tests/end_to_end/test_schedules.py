@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in WARNING_FILTERS]
 STEPS = 8
 RATIOS = [1.0, 1.01, 1.01, 1.02, 0.98, 0.97, 0.97, 0.95]
 MASK = every(STEPS, 2)
+#: The same in engines as another method here; tests/passes/test_cache_schedule.py replays each.
+LONG = ("magcache", "taylorseer")
 #: name → options, the definition
 METHODS: dict[str, tuple[dict[str, Any], Any]] = {
     "mask": (
@@ -76,7 +78,9 @@ def eager():
     return pipe
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in METHODS]
+)
 def test_a_method_is_its_definition_replayed_compiled_resident_and_offloaded(name, eager, tmp_path):
     options, definition = METHODS[name]
     with definition(eager.transformer):

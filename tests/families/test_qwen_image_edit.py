@@ -23,7 +23,7 @@ from tests.coverage.calls.measure import spec_of
 from tests.pipelines import WARNING_FILTERS
 from tests.pipelines.tokenizers import WORDS
 
-pytestmark = [pytest.mark.more, *(pytest.mark.filterwarnings(text) for text in WARNING_FILTERS)]
+pytestmark = [pytest.mark.long, *(pytest.mark.filterwarnings(text) for text in WARNING_FILTERS)]
 
 #: Of 1, 20 and 90 tokens and the template's end.
 PROMPTS = {count: " ".join((WORDS * 5)[-count:]) for count in (1, 20, 90)}

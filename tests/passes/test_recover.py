@@ -132,6 +132,7 @@ trained(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.more
 def test_a_training_that_was_killed_goes_on_to_the_same_factors(folder, monkeypatch):
     whole, _ = trained(folder)
     monkeypatch.setenv("DIFFKILN_CACHE_DIR", str(folder / "killed"))
