@@ -82,6 +82,8 @@ def check_(spec: Path, as_json: bool) -> None:
         print_json({"ok": True, **plan_json(checked, shared)})
     else:
         print_plan(checked, shared)
+        if checked.spec.runtime.offload is not None:
+            say(f"the memory of its calls, and their least time: diffkiln memory {spec}")
         say(f"next: diffkiln compile {spec} -o bundle")
 
 
