@@ -28,7 +28,7 @@ def ran(folder: Path, *parts: str, **environment: str) -> tuple[int, str, str]:
     return done.returncode, table.read_text() if table.exists() else "", done.stderr
 
 
-@pytest.mark.more
+@pytest.mark.long
 def test_each_part_writes_its_rows(tmp_path: Path) -> None:
     """With the streamed bundle, and replays resident, from the host and from the disk, on the simulated device."""
     parts = ("ceilings", "build-streamed", "streamed", "replay")
