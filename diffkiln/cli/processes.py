@@ -90,7 +90,7 @@ def _started(arguments: Sequence[str], files: Sequence[IO[str]]) -> list[subproc
     """Starts the processes. The first one prints; what the others print goes to files."""
     count, port = len(files), _free_port()
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "diffkiln", *arguments]
+    command = [sys.executable, "-P", "-m", "diffkiln", *arguments]
     started: list[subprocess.Popen[str]] = []
     for rank, file in enumerate(files):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

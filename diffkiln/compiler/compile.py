@@ -144,7 +144,7 @@ def _compiled(
         plan = plan.packing(pack_programs(writer, plan))
     plan = _with_engines_and_weights(plan, writer, verification, cache, stages)
     with stages("publish"):
-        trial = _Trial(plan, rows, home, own, timed)
+        trial = _Trial(plan, rows, home, own, timed, stages)
         identity = writer.publish(
             lambda files: manifest_of(files, plan),
             lambda manifest: pack_report(
@@ -222,8 +222,10 @@ class _Trial:
         base: Path,
         own: Mapping[str, Metric],
         timed: Callable[[Plan, Path], None] | None,
+        stages: Stages,
     ) -> None:
         self.ledger, self._plan, self._base, self._own, self._timed = ledger, plan, base, own, timed
+        self._stages = stages
         self.working = Measured()
 
     def __call__(self, root: Path) -> None:
@@ -233,7 +235,7 @@ class _Trial:
             return
         try_bundle(root, self._plan)
         self.ledger = with_bundle(self.ledger, root, self._plan, self._base, self._own)
-        self.working = measured_here(root, self._plan)
+        self.working = measured_here(root, self._plan, self._stages)
         check_memory(self._plan, working_of(self._plan, self.working.rows))
 
 

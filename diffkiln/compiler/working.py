@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkiln.compiler.plan import Plan
+from diffkiln.compiler.stages import Stages
 from diffkiln.program.working import PLANNED_FROM
 
 #: After so many seconds a measurement is given up.
@@ -33,7 +34,7 @@ class Measured:
     notices: tuple[str, ...] = ()
 
 
-def measured_here(root: Path, plan: Plan) -> Measured:
+def measured_here(root: Path, plan: Plan, stages: Stages) -> Measured:
     """Measures the working memory of a complete bundle in a directory.
 
     Nothing is measured of bundles for GPUs or several processes, of those that run as diffusers, and of those that are
@@ -41,7 +42,8 @@ def measured_here(root: Path, plan: Plan) -> Measured:
     """
     if not _is_planned(plan):
         return Measured()
-    found = _answer(root)
+    with stages("measure the working memory"):
+        found = _answer(root)
     if "reason" in found:
         return Measured(notices=(f"plans of memory use an estimate of the working memory: {found['reason']}",))
     return Measured({found["target"]: {name: found[name] for name in ("bytes", "threads")}})
@@ -54,7 +56,7 @@ def _is_planned(plan: Plan) -> bool:
 
 
 def _answer(root: Path) -> Mapping[str, Any]:
-    command = [sys.executable, "-m", "diffkiln.runtime.working", str(root)]
+    command = [sys.executable, "-P", "-m", "diffkiln.runtime.working", str(root)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True)
         return json.loads(done.stdout)

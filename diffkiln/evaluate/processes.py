@@ -58,7 +58,7 @@ def started(way: Way, prompts: Sequence[str], seed: int) -> Iterator[Started]:
     }
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, **dict.fromkeys(_CACHES, caches)}
-        command = [sys.executable, "-m", "diffkiln.evaluate.child"]
+        command = [sys.executable, "-P", "-m", "diffkiln.evaluate.child"]
         begun = time.perf_counter()
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True

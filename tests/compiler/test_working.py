@@ -14,6 +14,7 @@ from diffkiln.bundle import open_bundle
 from diffkiln.cli import main
 from diffkiln.compiler import compile as compiling
 from diffkiln.compiler import working
+from diffkiln.compiler.stages import Stages
 from diffkiln.compiler.working import Measured, measured_here
 from diffkiln.errors import IllegalPlan, Incompatible
 from diffkiln.program.working import PLANNED_FROM
@@ -49,7 +50,7 @@ def spec(limit: str | None = None) -> dict[str, Any]:
 )
 def test_nothing_is_measured_of_what_has_no_plan_of_it(other: dict[str, Any], monkeypatch) -> None:
     monkeypatch.setattr(working, "_answer", lambda _root: pytest.fail("measured"))
-    assert measured_here(Path("bundle"), plan(**other)) == Measured()
+    assert measured_here(Path("bundle"), plan(**other), Stages()) == Measured()
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,15 @@ def test_what_fails_is_a_notice(failure: Exception, reason: str, tmp_path, monke
 
     monkeypatch.setattr(subprocess, "run", fail)
     make(tmp_path / "bundle")
-    (notice,) = measured_here(tmp_path / "bundle", plan()).notices
+    (notice,) = measured_here(tmp_path / "bundle", plan(), Stages()).notices
     assert notice.startswith("plans of memory use an estimate of the working memory: ")
     assert reason in notice
+
+
+def test_nothing_is_imported_from_the_current_directory(digits_bundle, tmp_path, monkeypatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert "bytes" in working._answer(Path(digits_bundle).resolve())
 
 
 @pytest.fixture(scope="module")

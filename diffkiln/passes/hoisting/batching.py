@@ -12,21 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from diffkiln.errors import VerifyError
+from diffkiln.passes.sequencing.rules import POINTWISE
 from diffkiln.program import REGION, Op, Program, TensorType, written_anew
 from diffkiln.program.inference import result_types
 
-#: Operators that compute every element by itself.
-_POINTWISE = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy.default", "abs.default", "add.Scalar", "add.Tensor", "alias.default", "clamp.default",
-        "clone.default", "contiguous.default", "cos.default", "detach.default", "div.Scalar", "div.Tensor",
-        "exp.default", "gelu.default", "mul.Scalar", "mul.Tensor", "neg.default", "pow.Tensor_Scalar",
-        "reciprocal.default", "relu.default", "rsqrt.default", "rsub.Scalar", "sigmoid.default", "silu.default",
-        "sin.default", "softplus.default", "sqrt.default", "square.default", "sub.Scalar", "sub.Tensor",
-        "tanh.default", "to.dtype", "to.dtype_layout",
-    )
-)  # fmt: skip
 #: Operators along dimensions, by the position of the argument that names one or several.
 _ALONG = {
     "aten.amax.default": 1, "aten.amin.default": 1, "aten.cat.default": 1, "aten.chunk.default": 2, "aten.mean.dim": 1,
@@ -123,7 +112,7 @@ def _element_by_element(op: Op, types: Mapping[str, TensorType], rows: set[str])
     (result,) = op.outputs[:1]
     shape = types[result].shape
     given = [types[ref.name].shape for ref in op.uses if ref.name in rows]
-    return op.name in _POINTWISE and all(len(own) == len(shape) and own[0] == shape[0] for own in given)
+    return op.name in POINTWISE and all(len(own) == len(shape) and own[0] == shape[0] for own in given)
 
 
 def _keeps_rows(op: Op, types: Mapping[str, TensorType], rows: set[str]) -> bool:

@@ -309,3 +309,5 @@ _GROUPS: list[tuple[Rule, str]] = [
 ]
 #: By operator.
 RULES: Mapping[str, Rule] = {name: rule for rule, names in _GROUPS for name in _named(names)}
+#: Operators that compute every element by itself.
+POINTWISE = frozenset(name for name, rule in RULES.items() if rule is pointwise)
