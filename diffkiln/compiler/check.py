@@ -62,7 +62,7 @@ def check_with(spec: SpecLike, base: str | Path | None, metrics: Collection[str]
     parsed, home = parsed_of(spec), base_of(spec, base)
     choices = choices_of(parsed, lambda one: checked(one, home, metrics))
     plan = checked(settled(parsed, choices), home, metrics)
-    return plan.noting(open_to_measurement(choices)).noting(open_to_memory(parsed))
+    return plan.noting(open_to_measurement(choices)).noting(open_to_memory(plan))
 
 
 def checked(parsed: Spec, home: Path, metrics: Collection[str]) -> Plan:

@@ -36,10 +36,16 @@ def fitted(spec: Spec, plan_of: PlanOf) -> tuple[Spec, tuple[str, ...]]:
     return spec, tuple(notices)
 
 
-def open_to_memory(spec: Spec) -> Iterator[str]:
-    """Yields what a user should know of entries that the memory has not decided yet."""
-    for index, ways in _open(spec):
-        yield f"$.passes[{index}]: compile plans the memory, and takes the first that fits of {', '.join(ways)}"
+def open_to_memory(plan: Plan) -> Iterator[str]:
+    """Yields what a user should know of entries that the memory has not decided yet.
+
+    Raises:
+        IllegalPlan: nothing bounds the memory.
+    """
+    for index, ways in _open(plan.spec):
+        _require_bound(plan, index)
+        first, second, *_ = ways
+        yield f"$.passes[{index}]: compile plans the memory. {first} if all calls fit so, else {second} and so on"
 
 
 def _open(spec: Spec) -> Iterator[tuple[int, Mapping[str, PassEntry]]]:
@@ -63,12 +69,16 @@ def _fitted(spec: Spec, index: int, ways: Mapping[str, PassEntry], plan_of: Plan
             if not problems:  # the first way is the spec as it stands
                 raise
             continue
-        if not is_bounded(plan):
-            raise IllegalPlan(problems=[Problem(where, _UNBOUNDED, _BOUND)])
+        _require_bound(plan, index)
         try:
             check_memory(plan, working_of(plan))
         except IllegalPlan as error:
             problems = error.problems
             continue
-        return found, f"{where}: {name}, the first of {', '.join(ways)} that fits the memory"
+        return found, f"{where}: {name}, the first of {len(ways)} ways that fits the memory"
     raise IllegalPlan(problems=problems)
+
+
+def _require_bound(plan: Plan, index: int) -> None:
+    if not is_bounded(plan):
+        raise IllegalPlan(problems=[Problem(f"$.passes[{index}]", _UNBOUNDED, _BOUND)])

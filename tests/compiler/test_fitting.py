@@ -54,7 +54,7 @@ def test_tiles_take_less(limits):
 def test_the_bundle_has_the_largest_tiles_that_fit(at, tile, limits, families, tmp_path):
     built = diffkiln.compile(spec(families, limits[at], tiling="auto"), tmp_path / "bundle")
     (notice,) = [each for each in built.notices if "that fits the memory" in each]
-    assert notice.startswith(f"$.passes[0]: {f'tiles of {tile} pixels' if tile else 'no tiles'}, the first of no tiles")
+    assert notice.startswith(f"$.passes[0]: {f'tiles of {tile} pixels' if tile else 'no tiles'}, the first of 14 ways")
     with open_bundle(built.path) as bundle:
         (row,) = [each for each in bundle.manifest.passes if each.name == "vae"]
     assert (row.options["tiling"], row.options.get("tile")) == (True if tile else "auto", tile)
@@ -69,13 +69,16 @@ def test_what_fits_in_no_tiles_is_refused_with_the_least_that_does(limits, famil
 
 
 def test_without_a_bound_there_is_nothing_to_decide_by(families):
-    with pytest.raises(IllegalPlan, match=WHERE + r": nothing says how much memory .*\"max_memory\" in \"offload\""):
-        plan_memory_of(spec(families, tiling="auto"))
+    for way in (diffkiln.check, plan_memory_of):
+        with pytest.raises(
+            IllegalPlan, match=WHERE + r": nothing says how much memory .*\"max_memory\" in \"offload\""
+        ):
+            way(spec(families, tiling="auto"))
 
 
 def test_check_says_that_compile_decides(families):
     plan = diffkiln.check(spec(families, 10**9, tiling="auto"))
-    assert any("compile plans the memory, and takes the first that fits of no tiles" in each for each in plan.notices)
+    assert any("no tiles if all calls fit so, else tiles of 2048 pixels" in each for each in plan.notices)
 
 
 def test_a_tile_beside_it_is_refused(families):

@@ -84,8 +84,11 @@ class TestWhereItIsInstalled:
             ({"paranoid": 1}, r"\.paranoid: must be true or false"),
             ({"paranoiac": True}, r'\.paranoiac: there is no such field\. Did you mean "paranoid"\?'),
             ({"backend": "replya"}, r'\.backend: "replya" is not one of .*"replay", "auto"\. Did you mean "replay"\?'),
-            ({"backend": "aot_inductor", "paranoid": True}, r"\.paranoid: there is no such field"),
-            ({"weights": "engine"}, r"\.weights: there is no such field"),
+            (
+                {"backend": "aot_inductor", "paranoid": True},
+                r'\.paranoid: the backend aot_inductor has no such option\. Remove it, or choose "backend": "replay"',
+            ),
+            ({"weights": "engine"}, r'\.weights: the backend replay has no such option\. .* "openvino"'),
         ],
     )
     def test_wrong_options_are_refused_by_path(self, options: dict[str, Any], told: str) -> None:
